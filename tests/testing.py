@@ -206,7 +206,7 @@ def widen(value: Any) -> Any:
 
 
 def reference_op(name: str) -> Any:
-    """The plain-torch meaning of an op."""
+    """The plain-torch reference of an op."""
     return registry.OPS[name].plain
 
 

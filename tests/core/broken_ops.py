@@ -1,4 +1,4 @@
-"""Ops that compute something else, to see that it is noticed."""
+"""Broken ops, to test that tests notice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peft_kernels.core import dispatch
 
 
 def break_op(monkeypatch: pytest.MonkeyPatch, op: str, change: Callable[[Any], Any]) -> None:
-    """Change the result of one op, called through the public functions."""
+    """Changes the result of one op called through the public functions."""
     original = dispatch.call
 
     def call(name: str, *args: Any, **more: Any) -> Any:

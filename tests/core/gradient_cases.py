@@ -1,4 +1,4 @@
-"""Calls of the ops with trainable arguments, and their gradients in fp64 from the definitions."""
+"""Calls of the ops with trainable arguments, and their fp64 gradients from the definitions."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ ops = torch.ops.peft_kernels
 
 
 class Layers:
-    """Arguments of multi_lora_linear or gated_mlp, all trainable, with the same in fp64 as a definition."""
+    """Trainable arguments of multi_lora_linear or gated_mlp, and the definition in fp64."""
 
     def __init__(
         self, features: list[tuple[int, int]], base: str, layer: list[int], dtype: torch.dtype,
@@ -142,7 +142,7 @@ class Layers:
     def define_layer(
         self, wide: dict[str, Tensor], j: int, x: Tensor, adapters: list[int], key: int, served: Any = None
     ) -> Tensor:
-        """Layer j in fp64; `adapters` are those of its call, whose place there is their stream."""
+        """Layer j in fp64; the index in `adapters` is an adapter's dropout stream."""
         y = x @ wide.get(f"w{j}", self.w64[j]).t()
         if f"bias{j}" in wide:
             y = y + wide[f"bias{j}"]
@@ -155,7 +155,7 @@ class Layers:
 
 
 class Many(Layers):
-    """multi_lora_linear: three layers, the last without adapters, and rows of three groups and of none."""
+    """multi_lora_linear: three layers, the last without adapters; rows of three groups and of none."""
 
     def __init__(
         self, base: str, dtype: torch.dtype, groups: bool, adapter: torch.dtype | None = None
@@ -186,7 +186,7 @@ ADAPTERS = {"all": [0, 1, 2], "twice": [2, 0, 2, 1], "gate": [0], "down": [2], "
 
 
 class Mlp(Layers):
-    """gated_mlp; `adapters` says which of its layers have how many."""
+    """gated_mlp; `adapters`: how many each layer has."""
 
     def __init__(
         self, base: str, dtype: torch.dtype, adapters: str = "all", activation: str = "silu", p: float = 0.4,
@@ -218,14 +218,14 @@ def gradients_of(c: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
 
 
 def assert_near(got: Tensor, truth: Tensor, what: str) -> None:
-    """A few roundings: the numbers policy is for the ops' own tests, and needs more elements."""
+    """Within a few roundings; the numbers policy would need more elements."""
     eps = torch.finfo(got.dtype).eps
     for measure, allowed in ((testing.relative_error, 4 * eps), (testing.max_error, 16 * eps)):
         assert measure(got, truth) <= allowed, f"{what}: {measure.__name__}"
 
 
 def check_against_fp64(make: Callable[[], Any]) -> None:
-    """Values and all gradients, against the definition in fp64."""
+    """Compares values and all gradients with the definition in fp64."""
     c = make()
     y, got = gradients_of(c)
     wide = c.wide()

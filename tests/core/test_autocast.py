@@ -1,4 +1,4 @@
-"""Ops say themselves in which dtypes they compute: autocast changes no bit of them, forward or backward."""
+"""Ops define their own compute dtypes: autocast changes no bit of them, forward or backward."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def autocast() -> Any:
 
 def check_outputs(call: Any, op: str, sample: str) -> None:
     def outcome() -> list[torch.Tensor]:
-        """Results, and the arguments, which the op may have changed."""
+        """Results, and the arguments, which the op may change in place."""
         args = samples(op)[sample]
         return [t for t in tree_leaves((call(*args), args)) if isinstance(t, torch.Tensor)]
 
@@ -51,8 +51,8 @@ def test_outputs_of_eager_calls(op: str, sample: str) -> None:
 
 @each_sample
 def test_compiled_kernels(compiled_ops: Any, op: str, sample: str) -> None:
-    """Called below the dispatcher's autocast keys, as C++ without Python can: torch's products inside an op
-    must not be computed, and handed to kernels, in another type."""
+    """Called below the dispatcher's autocast keys, as from C++: torch functions inside an op must not change
+    their dtype under autocast."""
     overload = getattr(compiled_ops, op).default
     if not torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CPU"):
         assert registry.OPS[op].composite
@@ -72,7 +72,7 @@ def test_gradients(op: str, sample: str) -> None:
 
 
 def calls(base: str) -> dict[str, Any]:
-    """Everything public, in fp32."""
+    """The public calls, in fp32."""
     x = testing.tensor(9, K)
 
     def layer(n: int, k: int, seed: int) -> AdaptedLinear:

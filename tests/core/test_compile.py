@@ -1,4 +1,4 @@
-"""What torch.library asks of every op, and torch.compile without a graph break."""
+"""torch.library.opcheck of every op, and torch.compile without graph breaks."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def nf4_module_case() -> tuple[Callable[..., Tensor], list[Tensor]]:
 
 
 def f_linear_case() -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """F.linear on the weight as a parameter of somebody else's nn.Linear."""
+    """F.linear on the weight as the parameter of a plain nn.Linear."""
     layer = torch.nn.Linear(K, N)
     layer.weight = torch.nn.Parameter(testing.nf4_weight(N, K), requires_grad=False)
     return layer, [leaf(3, K)]
@@ -78,7 +78,7 @@ def lora_dropout_case() -> tuple[Callable[..., Tensor], list[Tensor]]:
 
 
 def with_adapters(op: Any, args: tuple[Any, ...], a_at: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """As a function of x and all adapters; the sum of y, or of the list of them."""
+    """A function of x and all adapters: the sum of y, or of a list of them."""
     count = len(args[a_at])
 
     def function(x: Tensor, *adapters: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def elementwise_case() -> tuple[Callable[..., Tensor], list[Tensor]]:
 
 
 def dora_case() -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """As a layer would use it: the norm takes part in the scale, and gets no gradient."""
+    """As in a layer: the norm is part of the scale and has no gradient."""
     op_args = testing.nf4_weight(N, K)._state.op_args
 
     def function(x: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ def test_compile_fullgraph_on_every_back_end(backend: str, name: str) -> None:
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("name", COMPILED)
 def test_compile_dynamic_shapes(name: str) -> None:
-    """One graph for every batch: a second shape must not compile again."""
+    """One graph for all batches: a second shape must not recompile."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     function, inputs = COMPILED[name]()
@@ -193,14 +193,14 @@ def test_compile_dynamic_shapes(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compile_with_inductor() -> None:
-    """The default compiler, once: the ops as they sit in generated code."""
+    """Once with the default compiler, which generates code around the ops."""
     function, inputs = COMPILED["NF4LoRALinear"]()
     assert_compiled_matches(function, inputs, torch.compile(function, fullgraph=True))
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled_graph_holds_the_public_op() -> None:
-    """The choice of a back end stays open until the graph runs."""
+    """The back end is chosen when the graph runs."""
     seen: list[str] = []
 
     def look(graph: torch.fx.GraphModule, _: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The compiled library: missing, stale, broken, capped; and what importing the package does."""
+"""A missing, stale, broken or capped compiled library; side effects of importing the package."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_without_the_compiled_library_the_reference_serves(python: Python, compi
 
 
 @needs_cpu
-def test_a_stale_library_is_refused_before_it_is_loaded(python: Python, compiled: Path) -> None:
+def test_a_stale_library_is_not_loaded(python: Python, compiled: Path) -> None:
     """Loading one with other schemas would abort the process."""
     content = library().read_bytes()
     right = f"PEFT_KERNELS_SPEC_HASH={registry.spec_hash()}".encode()
@@ -79,7 +79,7 @@ def test_a_stale_library_is_refused_before_it_is_loaded(python: Python, compiled
 
 
 @needs_cpu
-def test_a_library_for_another_torch_is_refused_before_it_is_loaded(python: Python, compiled: Path) -> None:
+def test_a_library_for_another_torch_is_not_loaded(python: Python, compiled: Path) -> None:
     content = library().read_bytes()
     right = f"PEFT_KERNELS_TORCH={torch.__version__};".encode()
     assert content.count(right) == 1
@@ -91,8 +91,8 @@ def test_a_library_for_another_torch_is_refused_before_it_is_loaded(python: Pyth
 
 
 @needs_cpu
-def test_a_broken_library_is_refused_with_the_loader_s_words(python: Python, compiled: Path) -> None:
-    """The right fingerprint in a file that is no library."""
+def test_a_broken_library_reports_the_loader_error(python: Python, compiled: Path) -> None:
+    """A file with the right hash that is no library."""
     broken = compiled / "peft_kernels" / library().name
     said = f"PEFT_KERNELS_SPEC_HASH={registry.spec_hash()};PEFT_KERNELS_TORCH={torch.__version__};"
     broken.write_bytes(said.encode() * 10)
@@ -101,8 +101,8 @@ def test_a_broken_library_is_refused_with_the_loader_s_words(python: Python, com
 
 
 @pytest.mark.parametrize("backend", [cpu.BACKEND, cuda.BACKEND, ptx.BACKEND], ids=lambda b: b.name)
-def test_a_library_that_is_there_loads(backend: CompiledBackend) -> None:
-    """Also where nothing else would miss it: on a machine without a GPU, without a driver."""
+def test_a_built_library_loads(backend: CompiledBackend) -> None:
+    """Also on machines without GPU and driver, where no other test would notice."""
     if importlib.util.find_spec(backend.library) is None:
         pytest.skip(f"{backend.name}: {backend.not_built}")
     assert backend._refusal is None
@@ -118,7 +118,7 @@ def test_isa_cap_from_the_environment(python: Python) -> None:
 
 
 @needs_cpu
-def test_unknown_isa_cap_is_a_clear_refusal(python: Python) -> None:
+def test_an_unknown_isa_cap_is_an_error(python: Python) -> None:
     out = python(USE, PEFT_KERNELS_CPU_ISA="sse9").stdout
     levels = ", ".join(testing.ISA_LEVELS[:2])
     assert re.search(rf"^cpu +not usable: .*PEFT_KERNELS_CPU_ISA: expected {levels}", out, re.M)
@@ -162,7 +162,7 @@ def test_importing_twice_defines_the_ops_once() -> None:
 
 
 @needs_cpu
-def test_an_emulated_level_is_never_chosen_by_itself(python: Python) -> None:
+def test_an_emulated_isa_is_never_chosen_automatically(python: Python) -> None:
     extension = cpu.BACKEND.extension
     assert not set(extension.emulated_levels()) & set(extension.isa_levels())
     assert python(f"{LIBRARY}; print(library.isa_level())").stdout.strip() in extension.isa_levels()

@@ -1,4 +1,4 @@
-"""Which back end serves a call and why."""
+"""The choice of a back end, and its reasons."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def weight() -> pk.NF4Weight:
 
 @pytest.fixture
 def automatic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No forced back end, and nothing logged yet."""
+    """No forced back end, an empty log."""
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(dispatch, "_logged", set())
     yield
@@ -121,7 +121,7 @@ def test_use_backend_holds_for_its_own_thread() -> None:
 
 @needs_cpu
 def test_backward_in_another_thread_stays_on_its_back_end(weight: pk.NF4Weight) -> None:
-    """Autograd formulas call the ops of their own namespace, so the choice of the forward holds."""
+    """Gradients call the ops of their own namespace, so the forward's choice holds."""
     x = testing.tensor(3, 64).requires_grad_()
     with pk.use_backend("reference"):
         y = pk.nf4_linear(x, weight)
@@ -216,7 +216,7 @@ def test_isa_levels_are_switched_and_restored() -> None:
         ((7, 5), ["7.5+PTX", "8.0"], "capability 7.5, the kernels need 8.0 or later"),
     ],
 )
-def test_which_cards_code_serves(
+def test_cards_that_code_serves(
     capability: tuple[int, int], architectures: list[str], reason: str | None
 ) -> None:
     got = unserved(capability, architectures)
@@ -224,7 +224,7 @@ def test_which_cards_code_serves(
 
 
 class FakeCards:
-    """torch.cuda with cards that are not there."""
+    """Stands in for torch.cuda with several cards."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
@@ -257,7 +257,7 @@ def test_explain_cards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class OnCard(Tensor):
-    """A CPU tensor that says it is on a card."""
+    """A CPU tensor whose device is a card."""
 
     kind, index = "cuda", 0
 
@@ -298,8 +298,8 @@ def test_automatic_choice_by_device(
 
 @pytest.mark.usefixtures("automatic")
 @pytest.mark.parametrize("first", [0, 1])
-def test_the_choice_is_remembered_for_a_card(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
-    """Where cards differ, what serves the one need not serve the other."""
+def test_the_choice_is_cached_per_card(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
+    """Cards may differ in the back ends that can serve them."""
     FakeCards(monkeypatch, (9, 0), (7, 5))
     monkeypatch.setattr(triton.BACKEND, "probe", lambda: "not today")
     monkeypatch.setattr(dispatch, "_chosen", {})
@@ -313,7 +313,7 @@ def test_the_choice_is_remembered_for_a_card(monkeypatch: pytest.MonkeyPatch, fi
 
 
 @pytest.mark.usefixtures("automatic")
-def test_what_ends_at_plain_torch_says_why(
+def test_falling_back_to_plain_torch_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     x = testing.tensor(3, 64).as_subclass(OnCard)
@@ -335,8 +335,8 @@ def test_what_ends_at_plain_torch_says_why(
 
 
 @needs_cpu
-def test_refused_tiles_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a sandbox forbids arch_prctl: the level below serves, and explain() says why."""
+def test_forbidden_amx_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a sandbox forbids arch_prctl the next lower instruction set is used, and explain() says why."""
     reason = "amx: the kernel refuses the process its tiles"
     fake = SimpleNamespace(
         isa_levels=lambda: ["scalar", "avx512_bf16"],

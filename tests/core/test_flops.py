@@ -1,4 +1,4 @@
-"""What FlopCounterMode says of the public calls: what it says of the same layers in plain torch."""
+"""FlopCounterMode counts the public calls like the same layers in plain torch."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_only_what_is_needed_counts(backend: str) -> None:
 
 
 def test_attention(backend: str) -> None:
-    """Every score counts, as in torch, and backward computes them again."""
+    """Every score counts, as in torch; backward recomputes them."""
     shapes = (2, M, 4, R), (2, K, 2, R), (2, K, 2, R)
     q, k, v = (testing.tensor(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes))
     product = 2 * 2 * 4 * M * K * R
@@ -100,7 +100,7 @@ def test_attention(backend: str) -> None:
 
 
 def test_dora(backend: str) -> None:
-    """A layer with DoRA is one with LoRA and the norms; with dropout, one more base product."""
+    """DoRA counts as LoRA and the norms; with dropout, one more base GEMM."""
     weight, (a, b), x, magnitude = (
         testing.nf4_weight(N, K, 32),
         pair(K, N),
@@ -125,7 +125,7 @@ def test_every_namespace_is_known() -> None:
 
 @pytest.mark.parametrize("first", ["peft_kernels", "torch.utils.flop_counter"])
 def test_in_either_order_of_imports(python: Python, first: str) -> None:
-    """And nothing imports the counter, and Triton with it, for somebody who does not count."""
+    """The counter, which imports Triton, is never imported by the package."""
     script = f"""
 import sys, torch
 import {first}

@@ -1,4 +1,4 @@
-"""Only the gradients that somebody asked for are computed, and nothing is saved that need not be."""
+"""Only the needed gradients are computed, and only what they need is saved."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ops = torch.ops.peft_kernels
 
 
 class Spy(TorchDispatchMode):
-    """Records the arguments of every op of the package that is called inside."""
+    """Records the arguments of every op of the package called inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def test_only_the_needed_gradients_of_lists_are_computed(backend: str, kind: str
     y = c.call()
     dy = [testing.tensor(*t.shape, dtype=t.dtype, seed=60 + j) for j, t in enumerate(y)]
     with Spy() as spy:
-        # A layer that nothing trained reaches has no gradient to start from.
+        # An output that depends on nothing trained does not require a gradient.
         sources = [(t, d) for t, d in zip(y, dy, strict=True) if t.requires_grad]
         torch.autograd.backward([t for t, _ in sources], [d for _, d in sources])
     got = {name: value.grad for name, value in c.leaves().items() if value.grad is not None}

@@ -31,7 +31,7 @@ def test_every_op_with_a_formula_is_here() -> None:
 
 @pytest.fixture(params=[name for name in NAMESPACES if name != "public"])
 def namespace(request: pytest.FixtureRequest) -> str:
-    """Of a back end, where a test is about its kernels; the glue around them is the public ops' too."""
+    """The op namespace of a back end, for tests of its kernels."""
     if (reason := testing.unavailable(request.param)) is not None:
         pytest.skip(f"{request.param}: {reason}")
     return NAMESPACES[request.param]
@@ -41,7 +41,7 @@ each_case = pytest.mark.parametrize("op,sample", DIFFERENTIABLE, ids=["-".join(c
 
 
 class Case:
-    """A call of an op as a function of its leaves."""
+    """A call of an op as a function of its leaf tensors."""
 
     def __init__(self, op: str, sample: str, namespace: str = "peft_kernels") -> None:
         self._call = registry.eager(getattr(getattr(torch.ops, namespace), op).default)
@@ -136,7 +136,7 @@ def test_backward_twice(namespace: str, op: str, sample: str) -> None:
 
 
 def in_two_threads(run: Callable[[], Any]) -> list[Any]:
-    """What `run` gives in each, the switch between them being as frequent as Python allows."""
+    """Results of `run` in two threads, with the shortest switch interval that Python allows."""
     if triton.BACKEND.interpreted:
         pytest.skip(
             "Triton's interpreter puts its functions into triton.language while a kernel runs: one at a time"
@@ -157,7 +157,7 @@ def in_two_threads(run: Callable[[], Any]) -> list[Any]:
 
 
 @each_case
-def test_two_threads_go_back_through_one_graph(namespace: str, op: str, sample: str) -> None:
+def test_two_threads_share_a_graph(namespace: str, op: str, sample: str) -> None:
     case = Case(op, sample, namespace)
     outputs = case(*case.leaves)
     want = case.gradients(outputs, retain_graph=True)
@@ -170,7 +170,7 @@ def test_two_threads_go_back_through_one_graph(namespace: str, op: str, sample: 
 
 
 @each_case
-def test_two_threads_with_graphs_of_their_own(namespace: str, op: str, sample: str) -> None:
+def test_two_threads_with_separate_graphs(namespace: str, op: str, sample: str) -> None:
     case = Case(op, sample, namespace)
     want = case.gradients(case(*case.leaves))
     for got in in_two_threads(lambda: case.gradients(case(*case.leaves))):

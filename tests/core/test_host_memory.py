@@ -1,4 +1,4 @@
-"""keep_freed_memory: a step takes the pages that the one before has freed."""
+"""keep_freed_memory: a step reuses the pages that the previous one freed."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ print(json.dumps([given_back, kept, faults()]))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
-def test_pages_are_taken_again(python: Python) -> None:
+def test_pages_are_reused(python: Python) -> None:
     given_back, kept, faults = json.loads(python(STEPS).stdout)
     pages = 5 * (40 << 20) // 4096  # of the block that is above glibc's own limit
     assert given_back > 0.9 * pages and kept is True and faults < 0.2 * given_back
 
 
 class Function:
-    """As ctypes has them: with types that can be set."""
+    """A ctypes function: its types can be set."""
 
     def __init__(self, most: int = 0) -> None:
         self.most, self.calls = most, list[tuple[int, int]]()

@@ -20,7 +20,7 @@ def free_gib() -> float:
 
 @pytest.fixture(scope="module")
 def weight() -> torch.Tensor:
-    """fp16 (N, K), zero but for the last three rows and, as bait for a wrapped index, the first two."""
+    """fp16 (N, K), zero except for the last three rows and the first two, which a wrapped index would hit."""
     if (reason := testing.unavailable("cpu")) is not None:
         pytest.skip(f"cpu: {reason}")
     if free_gib() < NEEDED_GIB:
@@ -61,7 +61,7 @@ def test_more_than_2_31_weights(weight: torch.Tensor) -> None:
 
 @pytest.mark.slow
 def test_dequantize_more_than_2_31_weights(weight: torch.Tensor) -> None:
-    """Only the packed bytes of the tail are set; the 4 GiB of output are the cost of this one."""
+    """Sets only the packed bytes of the tail; the output takes 4 GiB."""
     ops, tail = torch.ops.peft_kernels_cpu, weight[-3:]
     want_packed, want_absmax = ops.quantize_nf4(tail, BLOCKSIZE)
     packed = torch.from_numpy(np.zeros(N * K // 2, np.uint8))

@@ -163,7 +163,8 @@ def test_names_in_headers_of_cpu_kernels_are_one_things() -> None:
 
 
 def test_each_family_of_ops_has_a_folder_of_tests() -> None:
-    """The Makefile runs those folders in Triton's interpreter, as PTX for other cards, and under sanitizers."""
+    """The Makefile runs those folders in Triton's interpreter, as PTX for other cards, and under
+    sanitizers."""
     ops = PACKAGE / "ops"
     families = {
         path.relative_to(ops).parts[0].removesuffix(".py")

@@ -1,4 +1,4 @@
-"""To add an op is to write its class: all else comes of that. Shown with an op that is none of ours."""
+"""Adding an op takes only its class: shown with an op defined here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ N, K = 6, 32
 
 @pytest.fixture(scope="module")
 def ops() -> Iterator[Any]:
-    """A namespace in which a back end has a kernel of its own for the new op."""
+    """A namespace with a kernel for the new op."""
 
     class ScaledLinear(Op):
         name = "scaled_linear"
@@ -53,7 +53,7 @@ def ops() -> Iterator[Any]:
             return 2 * args.x[0] * args.x[1] * args.scale[0]
 
     def kernel(x: Tensor, *args: Any) -> Any:
-        """Any function that takes what the schema says."""
+        """A function that takes the schema's arguments."""
         y, product = ScaledLinear.plain(x.double(), *args)
         return y.to(x.dtype), product.to(x.dtype)
 
@@ -87,7 +87,7 @@ def test_value_and_gradient(ops: Any, way: str) -> None:
         assert torch.allclose(got, truth, atol=1e-5)
 
 
-def test_torch_finds_nothing_amiss(ops: Any) -> None:
+def test_opcheck(ops: Any) -> None:
     torch.library.opcheck(ops.scaled_linear.default, arguments())
 
 
@@ -112,7 +112,7 @@ def test_it_is_compiled_counted_and_transformed(ops: Any) -> None:
     assert torch.allclose(each, plainly((x, *rest)), atol=1e-6)
 
 
-def test_a_second_gradient_is_refused(ops: Any) -> None:
+def test_a_second_gradient_raises(ops: Any) -> None:
     args = arguments()
     (dx,) = torch.autograd.grad(ops.scaled_linear(*args)[0].sum(), args[0], create_graph=True)
     with pytest.raises(RuntimeError, match=r"^scaled_linear: a gradient of its gradients was asked for"):

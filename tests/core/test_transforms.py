@@ -1,6 +1,6 @@
 """torch.func's transforms and forward-mode differentiation of the public calls.
 
-Under them the plain-torch meaning of ops runs, whichever back end serves otherwise.
+Under them the plain-torch reference of ops runs, whichever back end is used otherwise.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Function = Callable[..., Tensor]
 
 
 def case(name: str) -> tuple[Function, Function, list[Tensor]]:
-    """A call as a function of x and adapters, its definition in plain torch for any dtype, and its inputs."""
+    """A call as a function of x and adapters, its definition in plain torch, and its inputs."""
     gate, up, down = (
         testing.nf4_weight(n, k, 32, seed=s) for s, (n, k) in enumerate([(N, K), (N, K), (K, N)])
     )
@@ -146,7 +146,7 @@ def test_gradients_per_sample(name: str) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_forward_mode(name: str) -> None:
-    """Tangents are right, never dropped."""
+    """Tangents are right, and never dropped."""
     call, definition, inputs = case(name)
     tangents = [testing.tensor(*t.shape, seed=30 + i) for i, t in enumerate(inputs)]
     y, got = jvp(call, tuple(inputs), tuple(tangents))
@@ -167,7 +167,7 @@ def test_whichever_back_end_is_forced(name: str) -> None:
 
 
 def test_dropout_under_vmap() -> None:
-    """torch's rule for random functions: a mask for each sample, or one for all, if it is said which."""
+    """torch's rule for random functions: `randomness` selects a mask per sample or one for all."""
     weight = testing.nf4_weight(N, K, 32)
     a, b = torch.eye(K), torch.ones(N, K)
     x = torch.ones(3, 6, K)

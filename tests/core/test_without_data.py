@@ -1,5 +1,4 @@
-"""The public calls where tensors have no data, or threads go different ways: meta tensors, FakeTensorMode,
-torch.export, two back ends at once."""
+"""The public calls with meta tensors, under FakeTensorMode and torch.export, and on two back ends at once."""
 
 from __future__ import annotations
 
@@ -110,7 +109,7 @@ def test_export(name: str, base: str, strict: bool) -> None:
 
 
 def test_two_threads_use_two_back_ends() -> None:
-    """What one forces, the other does not see."""
+    """A forced back end applies to its own thread only."""
     if (reason := testing.unavailable("cpu")) is not None:
         pytest.skip(f"cpu: {reason}")
     together, x, weight = Barrier(2), testing.tensor(3, K), testing.nf4_weight(N, K)

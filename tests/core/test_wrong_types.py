@@ -1,4 +1,4 @@
-"""Public calls that are given a wrong type say which argument it is, what was expected and what came."""
+"""TypeErrors of the public calls name the argument, the expected and the given type."""
 
 from __future__ import annotations
 
@@ -150,21 +150,21 @@ def test_each_argument_is_named(name: str, argument: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_right_arguments_are_taken(name: str) -> None:
+def test_right_arguments_pass(name: str) -> None:
     call, arguments = CALLS[name]
     if name == "load_checkpoint":
         pytest.skip("its own errors of files are in test_bad_checkpoints.py")
     call(**arguments())
 
 
-def test_what_lists_hold_is_named() -> None:
+def test_list_items_are_named() -> None:
     bad = pk.AdaptedLinear(nf4(OUT, IN), adapters=[pk.Adapter(torch.ones(R, IN), None, 1.0)])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^layers\[1\]\.adapters\[0\]\.lora_b: expected a Tensor, got None$"):
         pk.multi_lora_linear(X, [layer(), bad])
 
 
 def test_other_errors_stay() -> None:
-    """Of right types nothing else is said, and Python's own sentence of missing arguments stands."""
+    """Errors with right types, and Python's own error about missing arguments, are unchanged."""
     with pytest.raises(ValueError, match=r"^x: expected shape"):
         pk.rms_norm(X, torch.ones(IN + 1))
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'weight'"):

@@ -49,7 +49,7 @@ def pack_mask(mask: Mask | None) -> MaskArgs:
 
 @triton.jit
 def unpack_mask(mask):
-    """What `kept` takes, of a MaskArgs."""
+    """The mask that `keep_mask` takes, from a MaskArgs."""
     return mask.seed, mask.stream >> 4, mask.threshold >> 4 & 0xFFFFFFFF
 
 

@@ -1,4 +1,4 @@
-"""Arguments of the ops of attention."""
+"""Arguments of the attention ops."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from small_tensors import leaf
 def attention_args(
     dtype: torch.dtype = torch.float32, spans: int = 0, causal: bool = False
 ) -> tuple[Any, ...]:
-    """`spans`: how many each row has."""
+    """`spans`: number of spans per row."""
     q, k, v = (leaf(2, rows, heads, 6, dtype=dtype, seed=rows) for rows, heads in ((5, 4), (7, 2), (7, 2)))
     of_rows = torch.tensor([[0, 7], [2, 5], [3, 3], [6, 9], [0, 1]]).int().expand(2, 5, 2)
     if spans == 2:

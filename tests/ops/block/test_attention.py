@@ -35,7 +35,7 @@ def sides(size: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
 
 
 def spans_for(size: tuple[int, ...], seed: int = 0) -> Tensor:
-    """Of any kind: some without keys, some that end beyond the last key or start before the first."""
+    """Spans of all kinds: without keys, beyond the last key, before the first."""
     batch, rows, keys = size[:3]
     generator = torch.Generator().manual_seed(rows + seed)
     first = torch.randint(-2, keys, (batch, rows), generator=generator)
@@ -74,7 +74,7 @@ def results(forward: Any, q: Tensor, k: Tensor, v: Tensor, dy: Tensor) -> dict[s
 
 
 def in_plain_torch(forward: Any, *sides: Tensor) -> dict[str, Tensor]:
-    """The same maths: gradients that start from what a row's result and its gradient come to."""
+    """The same formulas in plain torch, with gradients from the row sums of y * dy."""
     with pk.use_backend("reference"):
         return results(forward, *sides)
 
@@ -142,7 +142,7 @@ def test_completions_share_a_prompt(
 
 
 def test_two_spans_in_one(backend: str) -> None:
-    """The same bits as the one span that they are together."""
+    """Bit-equal to the single span that they form together."""
     q, k, v, dy = sides((2, 70, 150, 2, 1, 32), torch.bfloat16)
     one = spans_for((2, 70, 150)).clamp(min=0)
     middle = (one.sum(-1, keepdim=True) // 2).int()
@@ -153,8 +153,8 @@ def test_two_spans_in_one(backend: str) -> None:
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-def test_rows_are_read_as_they_lie(backend: str) -> None:
-    """Transposed views, features that do not lie side by side, and gradients that come so."""
+def test_any_layout(backend: str) -> None:
+    """Transposed views, non-contiguous features, and gradients of such layouts."""
     q, k, v, dy = sides((2, 40, 40, 4, 2, 16), torch.bfloat16)
     want = results(lambda *t: pk.attention(*t, is_causal=True), q, k, v, dy)
     views = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v, dy)]
@@ -165,7 +165,7 @@ def test_rows_are_read_as_they_lie(backend: str) -> None:
 
 
 def test_the_same_bits(backend: str) -> None:
-    """Whatever the number of threads; whatever else is in the batch."""
+    """Results do not depend on the number of threads or on the rest of the batch."""
     size = (3, 150, 150, 6, 3, 32)
     q, k, v, dy = sides(size, torch.bfloat16)
     want = results(lambda *t: pk.attention(*t, is_causal=True), q, k, v, dy)
@@ -181,8 +181,8 @@ def test_the_same_bits(backend: str) -> None:
     testing.assert_close(alone["y"], want["y"][1:2], want["y"][1:2].double(), "y")
 
 
-def test_what_is_masked_does_not_matter(backend: str) -> None:
-    """However large it is, and its gradient is 0."""
+def test_masked_values_have_no_effect(backend: str) -> None:
+    """Masked values may be large, and have gradient 0."""
     q, k, v, dy = sides((1, 20, 90, 2, 1, 16), torch.float32)
     spans = torch.tensor([3, 70]).int().expand(1, 20, 2)
     want = results(lambda *t: pk.attention(*t, spans), q, k, v, dy)
@@ -205,7 +205,7 @@ def test_large_scores(backend: str) -> None:
 
 
 def test_large_scores_of_many_rows(backend: str) -> None:
-    """As above, of more rows than kernels take for few."""
+    """As above, with more rows than kernels for few rows take."""
     q, k, v, dy = sides((1, 40, 1200, 1, 1, 8), torch.float32)
     k = k * torch.linspace(1, 100, 1200)[None, :, None, None]
     got = results(lambda *t: pk.attention(*t), q, k, v, dy)
@@ -216,7 +216,7 @@ def test_large_scores_of_many_rows(backend: str) -> None:
 
 
 @pytest.mark.parametrize("batch,rows,keys", [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
-def test_nothing(backend: str, batch: int, rows: int, keys: int) -> None:
+def test_empty(backend: str, batch: int, rows: int, keys: int) -> None:
     q, k, v, dy = sides((batch, rows, keys, 2, 1, 8), torch.float32)
     got = results(lambda *t: pk.attention(*t), q, k, v, dy)
     assert all(not value.any() for value in got.values())
@@ -224,14 +224,15 @@ def test_nothing(backend: str, batch: int, rows: int, keys: int) -> None:
 
 
 def test_saved() -> None:
-    """No scores: q, k, v, the result, and two numbers for each row and head."""
+    """Saves q, k, v, the result and two values per row and head, no scores."""
     q, k, v, _ = (t.requires_grad_() for t in sides((2, 200, 200, 4, 2, 32), torch.bfloat16))
     saved = testing.saved_bytes(lambda: pk.attention(q, k, v, is_causal=True), [q, k, v])
     assert saved == q.nbytes + 2 * 2 * 4 * 200 * 4
 
 
 def test_torch_agrees(backend: str) -> None:
-    """With scaled_dot_product_attention: the scale that is left out, and which queries' heads share one."""
+    """Agrees with scaled_dot_product_attention in the default scale and in which query heads share a key
+    head."""
     dtype = torch.float64 if backend == "reference" else torch.float32
     q, k, v, dy = (t.to(dtype) for t in sides((2, 50, 50, 6, 2, 32), torch.float32))
 

@@ -1,4 +1,4 @@
-"""rms_norm and its gradients on every back end, against transformers' LlamaRMSNorm and fp64."""
+"""rms_norm and its gradients on every back end, against transformers' norms and fp64."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_rms_norm(backend: str, shape: str, dtype: torch.dtype, of_weight: torch
 
 
 @pytest.mark.parametrize("of_weight", [torch.bfloat16, torch.float32], ids=short)
-def test_what_is_normed_is_rounded(backend: str, of_weight: torch.dtype) -> None:
+def test_x_over_rms_is_rounded(backend: str, of_weight: torch.dtype) -> None:
     """To x's dtype, before it meets the weight: all but a few elements, of rows whose sums round otherwise,
     have the bits of stock. Without that rounding many have others."""
     x, weight, _ = inputs((64, 576), torch.bfloat16, of_weight)
@@ -143,7 +143,7 @@ def added(x: Tensor, residual: Tensor, weight: Tensor, **options: Any) -> tuple[
 @pytest.mark.parametrize("of_residual", DTYPES, ids=lambda dtype: f"to_{short(dtype)}")
 @pytest.mark.parametrize("kind", KINDS)
 def test_add_rms_norm(backend: str, kind: str, of_residual: torch.dtype, dtype: torch.dtype) -> None:
-    """Of two dtypes, too, as a branch under autocast and a stream in fp32 are."""
+    """Also of two dtypes, like a branch under autocast and an fp32 residual stream."""
     options = KINDS[kind]
     total = torch.promote_types(dtype, of_residual)
     for shape in ("odd", "chains", "chunks"):
@@ -161,7 +161,7 @@ def test_add_rms_norm(backend: str, kind: str, of_residual: torch.dtype, dtype: 
 
 
 def test_add_rms_norm_gives_what_autocast_reads(backend: str) -> None:
-    """A branch in bf16 and a stream in fp32, normed for projections in bf16."""
+    """A bf16 branch and an fp32 residual stream, normed for bf16 projections."""
     x, weight, _ = inputs((70, 576), torch.bfloat16, torch.float32)
     residual = testing.tensor(70, 576, seed=4)
     got = pk.add_rms_norm(x, residual, weight, EPS, dtype=torch.bfloat16)
@@ -172,7 +172,7 @@ def test_add_rms_norm_gives_what_autocast_reads(backend: str) -> None:
 
 @pytest.mark.parametrize("used", ["y", "sum", "neither"])
 def test_one_result_is_not_used(backend: str, used: str) -> None:
-    """Its gradient is none, and costs nothing."""
+    """Its gradient is None, and costs nothing."""
     x, weight, dy = inputs((70, 40), torch.float32, torch.float32)
     leaves = [t.clone().requires_grad_() for t in (x, 2 * x, weight)]
     y, summed = pk.add_rms_norm(*leaves, EPS)
@@ -207,7 +207,7 @@ def test_add_rms_norm_saves_the_sum_alone(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 def test_the_gradient_of_the_sum_is_added_before_dx_is_rounded(backend: str, dtype: torch.dtype) -> None:
-    """What is left where the two cancel is what one rounding would have taken."""
+    """Where the two cancel, rounding dx first would lose the difference."""
     x, weight, dy = inputs((70, 333), dtype, torch.float32)
     rstd = (x.double().square().mean(-1) + EPS).rsqrt()
     op, how = torch.ops.peft_kernels.rms_norm_backward, (0.0, False, True, False)
@@ -227,7 +227,7 @@ def test_eps_counts(backend: str) -> None:
 
 
 def test_rows_do_not_mix(backend: str) -> None:
-    """What is no number stays in its row, but for the sum over rows."""
+    """NaN stays in its row, except in the sum over rows."""
     x, weight, dy = inputs((70, 40), torch.float32, torch.float32)
     clean = results(pk.rms_norm, x, weight, dy)
     for bad in (float("nan"), float("inf")):
@@ -340,7 +340,7 @@ def test_add_rms_norm_refuses(residual: Tensor, message: str) -> None:
 
 
 def test_the_op_refuses() -> None:
-    """What memory safety rests on, where a caller has gone round the typed call."""
+    """Checks for memory safety in the op itself, behind the typed call."""
     if (reason := testing.unavailable("cpu")) is not None:
         pytest.skip(f"cpu: {reason}")
     cpu: Any = torch.ops.peft_kernels_cpu

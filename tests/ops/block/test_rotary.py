@@ -1,4 +1,4 @@
-"""Rotary embedding on every back end: the bits of transformers' functions, and their gradients'."""
+"""Rotary embedding on every back end, bit-equal to transformers' functions and their gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rotate_half(x: Tensor) -> Tensor:
 
 
 def stock(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """As `apply_rotary_pos_emb`, of heads behind the rows."""
+    """`apply_rotary_pos_emb` with heads behind the rows."""
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
@@ -50,7 +50,7 @@ def results(forward: Any, q: Tensor, k: Tensor, *rest: Any) -> dict[str, Tensor]
 @each_dtype
 @pytest.mark.parametrize("batch", ["each", "all"])
 @pytest.mark.parametrize("size", SIZES)
-def test_the_bits_of_stock(backend: str, size: str, batch: str, dtype: torch.dtype) -> None:
+def test_bit_equal_to_stock(backend: str, size: str, batch: str, dtype: torch.dtype) -> None:
     q, k = sides(SIZES[size], dtype)
     of_rows = angles(q.shape[0] if batch == "each" else 1, q.shape[1], q.shape[3], dtype)
     want, got = results(stock, q, k, *of_rows), results(pk.rotary, q, k, *of_rows)
@@ -79,7 +79,7 @@ def test_mixed_types(backend: str, dtype: torch.dtype, of_angles: torch.dtype) -
 
 
 def test_results_in_another_type(backend: str) -> None:
-    """As stock's, rounded once more; gradients come in it, and leave in q's."""
+    """stock's results rounded once more; incoming gradients have that dtype, outgoing ones q's."""
     q, k = sides(SIZES["lanes"], torch.float32)
     of_rows = angles(1, q.shape[1], q.shape[3])
 
@@ -91,8 +91,8 @@ def test_results_in_another_type(backend: str) -> None:
     assert got["q"].dtype == torch.bfloat16 and got["dq"].dtype == torch.float32
 
 
-def test_heads_are_read_as_they_lie(backend: str) -> None:
-    """Transposed views, features that do not lie side by side, and gradients that come so."""
+def test_any_layout(backend: str) -> None:
+    """Transposed views, non-contiguous features, and gradients of such layouts."""
     q, k = sides(SIZES["lanes"], torch.bfloat16)
     of_rows = angles(q.shape[0], q.shape[1], q.shape[3], torch.bfloat16)
     want = results(pk.rotary, q, k, *of_rows)
@@ -129,7 +129,7 @@ def test_nothing_of_q_and_k_is_saved(backend: str) -> None:
 
 
 def test_second_derivatives(backend: str) -> None:
-    """The gradient is linear in dy: its own is the forward."""
+    """The gradient is linear in dy, and its gradient is the forward op."""
     q, k = sides(SIZES["odd"], torch.float32)
     of_rows = angles(1, 5, 6)
     q.requires_grad_()
@@ -172,7 +172,7 @@ def test_rotary_refuses(case: str) -> None:
 
 
 def test_the_op_refuses() -> None:
-    """What memory safety rests on, where a caller has gone round the typed call."""
+    """Checks for memory safety in the op itself, behind the typed call."""
     if (reason := testing.unavailable("cpu")) is not None:
         pytest.skip(f"cpu: {reason}")
     cpu: Any = torch.ops.peft_kernels_cpu

@@ -40,7 +40,7 @@ CASES = testing.pairwise(
 
 
 def tensors(case: dict[str, Any], sample: int = 0) -> dict[str, Tensor | None]:
-    """By the names of arguments; those that a case has not are None."""
+    """Arguments by name; None where a case has none."""
     at = 20 * sample
     m, k, r = case["m"], case["k"], case["r"]
     n = k + 3 if case["beside"] else k
@@ -62,7 +62,7 @@ def tensors(case: dict[str, Any], sample: int = 0) -> dict[str, Tensor | None]:
 
 
 def define(t: dict[str, Any], case: dict[str, Any]) -> Tensor:
-    """In torch's own functions, in the dtype of the tensors."""
+    """The definition in torch functions, in the tensors' dtype."""
     x = t["x"]
     normed = (
         x
@@ -99,7 +99,7 @@ Results = dict[str, tuple[Tensor, Tensor, Tensor]]
 
 
 def results(case: dict[str, Any], sample: int) -> Results:
-    """What the op gives, plain torch in fp32, rounded where results are, and the truth."""
+    """The op's results, plain torch in fp32 with rounded results, and the truth."""
     t, dtype = tensors(case, sample), case["dtype"]
     before = [value.clone() for value in t.values() if value is not None]
     got = with_gradients(lambda t: run(ops.bottleneck, t, case), t, dtype)
@@ -116,7 +116,7 @@ def results(case: dict[str, Any], sample: int) -> Results:
 
 
 def judge(case: dict[str, Any]) -> None:
-    """Small results from more samples, as one rounding says little."""
+    """Judges small results from more samples."""
     samples = [results(case, 0)]
     smallest = min(got.numel() for got, *_ in samples[0].values() if got.numel())
     samples += [results(case, i) for i in range(1, -(-ENOUGH // smallest))]
@@ -143,7 +143,7 @@ def test_more_ranks_and_features_than_a_tile(backend: str, case: dict[str, Any])
 @pytest.mark.parametrize("parameters", ["same", "fp32"])
 @pytest.mark.parametrize("m,r,norm", [(515, 48, False), (259, 70, False), (300, 33, True)])
 def test_many_rows(backend: str, m: int, r: int, norm: bool, parameters: str) -> None:
-    """Several chunks of rows, the last of odd length; bottlenecks that are thin, deep and odd."""
+    """Several chunks of rows, the last of odd length; small, large and odd ranks."""
     if backend in ("ptx", "triton"):
         pytest.skip(f"{backend}: these are the CPU kernel's chunks")
     case = {"m": m, "k": 96, "r": r, "norm": norm, "beside": norm, "biases": True, "p": 0.3}
@@ -197,7 +197,7 @@ def test_single_rows_and_features(backend: str, m: int, k: int, r: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("beside", [False, True])
 def test_an_up_of_zeros_is_the_identity_to_the_bit(backend: str, beside: bool, dtype: torch.dtype) -> None:
-    """Signs of zero and subnormal numbers included, whatever the signs in the bottleneck."""
+    """Signs of zeros and subnormals included, for any signs in the bottleneck."""
     x = testing.tensor(9, 40, dtype=dtype)
     x[0] = torch.tensor([0.0, -0.0] * 20)
     x[1, ::3], x[2, ::2], x[3] = 1e-40, -1e-40, -0.0
@@ -296,8 +296,8 @@ def test_refused(name: str) -> None:
         pk.bottleneck(**{"x": X, "down": DOWN, "up": UP} | options)
 
 
-def test_a_transform_sees_the_slope_at_zero() -> None:
-    """Under torch.func the definition is differentiated: an `up` of zeros has a gradient all the same."""
+def test_transforms_differentiate_at_zero() -> None:
+    """Under torch.func the reference is differentiated: an `up` of zeros still has a gradient."""
     zeros = torch.zeros_like(UP)
     got = torch.func.grad(lambda up: pk.bottleneck(X, DOWN, up, activation="gelu").square().sum())(zeros)
     up = zeros.clone().requires_grad_()
@@ -329,7 +329,7 @@ WRONG = {
 
 
 def ops_of(backend_id: str) -> Any:
-    """Called past all checks in Python."""
+    """The ops, called without the checks of Python."""
     if (reason := testing.unavailable(backend_id)) is not None:
         pytest.skip(f"{backend_id}: {reason}")
     return getattr(torch.ops, BACKENDS[backend_id].namespace)
@@ -352,7 +352,7 @@ def wrong_args(name: str) -> tuple[str, list[Any]]:
 @with_kernels
 @pytest.mark.parametrize("name", WRONG)
 def test_the_kernel_checks_for_itself(backend_id: str, name: str) -> None:
-    """What memory safety rests on, past all checks in Python."""
+    """Checks for memory safety in the op itself."""
     message, args = wrong_args(name)
     with pytest.raises(RuntimeError, match=message):
         ops_of(backend_id).bottleneck_backward(*args)
@@ -380,7 +380,7 @@ def test_an_x_that_is_no_residual_is_not_read_as_one(backend_id: str) -> None:
 
 
 def test_one_launch_each_way_in_triton() -> None:
-    """And one for the gradients of both factors; with a layer norm, torch's functions."""
+    """And one for the gradients of both factors; with a layer norm the reference runs."""
     if (reason := testing.unavailable("triton")) is not None:
         pytest.skip(f"triton: {reason}")
     from peft_kernels.triton_kernels.core import launch

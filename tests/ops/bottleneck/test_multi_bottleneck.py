@@ -1,4 +1,4 @@
-"""Bottleneck adapters for groups of rows, against the same adapters one by one."""
+"""Bottleneck adapters for groups of rows, against single adapters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("nan_outputs", "one_thread")
 
 
 def adapters(dtype: torch.dtype, features: int = K) -> list[BottleneckParameters]:
-    """Of all kinds; nobody has the fourth."""
+    """Adapters of all kinds; the fourth serves no row."""
 
     def one(i: int, r: int, activation: str, kind: str, kept: torch.dtype) -> BottleneckParameters:
         def vector(n: int, seed: int, centre: float = 0.0) -> Tensor:
@@ -76,9 +76,7 @@ def leaves_of(adapters: Sequence[BottleneckParameters]) -> tuple[list[Tensor], l
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("beside", [False, True])
-def test_each_row_is_what_its_adapter_alone_makes_of_it(
-    backend: str, beside: bool, dtype: torch.dtype
-) -> None:
+def test_values_equal_single_adapters(backend: str, beside: bool, dtype: torch.dtype) -> None:
     x, residual, every = inputs(dtype, beside)
     before = x.clone(), GROUPS.clone()
     y = multi_bottleneck(x, every, GROUPS, residual)
@@ -98,9 +96,7 @@ def test_each_row_is_what_its_adapter_alone_makes_of_it(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("beside", [False, True])
-def test_gradients_are_those_of_each_adapter_on_its_rows(
-    backend: str, beside: bool, dtype: torch.dtype
-) -> None:
+def test_gradients_equal_single_adapters(backend: str, beside: bool, dtype: torch.dtype) -> None:
     x, residual, every = inputs(dtype, beside)
     leaves, mine = leaves_of(every)
     leaves += [t.requires_grad_() for t in (x, residual) if t is not None]
@@ -147,7 +143,7 @@ def test_leading_sizes_groups_of_32_bits_and_no_adapters(backend: str, leading: 
 
 
 def test_other_rows_reach_no_gradient(backend: str) -> None:
-    """What rows hold that another adapter serves, or none."""
+    """Values in rows of other adapters, or of none, do not matter."""
     x, _, every = inputs(torch.float32, False)
     leaves, mine = leaves_of(every[:1])
 
@@ -161,7 +157,7 @@ def test_other_rows_reach_no_gradient(backend: str) -> None:
 
 
 def test_dropout(backend: str) -> None:
-    """An adapter draws the mask of the rows that it has, as it does alone; another has another."""
+    """Each adapter draws its own mask for its rows, as it does alone."""
     x = testing.tensor(8, K)
     one = replace(adapters(torch.float32)[1], dropout_p=0.5)
     groups = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1])

@@ -1,4 +1,4 @@
-"""Lists of tensors cast in one call, sums of two dtypes, adapters that a call rounds: torch's own bits."""
+"""Casts of lists, sums of two dtypes, and adapters that a call rounds, bit-equal to torch."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_what_cannot_be_added() -> None:
 
 
 def adapted(op: str, rounds: bool, frozen: bool = False) -> tuple[Any, list[Tensor]]:
-    """A call of x, and the adapters that it has in fp32."""
+    """A call as a function of x, and its fp32 adapters."""
     shapes = {"lora_linear": [(N, K)], "multi_lora_linear": [(N, K), (2 * N, K)]}
     of_op = shapes.get(op, [(N, K), (N, K), (K, N)])
     weights = [testing.nf4_weight(n, k, 32, seed=j) for j, (n, k) in enumerate(of_op)]
@@ -131,7 +131,7 @@ def test_rounded_as_autocast_does(backend: str, op: str, frozen: bool) -> None:
 
 
 @each_op
-def test_no_activations_of_16_bits_no_rounding(op: str) -> None:
+def test_no_rounding_without_16_bit_activations(op: str) -> None:
     if op == "lora_linear":
         pytest.skip("its typed call has no such argument")
     x = testing.tensor(5, K)
@@ -143,7 +143,7 @@ def test_no_activations_of_16_bits_no_rounding(op: str) -> None:
 
 @each_op
 def test_what_autograd_sees(op: str) -> None:
-    """The parameters themselves: hooks on them run, and nothing lies between them and the op."""
+    """The parameters are direct inputs of the op's node, and hooks on them run."""
     call, trained = adapted(op, True)
     seen: list[torch.dtype] = []
     for one in trained:
@@ -157,7 +157,7 @@ def test_what_autograd_sees(op: str) -> None:
 
 
 @each_op
-def test_saved_are_the_rounded_ones(op: str) -> None:
+def test_the_rounded_adapters_are_saved(op: str) -> None:
     saved: list[torch.dtype] = []
     call, trained = adapted(op, True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.dtype) or t, lambda t: t):
@@ -203,7 +203,7 @@ def test_checkpointing() -> None:
 
 
 class Casts(TorchDispatchMode):
-    """How many tensors calls of `cast` were given."""
+    """Counts the tensors of each call of `cast`."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -42,7 +42,7 @@ def test_any_shape_and_order_in_memory(backend: str) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_stays_in_its_column(backend: str, value: float) -> None:
+def test_non_finite_values_stay_in_their_column(backend: str, value: float) -> None:
     x = testing.tensor(70, 35)
     want = ops.column_sums(x)
     x[66, 33] = value
@@ -63,7 +63,7 @@ def test_any_number_of_threads(backend: str, dtype: torch.dtype) -> None:
 @each_dtype
 @pytest.mark.parametrize("kind", ["nf4_linear", "lora_linear"])
 def test_biases_get_it(backend: str, kind: str, dtype: torch.dtype) -> None:
-    """The gradient of a bias in 16 bits is rounded once, however many rows there are."""
+    """The gradient of a 16-bit bias is rounded once, for any number of rows."""
     x, weight = testing.tensor(300, 64, dtype=dtype), testing.nf4_weight(33, 64)
     dy = testing.tensor(300, 33, dtype=dtype, seed=1)
     for of_bias in (dtype, torch.float32):
@@ -78,7 +78,7 @@ def test_biases_get_it(backend: str, kind: str, dtype: torch.dtype) -> None:
 
 
 def test_the_cpu_has_a_kernel() -> None:
-    """torch's sum would copy 16-bit rows to fp32 before it adds them up."""
+    """torch's sum would first copy 16-bit rows to fp32."""
     if (reason := testing.unavailable("cpu")) is not None:
         pytest.skip(f"cpu: {reason}")
     assert torch._C._dispatch_has_kernel_for_dispatch_key("peft_kernels_cpu::column_sums", "CPU")

@@ -40,7 +40,7 @@ def ends_of(split: Sequence[int]) -> Tensor:
 
 
 def runs(ends: Tensor) -> Iterator[tuple[int, slice]]:
-    """Experts that have rows, and which."""
+    """(expert, slice of its rows) of each expert that has rows."""
     begin = 0
     for e, end in enumerate(ends.tolist()):
         if end > begin:
@@ -55,12 +55,12 @@ def experts_weight(experts: int, n: int, k: int, bs: int, nested: bool, seed: in
 
 
 def as_peft_has_it(b: Tensor) -> Tensor:
-    """(experts, out, r) in the memory of PEFT's lora_B, (out, r * experts): experts lie side by side."""
+    """(experts, out, r) in the layout of PEFT's lora_B, (out, r * experts)."""
     return b.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 def expanded(t: Tensor) -> Tensor:
-    """Values of the first expert for all, in its memory."""
+    """The first expert's values for all, expanded with stride 0."""
     return t[:1].expand_as(t)
 
 
@@ -74,7 +74,7 @@ STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class ExpertsCase:
-    """The inputs of one case, the results of plain torch, and the truth."""
+    """Inputs of one case, results of plain torch, and the truth."""
 
     def __init__(self, case: dict[str, Any], seed: int = 0) -> None:
         n, k, r, dtype, bias = (case[name] for name in ("n", "k", "r", "dtype", "bias"))
@@ -137,7 +137,7 @@ experts_case = once(lambda case, seed: ExpertsCase(case, seed))
 
 
 def sized(case: dict[str, Any]) -> dict[str, Any]:
-    """Rows of the case, by which its size is known."""
+    """Number of rows of the case."""
     return case | {"m": sum(SPLITS[case["split"]])}
 
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts of transformers for the tests of packing: modules of experts alone, and tiny models."""
+"""Mixtures of experts of transformers for tests: modules of experts, and tiny models."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def packed(kind: str = "qwen3_moe", dtype: torch.dtype = torch.float32, **option
 
 
 def unpacked(module: Any, dtype: torch.dtype | None = None, implementation: str = "eager") -> Any:
-    """The same experts as transformers computes them."""
+    """The same experts in transformers' implementation."""
     dense = copy.deepcopy(module)
     unpack(dense)
     dense.config = copy.copy(dense.config)
@@ -108,7 +108,7 @@ def _gpt_oss() -> Any:
 
 
 def _deepseek_v3() -> Any:
-    """Its first layer has no experts, the others shared ones besides."""
+    """The first layer has no experts, the others also have shared ones."""
     experts = {"moe_intermediate_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2}
     heads = {"kv_lora_rank": 16, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
     sizes = SIZES | {"num_key_value_heads": 4, "intermediate_size": 128, "v_head_dim": 16}

@@ -1,4 +1,4 @@
-"""The ops of experts by the numbers policy, on every back end, and beside the ops of single layers."""
+"""The experts' ops by the numbers policy on every back end, and against ops of single layers."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_any_shape(backend: str, split: list[int], **case: Any) -> None:
         assert_within_rounding(value, c.truth[name], c.magnitude[name], depth, name)
 
 
-# Beside the ops of single layers
+# Against the ops of single layers
 
 
 def everything(c: ExpertsCase) -> dict[str, Tensor]:
@@ -188,8 +188,8 @@ def test_an_expert_is_a_layer_to_the_bit(
             assert torch.equal(part, value), f"expert {e}: {name}"
 
 
-def test_what_no_expert_has_is_zero(backend: str) -> None:
-    """Rows behind the last end, and gradients of adapters without rows."""
+def test_rows_of_no_expert_are_zero(backend: str) -> None:
+    """Rows behind the last end, and gradients of experts without rows."""
     c = ExpertsCase(sizes("gaps", 33, 96, "nested", torch.float32) | {"bias": "same"})
     got = everything(c)
     for name in ("y", "h", "dx", "linear", "linear_dx"):
@@ -201,8 +201,8 @@ def test_what_no_expert_has_is_zero(backend: str) -> None:
 
 @pytest.mark.parametrize("adapter", ["fp32", "same", "mixed"])
 @pytest.mark.parametrize("swapped", [False, True], ids=["as-they-are", "swapped"])
-def test_how_adapters_lie_changes_no_bit(backend: str, adapter: str, swapped: bool) -> None:
-    """More experts than are moved at once, with gaps, and more elements; `swapped` as PEFT swaps A and B."""
+def test_the_layout_of_adapters_changes_no_bit(backend: str, adapter: str, swapped: bool) -> None:
+    """More experts and elements than a block of the copy, with gaps; `swapped`: as PEFT swaps A and B."""
     if backend in ("ptx", "triton"):
         pytest.skip(f"{backend}: too many elements for an interpreter")
     if backend == "reference":
@@ -230,7 +230,7 @@ def test_flags_do_not_change_a_bit(backend: str, base: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_a_bad_row_stays_in_its_row(backend: str, dtype: torch.dtype) -> None:
-    """Experts lie side by side in every tensor: an Inf or NaN of one must not reach another's rows."""
+    """Inf or NaN of one expert must not reach the rows of another."""
     clean, bad = (ExpertsCase(sizes("uneven", 33, 71, "nested", dtype)) for _ in range(2))
     row, others = 70, [i for i in range(80) if i != 70]  # expert 1's only one
     bad.x[row], bad.dy[row] = float("inf"), float("nan")
@@ -255,7 +255,7 @@ each_sum = pytest.mark.parametrize("dtype,adapter", SUMS, ids=["-".join(map(shor
 @pytest.mark.parametrize("split,base", [("decode", "nested"), ("uneven", "dense"), ("uneven", "nested")])
 @each_sum
 def test_same_inputs_same_bits(backend: str, dtype: torch.dtype, adapter: str, base: str, split: str) -> None:
-    """Also after the kernels' scratch memory has held NaN: nothing of an earlier call may be read."""
+    """Also after the scratch memory has held NaN: nothing of an earlier call may be read."""
     c = ExpertsCase(sizes(split, 136, 320, base, dtype, adapter))
     inputs = [c.x, c.dy, c.a, c.b, c.ends, *(t for t in c.group if isinstance(t, Tensor))]
     before = [t.clone() for t in inputs]
@@ -276,7 +276,7 @@ def test_same_inputs_same_bits(backend: str, dtype: torch.dtype, adapter: str, b
 def test_threads_do_not_change_a_bit(
     backend: str, dtype: torch.dtype, adapter: str, split: tuple[int, ...]
 ) -> None:
-    """However the work is cut and shared out."""
+    """For any division of the work."""
     if backend in ("reference", "ptx", "triton"):
         pytest.skip(f"{backend}: torch's own matmul may split sums by threads")
     c = ExpertsCase(sizes(split, 200, 192, "nested", dtype, adapter))
@@ -290,7 +290,7 @@ def test_threads_do_not_change_a_bit(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_gradients_reach_the_leaves(backend: str, dtype: torch.dtype) -> None:
-    """PEFT's layout of lora_B included: its parameter is what the gradient has to fit."""
+    """With PEFT's layout of lora_B, which the gradient of its parameter must fit."""
     weight = pk.NF4Weight.quantize(testing.tensor(4, 33, 96, seed=3), 32)
     x, dy, ends = (
         testing.tensor(20, 96, dtype=dtype),

@@ -21,7 +21,7 @@ def weight() -> pk.NF4Weight:
 
 
 def good() -> dict[str, Any]:
-    """A call that fits."""
+    """Valid arguments."""
     return {
         "x": testing.tensor(ROWS, K), "ends": torch.tensor([2, 2, 6], dtype=torch.int32), "weight": weight(),
         "lora_a": testing.tensor(E, R, K), "lora_b": testing.tensor(E, N, R), "scaling": 0.5,
@@ -134,7 +134,7 @@ def each_op(ops: Any, ends: Tensor, of: pk.NF4Weight) -> dict[str, Any]:
 
 @pytest.fixture
 def cpu_ops() -> Any:
-    """Past all checks in Python."""
+    """The ops, called without the checks of Python."""
     reason = testing.unavailable("cpu")
     if reason is not None:
         pytest.skip(f"cpu: {reason}")
@@ -155,7 +155,7 @@ def test_bad_ends_are_refused(cpu_ops: Any, op: str, bad: str) -> None:
 @pytest.mark.parametrize("bad", BAD_ENDS)
 @pytest.mark.parametrize("op", ["linear", "linear_dx", "lora_linear", "lora_linear_backward"])
 def test_bad_ends_are_safe(backend: str, op: str, bad: str) -> None:
-    """On every back end: an error, or results of the right shapes from rows that exist."""
+    """On every back end: an error, or results of the right shapes from existing rows."""
     ends = torch.tensor(BAD_ENDS[bad], dtype=INT)
     call = each_op(torch.ops.peft_kernels, ends, weight())[op]
     try:

@@ -34,7 +34,7 @@ each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 pytestmark = pytest.mark.usefixtures("nan_outputs")
 
 
-def value_and_slope(gate: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def value_and_derivative(gate: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     wide = gate.double().requires_grad_()
     value = ACTIVATIONS[activation](wide)
     (slope,) = torch.autograd.grad(value.sum(), wide)
@@ -42,7 +42,7 @@ def value_and_slope(gate: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 
 
 def assert_elements(got: Tensor, truth: Tensor, magnitude: Tensor, what: str) -> None:
-    """Rounded once, of an activation within a few roundings in fp32 of `magnitude`; Inf only by overflow."""
+    """Rounded once from an activation within a few fp32 roundings of `magnitude`; Inf only by overflow."""
     info = torch.finfo(got.dtype)
     assert got.shape == truth.shape, what
     error = (got.double() - truth).abs()
@@ -58,7 +58,7 @@ def assert_elements(got: Tensor, truth: Tensor, magnitude: Tensor, what: str) ->
 
 def gated_results(gate: Tensor, up: Tensor, dy: Tensor, activation: str) -> dict[str, tuple[Tensor, ...]]:
     """Name: (got, plain, truth, magnitude)."""
-    value, slope = value_and_slope(gate, activation)
+    value, slope = value_and_derivative(gate, activation)
     u, d, size = up.double(), dy.double(), gate.double().abs()
     op, backward = "gated_activation", "gated_activation_backward"
     out, plain = (f(gate, up, activation) for f in (ops.gated_activation, testing.reference_op(op)))
@@ -89,7 +89,7 @@ def test_gated_activation(backend: str, shape: str, dtype: torch.dtype, activati
 @each_activation
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 def test_gated_activation_of_every_value(backend: str, dtype: torch.dtype, activation: str) -> None:
-    """Every gate of a 16-bit type up to 1e4."""
+    """Every gate of a 16-bit dtype up to 1e4."""
     every = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype)
     gate = every[every.abs() <= 1e4]
     for name, (got, _, truth, size) in gated_results(gate, *[torch.ones_like(gate)] * 2, activation).items():
@@ -97,7 +97,7 @@ def test_gated_activation_of_every_value(backend: str, dtype: torch.dtype, activ
 
 
 def test_silu_keeps_its_bits_where_it_is_small(backend: str) -> None:
-    """Relative to itself: beside |gate|, which other tests compare with, what is far below 0 is nothing."""
+    """Relative to itself: other tests compare with |gate|, which hides results for gates far below 0."""
     gate = torch.linspace(-80, 10, 1801)
     sigmoid, size = gate.double().sigmoid(), gate.double().abs()
     results = gated_results(gate, *[torch.ones_like(gate)] * 2, "silu")
@@ -115,7 +115,7 @@ EXTREMES = (
 @each_activation
 @each_dtype
 def test_gated_activation_of_extreme_values(backend: str, dtype: torch.dtype, activation: str) -> None:
-    """Every pair of them, with 65504^2 an overflow of fp16."""
+    """Every pair of extreme values; 65504^2 overflows fp16."""
     values = torch.tensor(EXTREMES).to(dtype)
     gate, up = torch.meshgrid(values, values, indexing="ij")
     for dy in (1.0, -2.0):
@@ -128,10 +128,8 @@ def test_gated_activation_of_extreme_values(backend: str, dtype: torch.dtype, ac
 
 @each_activation
 @each_dtype
-def test_gated_activation_of_values_that_are_no_numbers(
-    backend: str, dtype: torch.dtype, activation: str
-) -> None:
-    """NaN stays NaN in its own element; Inf is not made finite, but by the branch of relu that is 0."""
+def test_gated_activation_of_non_finite_values(backend: str, dtype: torch.dtype, activation: str) -> None:
+    """NaN stays NaN in its own element; Inf stays Inf, except where relu is 0."""
     good = testing.tensor(67, dtype=dtype).abs() + 0.5
     clean = ops.gated_activation(good, good, activation)
     clean_grads = ops.gated_activation_backward(good, good, good, activation)

@@ -1,4 +1,4 @@
-"""Dropout masks by a Philox4x32-10 of the tests' own, in numpy (Salmon et al. 2011)."""
+"""Dropout masks by an independent Philox4x32-10 in numpy (Salmon et al. 2011)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HALF = np.uint64(32)
 
 
 def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Four words for each counter, (count, 4) both; the words of counters and key are below 2^32."""
+    """Four words per counter, both (count, 4); words of counters and key are below 2^32."""
     c0, c1, c2, c3 = counter.astype(np.uint64).T
     for i in range(10):
         k0, k1 = (np.uint64((k + i * w) % 2**32) for k, w in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True))

@@ -74,7 +74,7 @@ def test_dora_scale_by_one_changes_no_bit(backend: str, dtype: torch.dtype) -> N
 
 
 def test_dora_scale_sums_many_rows(backend: str) -> None:
-    """Of one sign: one fp32 chain over them would drift."""
+    """Terms of one sign: a single fp32 chain would drift."""
     z, dy = testing.tensor(20_000, 3).abs(), testing.tensor(20_000, 3, seed=1).abs()
     _, got = ops.dora_scale_backward(dy, z, torch.ones(3), None)
     assert testing.relative_error(got, (dy.double() * z.double()).sum(0)) < 2e-6
@@ -92,7 +92,7 @@ def test_dora_scale_of_extreme_values(backend: str, dtype: torch.dtype) -> None:
 
 
 def test_dora_scale_keeps_a_bad_column(backend: str) -> None:
-    """A NaN in one column of dy reaches no other."""
+    """NaN in one column of dy reaches no other column."""
     z, dy, scale = testing.tensor(40, 71), testing.tensor(40, 71, seed=1), testing.tensor(71)
     clean_dz, clean = ops.dora_scale_backward(dy, z, scale, None)
     for column in (0, 63, 64, 70):
@@ -194,7 +194,7 @@ def norm_base(case: dict[str, Any]) -> tuple[tuple[Any, ...], Tensor]:
 
 
 def check_norm(group: tuple[Any, ...], w: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """The square is a sum of positive and negative terms: it, not the norm, is exact to rounding."""
+    """The square, a sum of positive and negative terms, is exact to rounding; the norm is not."""
     got = ops.dora_norm(*group, a, b, scaling)
     assert got.shape == (w.shape[0],) and got.dtype == torch.float32
     truth = (w + scaling * b.double() @ a.double()).square().sum(1)
@@ -206,7 +206,7 @@ def check_norm(group: tuple[Any, ...], w: Tensor, a: Tensor, b: Tensor, scaling:
 
 
 def check_norm_case(case: dict[str, Any]) -> None:
-    """With A `a_size` times as large, and B so much smaller."""
+    """With A `a_size` times as large, and B smaller by the same factor."""
     group, w = norm_base(case)
     n, k, r, size = case["n"], case["k"], case["r"], case.get("a_size", 1.0)
     a = testing.tensor(r, k, dtype=case["a_dtype"], seed=3, scale=k**-0.5 * size)
@@ -267,7 +267,7 @@ def test_dora_norm_of_zero_rows(backend: str) -> None:
 @pytest.mark.parametrize("scaling", [1.0, -0.25, 3.0], ids="scaling{}".format)
 @pytest.mark.parametrize("rank", [1, 4])
 def test_dora_norm_of_a_delta_that_cancels_the_base(backend: str, rank: int, scaling: float) -> None:
-    """Rounding may make the square negative: the norm is then 0, and never NaN."""
+    """Rounding may make the square negative: the norm is then 0, not NaN."""
     a, b = testing.tensor(rank, 200, seed=3), testing.tensor(64, rank, seed=4)
     w = (-scaling * (b.double() @ a.double())).float()
     got = check_norm((w, None, None, None, 0), w.double(), a, b, scaling)

@@ -1,4 +1,4 @@
-"""PEFT's `DoraCaching` over patched layers: norms are made once, by PEFT's own rules for forgetting them."""
+"""PEFT's `DoraCaching` with patched layers: norms are computed once and dropped by PEFT's rules."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def patched_dora(base: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def change(model: Any) -> None:
-    """The directions, so that the norms are others."""
+    """Changes the directions, and so the norms."""
     for layer in (model.base_model.model.q, model.base_model.model.o):
         layer.lora_B["default"].weight.data += 0.5
 
 
 @pytest.mark.parametrize("base", models.BASES)
-def test_norms_are_made_once(base: str, norms: list[torch.dtype]) -> None:
+def test_norms_are_computed_once(base: str, norms: list[torch.dtype]) -> None:
     model, x = patched_dora(base), models.inputs()
     want = model(x)
     assert len(norms) == 2
@@ -58,11 +58,11 @@ def test_norms_are_made_once(base: str, norms: list[torch.dtype]) -> None:
     assert all(torch.equal(one, want) for one in results)
 
 
-def test_train_and_the_end_of_caching_forget_them(norms: list[torch.dtype]) -> None:
+def test_train_and_the_end_of_caching_drop_them(norms: list[torch.dtype]) -> None:
     model, x = patched_dora("nf4"), models.inputs()
 
     def assert_right(count: int, right: bool = True) -> None:
-        """Whether the output is that of the norms as they are now, and how many were made for it."""
+        """Checks that the output uses current norms, and how many were computed."""
         norms.clear()
         got, made = model(x), len(norms)
         stock = copy.deepcopy(model)
@@ -82,7 +82,7 @@ def test_train_and_the_end_of_caching_forget_them(norms: list[torch.dtype]) -> N
         assert_right(2)
 
 
-def test_a_model_in_training_keeps_none(norms: list[torch.dtype]) -> None:
+def test_training_caches_none(norms: list[torch.dtype]) -> None:
     model, x = patched_dora("nf4").train(), models.inputs()
     with caching.DoraCaching():
         model(x), model(x)
@@ -109,7 +109,7 @@ def test_norms_are_those_of_the_adapter_and_dtype(norms: list[torch.dtype]) -> N
         assert kept == 8 and norms[8:] == [torch.bfloat16] * 2
 
 
-def test_gradients_with_kept_norms() -> None:
+def test_gradients_with_cached_norms() -> None:
     model, x = patched_dora("nf4"), models.inputs()
     model(x).sum().backward()
     want = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -1,4 +1,4 @@
-"""dropout on every back end, against masks from a Philox of the tests' own."""
+"""dropout on every back end, against masks of an independent Philox."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_dropout_near_the_ends(backend: str, p: float) -> None:
 
 
 def test_dropout_threshold(backend: str) -> None:
-    """A word that is equal to the threshold keeps its element, the next smaller one drops it."""
+    """A word equal to the threshold keeps its element, the next smaller one drops it."""
     words = philox.words(4000, 9)
     for at in (0, 17, 3999):
         word = int(words[at])
@@ -66,7 +66,7 @@ def test_dropout_threshold(backend: str) -> None:
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9], ids="p{}".format)
 def test_dropout_keep_rate(backend: str, p: float) -> None:
-    """Within 5 standard deviations, as is the mean, which dropout keeps."""
+    """Keep rate and mean within 5 standard deviations."""
     count = 200_000
     got = ops.dropout(torch.ones(count), p, torch.tensor(12345))
     rate = (got != 0).double().mean().item()
@@ -80,7 +80,7 @@ def test_dropout_keep_rate(backend: str, p: float) -> None:
 
 @each_dtype
 def test_dropout_of_extreme_values(backend: str, dtype: torch.dtype) -> None:
-    """NaN stays, as does Inf where it is kept; the largest number overflows by its scale."""
+    """NaN stays, Inf stays where kept, and the largest value overflows by the scale."""
     info = torch.finfo(dtype)
     values = (NAN, INF, -INF, info.max, -info.max, info.smallest_normal, info.tiny * info.eps, -0.0)
     x = torch.tensor(values).to(dtype).repeat(40)
@@ -91,7 +91,7 @@ def test_dropout_of_extreme_values(backend: str, dtype: torch.dtype) -> None:
 
 
 def test_dropout_reads_views(backend: str) -> None:
-    """The mask goes by the logical order of elements."""
+    """The mask follows the logical order of elements."""
     x, seed = testing.tensor(9, 35), torch.tensor(3)
     want = ops.dropout(x, 0.5, seed)
     for view in (transposed(x), torch.stack((x, x), 2)[..., 1], x.view(3, 3, 35)):

@@ -63,7 +63,7 @@ def test_multi_lora_linear_backward(backend: str, case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("groups", ["none", "runs", "alternating"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_many_rows(backend: str, dtype: torch.dtype, groups: str) -> None:
-    """More rows than a kernel takes at a time, cut in the middle of a group."""
+    """More rows than a kernel takes at a time, split within a group."""
     case = multi_case(m=530, k=33, n=40, layers=1, adapters="000", bs=32, dtype=dtype, groups=groups)
     check_forward(case)
     check_backward(case)
@@ -76,7 +76,7 @@ def test_many_rows(backend: str, dtype: torch.dtype, groups: str) -> None:
 @pytest.mark.parametrize("groups", ["runs", "alternating", "nobody", "absent"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_other_groups_rows_are_untouched(backend: str, dtype: torch.dtype, groups: str, base: str) -> None:
-    """To the bit: y and dx are those of the base alone and h is 0, whatever the adapter holds."""
+    """y and dx are bit-equal to the base alone and h is 0, for any values of the adapter."""
     c = MultiCase(multi_case(m=41, base=base, dtype=dtype, groups=groups, p=0.3))
     alone = MultiCase(multi_case(m=41, base=base, dtype=dtype, groups="none", adapters="", p=0.3))
     assert c.row_group is not None
@@ -104,7 +104,7 @@ def test_other_groups_rows_are_untouched(backend: str, dtype: torch.dtype, group
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_other_groups_rows_are_not_summed(backend: str, dtype: torch.dtype) -> None:
-    """What rows hold that nobody serves reaches no gradient of an adapter."""
+    """Values of rows that no adapter serves reach no adapter's gradient."""
     if backend == "reference":
         pytest.skip("reference: multiplies by 0")
     c = MultiCase(multi_case(m=41, dtype=dtype, groups="nobody", needs="ab"))
@@ -136,12 +136,12 @@ def everything(c: MultiCase) -> dict[str, Tensor]:
 
 
 BIG = {"m": 70, "k": 576, "n": 200, "layers": 3, "adapters": "0120", "p": 0.3, "base": "various"}
-TILES = BIG | {"k": 320, "n": 136}  # several in each direction, none of which fits
+TILES = BIG | {"k": 320, "n": 136}  # several tiles in each direction, the last ones partial
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_same_inputs_same_bits(backend: str, dtype: torch.dtype) -> None:
-    """Also after the kernels' scratch memory has held NaN; and no input is changed."""
+    """Also after the scratch memory has held NaN; no input is changed."""
     c = MultiCase(multi_case(**TILES, dtype=dtype))
     inputs = [c.x, *c.dy, *c.a, *c.b, *c.bias, c.seed, c.row_group, *c.weights[0]]
     before = [t.clone() for t in inputs]
@@ -159,7 +159,7 @@ def test_same_inputs_same_bits(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("k", [35, 96])
 def test_many_layers(backend: str, k: int, dtype: torch.dtype) -> None:
-    """Their gradients of x are terms of one sum."""
+    """Their gradients of x are summed."""
     case = multi_case(m=17, k=k, n=32, layers=6, adapters="0123", dtype=dtype, p=0.0)
     check_forward(case)
     check_backward(case)
@@ -169,7 +169,7 @@ def test_many_layers(backend: str, k: int, dtype: torch.dtype) -> None:
 def test_threads_do_not_change_a_bit(backend: str, dtype: torch.dtype) -> None:
     if backend in ("reference", "ptx", "triton"):
         pytest.skip(f"{backend}: torch's own matmul may split sums by threads")
-    # The base of a dense layer is torch's own product.
+    # The base of a dense layer is torch's GEMM.
     c = MultiCase(multi_case(**(BIG | {"base": "nested"}), dtype=dtype))
     same_with_any_threads(lambda: everything(c).values())
 

@@ -1,4 +1,4 @@
-"""What the compiled ops refuse of multi_lora_linear, and of lora_linear's dropout."""
+"""Errors of the compiled multi_lora_linear, and of lora_linear's dropout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import testing
 
 
 def good_arguments() -> dict[str, Any]:
-    """A call that fits: a dense layer and an NF4 one, an adapter each."""
+    """Valid arguments: a dense and an NF4 layer with an adapter each."""
     nf4 = testing.nf4_weight(5, 8, 32, double_quant=False)._state.op_args
     return {
         "x": torch.ones(3, 8),

@@ -1,4 +1,4 @@
-"""Heads, labels and the definition of their loss, for the tests of ops and of calls."""
+"""Heads, labels and the definition of their loss, for tests of ops and calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IGNORED = -100
 
 
 def labels_of(rows: int, vocabulary: int, seed: int = 0) -> Tensor:
-    """Every fifth is ignored; the first and the last token are among the others."""
+    """Every fifth label is ignored; the first and the last token occur among the others."""
     labels = torch.randint(0, vocabulary, (rows,), generator=torch.Generator().manual_seed(seed))
     labels[:2] = torch.tensor([0, vocabulary - 1])[:rows]
     labels[4::5] = IGNORED
@@ -38,7 +38,7 @@ def defined(
     x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, logit_scale: float = 1.0,
     softcap: float | None = None, label_smoothing: float = 0.0, z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Losses and entropies by torch's own functions."""
+    """Losses and entropies in torch functions."""
     z = F.linear(x, weight, bias) * logit_scale
     if softcap:
         z = softcap * torch.tanh(z / softcap)

@@ -27,7 +27,7 @@ def trained_loss_args(
     base: str, dtype: torch.dtype = torch.float32, adapter: bool = False,
     options: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0),
 ) -> tuple[Any, ...]:  # fmt: skip
-    """The same with a head that is trained, or one with an adapter."""
+    """The same with a trained head, or one with an adapter."""
     x, weight, *rest = loss_args(base, dtype, True, options)
     trained = weight.requires_grad_() if base == "dense" else weight
     h, b = (leaf(6, R, seed=3), leaf(N, R, dtype=dtype, seed=4)) if adapter else (None, None)

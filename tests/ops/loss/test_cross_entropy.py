@@ -41,7 +41,7 @@ CASES = testing.pairwise(
 
 
 def results_of(case: dict[str, Any], seed: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Of the op, of plain torch and in fp64, by name."""
+    """Results of the op, of plain torch and in fp64, by name."""
     rows, vocabulary, features = case["size"]
     dtype, options = case["dtype"], OPTIONS[case["options"]]
     with_slope = case["options"] != "all"  # with both a cap and smoothing there is none
@@ -72,7 +72,7 @@ def results_of(case: dict[str, Any], seed: int) -> dict[str, tuple[Tensor, Tenso
 
 
 @pytest.mark.parametrize("case", CASES, ids=map(case_id, CASES))
-def test_loss_and_slope_of_a_frozen_head(backend: str, case: dict[str, Any]) -> None:
+def test_loss_and_gradient_of_a_frozen_head(backend: str, case: dict[str, Any]) -> None:
     rows, vocabulary, _ = case["size"]
     if backend == "triton" and rows > 100:
         pytest.skip("triton: each row is a program of its own, as where they are fewer")
@@ -143,7 +143,7 @@ def test_gradients_of_a_head_that_is_trained(
 @each_dtype
 @pytest.mark.parametrize("rows", [5, 80])
 def test_near_certainty(backend: str, dtype: torch.dtype, rows: int) -> None:
-    """p - 1 of the label is small there, and the gradient exact all the same."""
+    """p - 1 of the label is small there, and the gradient still exact."""
     w = testing.tensor(700, 64, dtype=dtype, seed=1)
     labels = torch.arange(rows) * 7
     x = (w[labels] * 0.3).to(dtype)
@@ -165,8 +165,8 @@ def test_near_certainty(backend: str, dtype: torch.dtype, rows: int) -> None:
     assert ((got[5].double() - truth[5]).norm(dim=1) <= 8 * torch.finfo(dtype).eps * scale + 1e-6).all()
 
 
-def test_great_logits_and_late_ones(backend: str) -> None:
-    """The greatest logit comes last, and others are far from it."""
+def test_great_logits_come_last(backend: str) -> None:
+    """The greatest logit comes last, far above the others."""
     w = torch.linspace(-1, 1, 1500)[:, None] * torch.ones(1, 32)
     x = torch.ones(3, 32) * torch.tensor([[8.0], [-8.0], [0.0]])
     for label in (0, 700, 1499):
@@ -177,7 +177,7 @@ def test_great_logits_and_late_ones(backend: str) -> None:
 
 
 def test_rows_do_not_mix(backend: str) -> None:
-    """NaN in one row stays there, and in an ignored row nothing is seen of it."""
+    """NaN in one row stays there; in an ignored row it has no effect."""
     x, w, labels = testing.tensor(70, 64), testing.tensor(600, 64, seed=1), labels_of(70, 600)
     args = (w, None, None, None, 0, 600, None, labels, IGNORED, 1.0, 0.0, 0.0, 0.0, True, False, False)
     clean = torch.ops.peft_kernels.linear_cross_entropy(x, *args)
@@ -219,7 +219,7 @@ def test_with_any_threads(backend: str, base: str, dtype: torch.dtype, rows: int
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 @pytest.mark.parametrize("rows,features", [(5, 33), (100, 64), (600, 64), (4700, 32)])
-def test_a_head_of_fp32_counts_as_rounded(backend: str, dtype: torch.dtype, rows: int, features: int) -> None:
+def test_an_fp32_head_is_rounded(backend: str, dtype: torch.dtype, rows: int, features: int) -> None:
     """To x's type: each result, and each gradient of one that is trained, has the bits of the rounded one's,
     whether it is rounded by pieces, or at once, for many rows or where its own lie apart."""
     if rows > 100 and not backend.startswith("cpu"):

@@ -1,4 +1,4 @@
-"""Wrong arguments of linear_cross_entropy: an error says which, what was expected and what was given."""
+"""Errors of wrong arguments of linear_cross_entropy name the argument, the expected and the given value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The packing of NF4 as the format's description has it, in numpy.
+"""NF4 packing in numpy, written from the format's description.
 
 Shares no code with the package but its tables.
 """
@@ -37,7 +37,7 @@ def oracle_scaled(flat: np.ndarray, blocksize: int) -> tuple[np.ndarray, np.ndar
 
 
 def told_apart(thresholds: np.ndarray) -> list[tuple[np.float32, np.ndarray]]:
-    """Absmax values, each with numbers whose codes by x / absmax are others than by x * (1 / absmax)."""
+    """Absmax values, each with values whose codes by x / absmax and x * (1 / absmax) differ."""
     found = []
     for absmax in np.random.default_rng(0).uniform(1, 2, 200).astype(np.float32):
         x = np.abs(thresholds[thresholds != 0]) * absmax
@@ -69,7 +69,7 @@ def oracle_dequantize(
 
 
 def assert_same(got: Tensor, expected: Tensor, what: str) -> None:
-    """Equal to the bit, signed zeros included; NaN equals NaN."""
+    """Bit-equal, signs of zeros included; NaN equals NaN."""
     assert got.dtype == expected.dtype and got.shape == expected.shape, what
     if got.is_floating_point():
         both_nan = got.isnan() & expected.isnan()

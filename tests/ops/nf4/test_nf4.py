@@ -125,7 +125,7 @@ def test_quantize_zero_blocks(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("magnitude", [3e-39, 1.1e-38, 2.9387e-39, 1e-42, 1.4e-45], ids="{:g}".format)
 def test_quantize_subnormal_blocks(backend: str, magnitude: float) -> None:
-    """1 / absmax overflows below 2^-128: such blocks take the code of zero, and keep their absmax."""
+    """1 / absmax overflows below 2^-128: such blocks take the code of zero and keep their absmax."""
     weight = (testing.tensor(3, 64).double() * magnitude).float()
     assert_quantizes(weight, 64, f"{magnitude}")
     packed, absmax = ops.quantize_nf4(weight, 64)
@@ -175,7 +175,7 @@ def test_quantize_every_16_bit_value(backend: str, order: str, dtype: torch.dtyp
 def test_round_trip(
     backend: str, shape: tuple[int, int], blocksize: int, dtype: torch.dtype, layout: str, seed: int
 ) -> None:
-    """Within half a gap of the code table; and a weight of 4-bit values comes back to the bit."""
+    """Within half a gap of the code table; a weight of 4-bit values round-trips bit-equal."""
     weight = testing.activations(*shape, layout, dtype, seed)
     packed, absmax = ops.quantize_nf4(weight, blocksize)
     back = ops.dequantize_nf4(packed, absmax, None, None, blocksize, list(weight.shape), torch.float32)
@@ -211,7 +211,7 @@ def test_dequantize(backend: str, blocksize: int, nested: bool, dtype: torch.dty
 
 @each_dtype
 def test_dequantize_extreme_scales(backend: str, dtype: torch.dtype) -> None:
-    """One rounding to the output type, also where it overflows, is subnormal, or the scale is no number."""
+    """One rounding to the output dtype, also with overflow, subnormals, or a NaN scale."""
     scales = [0.0, 1e-45, 1e-39, 6e-8, 1e-5, 65519.0, 65520.0, 3e38, float("inf"), float("nan")]
     absmax = torch.tensor(scales)
     packed = torch.arange(256).to(torch.uint8)[:32].repeat(len(scales))
@@ -281,7 +281,7 @@ BAD_WEIGHTS = {
 
 @pytest.mark.parametrize("name", BAD_WEIGHTS)
 def test_compiled_ops_refuse_a_weight_that_does_not_fit(compiled_ops: Any, name: str) -> None:
-    """The C++ ops check by themselves every length that memory safety rests on."""
+    """The C++ ops check every length for memory safety."""
     message, change = BAD_WEIGHTS[name]
     good = {
         "packed": torch.zeros(32, dtype=torch.uint8),

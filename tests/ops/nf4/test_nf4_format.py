@@ -1,4 +1,4 @@
-"""The format itself: number tables, checkpoint layout, cost; and the cases in which bitsandbytes goes wrong.
+"""The format: value tables, checkpoint layout, size; and cases in which bitsandbytes fails.
 
 The last of those, weights beyond 2^31 elements, is test_large.py.
 """
@@ -60,7 +60,7 @@ THRESHOLD_LITERALS = [
 
 
 def rounded_once(digits: str) -> float:
-    """The fp32 value nearest to a decimal number; float32(float(digits)) would round twice."""
+    """The fp32 value nearest to a decimal number, rounded once."""
     exact = Fraction(digits)
     near = np.float32(digits)
     candidates = (near, np.nextafter(near, np.float32(-2)), np.nextafter(near, np.float32(2)))
@@ -218,7 +218,7 @@ def test_row_eval_forward_leaves_the_state_dict(
 
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
 def test_row_zero_block(backend: str, nested: bool) -> None:
-    """Exact zeros: the code of 0.0 is 0, whatever double quantisation makes of an absmax of 0."""
+    """Exact zeros: the value of the code of 0.0 is 0 for any absmax."""
     dense = torch.zeros(4, 64)
     dense[1] = testing.tensor(64)
     weight = pk.NF4Weight.quantize(dense, 64, nested)

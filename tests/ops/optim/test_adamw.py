@@ -1,4 +1,4 @@
-"""The op of AdamW, Adam and Lion on every back end: moments and codes are the reference's to the bit."""
+"""AdamW, Adam and Lion on every back end: moments and codes are bit-equal to the reference."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def test_options(backend: str, kind: str, option: str) -> None:
     assert torch.equal(got[PARAMS][1], before[PARAMS][1]) is (option == "found_inf")
 
 
-def test_rounding_draws_and_compensates_at_once(backend: str) -> None:
-    """What a drawn neighbour is off by is kept, be it up to a whole unit."""
+def test_stochastic_rounding_with_compensation(backend: str) -> None:
+    """Compensation holds the error of stochastic rounding, up to a whole ulp."""
     got = adamw_args("adamw", [(700,), (5,)], [torch.bfloat16] * 2, [8, 32], "compensation")
     got = (*got[:-2], torch.tensor(-7), None)
     want = copied(got)
@@ -124,7 +124,7 @@ def around(values: Tensor) -> Tensor:
 
 
 def in_blocks_of_one(values: Tensor) -> Tensor:
-    """With a 1 in each block of 256, so that its absmax is 1."""
+    """Values in blocks of 256 with a 1 each, so that absmax is 1."""
     values = torch.nn.functional.pad(values, (0, -len(values) % 255)).view(-1, 255)
     return torch.cat([torch.ones(len(values), 1), values], 1).reshape(-1)
 
@@ -150,7 +150,7 @@ def test_unsigned_codes_are_the_nearest(backend: str) -> None:
 
 
 def test_a_second_moment_too_small_for_a_code_divides_by_more_than_eps(backend: str) -> None:
-    """Read as 0 it would let the parameter jump by a thousand learning rates here."""
+    """Read as 0, it would let the parameter jump by a thousand learning rates."""
     gradients = torch.tensor([1.0, 1e-4, 0.0, -1e-4]).repeat(75)
     args = list(moment_args(gradients))
     args[10], args[11], args[9] = [0.9], [0.999], torch.tensor([1e-3])
@@ -167,7 +167,7 @@ def test_a_second_moment_too_small_for_a_code_divides_by_more_than_eps(backend: 
 
 @pytest.mark.parametrize("kind", ["adamw", "lion"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
-def test_what_is_not_finite_stays_with_its_own_parameter(backend: str, kind: str, bad: float) -> None:
+def test_non_finite_values_stay_in_their_parameter(backend: str, kind: str, bad: float) -> None:
     got = adamw_args(kind, [(600,)] * 2, [torch.float32] * 2, [8, 32])
     clean = copied(got)
     run(clean, backend)
@@ -208,7 +208,7 @@ def test_stochastic_rounding_is_unbiased_and_takes_a_neighbour() -> None:
 
 
 def test_compensation_keeps_what_rounding_drops(backend: str) -> None:
-    """A thousand steps too small for bf16 move a compensated parameter all the same."""
+    """A thousand steps too small for bf16 still move a compensated parameter."""
     for option, moved in (("", False), ("compensation", True)):
         args = list(adamw_args("adamw", [(256,)], [torch.bfloat16], [32], option))
         args[PARAMS][0].fill_(100.0)
@@ -231,7 +231,7 @@ def test_compensation_keeps_what_rounding_drops(backend: str) -> None:
     ((ABSMAX1, lambda t: t[:1]), r"absmax1\[1\]: expected 3 contiguous Float"),
     ((STATE1, lambda t: t[:5]), r"state1\[1\]: expected contiguous"),
 ])  # fmt: skip
-def test_nothing_is_changed_when_anything_is_wrong(backend: str, change: Any, sentence: str) -> None:
+def test_errors_change_nothing(backend: str, change: Any, sentence: str) -> None:
     if not backend.startswith(("cpu", "triton")):
         pytest.skip("checks of the op's own")
     args = adamw_args("adamw", [(600,)] * 2, [torch.float32] * 2, [8, 8])
@@ -243,7 +243,7 @@ def test_nothing_is_changed_when_anything_is_wrong(backend: str, change: Any, se
     assert_same(args, before, True)
 
 
-def test_autograd_is_told_of_the_change(backend: str) -> None:
+def test_versions_are_incremented(backend: str) -> None:
     args = adamw_args("adamw", [(300,)], [torch.float32], [8])
     x = torch.ones(300, requires_grad=True)
     args[PARAMS][0].requires_grad_()
