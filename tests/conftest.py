@@ -1,4 +1,4 @@
-"""The back ends under test, and an account of which really ran."""
+"""The back ends under test, and a summary of which ran."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# What tests of one folder share with another's is found by its name, which is one in the whole tree.
+# Shared modules of tests are imported by name from any folder; names are unique in the tree.
 for _folder in sorted({path.parent for path in Path(__file__).resolve().parent.rglob("*.py")}):
     if str(_folder) not in sys.path:
         sys.path.append(str(_folder))
@@ -46,13 +46,13 @@ _skipped: Counter[str] = Counter()
 
 @pytest.fixture(params=BACKEND_IDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once on every back end, forced; skips, with the reason, those that this machine lacks."""
+    """Runs the test on every back end, forced; skips those that this machine lacks, with the reason."""
     request.node.user_properties.append(("backend", request.param))
     reason = testing.unavailable(request.param)
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     if request.param == "ptx":
-        # Three orders in which threads run, spread over the cases; a case always has the same.
+        # Three orders of threads, distributed over the cases; each case always has the same one.
         ptx.BACKEND.extension.set_seed(zlib.crc32(request.node.nodeid.encode()) % 3)
     with testing.running_on(request.param):
         yield request.param
@@ -60,16 +60,16 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=["triton"] if triton.BACKEND.interpreted else ["cpu", "ptx"])
 def compiled_ops(request: pytest.FixtureRequest) -> Any:
-    """The ops of a compiled back end, called past all checks in Python."""
+    """The ops of a compiled back end, called without the checks of Python."""
     reason = testing.unavailable(request.param)
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     return getattr(torch.ops, BACKENDS[request.param].namespace)
 
 
-@pytest.fixture(params=["ptx"])  # in the tests' names, to be chosen by
+@pytest.fixture(params=["ptx"])  # the parameter is part of test ids, for -k
 def extension() -> Iterator[ModuleType]:
-    """The CUDA back end as PTX, forced, with outputs that start as NaN; a card set by a test is unset."""
+    """The CUDA back end as PTX, forced, with NaN-filled outputs; resets a card set by the test."""
     if (reason := testing.unavailable("ptx")) is not None:
         pytest.skip(f"ptx: {reason}")
     with testing.nan_outputs(), testing.running_on("ptx"):
@@ -77,7 +77,7 @@ def extension() -> Iterator[ModuleType]:
     ptx.BACKEND.reset()
 
 
-# The `backend` fixture holds for all examples of a test; the same examples in every run.
+# The `backend` fixture applies to all examples of a test; examples are the same in every run.
 hypothesis.settings.register_profile(
     "peft_kernels",
     derandomize=True,
@@ -88,12 +88,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("peft_kernels")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers share the cores; tests of threading ask for threads themselves. Processes that tests start, too.
+    # Workers share the cores, as do processes that tests start; tests of threading set threads themselves.
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-# By the time they take: a long file that one worker starts last is waited for by the other.
+# The longest files run first, so that no worker is left with one at the end.
 LONGEST = [
     "cross_compilation",
     "sass",
@@ -120,7 +120,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
-# To seed devices that are not there takes half a millisecond, thousands of times: torch notes who asked.
+# Seeding absent devices takes half a millisecond, thousands of times: torch records the caller.
 seed = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
 
 
@@ -131,14 +131,14 @@ def _seed() -> None:
 
 @pytest.fixture
 def nan_outputs() -> Iterator[None]:
-    """What an op leaves unwritten is NaN."""
+    """Memory that an op leaves unwritten is NaN."""
     with testing.nan_outputs():
         yield
 
 
 @pytest.fixture
 def op_counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Ops by how often they were called."""
+    """Counts calls by op."""
     counted: Counter[str] = Counter()
     call = dispatch.call
 

@@ -1,5 +1,5 @@
-"""A back end that copies arguments to another device, has the back end there serve the op, and copies the
-results back: so the tests, whose tensors are on the CPU, run the kernels of a GPU."""
+"""A back end that copies arguments to a GPU, runs the op of a back end there, and copies the results back, so
+that tests with CPU tensors run GPU kernels."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class CopiedBackend:
 
     def _kernel(self, op: type[Op]) -> Callable[..., Any] | None:
         if op.composite:
-            return None  # made of ops of this namespace
+            return None  # composed of ops of this namespace
 
         def call(*args: Any) -> Any:
             result = getattr(getattr(torch.ops, self.target.namespace), op.name)(*self._there(args))
@@ -60,7 +60,7 @@ def tree_tensors(args: Sequence[Any]) -> list[Tensor]:
 
 
 def copied(tensor: Tensor, device: str) -> Tensor:
-    """With its whole storage: steps, offsets and overlaps are what some tests are about."""
+    """Copies the whole storage, because some tests need strides, offsets and overlaps."""
     whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
     there = whole.to(device, copy=True).untyped_storage()
     empty = torch.empty(0, dtype=tensor.dtype, device=device)
@@ -68,10 +68,8 @@ def copied(tensor: Tensor, device: str) -> Tensor:
 
 
 def backend_ids() -> list[str]:
-    """`cuda_copied` and `triton_copied` on a machine where these can be used; they are then back ends.
-
-    None in a process whose Triton interprets its kernels: those take CPU tensors themselves.
-    """
+    """Registers `cuda_copied` and `triton_copied` where these can be used; returns their names. None when
+    Triton is interpreted, which takes CPU tensors itself."""
     found: list[str] = []
     if triton.BACKEND.interpreted:
         return found

@@ -1,4 +1,4 @@
-"""Processes that have imported torch and nothing else, forked from one: importing torch takes seconds."""
+"""Processes that have imported only torch, forked from one, because importing torch takes seconds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(pk.__file__).parent.parent
 SERVER = """
 import gc, json, os, signal, sys, tempfile
 import torch
-gc.freeze()  # else a process that ends copies all of torch to look for garbage
+gc.freeze()  # else the collection at exit copies all pages of torch
 
 for line in sys.stdin:
     code, path, environment = json.loads(line)
@@ -50,7 +50,7 @@ class Result:
 
 
 class Processes:
-    """Runs code in one process after the other, each as fresh as after `import torch`."""
+    """Runs code in sequential processes, each fresh after `import torch`."""
 
     def __init__(self) -> None:
         env = {k: v for k, v in os.environ.items() if not k.startswith("PEFT_KERNELS_")}
@@ -63,7 +63,7 @@ class Processes:
         )
 
     def run(self, code: str, path: Path, environment: dict[str, str]) -> Result:
-        """`path` is where it runs, and first on its path. Ended by a signal after 300 seconds."""
+        """`path`: working directory and first entry of sys.path. Killed after 300 seconds."""
         self._server.stdin.write(json.dumps([code, str(path), environment]) + "\n")
         self._server.stdin.flush()
         return Result(*json.loads(self._server.stdout.readline()))
@@ -73,7 +73,7 @@ class Processes:
 
 
 class Python:
-    """Runs code in a process that has imported torch and nothing else, and expects it to succeed."""
+    """Runs code in a process that has imported only torch, and asserts that it succeeds."""
 
     def __init__(self, processes: Processes) -> None:
         self._processes = processes

@@ -2,8 +2,8 @@
 
 (Not `numbers.py`: the standard library has a module of that name, and tests/ is on the path.)
 
-Two checks for each result. The policy: at most twice the error of plain torch at that precision. And, since
-the reference is plain torch itself: every element within the rounding that its own sum can have collected.
+Each result has two checks. The policy: at most twice the error of plain torch at that precision. And, since
+the reference is plain torch itself: every element within the rounding error of its own sum.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from peft_kernels.core.backends import cpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEATURES = (1, 7, 33, 96, 100, 576)
-NAMED = ("adapter", "adapters", "bias", "groups", "needs", "p")  # axes whose values do not explain themselves
+NAMED = ("adapter", "adapters", "bias", "groups", "needs", "p")  # axes whose values need the name
 
 
 def short(value: Any) -> str:
@@ -59,7 +59,7 @@ def bias_of(case: dict[str, Any], kind: str, features: int) -> Tensor | None:
 
 
 def dense64(weight: Any) -> Tensor:
-    """The weight that the packed bytes define, exactly."""
+    """The exact weight that the packed bytes define."""
     return weight.dequantize(torch.float32).double()
 
 
@@ -67,9 +67,9 @@ def dense64(weight: Any) -> Tensor:
 class Result:
     got: Tensor
     plain: Tensor  # from plain torch at that precision
-    truth: Tensor  # in fp64
+    truth: Tensor  # fp64
     magnitude: Tensor  # the same sums over absolute values
-    sums: int | None = None  # that decide all elements, if fewer: of one row, dh all of da, h all of db
+    sums: int | None = None  # independent sums, if fewer than elements: in one row, da depends on dh
 
     def check(self, depth: int, what: str) -> None:
         testing.assert_close(self.got, self.plain, self.truth, what)
@@ -79,10 +79,9 @@ class Result:
 def assert_within_rounding(
     got: Tensor, truth: Tensor, magnitude: Tensor, depth: int, what: str, product: torch.dtype | None = None
 ) -> None:
-    """|got - truth| <= a few roundings, and a sum's in fp32, of the sum of absolute terms.
-
-    Roundings in got's dtype, and in that of the base product where it is another."""
-    # Weight, bias, base product and result are rounded to the dtype: half a unit each.
+    """|got - truth| is within a few roundings, and those of an fp32 sum, of the sum of absolute terms.
+    Roundings are in got's dtype, and in the base GEMM's dtype `product` if that differs."""
+    # Weight, bias, base GEMM and result are rounded to the dtype: half an ulp each.
     infos = [torch.finfo(dtype) for dtype in {got.dtype, product or got.dtype}]
     unit = 2 * sum(info.eps for info in infos) + (4 + depth**0.5) * torch.finfo(torch.float32).eps
     smallest = max(info.smallest_normal for info in infos)
@@ -102,7 +101,7 @@ def transposed(t: Tensor) -> Tensor:
 def check_odd_addresses(
     backend: str, call: Callable[..., Iterable[Tensor]], args: tuple[Tensor, ...]
 ) -> None:
-    """The same with each argument contiguous, but at an address where no vector of elements starts."""
+    """Bit-equal results with each argument contiguous, but at an unaligned address."""
 
     def odd(t: Tensor) -> Tensor:
         moved = torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape)
@@ -112,19 +111,19 @@ def check_odd_addresses(
     for moved in range(len(args)):
         got = call(*(odd(arg) if i == moved else arg for i, arg in enumerate(args)))
         for a, b in zip(got, want, strict=True):
-            if backend == "reference":  # torch's functions round by vectors
+            if backend == "reference":  # torch may round vectors differently
                 torch.testing.assert_close(a, b)
             else:
                 assert torch.equal(a, b)
 
 
 def same_with_any_threads(run: Callable[[], Iterable[Tensor]]) -> list[Tensor]:
-    """The results of `run`, which are to be the same bits with one, two and five threads, and with those that
-    the CPU back end has of its own for a busy machine."""
+    """Results of `run`, asserted bit-equal with one, two and five threads, and with the CPU back end's own
+    threads for a busy machine."""
     before, found = torch.get_num_threads(), []
     set_busy = cpu.BACKEND.extension.set_busy if testing.unavailable("cpu") is None else lambda busy: None
     try:
-        # ThreadSanitizer is shown four threads of ours whatever torch has, and takes torch's for races.
+        # Under ThreadSanitizer four threads of ours are used in any case; it reports torch's as races.
         several = (1, 1) if testing.sanitizer() == "thread" else (2, 5)
         for threads, busy in ((1, False), *((number, False) for number in several), (several[-1], True)):
             torch.set_num_threads(threads)
@@ -144,9 +143,8 @@ Built = TypeVar("Built")
 
 
 def once(build: Callable[[dict[str, Any], int], Built]) -> Callable[[dict[str, Any], int], Built]:
-    """`build` of a case and a seed, called once for each: every back end is held against the same.
-
-    Large ones are built again each time, for they would stay in memory."""
+    """Caches `build(case, seed)`, so that every back end is compared with the same values. Large results are
+    not cached."""
     built: dict[Any, Built] = {}
 
     def get(case: dict[str, Any], seed: int) -> Built:
@@ -162,14 +160,14 @@ def once(build: Callable[[dict[str, Any], int], Built]) -> Callable[[dict[str, A
 
 
 FEW, ENOUGH = 8, 64
-"""Elements on which errors are compared; of the former, where that passes already."""
+"""Elements over which errors are compared; ENOUGH only if FEW do not pass."""
 
 
 def check(run: Callable[[int], dict[str, Result]], depth: int) -> None:
-    """Judge the results of `run(seed)`; small ones from more seeds, as one rounding says little."""
+    """Judges the results of `run(seed)`, of small ones with more seeds."""
     samples = [run(0)]
     counts = [r.got.numel() if r.sums is None else r.sums for r in samples[0].values() if r.truth.any()]
-    smallest = min(counts, default=ENOUGH)  # what is all zeros is exact
+    smallest = min(counts, default=ENOUGH)  # all zeros are exact
     few, enough = (-(-elements // smallest) for elements in (FEW, ENOUGH))
     for count in (few, enough):
         samples += [run(9 + i) for i in range(len(samples), count)]

@@ -1,4 +1,4 @@
-"""Arguments of every op, with and without its optional ones, and the namespaces that tests call ops in."""
+"""Arguments of every op, with and without optional ones, and the namespaces that tests use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if triton.BACKEND.interpreted:
 
 
 def experts_group(nested: bool, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
-    """Three experts' weight."""
+    """The weight of three experts."""
     weight = testing.tensor(3, N, K, dtype=dtype, seed=9)
     return NF4Weight.quantize(weight, 32, nested)._state.op_args
 
@@ -95,7 +95,7 @@ def mlp_args(base: str, adapters: list[int], activation: str, dtype: torch.dtype
 
 
 def transposed_x(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """x, in place 1, with another layout: gradients stay contiguous."""
+    """The arguments with x (index 1) in another layout; gradients stay contiguous."""
     return (args[0], testing.tensor(K, 3, 2).permute(2, 1, 0), *args[2:])
 
 
@@ -103,7 +103,7 @@ def adamw_args(
     kind: str, shapes: list[tuple[int, ...]], dtypes: list[torch.dtype], bits: list[int],
     option: str = "", seed: int = 0,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Parameters in the middle of training, moments included, in two groups."""
+    """Parameters and moments during training, in two groups."""
     params = [
         testing.tensor(*s, dtype=d, seed=seed + i)
         for i, (s, d) in enumerate(zip(shapes, dtypes, strict=True))
@@ -136,7 +136,7 @@ def bottleneck_args(
     activation: str, norm: bool = False, biases: bool = True, beside: bool = False, p: float = 0.0,
     dtype: torch.dtype = torch.float32, parameters: torch.dtype = torch.float32,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Six rows; `beside`: the residual is not x, and of another width."""
+    """Six rows; `beside`: a residual other than x, of another width."""
     n = N if beside else K
     vectors = [leaf(m, dtype=parameters, seed=i) for i, m in enumerate((K, K, R, n))]
     return (

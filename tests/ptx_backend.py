@@ -1,4 +1,4 @@
-"""Back end `ptx`, for tests alone: what nvcc makes of the CUDA kernels, run on the CPU by tests/gpu/ptx.
+"""Back end `ptx`, for tests: the CUDA kernels as compiled by nvcc, run on the CPU by tests/gpu/ptx.
 
 In the compiled library `peft_kernels._C_ptx`, which a build with PEFT_KERNELS_EMULATE=1 makes where there is
 an nvcc. Nobody but `testing.register_emulators` puts it among the back ends, and nothing chooses it.
@@ -37,7 +37,7 @@ class PtxBackend(CompiledBackend):
             self.reset()
 
     def reset(self) -> None:
-        """The card and the arithmetic that the environment asks for."""
+        """Sets card and arithmetic from the environment."""
         architecture = int(os.environ.get("PEFT_KERNELS_PTX_ARCH") or 80)
         if architecture not in SHARED:
             raise RuntimeError(f"PEFT_KERNELS_PTX_ARCH: expected one of {(*SHARED,)}, got {architecture}")
@@ -46,7 +46,7 @@ class PtxBackend(CompiledBackend):
 
     @contextmanager
     def guarding(self) -> Iterator[None]:
-        """Inside, to leave a tensor's memory at its end is a fault, in kernels and elsewhere."""
+        """Inside, an access beyond the end of a tensor's memory is a fault, in kernels and elsewhere."""
         self.extension.set_guarded(True)
         try:
             yield
@@ -54,7 +54,7 @@ class PtxBackend(CompiledBackend):
             self.extension.set_guarded(False)
 
     def check_order(self, seed: int, run: Callable[[], Sequence[Tensor]]) -> None:
-        """Results are the same bits in the order of threads that `seed` makes, and after an earlier call."""
+        """Asserts bit-equal results with the thread order of `seed`, and after an earlier call."""
         self.extension.set_seed(100)
         want = run()
         self.extension.set_seed(seed)

@@ -1,7 +1,7 @@
-"""Sample inputs and the error measure, shared by the tests and the benchmarks.
+"""Sample inputs and the error measure, shared by tests and benchmarks.
 
-The numbers policy: the reference in fp64 is the truth. A kernel passes when its error is at most twice the
-error of the same maths in plain torch at the kernel's precision, plus a floor of one rounding of the result.
+The numbers policy: the reference in fp64 is the truth. A kernel passes when its error is at most twice that
+of plain torch at the kernel's precision, plus one rounding of the result.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from peft_kernels.triton_kernels import backend as triton
 IS_ARM = platform.machine() in ("aarch64", "arm64")
 ISA_LEVELS = ("scalar", "neon", "neon_bf16") if IS_ARM else ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 EMULATED = {"amx": "amx_emulated"}
-"""Levels that stand in for one which the machine lacks, in a build with PEFT_KERNELS_EMULATE=1."""
+"""Emulations of instruction sets that the machine lacks, in a build with PEFT_KERNELS_EMULATE=1."""
 
 
 def backend_ids() -> list[str]:
-    """Every back end for CPU tensors by the name that tests use: reference, cpu-scalar, cpu-avx2, ..., and
-    ptx where it is built. triton alone in a process whose Triton interprets its kernels."""
+    """Ids of all back ends for CPU tensors: reference, cpu-scalar, cpu-avx2, ..., and ptx where it is built.
+    Only triton when Triton is interpreted."""
     register_ptx()
     if triton.BACKEND.interpreted:
         return [triton.BACKEND.name]
@@ -39,7 +39,7 @@ def backend_ids() -> list[str]:
 
 
 def register_ptx() -> None:
-    """Make back end `ptx` one that can be forced; automatic choice ends before it, at the reference."""
+    """Adds back end `ptx` to BACKENDS, behind the reference, so that it serves only when forced."""
     if ptx.BACKEND.name not in BACKENDS:
         ptx.BACKEND.load()
         BACKENDS[ptx.BACKEND.name] = ptx.BACKEND
@@ -55,7 +55,7 @@ def _level(level: str) -> str:
 
 
 def unavailable(backend_id: str) -> str | None:
-    """Why a back end (or an instruction set of it) cannot run here, or None."""
+    """Why a back end, or its instruction set, cannot run here; None if it can."""
     name, _, level = backend_id.partition("-")
     reason = BACKENDS[name].probe()
     if reason is None and level:
@@ -66,14 +66,14 @@ def unavailable(backend_id: str) -> str | None:
 
 
 def sanitizer() -> str:
-    """What the CPU back end was built to find: "address", "thread", or ""."""
+    """The sanitizer that the CPU back end was built with: "address", "thread", or ""."""
     library = cpu.BACKEND.extension if unavailable("cpu") is None else None
     return library.sanitizer() if hasattr(library, "sanitizer") else ""
 
 
 @contextmanager
 def running_on(backend_id: str) -> Iterator[None]:
-    """Force a back end and, for cpu, the instruction set. On ptx, tensors end where their memory does."""
+    """Forces a back end and, for cpu, the instruction set. On ptx, accesses beyond tensors fault."""
     name, _, level = backend_id.partition("-")
     with dispatch.use_backend(name), ptx.BACKEND.guarding() if name == "ptx" else nullcontext():
         if level:
@@ -85,7 +85,7 @@ def running_on(backend_id: str) -> Iterator[None]:
 
 @contextmanager
 def nan_outputs() -> Iterator[None]:
-    """Inside, memory that torch (at::empty of the C++ ops included) hands out starts as NaN, or as 255 in
+    """Inside, memory that torch allocates (also at::empty of C++ ops) is filled with NaN, or 255 for
     integers."""
     switches: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), switches.fill_uninitialized_memory
@@ -112,7 +112,7 @@ def relative_error(got: Tensor, truth: Tensor) -> float:
 
 
 def max_error(got: Tensor, truth: Tensor) -> float:
-    """Largest |got - truth|, relative to the root mean square of the truth: one wrong element shows."""
+    """Largest |got - truth|, relative to the RMS of the truth: shows a single wrong element."""
     if got.numel() == 0:
         return 0.0
     scale = max(truth.double().pow(2).mean().sqrt().item(), 1e-300)
@@ -121,8 +121,8 @@ def max_error(got: Tensor, truth: Tensor) -> float:
 
 
 def assert_close(got: Tensor, plain: Tensor, truth: Tensor, what: str = "result") -> None:
-    """The numbers policy: `got` from the kernel, `plain` from plain torch at that precision, `truth` in
-    fp64."""
+    """Asserts the numbers policy: `got` from the kernel, `plain` from plain torch at that precision, `truth`
+    in fp64."""
     if got.dtype != plain.dtype:
         raise AssertionError(f"{what}: expected {plain.dtype}, got {got.dtype}")
     floor = torch.finfo(got.dtype).eps
@@ -133,8 +133,7 @@ def assert_close(got: Tensor, plain: Tensor, truth: Tensor, what: str = "result"
 
 
 def pairwise(**axes: Sequence[Any]) -> list[dict[str, Any]]:
-    """Few cases in which any two values of any two axes meet: covers the product of sizes without its
-    cost."""
+    """A small set of cases in which every pair of values of two axes occurs."""
     names = list(axes)
     missing = {
         frozenset({(a, u), (b, v)}) for a, b in combinations(names, 2) for u in axes[a] for v in axes[b]
@@ -150,7 +149,7 @@ def pairwise(**axes: Sequence[Any]) -> list[dict[str, Any]]:
                     sum(frozenset({(name, value), pick}) in missing for pick in chosen.items())
                     for value in axes[name]
                 ]
-                # Ties go round the values, so that those of a short axis appear equally often.
+                # Ties rotate through the values, so that those of a short axis occur equally often.
                 first = len(cases) % len(gain)
                 best = max(range(len(gain)), key=lambda i: (gain[i], -((i - first) % len(gain))))
                 chosen[name] = axes[name][best]
@@ -179,7 +178,7 @@ def activations(rows: int, features: int, layout: str, dtype: torch.dtype, seed:
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
-    """Normal numbers that depend on shape and seed alone."""
+    """Normally distributed values that depend only on shape and seed."""
     generator = torch.Generator().manual_seed(seed * 7919 + sum((i + 1) * n for i, n in enumerate(shape)))
     return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
@@ -192,14 +191,15 @@ def nf4_weight(
     dtype: torch.dtype = torch.float32,
     seed: int = 1,
 ) -> NF4Weight:
-    """A quantised weight of the size that layers have at the start of training."""
+    """A quantised weight, scaled as at the start of training."""
     dense = tensor(out_features, in_features, dtype=dtype, seed=seed, scale=max(in_features, 1) ** -0.5)
     with dispatch.use_backend("reference"):
         return NF4Weight.quantize(dense, blocksize, double_quant)
 
 
 def widen(value: Any) -> Any:
-    """Floating activations to fp64, for the truth. Scales and packed bytes stay: they define the weight."""
+    """Casts floating activations to fp64, for the truth. Scales and packed bytes define the weight and
+    stay."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.double()
     return value
@@ -211,25 +211,25 @@ def reference_op(name: str) -> Any:
 
 
 class _Saved:
-    """Held by the graph in place of a tensor that it saved."""
+    """Held by the graph instead of a saved tensor."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.detach()  # a node that saves its own output would otherwise hold itself
+        self.tensor = tensor.detach()  # a node that saves its own output would hold itself
 
 
 def saved_bytes(run: Callable[[], Any], exclude: Iterable[Tensor]) -> int:
     """Bytes that a forward leaves saved for its backward.
 
-    Counted are the distinct storages, each in full, that the graph of what `run` returns still holds when it
-    returns. Parts of a graph that `run` itself has let go of hold nothing.
+    Counts the distinct storages, each in full, that the graph of `run`'s result holds when it returns. Parts
+    of a graph that `run` has released do not count.
 
     Parameters
     ----------
     run : callable
         The forward. What it returns keeps the graph alive.
     exclude : iterable of Tensor
-        Parameters, buffers and whatever else is there anyway: their storages do not count. Of a quantised
-        weight these are all its parts.
+        Parameters, buffers and other existing tensors, whose storages do not count; of a quantised weight all
+        its parts.
     """
     holders: list[weakref.ref[_Saved]] = []
 
@@ -248,7 +248,7 @@ def saved_bytes(run: Callable[[], Any], exclude: Iterable[Tensor]) -> int:
 
 
 def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
-    """Where a tensor keeps its numbers: a quantised weight, ours or bitsandbytes', has several places."""
+    """The storages of a tensor; several for a quantised weight, ours or bitsandbytes'."""
     if isinstance(tensor, NF4Weight):
         return [part.untyped_storage() for part in tensor._state.tensors().values()]
     parts = [tensor]

@@ -1,4 +1,4 @@
-"""A step of an optimizer in Triton: tables follow the tensors, and addresses are as wide as need be."""
+"""A step of an optimizer in Triton: tables follow the tensors, and addresses are 64 bits wide."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def compare(got: tuple[Any, ...], exact_params: bool = False) -> None:
 
 
 def shifted(t: Tensor) -> Tensor:
-    """The same, one element behind memory that is aligned."""
+    """The same values, one element behind aligned memory."""
     whole = torch.empty(t.numel() + 1, dtype=t.dtype)
     whole[1:] = t.flatten()
     return whole[1:].view(t.shape)
@@ -45,7 +45,7 @@ def shifted(t: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["adamw", "lion"])
 def test_new_tensors_are_found(kind: str) -> None:
-    """Those of the step before are not what is stepped, though sizes and types are the same."""
+    """New tensors of the same sizes and dtypes are stepped, not those of the previous step."""
     kept = []
     for seed in range(2):
         got = adamw_args(kind, [(3, 100), (700,)], [torch.float32] * 2, [8, 32], seed=10 * seed)
@@ -58,7 +58,7 @@ def test_new_tensors_are_found(kind: str) -> None:
 
 
 @pytest.mark.parametrize("option", ["", "clipped"])
-def test_no_vectors_where_memory_is_not_aligned(option: str) -> None:
+def test_unaligned_memory(option: str) -> None:
     dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float32]
     got = adamw_args("adamw", [(1300,)] * 4, dtypes, [8, 8, 32, 8], option)
     for i, which in enumerate((PARAMS, GRADS, STATE1, ABSMAX1)):
@@ -66,20 +66,20 @@ def test_no_vectors_where_memory_is_not_aligned(option: str) -> None:
     compare(got)
 
 
-def test_parameters_without_elements_are_passed_over() -> None:
+def test_empty_parameters_are_skipped() -> None:
     shapes: list[tuple[int, ...]] = [(0,), (5,), (0, 3), (300,), (0,)]
     compare(adamw_args("adamw", shapes, [torch.bfloat16] * 5, [8] * 5, "stochastic"))
     compare(adamw_args("adamw", [(0,)], [torch.bfloat16], [8]))
 
 
-def test_rounding_draws_and_compensates_at_once() -> None:
+def test_stochastic_rounding_with_compensation() -> None:
     got = adamw_args("adamw", [(700,), (5,)], [torch.bfloat16] * 2, [8, 32], "compensation")
     # To the bit: the neighbours that may be drawn are as near to each other as what is allowed otherwise.
     compare((*got[:-2], torch.tensor(-7), None), True)
 
 
-def test_steps_of_some_by_the_factor_of_all_are_one_of_all() -> None:
-    """To the bit, though sums are by programs."""
+def test_partial_steps_with_a_common_factor() -> None:
+    """Bit-equal, though programs sum their own gradients."""
     got = adamw_args("adamw", [(3, 700), (5,), (0,), (5000,)], [torch.float32] * 4, [8, 32, 8, 8], "clipped")
     got = (*got[:15], torch.tensor(8.0), *got[16:])
     want = copied(got)
@@ -94,12 +94,12 @@ def test_steps_of_some_by_the_factor_of_all_are_one_of_all() -> None:
 
 
 @pytest.mark.parametrize("most", [2.0**-127, 1e-30, 1e15, 2.0**127])
-def test_absmax_of_any_size_is_inverted_to_the_bit(most: float) -> None:
+def test_absmax_of_any_size_has_an_exact_reciprocal(most: float) -> None:
     compare(moment_args(torch.linspace(-1, 1, 256) * most, "lion"))
 
 
-def test_roots_of_the_smallest_numbers() -> None:
-    """Without an eps they are all that there is to divide by."""
+def test_roots_of_the_smallest_values() -> None:
+    """Without eps they alone are the divisor."""
     got = list(moment_args(torch.logspace(-22, -19, 256)))
     got[2:6] = [torch.zeros(256)], [torch.zeros(256)], [torch.empty(0)], [torch.empty(0)]
     got[9], got[12] = torch.tensor([1.0]), [0.0]
@@ -115,7 +115,7 @@ def test_tables_hold_any_address() -> None:
 
 @pytest.mark.slow
 def test_more_than_2_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last two chunks of a parameter: others are memory that nobody has touched."""
+    """Steps only the last two chunks, so that the rest of the memory is never touched."""
     if free_gib() < NEEDED_GIB:
         pytest.skip(f"{free_gib():.1f} GiB of memory free, {NEEDED_GIB} needed")
     chunk, numel = adamw_kernels.CHUNK.value, 2**31 + 1500

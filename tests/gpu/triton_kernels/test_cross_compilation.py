@@ -1,4 +1,4 @@
-"""The Triton kernels as compiled for cards that are not here: every kernel, with every config."""
+"""The Triton kernels compiled for cards that are absent: every kernel, with every config."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from bench.lib import report
 from peft_kernels import triton_kernels
 from peft_kernels.triton_kernels.core import launch
 
-PRODUCTS = {
+GEMMS = {
     "linear_kernel",
     "linear_dx_kernel",
     "unaligned_kernel",
@@ -79,14 +79,14 @@ def test_kernels_stay_within_their_limits(target: str) -> None:
 
 
 @each_target
-def test_products_reach_tensor_cores(target: str) -> None:
-    """Some for fp32 do not, so those that others of its kind compiled count too."""
+def test_gemms_use_tensor_cores(target: str) -> None:
+    """Some fp32 kernels do not; kernels compiled for targets of the same kind count too."""
     require(target)
     kind = triton_code.kind_of(target)
-    assert {code.variant.kernel for code in all_code() if code.target in kind and code.matrix} >= PRODUCTS
+    assert {code.variant.kernel for code in all_code() if code.target in kind and code.matrix} >= GEMMS
 
 
-# That nothing is forgotten.
+# Completeness.
 
 
 def modules() -> Iterator[Any]:
@@ -137,14 +137,14 @@ def test_every_config_is_compiled() -> None:
 
 @each_target
 def test_nothing_is_read_on_the_host(target: str) -> None:
-    """Tensors without memory, as the calls have, cannot tell what they hold."""
+    """The calls use meta tensors, whose values cannot be read."""
     assert triton_code.standard(target)
     with pytest.raises(RuntimeError, match="meta"):
         torch.empty((), device="meta").item()
 
 
-def test_the_machine_of_tests_knows_every_instruction() -> None:
-    """`make triton-ptx` runs what its tests reach: this is all that there is, for the card that it is for."""
+def test_the_ptx_machine_knows_every_instruction() -> None:
+    """`make triton-ptx` covers only instructions that its tests reach; this covers all for its card."""
     if reason := testing.unavailable("ptx"):
         pytest.skip(f"ptx: {reason}")
     require("sm80")
@@ -208,13 +208,13 @@ def test_a_kernel_that_spills_is_found(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", ("sm80", "sm90", "sm100", "gfx942", "gfx1100"))
-def test_a_product_in_fp32_is_found(target: str) -> None:
+def test_a_gemm_in_fp32_is_found(target: str) -> None:
     good = product(target, 64, 32, 32)
     assert good.matrix and good.faults == ()
     assert product(target, 64, 32, 32, wide=True).faults == ("multiplies in fp32",)
 
 
-def test_a_product_without_tensor_cores_is_found() -> None:
+def test_a_gemm_without_tensor_cores_is_found() -> None:
     assert product("gfx1100", 64, 8, 64).faults == ("no instructions for tensor cores",)
     assert product("gfx1100", 64, 16, 64).faults == ()
 
@@ -230,14 +230,14 @@ def test_a_kernel_that_does_not_compile_is_found() -> None:
     assert re.match(r"does not compile: .*refused_kernel", fault, re.DOTALL)
 
 
-def test_a_target_that_triton_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsupported_target_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_code, "gpu_target", lambda name: GPUTarget("metal", name, 32))
     assert "cannot compile for sm90: 0 compatible backends" in str(triton_code.unsupported("sm90"))
     result = TritonCase("sm90").run()
     assert "cannot compile for sm90" in result.line()
 
 
-# What configs and batches come to.
+# Configs and batches.
 
 
 def test_stages_are_two_at_most_on_amd() -> None:
@@ -248,7 +248,7 @@ def test_stages_are_two_at_most_on_amd() -> None:
 
 
 def lora_calls(m: int, adapters: int) -> list[Call]:
-    """Of a layer with some adapters, each for a group of rows, and a bottleneck behind it, in training."""
+    """A training step of a layer with adapters for groups of rows, followed by a bottleneck."""
     x, seed, count = empty(m, 512, dtype=BF16), empty(dtype=torch.int64), range(adapters)
     base, h, row_group = nf4(512, 512), empty(m, 16 * adapters), empty(m, dtype=torch.int64)
     a, b = [empty(16, 512) for _ in count], [empty(512, 16) for _ in count]
@@ -267,22 +267,20 @@ def lora_calls(m: int, adapters: int) -> list[Call]:
 
 
 @each_target
-def test_batches_and_adapters_share_what_was_compiled(target: str) -> None:
-    """Other numbers of rows, within a line of the tables, and further pairs of adapters compile nothing
-    more."""
+def test_batches_and_adapters_share_compiled_kernels(target: str) -> None:
+    """Other numbers of rows within a table entry, and more pairs of adapters, compile nothing new."""
     require(target)
 
     def codes(m: int, adapters: int) -> set[Any]:
         return set(triton_code.by_code(target, triton_code.launches(target, lora_calls(m, adapters))))
 
-    # Adapters go by pairs: one or two may be over, and those of the middle are added to one sum and make
-    # another.
+    # Adapters are launched in pairs; the last launch may have one or two, and pairs in between add to a sum.
     assert codes(17, 5) == codes(24, 5) == codes(32, 5) == codes(31, 7)
     assert codes(17, 6) == codes(31, 8)
-    assert {kernel for kernel, _ in codes(17, 5)} >= PRODUCTS - {"unaligned_kernel"}
+    assert {kernel for kernel, _ in codes(17, 5)} >= GEMMS - {"unaligned_kernel"}
 
 
-# What is printed.
+# The report.
 
 
 def test_the_table_has_a_line_for_each_config() -> None:

@@ -1,4 +1,4 @@
-"""Experts' products in Triton: rows that programs find by themselves, and experts that are left alone."""
+"""The experts' GEMMs in Triton: how programs find their rows, and experts without rows."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def test_slots_cover_every_row_once(ends: list[int], rows: int, block_m: int) ->
 
 @pytest.mark.parametrize("block_m", (8, 16, 64))
 @pytest.mark.parametrize("count", (1, 3, 128))
-def test_slots_are_no_more_than_can_be(count: int, block_m: int) -> None:
-    """Every expert, and the rows of none, one row beyond a tile: all slots are wanted."""
+def test_the_number_of_slots_is_tight(count: int, block_m: int) -> None:
+    """Every expert, and the rows of none, have one row more than a tile: all slots are used."""
     for rows in (0, 1, 2, count, count + 1, (count + 1) * (block_m + 1)):
         groups = min(count + 1, rows)
         sizes = [1] * (groups - 1) + [rows - groups + 1] if groups else []
@@ -159,7 +159,7 @@ each_op = pytest.mark.parametrize("op", NAMES)
 def test_products_of_rows_in_slots(
     backend: str, op: str, ends: str, sizes: tuple[int, int], kind: str, dtype: torch.dtype
 ) -> None:
-    """Whole runs of weights, shorter ones, rows that begin amid a byte; and weights that are not packed."""
+    """Whole runs of weights, shorter ones, rows that begin inside a byte; dense weights."""
     Case(ENDS[ends], *sizes, kind, dtype).check(op)
 
 
@@ -167,7 +167,7 @@ def test_products_of_rows_in_slots(
 @each_op
 @pytest.mark.parametrize("rows", (32, 48, 200))
 def test_products_of_more_rows(backend: str, op: str, rows: int) -> None:
-    """The other lines of the tables: an expert's rows are more than a tile has."""
+    """The other table entries: experts with more rows than a tile."""
     case = Case([rows - 9, rows - 3], 64, 128, rows=rows)
     assert experts.Group(case.ends, rows).usual > 15
     case.check(op)
@@ -176,8 +176,8 @@ def test_products_of_more_rows(backend: str, op: str, rows: int) -> None:
 @on_triton
 @each_op
 def test_sums_in_splits(backend: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a token alone, as for a large card; the same bits each time. The last split is shorter: two that are
-    done at once may both store the result, which the machine that runs PTX takes for a race."""
+    """A single token on a large card; reproducible. The last split is shorter: two splits that finish
+    together may both store the result, which the PTX machine reports as a race."""
     monkeypatch.setattr("peft_kernels.triton_kernels.core.gemm.multiprocessors", lambda device: 64)
     found: list[int] = []
     split_k = experts.split_k
@@ -197,8 +197,8 @@ def note(found: list[int], split: Any) -> Any:
 @each_op
 @pytest.mark.parametrize("kind", ("nested", "plain", "dense"))
 @pytest.mark.usefixtures("nan_outputs")
-def test_experts_without_rows_are_left_alone(backend: str, op: str, kind: str) -> None:
-    """Whatever they hold. Their adapters' gradients are zero, and so is what comes of rows of none."""
+def test_experts_without_rows_are_not_read(backend: str, op: str, kind: str) -> None:
+    """For any values. Their adapters' gradients and the results of rows of no expert are zero."""
     case = Case([0, 9, 9, 30, 30], 64, 128, kind)
     clean, idle, rest = case.run(op), [0, 2, 4], slice(30, None)
     floats = [t for t in (*case.base[:4], case.bias, case.a, case.b) if t is not None]
@@ -247,7 +247,7 @@ def test_ends_beyond_the_rows_read_nothing_there(backend: str, op: str) -> None:
         ("a", torch.zeros(5, 127), "lora_a: expected 3 dimensions, got 2"),
     ],
 )
-def test_what_does_not_fit_is_refused(name: str, value: Tensor, message: str) -> None:
+def test_wrong_arguments_raise(name: str, value: Tensor, message: str) -> None:
     case = Case([1, 2, 3, 4, 5], 64, 128)
     setattr(case, name, value)
     with testing.running_on("triton"), pytest.raises(RuntimeError, match=message):
@@ -274,7 +274,7 @@ def test_a_weight_whose_parts_do_not_fit_is_refused(part: str, shape: tuple[int,
 
 @on_triton
 def test_launches_do_not_depend_on_what_ends_hold() -> None:
-    """As many whatever the rows are, none of which is known where they are asked for."""
+    """The host does not know `ends`, so the number of launches is the same for all."""
     noted: list[str] = []
 
     def launches(call: Call) -> list[str]:

@@ -1,4 +1,4 @@
-"""When back end `triton` serves, and what it says when it cannot."""
+"""When back end `triton` is used, and its reasons when it cannot be."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ needs_triton = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels are not interpreted, as far as the back end knows; no back end is forced."""
+    """TRITON_INTERPRET is unset for the back end; no back end is forced."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
 
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is one that is new enough."""
+    """A card that is new enough."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
@@ -63,7 +63,7 @@ def test_on_an_old_card(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("current", [0, 1])
 def test_on_cards_that_differ(monkeypatch: pytest.MonkeyPatch, current: int) -> None:
-    """Each is judged by itself, whichever is the current one."""
+    """Each card is examined itself, whichever is current."""
     capabilities = [(8, 0), (7, 5)]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
@@ -88,7 +88,7 @@ def test_on_cards_that_differ(monkeypatch: pytest.MonkeyPatch, current: int) -> 
 @needs_triton
 @pytest.mark.usefixtures("card")
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Which it needs when kernels run, and finds as Triton does."""
+    """A C compiler is needed at run time, and found as Triton finds it."""
     monkeypatch.setattr(triton._kernels(), "check_usable", lambda: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)

@@ -26,7 +26,7 @@ from peft_kernels.triton_kernels.nf4 import nf4_decode
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SPLIT_SCALE = "split_f16"
-"""Beside the types: two tables of float16."""
+"""The kind with two float16 tables."""
 each_kind = pytest.mark.parametrize(
     "kind", (*DTYPES, SPLIT_SCALE), ids=lambda kind: str(kind).removeprefix("torch.")
 )
@@ -34,7 +34,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtyp
 
 
 def prmt(low: int, high: int, selector: int) -> int:
-    """Four bytes of eight, by the four nibbles of a selector; its high bits ask for a sign."""
+    """PTX prmt: four bytes of eight, selected by four nibbles; their high bits replicate the sign."""
     entries, result = (high << 32 | low).to_bytes(8, "little"), 0
     for i in range(4):
         nibble = selector >> 4 * i & 15
@@ -44,7 +44,7 @@ def prmt(low: int, high: int, selector: int) -> int:
 
 
 def v_perm(high: int, low: int, selector: int) -> int:
-    """Four bytes of eight, by the four bytes of a selector; from 8 on it asks for signs and constants."""
+    """v_perm_b32: four bytes of eight, selected by four bytes; values from 8 give signs and constants."""
     entries, result = (high << 32 | low).to_bytes(8, "little"), 0
     for i, by in enumerate(selector.to_bytes(4, "little")):
         if by >= 12:
@@ -75,7 +75,7 @@ INSTRUCTIONS: dict[str, Callable[..., int]] = {
 
 
 def run(assembly: str, given: dict[str, int]) -> dict[str, int]:
-    """What is in the registers after those instructions."""
+    """The registers after the instructions."""
     registers = {"%lanemask_lt": LANES_BEFORE_THE_LAST, **given}
 
     def value(operand: str) -> int:
@@ -95,27 +95,27 @@ def tables_of(kind: Any) -> tuple[torch.Tensor, ...]:
 
 
 def expected(byte: int, numbers: torch.Tensor) -> tuple[int, int]:
-    """The bits of the numbers of a byte: of its high code, which comes first, and of its low one."""
+    """The bits of a byte's values: of the high code, then of the low code."""
     bits = numbers.view(torch.int32 if numbers.itemsize == 4 else torch.int16).tolist()
     mask = (1 << 8 * numbers.itemsize) - 1
     return bits[byte >> 4] & mask, bits[byte & 15] & mask
 
 
 def words() -> list[list[int]]:
-    """Four bytes each: every value at every place, among others."""
+    """Words of four bytes that include every value at every position."""
     values = torch.arange(256)
     columns = [values, (values * 37 + 11) % 256, (values * 91 + 5) % 256, 255 - values]
     return torch.stack(columns, 1).tolist()
 
 
 @each_dtype
-def test_tables_are_of_the_codes(dtype: torch.dtype) -> None:
+def test_tables_hold_the_codes(dtype: torch.dtype) -> None:
     numbers = (torch.tensor(NF4_CODE) * nf4_decode.DECODE_SCALE[dtype]).to(dtype)
     assert torch.equal(nf4_decode.table(dtype), numbers)
 
 
-def test_two_numbers_of_float16_hold_a_code() -> None:
-    """To a unit of fp32, and with no number that some cards take for 0."""
+def test_two_float16_values_hold_a_code() -> None:
+    """To one ulp of fp32, without subnormals, which some cards flush to 0."""
     high, low = (numbers.double() for numbers in nf4_decode.split_f16())
     truth = torch.tensor(NF4_CODE, dtype=torch.float64) * nf4_decode.SPLIT_SCALE
     assert ((high + low - truth).abs() <= truth.abs() * 2**-23).all()
@@ -163,9 +163,9 @@ def test_amdgcn(kind: Any) -> None:
 
 
 @each_kind
-def test_amdgcn_keeps_to_what_the_oldest_takes(kind: Any) -> None:
-    """GFX9: one scalar register, and no constant, in an instruction with three operands. Only the results,
-    and the registers that are told of, are written, and those before they are read."""
+def test_amdgcn_runs_on_gfx9(kind: Any) -> None:
+    """GFX9: at most one scalar register and no constant in an instruction with three operands. Only results
+    and declared clobbers are written, and these before they are read."""
     tables, written = tables_of(kind), set()
     count = sum(2 * numbers.itemsize for numbers in tables)
     spare = {f"${count + i}" for i in range(8)} | {"s70", "s71"}
@@ -191,7 +191,7 @@ def decode_kernel(packed, out, BLOCK: tl.constexpr):
 @pytest.mark.parametrize("target", ("gfx942", "gfx950", "gfx1100", "gfx1200"))
 @pytest.mark.skipif(launch.INTERPRETED, reason="Triton interprets its kernels in this process")
 def test_vector_instructions_for_a_weight(target: str, dtype: torch.dtype) -> None:
-    """On AMD's cards, its load and store included. A choice by four levels of selection took 24 to 28."""
+    """On AMD cards, with load and store. Four levels of selection took 24 to 28."""
     from bench.gpu import triton_code
 
     if reason := triton_code.unsupported(target):

@@ -1,4 +1,4 @@
-"""How Triton kernels are started: found again, compiled once, and what happens where that cannot be.
+"""Launches of Triton kernels: cached and compiled once, and the errors.
 
 A stand-in for Triton's driver takes the launches; kernels are compiled for sm90.
 """
@@ -70,7 +70,7 @@ def values(
     flag: bool = False,
     threshold: int = 5,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a launch, `offset` elements behind an address of 16 bytes."""
+    """Arguments of a launch, `offset` elements behind a 16-byte aligned address."""
     memory = torch.zeros(96, dtype=dtype)
     x = memory[offset:]
     args = torch.zeros(64), Pair(x, n), torch.zeros(64) if other else None, m, 0.5, threshold
@@ -101,8 +101,8 @@ DIFFERENT: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
-def test_what_is_compiled_differently_is_told_apart(card: Card, name: str) -> None:
-    """Each launch runs what Triton itself would run."""
+def test_the_cache_key_is_complete(card: Card, name: str) -> None:
+    """Each launch runs the kernel that Triton would run."""
     told = DIFFERENT[name]
     for given in ({}, told, {}, told):
         run(**given)
@@ -113,7 +113,7 @@ def test_what_is_compiled_differently_is_told_apart(card: Card, name: str) -> No
     assert compiled(card) == 2 and len(launch._compiled) == 2
 
 
-def test_what_varies_compiles_nothing_more(card: Card) -> None:
+def test_varying_values_compile_nothing_new(card: Card) -> None:
     for m in (1, 2, 16, 7):
         for threshold in (0, 1, 16, 2**32 - 1):
             run(m=m, threshold=threshold)
@@ -121,7 +121,7 @@ def test_what_varies_compiles_nothing_more(card: Card) -> None:
     assert launch.varying(0) != 1 and all(launch.varying(n) % 16 for n in (0, 1, 16, 2**32))
 
 
-def test_a_launch_passes_what_it_was_given(card: Card) -> None:
+def test_a_launch_passes_its_arguments(card: Card) -> None:
     run()
     card.stream = 77
     args = run(m=9)
@@ -132,7 +132,7 @@ def test_a_launch_passes_what_it_was_given(card: Card) -> None:
     assert first[:3] == (3, 1, 1) and first[9:][3] == 7
 
 
-def test_triton_is_left_out_from_the_second_launch_on(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_launches_bypass_triton(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     run()
     monkeypatch.setattr(type(add_kernel), "run", lambda *args, **kwargs: pytest.fail("by Triton's way"))
     run()
@@ -148,7 +148,7 @@ def test_each_device_has_its_own(card: Card) -> None:
 
 
 def test_hooks_are_called(card: Card) -> None:
-    """As profilers set them, and `add_pre_run_hook`: after the first launch too."""
+    """Hooks of profilers and `add_pre_run_hook`, also after the first launch."""
     run()
     seen: list[str] = []
 
@@ -192,10 +192,10 @@ def test_nothing_is_compiled_in_a_capture(card: Card) -> None:
     assert compiled(card) == 1 and len(card.launched) == 2
 
 
-# What a card has too little of.
+# Cards with too little memory.
 
 
-def test_a_config_that_does_not_fit_goes_on_in_fewer_stages(
+def test_a_config_that_does_not_fit_falls_back_to_fewer_stages(
     card: Card, caplog: pytest.LogCaptureFixture
 ) -> None:
     tried: list[str] = []
@@ -232,9 +232,7 @@ def test_another_device_keeps_its_stages(card: Card) -> None:
     assert stages == [3, 2]
 
 
-def test_what_the_assembler_refuses_goes_on_in_fewer_stages(
-    card: Card, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_assembler_errors_fall_back_to_fewer_stages(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     run_of_triton, tried = type(add_kernel).run, []
 
     def refused(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -249,7 +247,7 @@ def test_what_the_assembler_refuses_goes_on_in_fewer_stages(
 
 
 @pytest.mark.parametrize("error", [OutOfResources(2, 1, "threads"), PTXASError("no such instruction")])
-def test_what_never_fits_is_told(card: Card, error: Exception) -> None:
+def test_a_kernel_that_never_fits_raises(card: Card, error: Exception) -> None:
     def refuse(name: str) -> None:
         raise error
 
@@ -260,8 +258,8 @@ def test_what_never_fits_is_told(card: Card, error: Exception) -> None:
 
 
 @pytest.mark.parametrize("hooks", (True, False), ids=("hooks", "no-hooks"))
-def test_a_full_card_is_told_and_tried_again(card: Card, hooks: bool) -> None:
-    """Where there are no hooks, Triton would launch a kernel that is not loaded, the next time."""
+def test_a_full_card_raises_and_is_retried(card: Card, hooks: bool) -> None:
+    """Without hooks, Triton would launch the unloaded kernel the next time."""
     if not hooks:
         triton.knobs.runtime.launch_enter_hook = None
     count = 0
@@ -306,13 +304,13 @@ def test_other_errors_pass(card: Card) -> None:
         run()
 
 
-def test_no_programs_are_no_launch(card: Card) -> None:
+def test_an_empty_grid_launches_nothing(card: Card) -> None:
     args, constants = values()
     launch.launch(add_kernel, (0, 4), *args, config=CONFIG, **constants)
     assert not card.launched and not compiled(card)
 
 
-# Tables that stay on the card.
+# Cached tables.
 
 
 def test_a_step_of_an_optimizer_is_one_launch(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:

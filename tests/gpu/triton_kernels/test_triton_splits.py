@@ -1,4 +1,4 @@
-"""Sums that several programs of a Triton kernel share: the last one adds them up, and lowers the flags."""
+"""Split-K in Triton: the last program adds the partial sums and lowers the flags."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def in_order(x: torch.Tensor) -> torch.Tensor:
 @interpreted
 @pytest.mark.parametrize("splits", (1, 2, 7, MAX_SPLITS.value))
 def test_the_same_launch_again(splits: int) -> None:
-    """As a CUDA graph launches it: with the number and the memory of the first time, and what is in it."""
+    """As in a CUDA graph: with the same number, memory and memory contents."""
     parts = new_partials(3 * splits, ROWS * COLS, torch.device("cpu"))
     for round in range(3):
         if round != 1:
@@ -80,7 +80,7 @@ def test_the_same_launch_again(splits: int) -> None:
 
 
 @interpreted
-def test_without_splits_nothing_is_shared() -> None:
+def test_without_splits() -> None:
     x = torch.randn(3, 1, ROWS, COLS)
     assert torch.equal(run(x, None), x[:, 0])
 
@@ -93,7 +93,7 @@ def test_numbers_of_launches_differ_and_compile_the_same() -> None:
 
 @pytest.mark.parametrize("depth", (0, 1, 64, 500, 513, 14336, 10**7))
 @pytest.mark.parametrize("programs", (1, 7, 1000))
-def test_a_cut_covers_the_sum(depth: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splits_cover_the_sum(depth: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "multiprocessors", lambda device: 304)
     units, splits = split_k(programs, depth, 64, torch.device("cpu"))
     assert (
@@ -103,7 +103,7 @@ def test_a_cut_covers_the_sum(depth: int, programs: int, monkeypatch: pytest.Mon
 
 @triton.jit
 def turned_kernel(x, between, flag, out, SIZE: tl.constexpr, SEEN: tl.constexpr):
-    """Threads read what others of the program have stored."""
+    """Threads read values that other threads of the program have stored."""
     first = tl.program_id(0) * SIZE
     at = tl.arange(0, SIZE)
     tl.store(between + first + at, tl.load(x + first + at))
@@ -120,7 +120,7 @@ on_triton = pytest.mark.skipif(
 
 @on_triton
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
-def test_threads_see_what_others_stored(dtype: torch.dtype) -> None:
+def test_threads_see_stores_of_others(dtype: torch.dtype) -> None:
     x, flag = torch.randn(3, 512), torch.tensor([7, 8], dtype=dtype)
     between, out = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
     turned_kernel[(3,)](x, between, flag, out, 512, True)
@@ -145,7 +145,7 @@ def made_for(target: str) -> Any:
 
 
 def before_the_flag(listing: list[str], store: str, flag: str) -> list[str]:
-    """What stands between the last store of a part and the raising of the flag."""
+    """The code between the last store of a partial sum and the raising of the flag."""
     end = next(i for i, line in enumerate(listing) if re.search(flag, line))
     begin = max(i for i, line in enumerate(listing[:end]) if re.search(store, line))
     return listing[begin:end]
@@ -167,7 +167,7 @@ WAITS = r"s_waitcnt vmcnt\(0\)|s_waitcnt_vscnt null, 0x0|s_wait_storecnt 0x0"
 @compiled
 @pytest.mark.parametrize("target", ("gfx942", "gfx950", "gfx1100", "gfx1200"))
 def test_waves_wait_for_their_stores_before_the_barrier(target: str) -> None:
-    """Of itself a barrier waits for shared memory alone on AMD's cards."""
+    """On AMD cards a barrier itself waits for shared memory only."""
     listing = made_for(target).asm["amdgcn"].splitlines()
     between = before_the_flag(listing, GLOBAL_STORE, r"_atomic_swap_(x2|b64)")
     barrier = next(i for i, line in enumerate(between) if "s_barrier" in line)
@@ -176,7 +176,7 @@ def test_waves_wait_for_their_stores_before_the_barrier(target: str) -> None:
 
 @compiled
 @pytest.mark.parametrize("target", ("gfx942", "gfx950", "gfx1100", "gfx1200"))
-def test_waves_renew_their_caches_behind_the_barrier(target: str) -> None:
+def test_waves_invalidate_their_caches_after_the_barrier(target: str) -> None:
     from bench.gpu import triton_code
 
     if reason := triton_code.unsupported(target):
@@ -203,8 +203,8 @@ def chain_kernel(a, b, out, BLOCK: tl.constexpr, CHAIN: tl.constexpr):
 
 
 @compiled
-def test_parts_of_sums_do_not_become_one_chain() -> None:
-    """The compiler lets `tl.dot` add to what its result is added to, as triton_sums.py has it."""
+def test_partial_sums_are_not_fused() -> None:
+    """The compiler fuses an addition into `tl.dot`, as triton_sums.py models it."""
     from bench.gpu import triton_code
 
     half, out = torch.empty(1, dtype=BF16, device="meta"), torch.empty(1, device="meta")
@@ -215,7 +215,7 @@ def test_parts_of_sums_do_not_become_one_chain() -> None:
         assert added_to.startswith("%acc" if chain else "%cst")
 
 
-# How many launches a layer takes.
+# Launches per layer.
 
 
 def lora(m: int, n: int, k: int) -> Iterator[Call]:
@@ -260,7 +260,7 @@ def llama_layer(m: int) -> Iterator[Call]:
 @compiled
 @pytest.mark.parametrize("processors", (2, 132))
 def test_launches_of_a_transformer_layer(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of Llama-3.1-8B at 2048 rows, forward and backward: 48, and torch's 14 gemm."""
+    """Llama-3.1-8B at 2048 rows, forward and backward: 48, and 14 GEMMs of torch."""
     from bench.gpu import triton_code
 
     monkeypatch.setattr(gemm, "multiprocessors", lambda device: processors)
@@ -277,7 +277,7 @@ def test_launches_of_a_transformer_layer(processors: int, monkeypatch: pytest.Mo
 
 @compiled
 def test_launches_of_a_decoded_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One for h, one for the product with its delta: split sums take no further one."""
+    """One for h, one for the GEMM with its delta; split-K needs no further launch."""
     from bench.gpu import triton_code
 
     monkeypatch.setattr(gemm, "multiprocessors", lambda device: 132)

@@ -1,4 +1,4 @@
-"""The numbers policy with sums as cards round them: cases that Triton's interpreter is too good to tell."""
+"""The numbers policy with the cards' rounding of sums, which Triton's interpreter does not have."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("nan_outputs")
 
 @pytest.fixture(autouse=True)
 def _as_on_cards(one_thread: None) -> Iterator[None]:
-    """With plain torch on one thread, which is at its best so."""
+    """Plain torch on one thread, where it is most accurate."""
     with triton_sums.as_on_cards():
         yield
 
@@ -49,12 +49,12 @@ LONG_SUMS = {
 
 
 def chosen(cases: Sequence[dict[str, Any]], *ids: str) -> pytest.MarkDecorator:
-    """Those that were beyond the policy when sums were one chain, and `tl.dot` was all there was."""
+    """Cases that failed when sums were a single chain of `tl.dot`."""
     found = {case_id(case): case for case in cases}
     return pytest.mark.parametrize("case", [found[name] for name in ids], ids=ids)
 
 
-# fp32: a chain of fused multiply-adds for each element of a result.
+# fp32: a chain of fused multiply-adds per element.
 
 
 @chosen(test_linear.LINEAR_CASES, "m5-n576-k33-bs32-not_nested-fp32-bias_none-3-d")
@@ -101,7 +101,7 @@ def test_gated_activation(backend: str, shape: str, activation: str) -> None:
     test_gated.test_gated_activation(backend, shape, torch.float32, activation)
 
 
-# As good as in fp32 on tensor cores, by sums of numbers of float16.
+# fp32 accuracy on tensor cores, with values split into two float16 values.
 
 
 @pytest.mark.parametrize("case", test_dora.NORM_CASES, ids=case_id)
@@ -111,12 +111,12 @@ def test_dora_norm(backend: str, case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("size", [1e-15, 1e-6, 3e4, 1e15], ids="{:g}".format)
 def test_dora_norm_of_any_size(backend: str, size: float) -> None:
-    """A in float16 would be 0 or infinite. B makes up for it."""
+    """A in float16 would be 0 or Inf; B compensates."""
     test_dora.check_norm_case({**LONG_SUMS, "a_size": size})
 
 
 def test_dora_norm_of_one_large_element(backend: str) -> None:
-    """Beside it the others of its rank are small, and so is what they add."""
+    """The others of its rank are small, and so is their contribution."""
     group, w = test_dora.norm_base(LONG_SUMS)
     a, b = testing.tensor(4, 1152, seed=3), testing.tensor(100, 4, seed=4)
     a[:, 700] = 3e6
@@ -126,7 +126,7 @@ def test_dora_norm_of_one_large_element(backend: str) -> None:
 # The model.
 
 
-def test_tensor_cores_cut_towards_zero() -> None:
+def test_tensor_cores_truncate() -> None:
     ones, tiny = np.ones((1, 8)), np.full((8, 1), 2.0**-25)
     acc = np.ones((1, 1))
     assert triton_sums.truncated(ones, tiny, acc) == 1  # each lies below the bits of the largest
@@ -136,7 +136,7 @@ def test_tensor_cores_cut_towards_zero() -> None:
     assert triton_sums.chained(ones[:, :1], np.full((1, 1), 1.5 * 2.0**-23), acc) == 1 + 2.0**-22
 
 
-def test_tf32_in_three_products() -> None:
+def test_3xtf32() -> None:
     generator = np.random.default_rng(0)
     a, b = (
         generator.standard_normal(shape).astype(np.float32).astype(np.float64) for shape in ((4, 8), (8, 4))

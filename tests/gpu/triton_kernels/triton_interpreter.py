@@ -1,5 +1,5 @@
-"""Mends Triton's interpreter: bf16, which it truncates and whose bits tl.dot multiplies; fma, which it rounds
-twice; numpy; pace."""
+"""Fixes of Triton's interpreter: bf16, which it truncates and whose bits tl.dot multiplies; fma, which it
+rounds twice; numpy; speed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def mend() -> None:
     multiply = builder.create_dot
 
     def cast(self: Any, src: Any, dst_type: Any) -> Any:
-        """To bf16 by rounding to the nearest, ties to even, as cards do."""
+        """Rounds to bf16, to nearest even, as cards do."""
         data, target = src.data, dst_type.scalar
         if src.dtype.scalar == tl.bfloat16:
             data = (data.astype(np.uint32) << 16).view(np.float32)
@@ -41,7 +41,7 @@ def mend() -> None:
     builder.create_fp_to_fp = lambda self, src, dst_type, _rounding: cast(self, src, dst_type)
     builder.create_dot = dot
 
-    # numpy has stopped to take an array of one element for a number: bounds of loops are such.
+    # numpy no longer converts one-element arrays, such as loop bounds, to numbers.
     patch_tensor = interpreter._patch_lang_tensor
 
     def patch(tensor: Any, scope: Any) -> None:

@@ -1,4 +1,4 @@
-"""A quicker front end for Triton's interpreter, which makes the types and shapes of every value anew.
+"""A faster front end for Triton's interpreter, which rebuilds the types and shapes of every value.
 
 What is remembered here is what Triton itself made of the same arguments; nothing of what a tensor holds is.
 """
@@ -15,7 +15,7 @@ from triton.runtime import interpreter
 
 
 def remember() -> None:
-    """Holds for the rest of the process."""
+    """Applies to the rest of the process."""
     _remember_types()
     _remember_shapes()
     _pass_equal_shapes_by()
@@ -36,7 +36,7 @@ def _remember_types() -> None:
 
     def block_type(self: Any, element_ty: Any, shape: Any) -> None:
         sizes = shape.values if isinstance(shape, tl.tuple) else shape
-        # By its name: a pointer's type cannot be a key. It tells all but the address space.
+        # By name, as pointer types are not hashable; the name lacks only the address space.
         key = element_ty.name, *(size.value if isinstance(size, tl.constexpr) else size for size in sizes)
         if (found := attributes.get(key)) is None:
             made(self, element_ty, shape)

@@ -1,4 +1,4 @@
-"""Sums, exponentials and quotients as NVIDIA's cards round them, for Triton's interpreter: numpy is better.
+"""Sums, exponentials and quotients with the rounding of NVIDIA's cards, for Triton's interpreter.
 
 Sums on tensor cores: products are exact; eight of them and what they are added to are cut, towards zero, to
 bits of the largest, and so is their sum (Fasi et al. 2021; Ampere's, the shortest of those that are served).
@@ -25,13 +25,13 @@ BITS = 25  # of the largest term: one more than it has
 
 
 def cut(values: Array, bits: int, largest: Array) -> Array:
-    """Values in fp64 without what lies below that many bits of `largest`: nearer to zero, if at all."""
+    """fp64 values truncated towards zero to that many bits below `largest`."""
     unit = np.exp2(np.frexp(largest)[1] - float(bits))
     return np.trunc(values / unit) * unit
 
 
 def truncated(a: Array, b: Array, acc: Array) -> Array:
-    """acc [m, n] + a [m, k] b [k, n], on a tensor core, all in fp64."""
+    """acc [m, n] + a [m, k] b [k, n] as on a tensor core, in fp64."""
     for first in range(0, a.shape[1], WIDTH):
         products = a[:, None, first : first + WIDTH] * b.T[None, :, first : first + WIDTH]
         terms = np.concatenate([acc[:, :, None], products], 2)
@@ -41,14 +41,14 @@ def truncated(a: Array, b: Array, acc: Array) -> Array:
 
 
 def chained(a: Array, b: Array, acc: Array) -> Array:
-    """The same by fused multiply-adds in fp32, one after the other."""
+    """The same by sequential fused multiply-adds in fp32."""
     for i in range(a.shape[1]):
         acc = (a[:, i, None] * b[None, i] + acc).astype(np.float32).astype(np.float64)
     return acc
 
 
 def tf32(values: Array) -> Array:
-    """Without the low 13 bits, as tensor cores read fp32."""
+    """Drops the low 13 bits, as tensor cores read fp32."""
     return (values.astype(np.float32).view(np.uint32) & 0xFFFFE000).view(np.float32).astype(np.float64)
 
 
@@ -80,7 +80,7 @@ def _kind(a: Any, precision: Any) -> str:
 
 
 def _off(values: Array, units: float) -> Array:
-    """fp32 values that are off by so many units in the last place, up or down by their lowest bit."""
+    """fp32 values off by so many ulps, up or down depending on their lowest bit."""
     sign = np.where(values.view(np.uint32) & 1, 1.0, -1.0)
     return (values * (1 + sign * units * 2.0**-24)).astype(np.float32)
 
