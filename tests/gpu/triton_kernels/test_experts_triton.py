@@ -67,7 +67,7 @@ def test_slots_cover_every_row_once(ends: list[int], rows: int, block_m: int) ->
     group = group_of(ends, rows)
     slots = group.slots(block_m)
     found = torch.full((slots, 3), -1, dtype=torch.int32)
-    slots_kernel[(slots,)](group.ends, found, rows, group.experts, group.constant, block_m)
+    slots_kernel[(slots,)](group.ends, found, rows, group.experts, group.constexpr_experts, block_m)
     owner = torch.full((rows,), -1)
     for expert, first, stop in found.tolist():
         assert first >= 0 and stop <= rows
@@ -169,7 +169,7 @@ def test_products_of_rows_in_slots(
 def test_products_of_more_rows(backend: str, op: str, rows: int) -> None:
     """The other table entries: experts with more rows than a tile."""
     case = Case([rows - 9, rows - 3], 64, 128, rows=rows)
-    assert experts.Group(case.ends, rows).usual > 15
+    assert experts.Group(case.ends, rows).average_rows > 15
     case.check(op)
 
 
