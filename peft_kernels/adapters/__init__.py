@@ -1,13 +1,13 @@
-"""Bottleneck adapters in models of transformers (Houlsby et al. 2019, Pfeiffer et al. 2021, He et al. 2022).
+"""Bottleneck adapters for transformers models (Houlsby et al. 2019, Pfeiffer et al. 2021, He et al. 2022).
 
 pk.adapters.add(model, "task", "houlsby")   # or an AdapterConfig
-pk.adapters.train(model, "task")            # it is active, and all else is frozen
+pk.adapters.train(model, "task")            # active; everything else is frozen
 pk.adapters.save(model, "task", "my-adapter")
 pk.adapters.load(model, "my-adapter", load_as="again")
 pk.adapters.set_active(model, ["task", "again"])
 with pk.adapters.rows(model, ["task", None]):
-    model.generate(**two_prompts)           # each with its own
-pk.adapters.delete(model, "task")           # without the last, the model is what it was
+    model.generate(**two_prompts)           # each row with its own
+pk.adapters.delete(model, "task")           # deleting the last one restores the model
 """
 
 from .averaging import average

@@ -15,10 +15,10 @@ from .config import AdapterConfig
 
 
 class BottleneckAdapter(nn.Module):
-    """The parameters of one adapter in one place. Parameters and not nn.Linear: to PEFT and to quantisers
-    there is no layer here.
+    """The parameters of one adapter in one place: plain parameters, so that PEFT and quantisers see no linear
+    layer.
 
-    up and the biases start at zero: an adapter that has not been trained changes no bit.
+    up and the biases start at zero, so an untrained adapter changes no bit.
     """
 
     def __init__(
@@ -40,19 +40,19 @@ class BottleneckAdapter(nn.Module):
         self.up_bias = zeros(config.bias, features)
 
     def initialise(self) -> None:
-        """`down` as LoRA's A, from torch's generator."""
+        """Initialises `down` like LoRA's A."""
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
         if self.norm_weight is not None:
             nn.init.ones_(self.norm_weight)
 
     @property
     def reads(self) -> str:
-        """ "output" of the sublayer, its "input", or the "norm" behind it."""
+        """Which tensor the adapter reads: the sublayer's "output", its "input", or the "norm" after it."""
         return "input" if self.config.parallel else "norm" if self.config.after_norm else "output"
 
     def parameters_for(self, x: Tensor) -> BottleneckParameters:
-        """As `bottleneck` takes them: in fp32 or x's dtype. Under autocast to x's dtype the weights of
-        products are rounded to it, as those of nn.Linear are."""
+        """Parameters in fp32 or x's dtype, as `bottleneck` takes them. Under autocast the matrices are cast
+        to x's dtype, like those of nn.Linear."""
 
         def kept(parameter: Any) -> Any:
             wide = parameter is None or parameter.dtype in (torch.float32, x.dtype)
@@ -72,7 +72,7 @@ class BottleneckAdapter(nn.Module):
         )
 
     def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """Of what it reads; residual None: of that."""
+        """Applies the adapter to `x`. residual None means `x`."""
         p = self.parameters_for(x)
         return bottleneck(
             x, p.down, p.up, p.down_bias, p.up_bias, p.activation, p.scaling, residual, p.norm_weight,

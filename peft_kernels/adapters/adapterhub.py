@@ -1,5 +1,5 @@
-"""Adapters that AdapterHub's library (`adapters`, before that `adapter-transformers`) has written for BERT,
-RoBERTa and the like: what is in its folders, in our names."""
+"""Reads adapters for BERT, RoBERTa and similar models that AdapterHub's library (`adapters`, formerly
+`adapter-transformers`) wrote, with our parameter names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DEFAULTS: dict[str, Any] = {
     "scaling": 1.0,
     "residual_before_ln": True,
 }
-_ONLY: dict[str, Any] = {
+_SUPPORTED: dict[str, Any] = {
     "original_ln_after": True,
     "ln_after": False,
     "use_gating": False,
@@ -36,12 +36,12 @@ _ONLY: dict[str, Any] = {
     "phm_layer": False,
     "stochastic_depth": 0.0,
 }
-"""Fields whose other values ask for what is not computed here, or elsewhere."""
+"""Fields with their only supported values."""
 _IGNORED = re.compile(
     r"init_weights(_seed)?|adapter_residual_before_ln|inv_adapter_reduction_factor|hypercomplex_nonlinearity|"
     r"learn_phm|(factorized_|shared_|phm_)\w+"
 )
-"""How parameters were initialised, and details of what `_ONLY` excludes."""
+"""Initialisation, and options of features that `_SUPPORTED` excludes."""
 _KEY = re.compile(
     r"(?:\w+\.)?(encoder\.layer\.\d+\.(?:attention\.)?output)\.adapters\.(.+)\.(adapter_\w+(?:\.\d)?)\.(weight|bias)"
 )
@@ -49,7 +49,7 @@ _KEY = re.compile(
 
 @dataclass
 class Loaded:
-    """A tensor that is there already, where `Entry` is one in a file."""
+    """A loaded tensor with the interface of `Entry`."""
 
     value: Tensor
 
@@ -62,7 +62,7 @@ class Loaded:
         return self.value.dtype
 
     def read(self) -> Tensor:
-        """In memory of its own: a file may have many tensors in one storage, or expanded ones."""
+        """A copy: tensors of a file may share a storage or be expanded."""
         return self.value.detach().clone(memory_format=torch.contiguous_format)
 
 
@@ -70,14 +70,14 @@ class Found(NamedTuple):
     name: str
     config: AdapterConfig
     entries: dict[str, Entry | Loaded]
-    """By the names of the linear layers that sublayers end at, and of our parameters."""
+    """Keyed by the last linear layer of the sublayer and our parameter name."""
     file: str
 
 
 def read(folder: Path, about: Any) -> Found:
-    """`about`: what is in the folder's adapter_config.json.
+    """Reads the folder whose adapter_config.json is `about`.
 
-    CheckpointError for another kind of adapter, or one that computes what ours do not, by the field.
+    Raises CheckpointError for another kind of adapter or an unsupported option.
     """
     if not isinstance(about, dict) or not isinstance(about.get("config"), dict):
         expected = "one of AdapterHub's, with the fields of its config"
@@ -107,25 +107,25 @@ def read(folder: Path, about: Any) -> Found:
 
 
 def _options(fields: dict[str, Any]) -> dict[str, Any]:
-    """Of an AdapterConfig."""
+    """Arguments of an AdapterConfig."""
     required = ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity")
     for field in required:
         if field not in fields:
             raise CheckpointError(f"{CONFIG}: expected {field}, as AdapterHub's bottlenecks have, got none")
     for field, value in fields.items():
-        if field in _ONLY and value != _ONLY[field]:
+        if field in _SUPPORTED and value != _SUPPORTED[field]:
             raise CheckpointError(
-                f"{CONFIG}: {field}: expected {json.dumps(_ONLY[field])}, for no other is computed here, got "
+                f"{CONFIG}: {field}: expected {json.dumps(_SUPPORTED[field])}, the only supported value, got "
                 f"{shown(value)}"
             )
-        known = field in _ONLY or field in _DEFAULTS or field in required
+        known = field in _SUPPORTED or field in _DEFAULTS or field in required
         if not known and not _IGNORED.fullmatch(field):
             raise CheckpointError(f"{CONFIG}: expected fields of AdapterHub's BnConfig, got {shown(field)}")
     got = _DEFAULTS | fields
     after_norm = bool(got["original_ln_before"]) and not got["is_tensor_parallel"]
     if after_norm and got["residual_before_ln"] is not True:
         raise CheckpointError(
-            f"{CONFIG}: residual_before_ln: expected true, for no other is computed here, got "
+            f"{CONFIG}: residual_before_ln: expected true, the only supported value, got "
             f"{shown(got['residual_before_ln'])}"
         )
     for field in ("scaling", "reduction_factor"):
@@ -144,8 +144,7 @@ def _options(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _our_key(key: str, name: str, norm: bool) -> str | None:
-    """None for one that is none of ours. The norm is there twice, as itself and as the first of
-    adapter_down."""
+    """Our name of a parameter, or None. The norm appears twice: under its own name and in adapter_down."""
     match = _KEY.fullmatch(key)
     if match is None or match[2] != name:
         return None
@@ -169,7 +168,9 @@ def _tensors(folder: Path) -> tuple[str, dict[str, Any]]:
         return found, dict(read_header(folder / found)[0])
     _check_stored(folder / found)
     try:
-        loaded = torch.load(folder / found, map_location="cpu", weights_only=True)  # runs nothing of the file
+        loaded = torch.load(
+            folder / found, map_location="cpu", weights_only=True
+        )  # executes no code of the file
     except Exception as error:
         raise CheckpointError(
             f"{found}: expected tensors that torch.load(weights_only=True) reads"
@@ -184,18 +185,18 @@ def _tensors(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _check_stored(path: Path) -> None:
-    """torch.save compresses nothing; what is compressed may be a thousand times as large in memory."""
+    """Refuses compressed records: torch.save writes none, and they may expand a thousandfold."""
     try:
         with zipfile.ZipFile(path) as archive:
             stored = all(one.compress_type == zipfile.ZIP_STORED for one in archive.infolist())
-    except (OSError, zipfile.BadZipFile):  # torch.load will tell, or knows an older form
+    except (OSError, zipfile.BadZipFile):  # torch.load reports it, or reads the legacy format
         return
     if not stored:
         raise CheckpointError(f"{path.name}: expected a file of torch.save, got compressed records")
 
 
 def _other_form(value: Tensor) -> str:
-    """Of a tensor that has no values of its own at each place."""
+    """What kind of tensor this is, or "" for an ordinary dense one."""
     if value.is_nested:
         return "a nested one"
     if value.layout != torch.strided:

@@ -1,4 +1,4 @@
-"""Adapters fused into one, by the mean of their parameters."""
+"""Weighted averages of adapters."""
 
 from __future__ import annotations
 
@@ -21,29 +21,28 @@ def average(
     weights: Sequence[float] | None = None,
     normalize_weights: bool = True,
 ) -> None:
-    """Add an adapter whose parameters are a weighted mean of those of others, as AdapterHub's
-    `average_adapter` does (Chronopoulou et al. 2023): an adapter for a domain between theirs. It is not
-    active, and frozen until `train`.
+    """Adds an adapter whose parameters are a weighted mean of others', like AdapterHub's `average_adapter`
+    (Chronopoulou et al. 2023). It is inactive, and frozen until `train`.
 
-    Means of parameters make sense of adapters that were trained from the same beginning, or little: those of
-    unrelated ones have bottlenecks whose features do not correspond.
+    This is meaningful for adapters trained from the same initialisation, or trained little: bottleneck
+    features of unrelated adapters do not correspond.
 
     Parameters
     ----------
     name : str
-        Of the new adapter.
+        Name of the new adapter.
     names : sequence of str
         One or more adapters, of the same config.
     weights : sequence of float, optional
-        One for each of `names`. By default they weigh the same.
+        One for each of `names`; equal by default.
     normalize_weights : bool
-        Divide weights by their sum. False takes them as they are, for sums and differences of adapters.
+        Divide the weights by their sum. False allows sums and differences of adapters.
 
     Raises
     ------
     ValueError
-        A name that is not there, or is taken; configs that differ; weights of another number, NaN or Inf, or
-        of a sum that nothing can be divided by. Nothing is changed.
+        Unknown or existing name; different configs; wrong number of weights, NaN or Inf, or a sum of zero.
+        Nothing is changed.
     """
     if isinstance(names, str) or not names:
         raise ValueError(f"names: expected a sequence of adapters, got {names!r}")
@@ -85,7 +84,7 @@ def _factors(weights: Sequence[float] | None, count: int, normalize: bool) -> li
 
 
 def _mean(values: list[Tensor], factors: list[float]) -> Tensor:
-    """Summed in fp64, and rounded once to the widest of their dtypes."""
+    """The weighted sum in fp64, rounded once to the widest dtype."""
     dtype = reduce(torch.promote_types, [value.dtype for value in values])
     terms = [factor * value.double() for value, factor in zip(values, factors, strict=True)]
     return torch.stack(terms).sum(0).to(dtype)

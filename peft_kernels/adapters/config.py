@@ -1,4 +1,4 @@
-"""What an adapter is like and where it goes, as the papers name it."""
+"""AdapterConfig: the shape and place of an adapter, with the presets of the papers."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from typing import Any
 from ..ops.gated import ACTIVATIONS
 
 ALIASES = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-"""What transformers calls activations of ours."""
+"""transformers' names of our activations."""
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Where an adapter goes, and what is in it.
+    """The shape and place of an adapter.
 
     Attributes
     ----------
     attention, feed_forward : bool
-        In which sublayers of each layer.
+        Sublayers of each layer that get an adapter.
     parallel : bool
-        Beside the sublayer: from its input, added to its output (He et al. 2022). Else behind it: from its
-        output, added to that. Either way before the layer's own residual is added.
+        Read the sublayer's input instead of its output (He et al. 2022). The result is added to the output
+        before the layer's residual is added.
     after_norm : bool
-        Behind the sublayer, but from what the layer norm there gives (Pfeiffer et al. 2021), added to what it
-        gets: the norm is computed twice. For models that have it there: BERT, RoBERTa and the like.
+        Read the output of the layer norm after the sublayer and add to its input (Pfeiffer et al. 2021); the
+        norm is computed twice. For post-norm models such as BERT and RoBERTa.
     reduction : float
-        Features of the model to one of the bottleneck, which has at least one.
+        Model features per bottleneck feature; the bottleneck has at least one.
     activation : str
-        "relu", "gelu" (exact), "gelu_tanh" or "silu"; transformers' "gelu_new", "gelu_pytorch_tanh" and
-        "swish" are understood.
+        "relu", "gelu" (exact), "gelu_tanh" or "silu"; also transformers' "gelu_new",
+        "gelu_pytorch_tanh" and "swish".
     scaling : float
     norm : bool
-        A layer norm, trained, before the bottleneck.
+        A trained layer norm before the bottleneck.
     bias : bool
-        In both projections.
+        Biases in both projections.
     dropout : float
-        Of the activated bottleneck, in training.
+        Dropout after the activation, in training.
 
     Raises
     ------
     ValueError
-        A value that makes no sense, by name.
+        An invalid value.
     """
 
     attention: bool
@@ -109,7 +109,7 @@ PRESETS = {
 
 
 def config_of(config: AdapterConfig | str) -> AdapterConfig:
-    """ValueError for a name that is no preset."""
+    """The config, or the preset of this name. Raises ValueError for other names."""
     if isinstance(config, AdapterConfig):
         return config
     if not isinstance(config, str) or config not in PRESETS:

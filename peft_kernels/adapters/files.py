@@ -1,5 +1,5 @@
-"""Adapters on disk: a JSON file that says what an adapter is, and a safetensors file of its parameters, by
-the name of the linear layer that their sublayer ends at."""
+"""Saves and loads adapters: a JSON file with the config and a safetensors file with the parameters, keyed by
+the last linear layer of their sublayer."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ CONFIG = "bottleneck_adapter.json"
 WEIGHTS = "bottleneck_adapter.safetensors"
 FORMAT = "peft_kernels bottleneck adapter"
 VERSION = 1
-_LATER = {"after_norm": False}
-"""What a config lacks that was written before there was the field."""
+_ADDED_FIELDS = {"after_norm": False}
+"""Defaults of fields that older files lack."""
 _LARGEST_JSON = 1_000_000
 LARGEST_HEADER = 10_000_000
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def save(model: nn.Module, name: str, folder: Path | str) -> None:
-    """Write an adapter into a folder, which is made: `bottleneck_adapter.json` and
-    `bottleneck_adapter.safetensors`. Nothing of the model itself is written, nor of its head.
+    """Writes an adapter to `bottleneck_adapter.json` and `bottleneck_adapter.safetensors` in `folder`, which
+    is created. The model and its head are not saved.
 
-    ValueError for one that is not there, or not in all of this model's layers, or that was added to several
-    parts of it apart.
+    Raises ValueError for an unknown adapter, or one that is not in all of the model's layers or was added to
+    several parts of it separately.
     """
     tensors, config = _parameters(whole(model, name))
     folder = Path(folder)
@@ -56,22 +56,21 @@ def save(model: nn.Module, name: str, folder: Path | str) -> None:
 
 
 def load(model: nn.Module, folder: Path | str, load_as: str | None = None) -> str:
-    """Put an adapter that `save` has written into a model, and return its name. It is not active, and frozen
-    until `train`. Adapters that AdapterHub's library has written for BERT, RoBERTa and the like are read too:
-    bottlenecks ("seq_bn", "double_seq_bn", "par_bn") without their head.
+    """Loads an adapter that `save` wrote and returns its name. It is inactive, and frozen until `train`. Also
+    reads bottlenecks of AdapterHub's library ("seq_bn", "double_seq_bn", "par_bn") for BERT, RoBERTa and
+    similar models, without their head.
 
     Parameters
     ----------
     load_as : str, optional
-        Its name in this model. By default the one that it was saved under.
+        Name in this model; by default the saved one.
 
     Raises
     ------
     CheckpointError (a ValueError)
-        Files that are missing, damaged, of something else or for another model; values that are NaN or Inf;
-        an adapter of AdapterHub that computes what ours do not.
+        Files that are missing, damaged or for another model; NaN or Inf; unsupported options of AdapterHub.
     ValueError
-        The name is taken. In either case nothing is changed.
+        The name is taken. Nothing is changed on error.
     """
     folder = Path(folder)
     entries: Mapping[str, Entry | adapterhub.Loaded]
@@ -83,7 +82,7 @@ def load(model: nn.Module, folder: Path | str, load_as: str | None = None) -> st
             folder, read_json(folder / adapterhub.CONFIG, _LARGEST_JSON)
         )
     name = saved_as if load_as is None else load_as
-    built = build(model, name, config, meta=True)  # what a damaged config asks for may not fit memory
+    built = build(model, name, config, meta=True)  # a damaged config may ask for any size
     wanted, _ = _parameters(built)
     _check(entries, wanted, file)
     for site, adapter in built:
@@ -120,7 +119,7 @@ def _checked_config(about: Any) -> tuple[str, AdapterConfig]:
     if not isinstance(name, str):
         raise CheckpointError(f"{CONFIG}: expected a name, got {shown(name)}")
     known = {field.name for field in fields(AdapterConfig)}
-    if not isinstance(config, dict) or (_LATER | config).keys() != known:
+    if not isinstance(config, dict) or (_ADDED_FIELDS | config).keys() != known:
         expected = ", ".join(sorted(known))
         raise CheckpointError(f"{CONFIG}: expected a config of {expected}, got {shown(config)}")
     try:

@@ -1,8 +1,8 @@
-"""What `train` freezes of a model, and what of that is given back.
+"""Freezes parameters for `train` and restores them later.
 
-requires_grad does not tell who has cleared it. Parameters that are frozen here are noted; that nobody has
-frozen the model since, as PEFT and `model.requires_grad_(False)` do, the adapters in training tell: they
-would be frozen too.
+requires_grad does not record what cleared it, so parameters frozen here are recorded. If something else froze
+the model since, as PEFT and `model.requires_grad_(False)` do, the adapters in training are frozen too; the
+record is then dropped.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ..quantize.architectures import in_task_head
 from .adapter import BottleneckAdapter
 
 RECORD = "_peft_kernels_adapters"
-"""The attribute of a module that holds the names of its parameters that are frozen here."""
+"""Attribute of a module with the names of its parameters that were frozen here."""
 
 
 def start(model: nn.Module, adapters: Sequence[BottleneckAdapter], freeze: bool) -> None:
-    """Train these adapters. `freeze`: and nothing else but the head."""
+    """Makes these adapters trainable; with `freeze`, freezes everything else but the head."""
     _forget_if_frozen_since(model)
     if freeze:
         _freeze(model)
@@ -30,7 +30,7 @@ def start(model: nn.Module, adapters: Sequence[BottleneckAdapter], freeze: bool)
 
 
 def end(model: nn.Module, adapters: Sequence[BottleneckAdapter]) -> None:
-    """These adapters are about to go: with the last in training, give back what was frozen for them."""
+    """Before these adapters are deleted: if no other is in training, unfreezes what was frozen for them."""
     _forget_if_frozen_since(model)
     if any(one not in adapters for one in _in_training(model)):
         return
@@ -67,5 +67,5 @@ def _freeze(model: nn.Module) -> None:
 
 
 def _is_packed(parameter: nn.Parameter) -> bool:
-    """Whether it was quantised since it was frozen: such a weight cannot be trained."""
+    """Whether the weight was quantised since it was frozen, so that it cannot be trained."""
     return isinstance(parameter, NF4Tensor) or not parameter.is_floating_point()

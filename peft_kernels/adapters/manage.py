@@ -1,4 +1,4 @@
-"""Adapters of a model by name: put in, trained, made active, counted, taken out."""
+"""Adds, trains, activates, counts and deletes the adapters of a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class Count(NamedTuple):
-    """Parameters of an adapter, and of the model without any."""
+    """Number of parameters of an adapter, and of the model without adapters."""
 
     adapter: int
     model: int
@@ -31,29 +31,27 @@ class Count(NamedTuple):
 
 
 def add(model: nn.Module, name: str, config: AdapterConfig | str = "houlsby") -> None:
-    """Put a new adapter into each layer of a model. It is not active, and changes nothing until it is
-    trained.
+    """Adds a new adapter to each layer of a model. It is inactive, and changes no result until trained.
 
-    Layers are found by structure: self-attention and feed-forward of BERT, RoBERTa, T5, BART, GPT-2, ViT,
-    Llama and of what is built like them; linear layers may be dense, NF4, bitsandbytes' or with LoRA of PEFT.
-    Its parameters are fp32 on each layer's device, and frozen until `train`. Copies of the model have the
-    adapters too.
+    Layers are found by structure: self-attention and feed-forward as in BERT, RoBERTa, T5, BART, GPT-2, ViT
+    and Llama. Linear layers may be dense, NF4, bitsandbytes' or wrapped by PEFT's LoRA. Parameters are fp32
+    on each layer's device, and frozen until `train`. Copies of the model include the adapters.
 
     Parameters
     ----------
     model : nn.Module
-        Of transformers, or PEFT's around one.
+        A transformers model, or PEFT's wrapper of one.
     name : str
-        Of letters, digits, "_" and "-".
+        Letters, digits, "_" and "-".
     config : AdapterConfig or str
-        "houlsby", "pfeiffer" or "parallel", with its defaults.
+        "houlsby", "pfeiffer" or "parallel" for a preset.
 
     Raises
     ------
     ValueError
-        The name is taken or no name, the config unknown, the model without layers of a transformer or with a
-        mixture of experts where the feed-forward should be, or with adapters that were added to a part of it
-        or to what it is a part of. Nothing is changed.
+        Invalid or existing name; unknown config; a model without transformer layers, with a mixture of
+        experts as feed-forward, or with adapters added to a part of it or to a model that contains it.
+        Nothing is changed.
     """
     built = build(model, name, config_of(config))
     for _, adapter in built:
@@ -62,13 +60,13 @@ def add(model: nn.Module, name: str, config: AdapterConfig | str = "houlsby") ->
 
 
 def train(model: nn.Module, name: str | Sequence[str], freeze: bool = True) -> None:
-    """Make an adapter, or a stack of several, active and trainable.
+    """Activates an adapter, or a stack of several, and makes it trainable.
 
     Parameters
     ----------
     freeze : bool
-        Freeze everything else, but the head of a classifier or the like, which is new with the task. False
-        leaves other parameters as they are: LoRA of PEFT in the same model, for example.
+        Freeze everything else except task heads (a classifier, for example). False leaves other parameters
+        unchanged, such as PEFT's LoRA in the same model.
     """
     wanted = checked(model, name)
     if not wanted:
@@ -78,8 +76,7 @@ def train(model: nn.Module, name: str | Sequence[str], freeze: bool = True) -> N
 
 
 def set_active(model: nn.Module, name: str | Sequence[str] | None) -> None:
-    """Which adapter works: one, a stack of several in their order, or none. ValueError for one that is not
-    there."""
+    """Activates one adapter, a stack of several in order, or none. Raises ValueError for an unknown name."""
     wanted = () if name is None else checked(model, name)
     for site in sites(model):
         site.active = wanted
@@ -87,17 +84,17 @@ def set_active(model: nn.Module, name: str | Sequence[str] | None) -> None:
 
 
 def active(model: nn.Module) -> list[str]:
-    """The adapters that work, in their order."""
+    """Names of the active adapters, in order."""
     return next((list(site.active) for site in sites(model)), [])
 
 
 def names(model: nn.Module) -> list[str]:
-    """Of all adapters."""
+    """Names of all adapters."""
     return list(dict.fromkeys(name for site in sites(model) for name in site.adapters))
 
 
 def count(model: nn.Module, name: str) -> Count:
-    """Parameters of an adapter, and of the model without adapters. ValueError for one that is not there."""
+    """Counts parameters of an adapter and of the model. Raises ValueError for an unknown name."""
     (name,) = checked(model, name)
     every = {id(p) for site in sites(model) for p in site.parameters()}
     adapter = sum(p.numel() for site in sites(model) for one in site.among((name,)) for p in one.parameters())
@@ -110,9 +107,9 @@ def _numel(parameter: nn.Parameter) -> int:
 
 
 def delete(model: nn.Module, name: str) -> None:
-    """Take an adapter out. With the last one that is in training, what `train` has frozen becomes trainable
-    again; not where the model has been frozen since, the adapter with it, as PEFT does: that stays. With the
-    last one of all, all hooks and modules go. ValueError for one that is not there."""
+    """Deletes an adapter. After the last one in training, parameters that `train` froze become trainable
+    again, unless the model was frozen since (adapter included, as PEFT does). After the last one, all hooks
+    and modules are removed. Raises ValueError for an unknown name."""
     (name,) = checked(model, name)
     if any(name in stack for site in sites(model) for one in site.entered for stack in one.stacks):
         raise ValueError(f"name: expected an adapter that no `rows` serves now, got {name!r}")
@@ -131,10 +128,9 @@ def sites(model: nn.Module) -> list[AdapterSite]:
 
 
 def whole(model: nn.Module, name: str) -> list[tuple[AdapterSite, BottleneckAdapter]]:
-    """An adapter as `add` puts one into a model: in each of its places, and all of them of one model.
+    """The sites of an adapter with its modules, if it is in each place of one model, as `add` puts it.
 
-    ValueError otherwise: of parts that were given adapters of the same name apart, whose places may have the
-    same names, or of a model that has lost layers since.
+    Raises ValueError if parts of the model got adapters of this name separately, or the model lost layers.
     """
     (name,) = checked(model, name)
     found: dict[str, list[tuple[AdapterSite, BottleneckAdapter]]] = {}
@@ -162,8 +158,8 @@ def whole(model: nn.Module, name: str) -> list[tuple[AdapterSite, BottleneckAdap
 def build(
     model: nn.Module, name: str, config: AdapterConfig, meta: bool = False
 ) -> list[tuple[AdapterSite, BottleneckAdapter]]:
-    """An adapter for each place, of zeros and frozen, and the sites that they are for, new or not; the model
-    is not changed. `meta`: without memory for parameters."""
+    """A frozen adapter of zeros for each place, with its new or existing site. The model is not changed.
+    `meta` creates parameters on the meta device."""
     if not isinstance(name, str) or not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"name: expected letters, digits, _ and -, no attribute of ModuleDict, got {name!r}")
     if name in names(model):

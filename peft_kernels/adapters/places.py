@@ -1,9 +1,9 @@
-"""Where adapters go in a model, found by its structure.
+"""Finds where adapters go in a model, by its structure.
 
-A layer of a transformer is an element of a ModuleList with one self-attention in it, and linear layers beside
-that, the feed-forward. A sublayer ends at its last linear layer that gives as many features as the model has,
-and begins at its first other one that takes so many. Attention is told by its attribute's name, which holds
-"att" in every family of transformers; cross-attention by one that holds "cross" or "enc" too.
+A transformer layer is an element of a ModuleList with one self-attention, and other linear layers, the
+feed-forward. A sublayer ends at its last linear layer whose output has the model's number of features, and
+begins at the first other one whose input has. Attention is recognised by an attribute name with "att", as in
+every family of transformers; cross-attention by one that also has "cross" or "enc".
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from ..quantize.architectures import is_linear
 from .config import AdapterConfig
 
 SITE_SUFFIX = "_adapters"
-"""Behind the attribute of a projection: that of the module which holds its adapters."""
+"""Suffix of the attribute of the module that holds a projection's adapters."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """One sublayer. Dotted names are from the root of the model (`root_of`)."""
+    """One sublayer. Names are relative to the root of the model (`root_of`)."""
 
     layer: str
     first: str
-    """The linear layer that its input goes into."""
+    """The first linear layer."""
     last: str
-    """The linear layer that its output comes from."""
+    """The last linear layer."""
     features: int
     norm: str | None
-    """The attribute, beside the last one, of the only layer norm there, as BERT has it behind."""
+    """Attribute of the only layer norm beside the last linear layer, as in BERT, or None."""
 
 
 def root_of(model: nn.Module) -> nn.Module:
-    """The model that names of places begin at: without DDP, torch.compile, PEFT and a transformers head
-    around it, so that they are the same whatever is."""
+    """The model without DDP, torch.compile, PEFT and a transformers head around it, so that names of places
+    do not depend on them."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return root_of(model.module)
     if "_orig_mod" in model._modules:  # torch.compile
@@ -56,9 +56,9 @@ def root_of(model: nn.Module) -> nn.Module:
 
 
 def places(root: nn.Module, config: AdapterConfig) -> list[Place]:
-    """In the order of the layers; attention before feed-forward.
+    """Places in the order of the layers, attention before feed-forward.
 
-    ValueError when there are no layers of a transformer, or a layer that lacks what `config` asks for.
+    Raises ValueError if there are no transformer layers, or a layer lacks what `config` needs.
     """
     found = [place for name, layer in _layers(root, "") for place in _of_layer(name, layer, config)]
     if not found:
@@ -70,7 +70,7 @@ def places(root: nn.Module, config: AdapterConfig) -> list[Place]:
 
 
 def base_of(layer: nn.Module) -> Any:
-    """The linear layer inside what PEFT made of it."""
+    """The linear layer inside PEFT's wrapper."""
     get_base: Any = getattr(layer, "get_base_layer", None)
     return layer if get_base is None else get_base()
 
@@ -104,7 +104,7 @@ Linears = list[tuple[str, nn.Module]]
 
 
 def _sublayers(layer: nn.Module) -> tuple[dict[str, Linears], Linears]:
-    """Linear layers by self-attention, and those in no attention."""
+    """Linear layers of each self-attention, and those outside of attention."""
     attentions: dict[str, Linears] = {}
     others: Linears = []
     for name, module in _linears(layer, ""):

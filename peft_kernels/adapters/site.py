@@ -1,4 +1,4 @@
-"""The module that holds the adapters of one sublayer and hooks them in."""
+"""The module that holds the adapters of one sublayer and applies them by hooks."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from .places import SITE_SUFFIX, Place, base_of
 
 @dataclass
 class _Links:
-    """Modules around a site, which are not inside it, and what its hooks tell each other."""
+    """Modules around a site, and state that its hooks share."""
 
     layer: nn.Module
     parents: tuple[nn.Module, nn.Module]
-    """Of the first and the last linear layer."""
+    """Parents of the first and the last linear layer."""
     leaves: tuple[str, str]
     norm: str | None
-    """Beside the last one, the layer norm behind it."""
+    """Attribute of the layer norm beside the last linear layer."""
     hooked: tuple[nn.Module, ...] = ()
     handles: list[RemovableHandle] = field(default_factory=list)
     inputs: dict[int, Tensor] = field(default_factory=dict)
-    """Of the sublayer, by thread, between its first and its last layer, if an adapter wants it."""
+    """Input of the sublayer by thread, from its first to its last layer, if an adapter reads it."""
     ended: dict[int, bool] = field(default_factory=dict)
-    """By thread, between its last layer and the norm, if an adapter waits for that."""
+    """Set by thread from the last layer to the norm, if an adapter reads the norm."""
     entered: list[Assignment] = field(default_factory=list)
-    """In any thread."""
+    """Assignments entered in any thread."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies are in no call."""
+        """Copies and pickles carry no state of running calls."""
         none: dict[str, Any] = {"inputs": {}, "ended": {}, "entered": []}
         return vars(self) | none
 
     def current(self) -> tuple[nn.Module, ...]:
-        """What stands at both ends of the sublayer now, and behind it: PEFT and quantisers put layers around
-        them, and in their place."""
+        """The modules at both ends of the sublayer and after it. PEFT and quantisers wrap and replace
+        them."""
         first, last = (p._modules[leaf] for p, leaf in zip(self.parents, self.leaves, strict=True))
         assert first is not None and last is not None
         norm = None if self.norm is None else self.parents[1]._modules[self.norm]
@@ -54,17 +54,17 @@ class _Links:
 
 
 class AdapterSite(nn.Module):
-    """The adapters of one sublayer. It stands beside the sublayer's last linear layer, and works by hooks."""
+    """The adapters of one sublayer, a sibling of its last linear layer that works by hooks."""
 
     edition: ClassVar[int] = 0
-    """Another one whenever adapters of any model have come or gone."""
+    """Incremented when an adapter of any model is added or deleted."""
 
     def __init__(self, root: nn.Module, place: Place) -> None:
         super().__init__()
         self.place = place
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
-        """Of the model, in their order; those that are not here are passed over."""
+        """The model's active adapters, in order; those not at this site are skipped."""
         paths = [name.rpartition(".") for name in (place.first, place.last)]
         parents = root.get_submodule(paths[0][0]), root.get_submodule(paths[1][0])
         leaves = paths[0][2], paths[1][2]
@@ -83,7 +83,7 @@ class AdapterSite(nn.Module):
         del self._links.parents[1]._modules[self.name]
 
     def is_free(self) -> bool:
-        """Whether no other site stands where this one is or will be."""
+        """Whether no other site has this one's place."""
         return self._links.parents[1]._modules.get(self.name) in (None, self)
 
     @property
@@ -96,7 +96,7 @@ class AdapterSite(nn.Module):
         return self._weight.device
 
     def new_adapter(self, config: AdapterConfig, device: torch.device) -> BottleneckAdapter:
-        """In fp32 beside weights that have fewer bits. All zeros."""
+        """A zero-initialised adapter in fp32, or fp64 for fp64 weights."""
         dtype = torch.float64 if self._weight.dtype == torch.float64 else torch.float32
         return BottleneckAdapter(config, self.place.features, device, dtype)
 
@@ -105,9 +105,9 @@ class AdapterSite(nn.Module):
         return found
 
     def among(self, names: Sequence[str]) -> list[BottleneckAdapter]:
-        """Those of these names that are here."""
+        """The adapters with these names at this site."""
         found: list[BottleneckAdapter] = []
-        for name in names:  # Dynamo reads no comprehension that assigns
+        for name in names:  # Dynamo does not support walrus in comprehensions
             adapter = self.get(name)
             if adapter is not None:
                 found.append(adapter)
@@ -123,11 +123,11 @@ class AdapterSite(nn.Module):
 
     @property
     def entered(self) -> list[Assignment]:
-        """Assignments for this site that are entered now, in any thread."""
+        """Assignments for this site that are currently entered, in any thread."""
         return self._links.entered
 
     def hook(self) -> None:
-        """Hook in, where that is needed, whatever has become of the layers since."""
+        """Registers hooks, again if the layers were replaced since."""
         current = self._links.current()
         hooked = self._links.hooked
         if len(hooked) == len(current) and all(map(operator.is_, hooked, current)):
@@ -160,7 +160,7 @@ class AdapterSite(nn.Module):
     def _after_last(self, last: nn.Module, args: Any, output: Tensor) -> Tensor:
         if self._is_by_row():
             return self._by_row(output, ("input", "output"))
-        # Let go first: checkpointing breaks a recomputation off as soon as it has what it wants.
+        # Popped first: checkpointing stops a recomputation as soon as it has its tensors.
         x = self._links.inputs.pop(_thread(), None)
         output = self._together(output, x, ("input", "output"))
         if any(adapter.reads == "norm" for adapter in self.among(self.active)):
@@ -168,7 +168,7 @@ class AdapterSite(nn.Module):
         return output
 
     def _before_norm(self, norm: nn.Module, args: Any) -> Any:
-        """Of what goes into the layer norm, the layer's residual added."""
+        """Applies adapters to the input of the layer norm, which includes the residual."""
         y: Tensor = args[0]
         if self._is_by_row():
             return (self._by_row(y, ("norm",)), *args[1:])
@@ -182,14 +182,14 @@ class AdapterSite(nn.Module):
             raise RuntimeError(f"{self.place.last}: expected a call before the layer norm behind it")
 
     def _together(self, y: Tensor, x: Tensor | None, reads: tuple[str, ...]) -> Tensor:
-        """All rows with the active adapters."""
+        """Applies the active adapters to all rows."""
         for adapter in self.among(self.active):
             if adapter.reads in reads:
                 y = adapter(*self._read(adapter.reads, y, x))
         return y
 
     def _read(self, reads: str, y: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What an adapter reads, and the residual, None where that is the same."""
+        """The tensor that an adapter reads, and the residual, or None if they are the same."""
         if reads == "output":
             return y, None
         if reads == "norm":
@@ -200,8 +200,8 @@ class AdapterSite(nn.Module):
         return x.to(y.dtype), y
 
     def _is_by_row(self) -> bool:
-        """Whether an assignment is entered, perhaps by another thread, or was for what is recomputed now."""
-        if self._links.entered:  # Dynamo knows no bool() of a list
+        """Whether an assignment is entered in any thread, or was in the forward that is recomputed."""
+        if self._links.entered:  # Dynamo does not support bool(list)
             return True
         return not torch.compiler.is_compiling() and is_recomputation()
 
@@ -236,7 +236,7 @@ class AdapterSite(nn.Module):
                 y = multi_bottleneck(into, adapters, row_group, residual)
         return y
 
-    # Not in graphs: when one is made it is not known in which threads it will run, and so on whose rows.
+    # Not traced: a graph may run in any thread, so its rows are unknown when it is made.
     _keep_apart, _serve_apart = _disable_dynamo(_keep), _disable_dynamo(_serve)
 
 

@@ -1,9 +1,9 @@
-"""Many adapters over one base at once, each request of a batch with its own.
+"""Serves many adapters over one base model, with a different adapter for each request of a batch.
 
-with pk.serving.Engine(model, tokenizer) as engine:       # steps in a thread of its own
+with pk.serving.Engine(model, tokenizer) as engine:       # runs in a thread of its own
     engine.register("legal", "adapters/legal")            # LoRA, DoRA or a bottleneck adapter
     request = engine.submit("Is this binding?", "legal", max_new_tokens=64)
-    for token in request: ...                             # as they come; request.result() waits for all
+    for token in request: ...                             # streams; request.result() waits for all tokens
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["AdapterState", "Engine", "Request", "Sampling"]
 
 
 def __getattr__(name: str) -> Any:
-    """The engine when it is asked for: it needs transformers, which the package does not."""
+    """Imports the engine lazily: it needs transformers, which the package does not."""
     if name in ("AdapterState", "Engine"):
         from . import engine, store
 

@@ -1,4 +1,4 @@
-"""What users ask an engine for, checked."""
+"""Checks of an engine's arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def whole(name: str, value: Any) -> int:
-    """ValueError for an argument that is no whole number."""
+    """`value` as an int. Raises ValueError unless it is a whole number."""
     try:
         return operator.index(value)
     except TypeError:
@@ -18,7 +18,7 @@ def whole(name: str, value: Any) -> int:
 
 
 def number(name: str, value: Any) -> float:
-    """ValueError for an argument that is none, text included."""
+    """`value` as a float. Raises ValueError unless it is a number; text is not."""
     try:
         if isinstance(value, str):
             raise TypeError
@@ -34,7 +34,8 @@ def at_least(name: str, value: Any, least: int) -> int:
 
 
 def end_tokens(given: Any, model: Any) -> frozenset[int]:
-    """Of a request: an id, several, a tensor of them; None: those of the model's generation_config."""
+    """End-of-sequence ids from an id, several or a tensor; None means those of the model's
+    generation_config."""
     if given is None:
         given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if given is None:
@@ -50,7 +51,7 @@ def end_tokens(given: Any, model: Any) -> frozenset[int]:
 
 
 def token_ids(prompt: str | Sequence[int], tokenizer: Any, vocabulary: int) -> list[int]:
-    """Of a prompt. ValueError for one that a model with such a vocabulary cannot take."""
+    """The token ids of a prompt. Raises ValueError for an empty prompt or ids outside of the vocabulary."""
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError("prompt: expected token ids, as the engine has no tokenizer, got a text")

@@ -1,4 +1,4 @@
-"""Requests in the slots of a batch: they join and leave between two tokens."""
+"""The slots of a batch; requests join and leave between tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .. import adapters
 from .decoder import Decoder
 from .layers import Rows
 from .request import Request
-from .store import NoRoom, Resident, Store
+from .store import BudgetInUse, Resident, Store
 
 
 @dataclass
@@ -24,12 +24,12 @@ class Running:
 
     @property
     def length(self) -> int:
-        """Of what is in the cache: all but the last token."""
+        """Length of the cache: all tokens but the last."""
         return len(self.request.prompt) + len(self.request.tokens) - 1
 
 
 class Composition(NamedTuple):
-    """What steps need to know of which adapter is in which row, made once."""
+    """Adapters of the rows, prepared once for all steps with the same composition."""
 
     adapters: list[Resident | None]
     rows: Rows
@@ -37,14 +37,14 @@ class Composition(NamedTuple):
 
 
 class Batch:
-    """Not for several threads at once.
+    """Not thread-safe.
 
     Parameters
     ----------
     size : int
-        Slots.
+        Number of slots.
     pad : bool
-        Whether steps compute empty slots too.
+        Whether steps also compute empty slots.
     """
 
     def __init__(self, decoder: Decoder, store: Store, size: int, pad: bool) -> None:
@@ -63,27 +63,27 @@ class Batch:
         return None not in self.slots
 
     def in_use(self) -> set[str]:
-        """Adapters that have to stay."""
+        """Names of adapters of running requests."""
         self.leave()
         return {request.adapter for request in self.requests if request.adapter is not None}
 
     def leave(self) -> None:
-        """Free the slots of requests that are done."""
+        """Frees the slots of finished requests."""
         for i, running in enumerate(self.slots):
             if running is not None and running.request.done:
                 self.slots[i] = None
-                self._composition = None  # it holds adapters, which may have to go
+                self._composition = None  # it references adapters that may be evicted
 
     def clear(self) -> None:
         self.slots = [None] * len(self.slots)
         self._composition = None
 
     def join(self, request: Request) -> bool:
-        """Give a request its first token and, if it goes on, a slot that is free. False where its adapter
-        finds no room until one that runs is done. What is wrong with it is the request's error."""
+        """Prefills a request and gives it a free slot. Returns False if its adapter does not fit until a
+        running request finishes. Other errors become the request's error."""
         try:
             running = None if request.done else self._begin(request)
-        except NoRoom:
+        except BudgetInUse:
             if self.requests:
                 return False
             raise AssertionError("unreachable: nothing is in use") from None
@@ -105,8 +105,8 @@ class Batch:
         return Running(request, adapter, cache)
 
     def decode(self) -> None:
-        """A token for each request. One that fails or is interrupted ends all of them: some layers' caches
-        have grown by then, others have not."""
+        """Decodes a token for each request. If the step fails or is interrupted all requests end, because
+        only some layers' caches have grown."""
         if not self.requests:
             return
         try:
@@ -131,7 +131,7 @@ class Batch:
                 running.request.take(row)
 
     def _composed(self, there: list[Resident | None]) -> Composition:
-        """Of rows with these adapters; the one before, if nothing has changed."""
+        """The composition for rows with these adapters, cached while they stay the same."""
         before = self._composition
         if (
             before is None
@@ -148,6 +148,6 @@ class Batch:
 
 
 def _bottlenecks(model: Any, there: Sequence[Resident | None]) -> Any:
-    """A context in which rows have those of their bottleneck adapters."""
+    """A context in which rows use their bottleneck adapters."""
     names = [None if one is None else one.bottleneck for one in there]
     return adapters.rows(model, names) if any(names) else nullcontext()

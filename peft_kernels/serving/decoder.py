@@ -1,4 +1,4 @@
-"""The forward passes of serving: a prompt alone, and one token for each of several requests."""
+"""The forward passes of serving: prefill of one prompt, and one token for each of several requests."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from . import row_attention
 from .layers import Rows, Switch, reason_unserved
 
 _owned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Models that engines serve."""
+"""Models owned by engines."""
 _TOLERANCE = 0.05
-"""Of the check, relative to the largest logit: a wrong cache or mask is far beyond, rounding of bf16 far
-below."""
+"""Tolerance of `_check`, relative to the largest logit: far above rounding of bf16, far below the effect of a
+wrong cache or mask."""
 
 
 class Decoder:
-    """A causal language model of transformers. TypeError for one that cannot be decoded by rows."""
+    """A causal language model of transformers. Raises TypeError for one that cannot be decoded per row."""
 
     def __init__(self, model: Any) -> None:
         _check_kind(model)
@@ -45,18 +45,18 @@ class Decoder:
         self._check()
 
     def own(self) -> None:
-        """Let no other engine have the model, until `release`."""
+        """Takes the model for this engine until `release`."""
         _owned.add(self.model)
-        # Not only those that an adapter has: a row's bits must not depend on what was served before.
+        # All layers, with or without adapters: bits of a row must not depend on earlier requests.
         self.switch.attach([one for one in self.model.modules() if not reason_unserved(one)])
 
     def release(self) -> None:
-        """Give the model's layers back as they were."""
+        """Restores the model's layers."""
         self.switch.detach()
         _owned.discard(self.model)
 
     def start(self, prompt: Sequence[int], rows: Rows) -> tuple[Tensor, Any]:
-        """The logits (vocabulary,) behind a prompt, and its cache."""
+        """Prefills a prompt. Returns the logits (vocabulary,) after it, and its cache."""
         cache = DynamicCache(config=self.model.config)
         logits = self._run([list(prompt)], [list(range(len(prompt)))], cache, rows)
         return logits[0], cache
@@ -64,14 +64,14 @@ class Decoder:
     def step(
         self, tokens: Sequence[int], lengths: Sequence[int], caches: Sequence[Any], rows: Rows
     ) -> Tensor:
-        """The logits (rows, vocabulary) behind one more token for each row.
+        """The logits (rows, vocabulary) after one more token per row.
 
         Parameters
         ----------
         lengths : sequence of int
-            Of each row before this token.
+            Length of each row before this token.
         caches : sequence
-            Of each row, None for an empty slot; they grow by the token.
+            Cache of each row, None for an empty slot; each grows by the token.
         """
         cache = row_attention.RowCaches(caches, self._configs[0]._attn_implementation_internal)
         with row_attention.by_rows(self._configs):
@@ -88,7 +88,7 @@ class Decoder:
         return logits[:, -1]
 
     def _check(self) -> None:
-        """Two rows of different lengths, with an empty slot between them, against each alone."""
+        """Compares two rows of different lengths, with an empty slot between them, to each row alone."""
         prompts, token = ([0, 1, 2, 3, 0], [2, 0]), 1
         none = Rows([None])
         try:
@@ -97,7 +97,7 @@ class Decoder:
             alone = [self.start([*prompt, token], none)[0] for prompt in prompts]
         except Exception as error:
             raise TypeError(
-                "model: expected one whose attention goes by transformers' AttentionInterface and Cache, got "
+                "model: expected one whose attention uses transformers' AttentionInterface and Cache, got "
                 f"{_kind(self.model)}: {type(error).__name__}: {error}"
             ) from error
         expected = torch.stack(alone).float()
@@ -105,16 +105,16 @@ class Decoder:
         if not off <= _TOLERANCE:
             raise TypeError(
                 f"model: expected the same logits by rows as alone, got a difference of {float(off):.2g} of "
-                f"the largest: attention or cache of {_kind(self.model)} are none that are known here"
+                f"the largest: the attention or cache of {_kind(self.model)} is not supported"
             )
 
 
 def _longest(config: Any) -> int | None:
-    """Tokens of a prompt and its answer. Rotary embeddings of "longrope" (Phi-3) change their frequencies for
-    the whole batch where one row is longer than they were first trained for: none may be."""
+    """Maximum tokens of a prompt with its answer. "longrope" (Phi-3) changes frequencies for the whole batch
+    if one row exceeds the original length, so no row may."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     limits = [getattr(config, "max_position_embeddings", None)]
-    for one in (rope, *rope.values()):  # of the model, or of each type of its layers
+    for one in (rope, *rope.values()):  # of the model, or by layer type
         if isinstance(one, dict) and "longrope" in (one.get("rope_type"), one.get("type")):
             name = "original_max_position_embeddings"
             limits.append(one.get(name) or getattr(config, name, None))
@@ -143,8 +143,7 @@ def _check_kind(model: Any) -> None:
     config: Any = model.config
     if "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
         raise TypeError(
-            "model: expected attention to all that is in a cache, got one in chunks, of which a cache holds "
-            f"more: {_kind(model)}"
+            f"model: expected attention over the whole cache, got chunked attention: {_kind(model)}"
         )
     if model.training:
         raise TypeError("model: expected evaluation mode, got training mode: model.eval() first")

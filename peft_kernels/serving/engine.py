@@ -1,4 +1,4 @@
-"""The engine: requests and adapters from any thread, and steps of the batch that serves them."""
+"""The engine: takes requests and adapters from any thread and runs the batch that serves them."""
 
 from __future__ import annotations
 
@@ -18,42 +18,39 @@ from .batch import Batch
 from .decoder import Decoder
 from .fair_lock import FairLock
 from .request import Request, Sampling
-from .store import AdapterState, NoRoom, Store
+from .store import AdapterState, BudgetInUse, Store
 
 
 class Engine:
-    """Serves requests from one base model, each with an adapter of its own, LoRA, DoRA or bottleneck.
+    """Serves requests from one base model, each with its own LoRA, DoRA or bottleneck adapter.
 
-    A prompt goes through the model alone; decoded tokens go through it together, one row for each request.
-    Attention is computed by row, on the row's own cache, and batches have one size, `max_batch`, whatever is
-    in them: what a request gets is the same to the bit whoever its neighbours are (see the recipe for where
-    that holds).
+    Each prompt is prefilled alone; decoding runs all requests as one batch, one row per request. Attention is
+    computed per row on the row's own cache, and the batch always has `max_batch` rows, so a request's result
+    is bit-identical whatever else is in the batch (the recipe says where that holds).
 
-    While an engine is there, the model is its own: nobody else may change it. `close` gives it back as it
-    was.
+    The engine owns the model: nothing else may change it until `close` restores it.
 
     Parameters
     ----------
     model : transformers model
-        A causal language model in evaluation mode, dense or in 4 bits, without adapters.
+        A causal language model in evaluation mode, dense or 4-bit, without adapters.
     tokenizer : optional
-        For prompts that are texts.
+        Encodes prompts given as text.
     max_batch : int
-        Requests that run at once.
+        Number of requests that run at once.
     budget_bytes : int, optional
-        Of adapters in memory. Those that have been idle longest go first, and come again from their folder.
-        While one is loaded it comes on top.
+        Memory for adapters. The least recently used ones are evicted, and reloaded from their folder when
+        needed. An adapter that is being loaded is not counted.
     adapter_dtype : torch.dtype
-        What LoRA weights are kept in. fp32, as PEFT does it; the model's own 16-bit type halves their bytes.
+        Dtype of LoRA weights: fp32, like PEFT, or the model's 16-bit dtype, which halves their memory.
     pad : bool
-        Batches of one size. False computes only what runs: faster with few requests, and bits may then depend
-        on how many run.
+        Always run `max_batch` rows. False runs only active rows: faster with few requests, but bits may
+        depend on their number.
 
     Raises
     ------
     TypeError
-        The model has adapters or another engine, is in training mode, or its attention cannot be computed by
-        rows.
+        The model has adapters or another engine, is in training mode, or its attention cannot run per row.
     """
 
     def __init__(
@@ -79,22 +76,24 @@ class Engine:
         self._store = Store(self._decoder, budget_bytes, adapter_dtype)
         self._batch = Batch(self._decoder, self._store, max_batch, pad)
         self._waiting: deque[Request] = deque()
-        self._model_lock = FairLock()  # the model, the store and the batch; held in a step
-        self._queue = threading.Condition()  # what submit touches; taken inside the other, never around it
-        self._serving = 0  # threads in run() or in the background
-        self._process = os.getpid()  # where they are
+        self._model_lock = FairLock()  # guards model, store and batch; held during a step
+        self._queue = (
+            threading.Condition()
+        )  # guards what submit uses; taken inside _model_lock, never around it
+        self._serving = 0  # threads in run() or _loop()
+        self._process = os.getpid()  # their process
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._closed = False
         self._decoder.own()
-        self._release = weakref.finalize(self, self._store.close)  # also of one that nobody has closed
+        self._release = weakref.finalize(self, self._store.close)  # also if never closed
         self._release.atexit = False
 
     def _serves(self) -> bool:
         return self._serving > 0 and self._process == os.getpid()
 
     def _check_process(self) -> None:
-        """Before a lock is taken: in a process forked from the one that serves, nobody lets go of it."""
+        """Raises in a process that was forked while serving, where a lock may never be released."""
         if self._serving and self._process != os.getpid():
             raise RuntimeError(
                 "the engine ran in another process when this one was forked from it: expected an engine of "
@@ -108,24 +107,24 @@ class Engine:
     # Adapters.
 
     def register(self, name: str, folder: str | os.PathLike[str]) -> None:
-        """Let requests name an adapter. It is loaded when the first one needs it. ValueError when the name is
-        another's."""
+        """Registers an adapter's folder under a name; it is loaded by the first request. Raises ValueError if
+        the name belongs to another folder."""
         self._check_process()
         with self._model_lock, self._queue:
             self._check_open()
             self._store.register(name, Path(folder).absolute())
 
     def load(self, name: str, folder: str | os.PathLike[str] | None = None) -> None:
-        """Load an adapter now, beside requests that run. One that is in memory stays as it is, whatever its
-        folder holds by now: `unload` it first.
+        """Loads an adapter now, while requests run. An adapter in memory is not reread from its folder:
+        `unload` it first.
 
         Raises
         ------
         CheckpointError (a ValueError)
-            Its folder is damaged, for another model or of a kind that is not served.
+            Its folder is damaged, for another model or of an unsupported kind.
         ValueError
-            The name is unknown or another's; the adapter does not fit `budget_bytes` beside those in use. In
-            any case nothing is changed.
+            The name is unknown or belongs to another folder; the adapter does not fit into `budget_bytes`
+            with those in use. Nothing is changed then.
         """
         self._check_process()
         with self._queue:
@@ -133,9 +132,9 @@ class Engine:
             there = self._folder(name) if folder is None else Path(folder).absolute()
             self._store.check(name, there)
         resident = name in self._store.resident
-        read = None if resident else self._store.read(name, there)  # beside steps of others
+        read = None if resident else self._store.read(name, there)  # without the lock: steps continue
         with self._model_lock:
-            with self._queue:  # again: it may have been unloaded meanwhile, or the engine closed
+            with self._queue:  # checked again: it may have been unloaded or closed
                 self._check_open()
                 new = name not in self._store.folders
                 if folder is None:
@@ -147,15 +146,14 @@ class Engine:
                 with self._queue:
                     if new and not self._requests(name):
                         self._store.forget(name)
-                if isinstance(error, NoRoom):
+                if isinstance(error, BudgetInUse):
                     raise ValueError(
                         f"adapter {name!r}: expected room in budget_bytes beside adapters in use, got none"
                     ) from None
                 raise
 
     def unload(self, name: str) -> None:
-        """Take an adapter out of memory and forget its name. ValueError while requests wait or run with
-        it."""
+        """Removes an adapter and its name. Raises ValueError while requests use it."""
         self._check_process()
         with self._model_lock, self._queue:
             self._folder(name)
@@ -166,7 +164,7 @@ class Engine:
 
     @property
     def adapters(self) -> list[AdapterState]:
-        """All that are known, those in memory last, by when they were used."""
+        """All registered adapters; those in memory last, in order of use."""
         self._check_process()
         with self._model_lock, self._queue:
             there = self._store.resident
@@ -199,24 +197,24 @@ class Engine:
         sampling: Sampling | None = None,
         keep_logits: bool = False,
     ) -> Request:
-        """Put a request into the queue. From any thread; nothing is computed here.
+        """Queues a request, from any thread, without computing anything.
 
         Parameters
         ----------
         prompt : str or sequence of int
-            A text for the tokenizer, or token ids.
+            Text for the tokenizer, or token ids.
         adapter : str, optional
-            None is the base alone.
+            None runs the base alone.
         eos_token_id : int or sequence of int, optional
-            Tokens that end it. By default those of the model's `generation_config`.
+            Tokens that end the request; by default those of the model's `generation_config`.
         keep_logits : bool
-            Keep the logits of each token, in `Request.logits`.
+            Keep the logits of each token in `Request.logits`.
 
         Raises
         ------
         ValueError
-            An adapter that is not known, a prompt that is empty, of tokens that the model does not have, or
-            too long for it. What is wrong with an adapter's folder comes out of `Request.result`.
+            Unknown adapter; a prompt that is empty, too long, or has tokens outside of the vocabulary. Errors
+            of an adapter's folder are raised by `Request.result`.
         """
         self._check_process()
         ids = token_ids(prompt, self.tokenizer, self._decoder.vocabulary)
@@ -244,8 +242,8 @@ class Engine:
     def generate(
         self, prompts: Sequence[Any], adapters: Sequence[str | None] | None = None, **options: Any
     ) -> list[list[int]]:
-        """New tokens for each prompt, with an adapter for each. `options` as in `submit`; so are the errors,
-        and the first of any request."""
+        """New tokens for each prompt, each with its adapter. `options` and errors as in `submit`; also raises
+        the first error of a request."""
         if isinstance(prompts, str):
             raise ValueError("prompts: expected a sequence of prompts, got a text")
         if isinstance(adapters, str):
@@ -260,7 +258,7 @@ class Engine:
             if self._thread is None:
                 self.run()
             return [request.result() for request in requests]
-        except BaseException:  # Ctrl-C too: nobody will ask for the others
+        except BaseException:  # including Ctrl-C
             for request in requests:
                 request.cancel()
             raise
@@ -268,17 +266,17 @@ class Engine:
     # Steps.
 
     def step(self) -> bool:
-        """Let requests that wait join as there are slots, then decode one token for each that runs. Whether
-        anything is left to do."""
+        """Moves waiting requests to free slots, then decodes one token for each running one. Returns whether
+        any requests are left."""
         self._check_process()
         with self._model_lock:
             self._batch.leave()
-            self._join()
+            self._join_waiting()
             self._batch.decode()
             return bool(self._waiting or self._batch.requests)
 
-    def _join(self) -> None:
-        """In the order in which they came."""
+    def _join_waiting(self) -> None:
+        """Joins waiting requests in FIFO order."""
         while self._waiting and not self._batch.is_full:
             if not self._batch.join(self._waiting[0]):
                 return
@@ -286,7 +284,7 @@ class Engine:
                 self._waiting.popleft()
 
     def run(self) -> None:
-        """Step until nothing is left to do."""
+        """Steps until no request is left."""
         self._serve(1)
         try:
             while self.step():
@@ -295,23 +293,23 @@ class Engine:
             self._serve(-1)
 
     def _serve(self, threads: int) -> None:
-        """With the last thread gone, those who wait for requests are told."""
+        """Adds to the number of serving threads. When it reaches 0, wakes threads that wait for requests."""
         self._check_process()
         with self._queue:
             self._serving, self._process = self._serving + threads, os.getpid()
-            waited_for = [] if self._serving else self._left()
-        for request in waited_for:
+            unserved = [] if self._serving else self._unfinished()
+        for request in unserved:
             request.wake()
 
     def start(self) -> Engine:
-        """Step in a thread of its own, whenever there is something to do."""
+        """Starts a thread that steps whenever there are requests."""
         self._check_process()
         with self._queue:
             self._check_open()
             if self._thread is None:
                 self._stopping = False
                 self._serve(1)
-                run = contextvars.copy_context().run  # it may hold a back end that is asked for
+                run = contextvars.copy_context().run  # may hold a chosen back end
                 self._thread = threading.Thread(
                     target=run, args=(self._loop,), name="peft_kernels.serving", daemon=True
                 )
@@ -319,14 +317,14 @@ class Engine:
         return self
 
     def stop(self) -> None:
-        """End the thread after the step that it is in. What is not done stays in the queue and the batch; who
-        waits for it gets a RuntimeError, and may ask again after another `start`."""
+        """Ends the thread after its current step. Unfinished requests stay; waiting for them raises
+        RuntimeError until the next `start`."""
         self._check_process()
-        if self._end():
+        if self._join_thread():
             self._serve(-1)
 
-    def _end(self) -> bool:
-        """The thread. Whether there was one."""
+    def _join_thread(self) -> bool:
+        """Joins the worker thread; returns whether one was running."""
         thread, self._thread = self._thread, None
         if thread is not None:
             with self._queue:
@@ -342,14 +340,13 @@ class Engine:
                     self._queue.wait_for(lambda: self._waiting or self._stopping)
 
     def close(self) -> None:
-        """Stop, cancel what is left, and give the model back as it was. What is asked for afterwards is a
-        RuntimeError."""
+        """Stops, cancels remaining requests and restores the model. Later calls raise RuntimeError."""
         if self._serving and not self._serves():
-            self._closed = True  # what the threads of another process had begun cannot be ended here
+            self._closed = True  # threads of the parent process cannot be joined here
             return
-        ended = self._end()
+        ended = self._join_thread()
         with self._model_lock, self._queue:
-            for request in self._left():
+            for request in self._unfinished():
                 request.cancel()
             self._waiting.clear()
             self._batch.clear()
@@ -365,9 +362,9 @@ class Engine:
         self.close()
 
     def _requests(self, name: str) -> int:
-        """That wait or run with an adapter."""
-        return sum(one.adapter == name and not one.done for one in self._left())
+        """Number of unfinished requests that use an adapter."""
+        return sum(one.adapter == name and not one.done for one in self._unfinished())
 
-    def _left(self) -> list[Request]:
-        """All that wait or run."""
+    def _unfinished(self) -> list[Request]:
+        """All waiting and running requests."""
         return [*self._waiting, *self._batch.requests]

@@ -1,7 +1,7 @@
-"""Linear layers whose rows belong to different requests: each row gets the LoRA or DoRA adapter of its own.
+"""Linear layers whose rows belong to different requests, each with its own LoRA or DoRA adapter.
 
-What a batch is made of is a `Rows`. It prepares the arguments of each layer's op once, at the layer's first
-call, and lives as long as the composition of the batch does: a decoded token then costs a layer one op.
+`Rows` describes a batch. It prepares the arguments of each layer's op once, at the layer's first call, and is
+reused while the batch has the same requests: a layer then costs one op per decoded token.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ class LoraLayer:
     lora_b: Tensor
     scaling: float
     scale: Tensor | None = None
-    """Of DoRA, magnitude / ||W + scaling * B A||, fp32 (out_features,). The base does not change, so it is
-    computed once."""
+    """DoRA's magnitude / ||W + scaling * B A||, fp32 (out_features,). Computed once: the base is constant."""
 
     @property
     def nbytes(self) -> int:
@@ -42,26 +41,20 @@ class LoraLayer:
 
 
 LoraLayers = Mapping[nn.Module, LoraLayer]
-"""An adapter, by the linear layers of the model."""
+"""The layers of an adapter, by the linear layers of the model."""
 
 Call = Callable[[Tensor], Tensor]
 
 
 class Rows:
-    """Which adapter serves which row.
-
-    Parameters
-    ----------
-    adapters : sequence of LoraLayers or None
-        Of each row.
-    """
+    """The adapter of each row, None for the base alone."""
 
     def __init__(self, adapters: Sequence[LoraLayers | None]) -> None:
         self.adapters = adapters
         self._calls: dict[nn.Module, Call | None] = {}
 
     def call_of(self, layer: nn.Module, x: Tensor) -> Call | None:
-        """What computes the layer; None: its own forward."""
+        """The function that computes the layer, or None for its own forward."""
         try:
             return self._calls[layer]
         except KeyError:
@@ -73,8 +66,8 @@ class Rows:
         different = list({id(one): one for one in there if one is not None}.values())
         base = fused_operands(layer, input_spec(x.dtype, x.device))
         if not different:
-            # Else bits of a row would depend on whether another has an adapter here: a dense weight that is
-            # torch's product is another one in our op, where rows are few.
+            # A dense weight goes through our op too, or bits of a row would depend on whether other rows have
+            # an adapter here: for few rows our op and torch's differ.
             if (
                 len(there) == 1
                 or isinstance(base, Fallback)
@@ -92,7 +85,7 @@ class Rows:
 
 
 def _without(base: Base) -> Call:
-    """Rows of which none has an adapter."""
+    """No row has an adapter."""
     plain, compute = [AdaptedLinear(base.weight, base.bias)], base.compute_dtype
 
     def call(x: Tensor) -> Tensor:
@@ -103,7 +96,7 @@ def _without(base: Base) -> Call:
 
 
 def _alone(base: Base, one: LoraLayer) -> Call:
-    """One request: however many rows there are, all are its."""
+    """All rows belong to one request."""
     weight, bias, dtype, compute, out_dtype = base
 
     def call(x: Tensor) -> Tensor:
@@ -116,7 +109,7 @@ def _alone(base: Base, one: LoraLayer) -> Call:
 
 
 def _mixed(base: Base, different: Sequence[LoraLayer], groups: Sequence[int], x: Tensor) -> Call:
-    """One row for each entry of `groups`, which says the adapter, -1 for none."""
+    """One row per entry of `groups`, the index of its adapter, or -1."""
     adapters = [
         Adapter(one.lora_a, one.lora_b, one.scaling, group=group) for group, one in enumerate(different)
     ]
@@ -148,7 +141,7 @@ def _mixed(base: Base, different: Sequence[LoraLayer], groups: Sequence[int], x:
 
 
 def _scales(different: Sequence[LoraLayer], groups: Sequence[int]) -> Tensor | None:
-    """Of DoRA, for each row; 1 in rows without. None where there is none."""
+    """DoRA's scale of each row, 1 in rows without; None if no row has one."""
     scales = [one.scale for one in different if one.scale is not None]
     if not scales:
         return None
@@ -158,7 +151,7 @@ def _scales(different: Sequence[LoraLayer], groups: Sequence[int]) -> Tensor | N
 
 
 def _scaled(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """As the op `dora_scale` does it, with a scale for each row."""
+    """The op `dora_scale` with a scale for each row."""
     rows = y.view(scale.shape).float()
     if bias is None:
         rows = rows * scale
@@ -173,13 +166,13 @@ def _bias_for_scaling(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 @dataclass
 class Switch:
-    """What all layers of a model look at."""
+    """The rows that all layers of a model currently serve."""
 
     rows: Rows | None = None
     layers: set[nn.Module] = field(default_factory=set)
 
     def attach(self, layers: Sequence[nn.Module]) -> None:
-        """Let linear layers see the rows."""
+        """Makes linear layers serve the rows."""
         for layer in layers:
             if layer not in self.layers:
                 fuse(layer, ServedLinear, Record(facts=self))
@@ -210,7 +203,7 @@ class ServedLinear(Fused):
 
 
 def reason_unserved(layer: nn.Module) -> str:
-    """Why a layer cannot have adapters of requests, or ""."""
+    """Why a layer cannot be served, or ""."""
     record = record_of(layer)
     if record is not None and not isinstance(record.facts, Switch):
         return "it is patched: pk.unpatch(model) first"

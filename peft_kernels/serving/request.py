@@ -1,4 +1,4 @@
-"""One request: what is asked for, and what has come of it."""
+"""A request: its parameters, tokens and state."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 from .arguments import number, whole
 
 _COLDEST = torch.finfo(torch.float32).tiny
-"""Below it a temperature is 0 in fp32."""
+"""Smallest temperature that is not 0 in fp32."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. With temperature 0 it is the likeliest one."""
+    """How tokens are sampled. Temperature 0 is greedy."""
 
     temperature: float = 0.0
     top_k: int = 0
-    """Only the so many likeliest; 0: all."""
+    """Sample among so many most likely tokens; 0 means all."""
     top_p: float = 1.0
-    """Only the likeliest that together have this probability."""
+    """Sample among the most likely tokens with this total probability."""
     seed: int | None = None
-    """Of the request's own generator: other requests change nothing. None: one of torch's."""
+    """Seed of the request's own generator; None takes one from torch."""
 
     def __post_init__(self) -> None:
         if not 0 <= number("temperature", self.temperature) < float("inf"):
@@ -39,17 +39,16 @@ class Sampling:
 
 
 class Request:
-    """A handle of what `Engine.submit` has taken. Threads may wait for it, or go through its tokens as they
-    come.
+    """The handle that `Engine.submit` returns. Threads can wait for it or iterate over its tokens.
 
     Attributes
     ----------
     tokens : list of int
-        So far, without the prompt; with the token that ended it.
+        New tokens so far, including the end-of-sequence token.
     logits : list of Tensor, (vocabulary,)
-        That each token was chosen from, if `keep_logits` was asked for.
+        Logits of each token, with `keep_logits`.
     finish_reason : str or None
-        "stop" (an end-of-sequence token), "length", "cancelled" or "error"; None while it runs.
+        "stop" (an end-of-sequence token), "length", "cancelled" or "error"; None until finished.
     error : Exception or None
     """
 
@@ -82,23 +81,23 @@ class Request:
         return self.finish_reason is not None
 
     def cancel(self) -> None:
-        """End it, before its turn or with the next token. Nothing happens to one that is done."""
+        """Ends the request, in the queue or with the next token. No effect if it is done."""
         self.finish("cancelled")
 
     def result(self, timeout: float | None = None) -> list[int]:
-        """Its tokens when it is done. Raises its error; TimeoutError after `timeout` seconds; RuntimeError
-        where nothing would ever serve it."""
+        """Waits and returns all tokens. Raises the request's error, TimeoutError after `timeout` seconds, or
+        RuntimeError if no thread serves the engine."""
         self._wait(lambda: self.done, timeout)
         if self.error is not None:
             raise self.error
         return self.tokens
 
     def __iter__(self) -> Iterator[int]:
-        """Tokens as they come. Raises its error."""
+        """Yields tokens as they are decoded. Raises the request's error."""
         given = 0
         while True:
             self._wait(lambda: self.done or len(self.tokens) > given)  # noqa: B023 (called here)
-            done, fresh = self.done, self.tokens[given:]  # in this order: none comes when it is done
+            done, fresh = self.done, self.tokens[given:]  # in this order: no token follows `done`
             yield from fresh
             given += len(fresh)
             if done and given == len(self.tokens):
@@ -107,8 +106,7 @@ class Request:
             raise self.error
 
     def _wait(self, ready: Callable[[], bool], timeout: float | None = None) -> None:
-        # The lock is taken only where there is something to wait for. In a process forked from the engine's,
-        # a thread that is not there may hold it.
+        # Takes the lock only to wait: in a process forked from the engine's, a missing thread may hold it.
         if not ready() and self._is_served():
             with self._changed:
                 if not self._changed.wait_for(lambda: ready() or not self._is_served(), timeout):
@@ -119,23 +117,22 @@ class Request:
     # For the engine.
 
     def wake(self) -> None:
-        """Let those who wait look again."""
+        """Wakes waiting threads."""
         with self._changed:
             self._changed.notify_all()
 
     def take(self, logits: Tensor) -> None:
-        """Choose the next token, from logits (vocabulary,). Where that fails, as of NaN, this request
-        ends."""
+        """Samples the next token from logits (vocabulary,). An error, NaN for example, ends this request."""
         try:
             token = self._choose(logits.float())
         except Exception as error:
             return self.finish("error", error)
         with self._changed:
-            if self.done:  # cancelled meanwhile
+            if self.done:  # cancelled
                 return
             if self._keep_logits:
                 self.logits.append(logits.clone())
-            self.tokens.append(token)  # last: who reads it may read its logits
+            self.tokens.append(token)  # after its logits, which readers may use
             self._changed.notify_all()
         if token in self.eos:
             self.finish("stop")
@@ -146,7 +143,7 @@ class Request:
         with self._changed:
             if not self.done:
                 self.error = error
-                self.finish_reason = reason  # last: who reads it may read the error
+                self.finish_reason = reason  # after the error, which readers may use
                 self._changed.notify_all()
 
     def _choose(self, logits: Tensor) -> int:

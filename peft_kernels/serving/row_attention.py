@@ -1,9 +1,7 @@
-"""Attention of a batch whose rows are different requests: each row has a cache of its own, as long as it is.
+"""Attention for a batch of requests in which each row has its own cache of its own length.
 
-A step of decoding gives every row one token. Keys and values are not padded to a common length: each row goes
-alone through the attention that the model has, on the shapes that it would have without the others, so what
-a row gets cannot depend on its neighbours.
-"""
+A decoding step adds one token per row. Keys and values are not padded: each row runs alone through the
+model's attention, with the shapes that it has without the others, so results cannot depend on other rows."""
 
 from __future__ import annotations
 
@@ -20,15 +18,15 @@ from transformers.cache_utils import Cache
 NAME = "peft_kernels_rows"
 
 
-class Parts(list[Tensor | None]):
-    """Keys or values of the rows, (1, heads, length, features) each; None where a slot is empty."""
+class RowTensors(list[Tensor | None]):
+    """Keys or values of each row, (1, heads, length, features); None for an empty slot."""
 
     implementation: str
 
 
 class RowCaches(Cache):
-    """The caches of the rows, as the one that a model's layers write to. None stands for an empty slot, whose
-    keys and values are kept nowhere. At least one is there."""
+    """The caches of the rows behind the interface of one cache. None is an empty slot, whose keys and values
+    are dropped. At least one row has a cache."""
 
     def __init__(self, caches: Sequence[Any], implementation: str) -> None:
         super().__init__(layers=[])
@@ -38,7 +36,7 @@ class RowCaches(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
-        keys, values = Parts(), Parts()
+        keys, values = RowTensors(), RowTensors()
         keys.implementation = values.implementation = self.implementation
         for i, cache in enumerate(self.caches):
             if cache is None:
@@ -58,11 +56,12 @@ class RowCaches(Cache):
 def attention(
     module: nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    """`query` is (rows, heads, 1, features). One token sees all that is in its row's cache, so no mask."""
-    if not isinstance(key, Parts):
+    """`query` is (rows, heads, 1, features). A token attends to its row's whole cache, so there is no
+    mask."""
+    if not isinstance(key, RowTensors):
         raise RuntimeError(f"cache: expected the caches of rows, got keys of a {type(key).__name__}")
     inner: Any = AttentionInterface._global_mapping.get(key.implementation)
-    if inner is None:  # "eager" is each model's own
+    if inner is None:  # "eager" is defined by each model
         inner = sys.modules[type(module).__module__].eager_attention_forward
     packs = key.implementation == "sdpa" and query.device.type == "cpu" and not options.get("position_bias")
     one = _packed if packs else _alone
@@ -79,8 +78,8 @@ def _alone(inner: Any, module: Any, query: Tensor, key: Tensor, value: Any, opti
 
 
 def _packed(inner: Any, module: Any, query: Tensor, key: Tensor, value: Any, options: Any) -> Tensor:
-    """Heads that share keys as if they were tokens: torch's kernel for the CPU then reads the keys once for
-    all of them, and takes a fraction of the time."""
+    """Treats heads that share keys as tokens: torch's CPU kernel then reads the keys once for all of them,
+    which takes a fraction of the time."""
     _, heads, _, features = query.shape
     shared = key.shape[1]
     y = inner(
@@ -90,7 +89,7 @@ def _packed(inner: Any, module: Any, query: Tensor, key: Tensor, value: Any, opt
 
 
 def configs_of(model: nn.Module) -> list[Any]:
-    """Those that attention layers ask for their implementation."""
+    """Configs from which attention layers read their implementation."""
     found = {
         id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None
     }
@@ -99,7 +98,7 @@ def configs_of(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def by_rows(configs: Sequence[Any]) -> Iterator[None]:
-    """Layers attend by rows inside."""
+    """A context in which layers attend per row."""
     before = [config._attn_implementation_internal for config in configs]
     try:
         for config in configs:
@@ -111,5 +110,5 @@ def by_rows(configs: Sequence[Any]) -> Iterator[None]:
 
 
 def register() -> None:
-    """Make the name known to transformers; to models that do not use it nothing changes."""
+    """Registers the attention with transformers; models that do not select it are unaffected."""
     AttentionInterface.register(NAME, attention)

@@ -1,4 +1,4 @@
-"""Adapters by name: which are known, which are in memory, and which of those go when others need the room."""
+"""Registered adapters: which are in memory, and which are evicted within a budget."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from .lora import read_lora
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
-class NoRoom(Exception):
-    """The budget is taken by adapters that are in use."""
+class BudgetInUse(Exception):
+    """The budget is used up by adapters in use."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,18 +40,18 @@ class Resident:
 
 
 class AdapterState(NamedTuple):
-    """Of an adapter that an engine knows."""
+    """State of a registered adapter."""
 
     name: str
     folder: Path
     nbytes: int
-    """In memory; 0 when it is not there."""
+    """Bytes in memory; 0 if not loaded."""
     requests: int
-    """That wait or run with it."""
+    """Number of unfinished requests."""
 
 
 class Store:
-    """Not for several threads at once, but for `read`."""
+    """Not thread-safe, except for `read`."""
 
     def __init__(self, decoder: Decoder, budget: int | None, adapter_dtype: torch.dtype) -> None:
         self.decoder = decoder
@@ -59,7 +59,7 @@ class Store:
         self.adapter_dtype = adapter_dtype
         self.folders: dict[str, Path] = {}
         self.resident: OrderedDict[str, Resident] = OrderedDict()
-        """The one that was used last comes last."""
+        """In order of use, most recent last."""
         self._sizes: dict[str, int] = {}
 
     @property
@@ -67,7 +67,7 @@ class Store:
         return sum(one.nbytes for one in self.resident.values())
 
     def check(self, name: str, folder: Path) -> None:
-        """ValueError for a name that cannot be that of the adapter there."""
+        """Raises ValueError for an invalid name, or one of another folder."""
         if not isinstance(name, str) or not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
             raise ValueError(
                 f"name: expected letters, digits, _ and -, no attribute of ModuleDict, got {name!r}"
@@ -85,9 +85,9 @@ class Store:
         self.folders.pop(name, None)
 
     def read(self, name: str, folder: Path) -> Any:
-        """An adapter of LoRA, which needs no change of the model; None for a bottleneck adapter.
+        """Reads a LoRA adapter without changing the model; None for a bottleneck adapter.
 
-        ValueError for one that does not fit the budget, before its weights are read."""
+        Raises ValueError if it exceeds the budget, before its weights are read."""
         if os.path.lexists(folder / BOTTLENECK_CONFIG):
             if os.path.isfile(weights := folder / BOTTLENECK_WEIGHTS):
                 entries = read_header(weights, LARGEST_HEADER)[0].values()
@@ -104,20 +104,20 @@ class Store:
         )
 
     def get(self, name: str, in_use: Collection[str], read: Any = None) -> Resident:
-        """An adapter, loaded if it is not there.
+        """The adapter, loaded if necessary.
 
         Raises
         ------
-        NoRoom
-            It would fit if those in use were not there.
+        BudgetInUse
+            It does not fit beside the adapters in use.
         ValueError
-            It does not fit at all, or its folder is damaged. Nothing is changed.
+            It exceeds the budget, or its folder is damaged. Nothing is changed.
         """
         found = self.resident.get(name)
         if found is None:
             size = self._sizes.get(name)
             if size is not None:
-                self._check_room(name, size, in_use)
+                self._to_evict(name, size, in_use)
             found = self._load(name, in_use, read)
         self.resident.move_to_end(name)
         return found
@@ -132,7 +132,7 @@ class Store:
             found = Resident(sum(layer.nbytes for layer in layers.values()), lora=layers)
         self._sizes[name] = found.nbytes
         try:
-            for other in self._check_room(name, found.nbytes, in_use):
+            for other in self._to_evict(name, found.nbytes, in_use):
                 self._drop(other)
         except BaseException:
             if layers is None:
@@ -149,8 +149,8 @@ class Store:
                 f"adapter {name!r}: expected at most budget_bytes={self.budget} bytes, got {nbytes}"
             )
 
-    def _check_room(self, name: str, nbytes: int, in_use: Collection[str]) -> list[str]:
-        """Which adapters have to go."""
+    def _to_evict(self, name: str, nbytes: int, in_use: Collection[str]) -> list[str]:
+        """Names of adapters to evict."""
         self._check_fits(name, nbytes)
         if self.budget is None:
             return []
@@ -162,7 +162,7 @@ class Store:
                 going.append(other)
                 left += one.nbytes
         if left < nbytes:
-            raise NoRoom
+            raise BudgetInUse
         return going
 
     def _drop(self, name: str) -> None:

@@ -256,7 +256,7 @@ def test_tensors_that_share_memory_become_parameters(form: str, tmp_path: Path) 
 KEY = "encoder.layer.0.output.adapters.sample.adapter_up.weight"
 DOWN = "encoder.layer.0.output.adapters.sample.adapter_down.0.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "ln_after": (edit(ln_after=True), "ln_after: expected false, for no other is computed here, got true"),
+    "ln_after": (edit(ln_after=True), "ln_after: expected false, the only supported value, got true"),
     "residual": (edit(residual_before_ln="post_add"), "residual_before_ln: expected true, .* got post_add"),
     "scaling": (edit(scaling="learned"), "scaling: expected one number, got learned"),
     "by-layer": (edit(reduction_factor={"default": 8}), "reduction_factor: expected one number, got"),
