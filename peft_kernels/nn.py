@@ -27,39 +27,37 @@ __all__ = ["LoRALinear", "NF4Linear", "NF4LoRALinear"]
 class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
     """A frozen `nn.Linear` whose weight is an `NF4Weight`.
 
-    Everything that knows nn.Linear knows it: `peft.get_peft_model` injects LoRA, `model.to()` moves it,
-    deepcopy and pickle copy it. `state_dict` holds bitsandbytes' keys and loads from a checkpoint of either
-    side.
+    It works with code for nn.Linear: `peft.get_peft_model` injects LoRA, and `model.to()`, deepcopy and
+    pickle work. `state_dict` uses bitsandbytes' keys; checkpoints are interchangeable.
 
-    A merge into it leaves a dense weight (in the dtype that the layer had), and unmerging the 4 bits. When
-    PEFT puts a layer with a dense weight back to where it was, in `merge_and_unload`, or when `weight` is
-    assigned, the layer becomes an ordinary one of `plain_class`.
+    A merge leaves a dense weight in the original dtype, unmerging restores the 4 bits. When
+    `merge_and_unload` unwraps a layer with a dense weight, or a dense `weight` is assigned, the layer becomes
+    an ordinary one of `plain_class`.
 
     Attributes
     ----------
     compute_dtype : torch.dtype, optional
-        What wider activations (fp32, where this is 16 bits) are rounded to for the product, as in
-        bitsandbytes' Linear4bit. None: the weight's nominal dtype, which is what it had when it was
-        quantised; kbit preparation leaves it so, `float()` and `half()` change it. Other activations are
-        multiplied as they are; under autocast, in autocast's type.
+        Dtype to which fp32 activations are rounded for the matmul, as in bitsandbytes' Linear4bit. None: the
+        weight's nominal dtype, which kbit preparation keeps and `float()` and `half()` change. Other
+        activations are used in their own dtype, or in autocast's.
     plain_class : type
-        nn.Linear; or the class that was quantised, FalconLinear or Conv1D of transformers, of which the
-        latter holds its weight as (in_features, out_features).
+        The class that was quantised: nn.Linear, or FalconLinear or Conv1D of transformers. Conv1D stores its
+        weight as (in_features, out_features).
     """
 
     compute_dtype: torch.dtype | None = None
     plain_class: type[nn.Module] = nn.Linear
-    link: ModelLink | None = None  # to the model that quantize_model was given
+    link: ModelLink | None = None  # to the quantised model
     whole_scales: tuple[Tensor, Tensor] | None = None
-    """Of the whole weight, where this process has a part of it: second-level scales and mean, on the CPU."""
+    """Second-level scales and mean of the whole weight, on the CPU, if this process holds a slice of it."""
     _hf_quantized_needs_local_tp = True
-    """Plans of transformers for tensor parallelism call the forward with this process's part of tensors."""
+    """Makes transformers' tensor parallelism call the forward with local tensors."""
 
     @refuses_wrong_types
     def __init__(
         self, weight: NF4Weight, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None
     ) -> None:
-        nn.Module.__init__(self)  # nn.Linear's would allocate a dense weight first
+        nn.Module.__init__(self)  # nn.Linear.__init__ would allocate a dense weight
         self.out_features, self.in_features = weight._state.shape
         self.compute_dtype = compute_dtype
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -76,10 +74,10 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
         name: str = "weight",
         compute_dtype: torch.dtype | None = None,
     ) -> NF4Linear:
-        """Quantise an nn.Linear (or requantise one that a merge made dense), or a Conv1D of transformers.
+        """Quantises an nn.Linear (also an NF4Linear made dense by a merge) or a Conv1D of transformers.
 
-        `linear` itself is left alone; the bias is shared with it. On the meta device the layer is an empty
-        one, as `NF4Weight.quantize` says. Errors as there.
+        `linear` is not changed; its bias is shared. On the meta device the layer is empty. Errors as
+        `NF4Weight.quantize`.
         """
         dense: Any = linear.weight.detach()  # type: ignore[operator]
         if not isinstance(linear, nn.Linear):
@@ -94,11 +92,10 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
 
     @classmethod
     def awaiting(cls, linear: nn.Module, compute_dtype: torch.dtype | None = None) -> NF4Linear:
-        """What stands for a layer on the meta device until its weight is assigned.
+        """A placeholder on the meta device until its weight is assigned.
 
-        An NF4Weight makes it the layer that it is for, a dense weight, (out_features, in_features), an
-        ordinary layer of `linear`'s class.
-        """
+        Assigning an NF4Weight completes it; assigning a dense weight (out_features, in_features) turns it
+        into an ordinary layer of `linear`'s class."""
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         weight: Any = linear.weight
@@ -130,7 +127,7 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
         return nf4_linear(x, weight, bias, compute_dtype)
 
     def revert_to_linear_if_dense(self) -> nn.Module:
-        """Become an ordinary layer, of `plain_class`, if the weight is dense. Returns the layer."""
+        """Reverts to an ordinary layer of `plain_class` if the weight is dense. Returns the layer."""
         weight = self._parameters["weight"]
         if isinstance(weight, NF4Weight) and weight.dense is not None:
             self.weight = weight
@@ -139,7 +136,8 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """PEFT's `merge_and_unload` asks this of each layer that it has put back; nothing else would tell."""
+        """PEFT's `merge_and_unload` calls this on each unwrapped layer, which is where a merged one
+        reverts."""
         weight = self._parameters["weight"]
         dense = isinstance(weight, NF4Weight) and weight.is_dense
         if memo is None and dense and self.link is not None and self.link.holds(self):
@@ -172,7 +170,7 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
         return None
 
     def _not_sharded(self, value: Any) -> str:
-        """Why a weight has become a DTensor of dense values, and what to do."""
+        """Error message for a weight that became a DTensor of dense values."""
         state = getattr(self._parameters["weight"], "_state", None)
         if state is None or state.dense is None:
             return (
@@ -187,14 +185,14 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if isinstance(self.weight, NF4Weight) and self.weight.dense is not None:
-            destination[prefix + "weight"] = self._turned(self.weight.dense)
+            destination[prefix + "weight"] = self._transposed(self.weight.dense)
         elif isinstance(self.weight, NF4Weight):
             destination.update(self.weight.state_dict(prefix))
         elif is_tensor_parallel(self.weight) and not keep_vars:
-            # Whoever gathers DTensors would gather dense values.
+            # Gathering the DTensor would gather dense values.
             destination[prefix + "weight"] = self.weight._local_tensor
         elif is_dtensor(self.weight) and self.weight.is_meta and not is_sharded(self.weight):
-            # Awaiting its part of a weight, which is cut from the whole once that is packed.
+            # A placeholder: its slice is taken from the whole weight once that is packed.
             shape, dtype = self.weight.shape, self.weight.dtype
             destination[prefix + "weight"] = torch.empty(shape, dtype=dtype, device="meta")
         elif not accelerate_loading.is_awaited(self.weight):
@@ -202,8 +200,8 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
-    def _turned(self, values: Tensor) -> Tensor:
-        """Dense values between (out_features, in_features) and the layout of `plain_class`."""
+    def _transposed(self, values: Tensor) -> Tensor:
+        """Converts dense values between (out_features, in_features) and the layout of `plain_class`."""
         return values if issubclass(self.plain_class, nn.Linear) else values.t().contiguous()
 
     def _load_from_state_dict(
@@ -233,10 +231,10 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
             missing_keys.append(key)
         else:
             try:
-                new = loading.find(self.weight, state_dict, prefix, turned=self._turned)
+                new = loading.read_weight(self.weight, state_dict, prefix, transpose=self._transposed)
             except ValueError as error:
                 error_msgs.append(str(error))
-                return  # the bias stays too: half a layer is worse than none
+                return  # load nothing rather than half a layer
         rest = {k: v for k, v in state_dict.items() if k not in mine}
         weight = self._parameters.pop("weight")
         errors = len(error_msgs)
@@ -249,7 +247,7 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
         if new is not None and len(error_msgs) == errors:
             with torch.no_grad():
                 assign = local_metadata.get("assign_to_params_buffers", False)
-                loading.take(self, key, new, assign)
+                loading.assign_weight(self, key, new, assign)
 
     def extra_repr(self) -> str:
         weight = self.weight
@@ -275,11 +273,11 @@ class LoRALinear(nn.Module):
     use_rslora : bool
         Rank-stabilised scaling (Kalajdzievski 2023).
     dtype : torch.dtype
-        Type of the adapter, fp32 by default; products never copy the activations to it.
+        Dtype of the adapter, fp32 by default; activations are not cast to it.
     lora_dropout : float
         Probability of dropping an input of A in training.
     use_dora : bool
-        Learn the magnitudes of the rows too (DoRA, Liu et al. 2024); see `dora_linear`.
+        Train the magnitudes of the rows too (DoRA, Liu et al. 2024), see `dora_linear`.
     """
 
     lora_magnitude_vector: nn.Parameter | None
@@ -318,7 +316,8 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A as nn.Linear starts, B zero, magnitudes the norms of the rows: the layer starts as its base."""
+        """Initialises A like nn.Linear, B to zero and magnitudes to the norms of the rows: a no-op
+        adapter."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
         if self.lora_magnitude_vector is not None:
@@ -353,7 +352,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """A new dense nn.Linear with the update in its weight, in the base's dtype. Changes nothing here."""
+        """A new dense nn.Linear with the update merged, in the base's dtype. This layer is not changed."""
         base = self.base_layer
         weight = self._weight() + self.delta_weight().float()
         if self.lora_magnitude_vector is not None:

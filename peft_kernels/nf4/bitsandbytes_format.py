@@ -1,4 +1,4 @@
-"""bitsandbytes' NF4 in and out: its checkpoint keys and its Params4bit. The library itself stays optional."""
+"""bitsandbytes' NF4 format: its checkpoint keys and its Params4bit. The library itself is optional."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from ..core.nf4_state import NF4State, packed_rows
 STATE_PREFIX = "quant_state.bitsandbytes__"  # then the quantisation type
 STATE_ITEM = f"{STATE_PREFIX}nf4"
 TENSOR_ITEMS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-"""What is stored beside the codes of a weight, the last two when scales are quantised too."""
-BLOCKSIZE_KEY = "bnb_4bit_blocksize"  # ours, in configurations
-DEFAULT_BLOCKSIZE = 64  # and bitsandbytes' only one
+"""Items beside the codes of a weight, the last two with double quantisation."""
+BLOCKSIZE_KEY = "bnb_4bit_blocksize"  # our key in configurations
+DEFAULT_BLOCKSIZE = 64  # bitsandbytes supports no other
 _STORAGE_DTYPES = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _SCALE_DTYPES = (*WEIGHT_DTYPES, torch.float64)
-_LONGEST_JSON = 1 << 16  # bytes; it has about 200
+_LONGEST_JSON = 1 << 16  # bytes; about 200 are used
 _LARGEST_SIZE = 1 << 40  # of one dimension
 _CPU = torch.device("cpu")
 
 
 def to_state_dict(state: NF4State, dtype: torch.dtype, key: str) -> dict[str, Tensor]:
-    """A weight of a nominal dtype under bitsandbytes' keys, the first of which is `key`. A dense one is one
-    plain tensor."""
+    """A weight under bitsandbytes' keys, the codes under `key`; a dense weight is one plain tensor."""
     if state.dense is not None:
         return {key: state.dense}
     assert state.packed is not None and state.absmax is not None
@@ -50,7 +49,9 @@ def to_state_dict(state: NF4State, dtype: torch.dtype, key: str) -> dict[str, Te
         numbers |= {
             "nested_blocksize": NESTED_BLOCKSIZE,
             "nested_dtype": "float32",
-            "nested_offset": 0.0 if device.type == "meta" else state.offset.item(),  # no data there anyway
+            "nested_offset": 0.0
+            if device.type == "meta"
+            else state.offset.item(),  # meta tensors have no data
         }
     blob = json.dumps(numbers).encode()
     items[f"{key}.{STATE_ITEM}"] = torch.tensor(list(blob), dtype=torch.uint8, device=device)
@@ -58,8 +59,8 @@ def to_state_dict(state: NF4State, dtype: torch.dtype, key: str) -> dict[str, Te
 
 
 def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, torch.dtype]:
-    """The weight saved under `key`, and its nominal dtype. ValueError names the item that is missing,
-    truncated, foreign, or has values that no weight can have."""
+    """The weight saved under `key` and its nominal dtype. Raises ValueError for an item that is missing,
+    truncated, unknown, or has impossible values."""
 
     def item(suffix: str) -> Tensor:
         value = state_dict.get(key + suffix)
@@ -104,7 +105,7 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, 
 
 @dataclass(frozen=True)
 class _Numbers:
-    """What the JSON of a weight says; of the second level, as it stands there."""
+    """Contents of a weight's JSON; the nested_* fields are not checked."""
 
     shape: tuple[int, ...]
     blocksize: int
@@ -119,7 +120,7 @@ def read_json(name: str, blob: Tensor) -> _Numbers:
     if blob.numel() > _LONGEST_JSON:
         raise ValueError(f"{name}: expected bitsandbytes' JSON, got {blob.numel()} bytes")
     try:
-        # A float that is as long as the file, or brackets a thousand deep, are no ValueError.
+        # Very long floats and deep nesting raise other errors than ValueError.
         numbers = json.loads(bytes(blob.view(-1).tolist()).decode())
         shape, blocksize, dtype = numbers["shape"], numbers["blocksize"], getattr(torch, numbers["dtype"])
         if not isinstance(shape, list):
@@ -149,7 +150,7 @@ def _check_nested(name: str, numbers: _Numbers) -> None:
 
 
 def check_scales(key: str, state: NF4State, offset: float) -> None:
-    """Scales are largest magnitudes. A weight with another is NaN, or has its signs turned."""
+    """Raises ValueError unless all scales are finite and >= 0."""
     nested = state.absmax2 is not None
     scales = state.absmax2 if nested else state.absmax
     assert scales is not None
@@ -170,8 +171,8 @@ def check_scales(key: str, state: NF4State, offset: float) -> None:
 def configuration(
     blocksize: int, double_quant: bool, compute_dtype: torch.dtype | None, dense: list[str] | None
 ) -> dict[str, Any]:
-    """A model's `quantization_config` in config.json, as transformers' BitsAndBytesConfig writes it; `dense`
-    names the layers that are not in 4 bits. A blocksize that bitsandbytes does not have has a key of ours."""
+    """A model's `quantization_config` for config.json, as transformers' BitsAndBytesConfig writes it. `dense`
+    names the layers that are not quantised. Blocksizes other than bitsandbytes' use a key of our own."""
     numbers: dict[str, Any] = {
         "_load_in_4bit": True,
         "_load_in_8bit": False,
@@ -197,7 +198,7 @@ def is_quantized(params4bit: Any) -> bool:
 
 
 def reason_unusable(params4bit: Any) -> str | None:
-    """Why a Params4bit cannot be read as NF4 in place, or None. Cheap: looks at no data."""
+    """Why a Params4bit cannot be used as NF4 in place, or None. Reads no data."""
     if not is_quantized(params4bit):
         return "the weight is not quantised yet (move it to its device first)"
     quant_state = params4bit.quant_state
@@ -215,7 +216,7 @@ def reason_unusable(params4bit: Any) -> str | None:
 
 
 def state_of(params4bit: Any, name: str = "params4bit") -> NF4State:
-    """A quantised Params4bit as it is, sharing memory. ValueError says why that cannot be."""
+    """The state of a quantised Params4bit, sharing memory. Raises ValueError if it cannot be used."""
     reason = reason_unusable(params4bit)
     if reason is not None:
         raise ValueError(f"{name}: {reason}")
@@ -234,7 +235,7 @@ def state_of(params4bit: Any, name: str = "params4bit") -> NF4State:
 
 
 def to_params4bit(state: NF4State, dtype: torch.dtype) -> Any:
-    """A `bitsandbytes.nn.Params4bit` that shares memory with a weight. ValueError when that is dense."""
+    """A `bitsandbytes.nn.Params4bit` sharing memory with a weight. Raises ValueError for a dense weight."""
     import bitsandbytes
     from bitsandbytes.functional import QuantState
 
@@ -284,7 +285,8 @@ def assemble(
     absmax2: Tensor | None,
     offset: Tensor | None,
 ) -> NF4State:
-    """Check every length and dtype, so that no kernel reads past the end."""
+    """The state of a weight from its tensors. Checks every length and dtype, so that no kernel reads out of
+    bounds."""
     if len(shape) != 2 or min(shape) < 0 or max(shape) > _LARGEST_SIZE:
         raise ValueError(f"{key}: expected a shape (out_features, in_features), got {short(shape)}")
     if blocksize not in BLOCKSIZES:
@@ -293,7 +295,7 @@ def assemble(
         raise ValueError(f"{key}: expected dtype float32, bfloat16 or float16, got {short(dtype)}")
     if packed.dtype not in _STORAGE_DTYPES:
         raise ValueError(f"{key}: expected two codes a byte, in uint8 or a float type, got {packed.dtype}")
-    # The bytes may be stored under a float type (FSDP asks for it), with the last ones padded.
+    # The bytes may be stored as a float dtype (for FSDP), padded at the end.
     flat = packed.detach().contiguous().view(-1).view(torch.uint8)
     numel = shape[0] * shape[1]
     nbytes, nblocks = (numel + 1) // 2, -(-numel // blocksize)
@@ -340,10 +342,10 @@ def _is_integer(value: Any) -> bool:
 
 
 def short(value: Any) -> str:
-    """For a message: a file may hold a string of a megabyte, or one with line breaks."""
+    """A value as short text without line breaks, for messages."""
     try:
         text = repr(value) if isinstance(value, (str, list, dict)) else str(value)
-    except ValueError:  # Python prints no integer of more than 4300 digits
+    except ValueError:  # Python refuses to print integers of more than 4300 digits
         text = "a number of thousands of digits"
     text = " ".join(text.split())
     return text if len(text) <= 80 else f"{text[:77]}..."

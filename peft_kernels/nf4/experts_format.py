@@ -1,7 +1,7 @@
-"""Weights of many experts in a state dict: what bitsandbytes has no format for.
+"""The state-dict format of packed experts, for which bitsandbytes has none.
 
-One item holds the codes of all experts, (experts, bytes), and others their scales, (experts, blocks). Keys
-and shapes are such that no reader of bitsandbytes' format, or of dense weights, takes them for its own.
+One item holds the codes of all experts, (experts, bytes), others their scales, (experts, blocks). Readers of
+bitsandbytes' format or of dense weights reject its keys and shapes.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .bitsandbytes_format import expect
 
 STATE_ITEM = "quant_state.peft_kernels__nf4_experts"
 TENSOR_ITEMS = ("absmax", "nested_absmax", "nested_offset")
-"""What is stored beside the codes, the last two when scales are quantised too."""
+"""Items beside the codes, the last two with double quantisation."""
 
 
 def to_state_dict(state: NF4State, dtype: torch.dtype, key: str) -> dict[str, Tensor]:
-    """Weights of a nominal dtype, the codes under `key`. Dense ones are one plain tensor."""
+    """Items of a packed weight, the codes under `key`; a dense weight is one plain tensor."""
     if state.dense is not None:
         return {key: state.dense}
     items = tensors(state, key)
@@ -33,7 +33,7 @@ def to_state_dict(state: NF4State, dtype: torch.dtype, key: str) -> dict[str, Te
 
 
 def tensors(state: NF4State, key: str) -> dict[str, Tensor]:
-    """What is stored under `key` but for the description. Of one expert, (out, in): its row of each."""
+    """The items except for the description. For one expert, (out, in), its row of each."""
     assert state.packed is not None and state.absmax is not None
     items = {key: state.packed.view(*state.shape[:-2], -1)}
     for name, tensor in zip(TENSOR_ITEMS, (state.absmax, state.absmax2, state.offset), strict=True):
@@ -43,7 +43,7 @@ def tensors(state: NF4State, key: str) -> dict[str, Tensor]:
 
 
 def description(shape: tuple[int, ...], blocksize: int, dtype: torch.dtype) -> bytes:
-    """What stands in the item that tells of the others."""
+    """The JSON in the item STATE_ITEM."""
     numbers = {
         "quant_type": "nf4",
         "blocksize": blocksize,
@@ -54,15 +54,15 @@ def description(shape: tuple[int, ...], blocksize: int, dtype: torch.dtype) -> b
 
 
 def read(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, torch.dtype]:
-    """`from_state_dict` of the format that `key` is in, this one or bitsandbytes'."""
+    """`from_state_dict` of the format in which `key` is stored, this one or bitsandbytes'."""
     if f"{key}.{STATE_ITEM}" in state_dict:
         return from_state_dict(state_dict, key)
     return bitsandbytes_format.from_state_dict(state_dict, key)
 
 
 def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, torch.dtype]:
-    """The weights saved under `key`, and their nominal dtype. ValueError names the item that is missing,
-    truncated, foreign, or has values that no weight can have."""
+    """The weights saved under `key` and their nominal dtype. Raises ValueError for an item that is missing,
+    truncated, unknown, or has impossible values."""
     known = {name: f"{key}.{name}" for name in (*TENSOR_ITEMS, STATE_ITEM)}
     foreign = next((n for n in state_dict if n.startswith(f"{key}.") and n not in known.values()), None)
     if foreign is not None:
@@ -83,7 +83,7 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, 
         got = bitsandbytes_format.short(shape)
         raise ValueError(f"{key}: expected a shape (experts, out_features, in_features), got {got}")
     expect(key, "dtype", torch.uint8, codes.dtype)
-    dimensions = [2, 2, 2, 1]  # (experts, n), and a number each
+    dimensions = [2, 2, 2, 1]  # (experts, n), and one value each
     parts = zip([key, *wanted[1:2], *wanted[3:]], [codes, absmax, *second], dimensions, strict=False)
     for name, tensor, n in parts:
         expect(name, "number of dimensions", n, tensor.dim())
@@ -91,7 +91,7 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, 
     offsets = second[1] if nested else None
     if offsets is not None:
         expect(known["nested_offset"], "dtype", torch.float32, offsets.dtype)
-    # All experts are of one size: what holds for the first holds for all.
+    # Experts have equal sizes, so checking the first is enough.
     one = bitsandbytes_format.assemble(
         key,
         shape[1:],

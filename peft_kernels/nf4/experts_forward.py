@@ -1,7 +1,7 @@
-"""Mixtures of experts as transformers 5 keeps them, all experts' weights in one parameter, in 4 bits.
+"""The forward of mixtures of experts of transformers 5, with all experts' weights in one parameter.
 
-`pack` gives such a module NF4 weights and, as `patch/fused.py` does, a subclass of its class whose forward
-sorts tokens by expert and multiplies each group once. The gate, norms and hooks stay the module's own.
+Tokens are sorted by expert, and each expert's group of tokens is one GEMM. The gate, norms and hooks are the
+module's own.
 """
 
 from __future__ import annotations
@@ -32,22 +32,20 @@ def experts_forward(
     top_k_weights: Tensor,
     lora: Mapping[str, Lora] = {},
 ) -> Tensor:
-    """What the experts that tokens are sent to make of them, summed by routing weight.
-
-    Results and gradients are the same from run to run.
+    """The outputs of each token's experts, summed by routing weight. Deterministic, gradients included.
 
     Parameters
     ----------
     module : nn.Module
-        Experts of transformers, whose weights are (experts, out, in): NF4, or dense. Dense ones may be
-        transposed, where `is_transposed` says so.
+        Experts of transformers with NF4 or dense weights (experts, out, in). Dense ones are transposed if
+        `is_transposed`.
     hidden_states : Tensor, (tokens, hidden)
-        fp32 is rounded to the dtype of the weights, to `compute_dtype` of the module if it has one.
+        fp32 is rounded to the module's `compute_dtype`, or to the dtype of the weights.
     top_k_index : Tensor, (tokens, k)
-        Experts of each token. `num_experts` and above, which expert parallelism sends elsewhere, give zeros.
+        Experts of each token. Indices >= `num_experts` (other ranks under expert parallelism) give zeros.
     top_k_weights : Tensor, (tokens, k)
     lora
-        Adapters on weights, by name of the parameter. Differentiable.
+        Adapters of weights, by parameter name. Differentiable.
 
     Returns
     -------
@@ -89,20 +87,20 @@ def _linear(
     if bias is not None:
         bias = bias.to(x.dtype)
     if bias is not None and bias.requires_grad:
-        # The product's own bias is frozen. Each row has one expert, so this adds it exactly, and its
-        # gradient's sums have an order.
+        # The op has no gradient for its bias. Each row has one expert, so this adds it exactly, with a
+        # deterministic gradient.
         one_hot = chosen[:, None] == torch.arange(bias.shape[0], device=chosen.device)
-        return _product(x, ends, weight, None, lora.get(name)) + one_hot.to(x.dtype) @ bias
-    return _product(x, ends, weight, bias, lora.get(name))
+        return _matmul(x, ends, weight, None, lora.get(name)) + one_hot.to(x.dtype) @ bias
+    return _matmul(x, ends, weight, bias, lora.get(name))
 
 
-def _product(x: Tensor, ends: Tensor, weight: Tensor, bias: Tensor | None, adapter: Lora | None) -> Tensor:
+def _matmul(x: Tensor, ends: Tensor, weight: Tensor, bias: Tensor | None, adapter: Lora | None) -> Tensor:
     packed = isinstance(weight, NF4Weight)
     dense: Any = weight.dense if isinstance(weight, NF4Weight) else weight
     if adapter is not None:
         a, b, scaling = adapter
-        # Autocast rounds weights, and so PEFT's product of A and B. For a few rows, as in decoding, to round
-        # the adapters of all experts would cost more than the products.
+        # Autocast rounds weights, so PEFT's A and B too. For few rows (decoding), casting the adapters of all
+        # experts would cost more than the GEMMs.
         rounds = autocast_dtype(x.device.type) == x.dtype and x.shape[0] >= a.shape[0]
         a, b = (t if t.dtype == torch.float32 and not rounds else t.to(x.dtype) for t in (a, b))
         return experts_lora_linear(x, ends, weight if packed else weight.to(x.dtype), a, b, scaling, bias)
@@ -129,7 +127,7 @@ def _activated(module: Any, x: Tensor) -> Tensor:
 
 
 def _is_swiglu(module: Any) -> bool:
-    """Whether the gate is silu(first half) * second half."""
+    """Whether the gate computes silu(first half) * second half."""
     gate = getattr(type(module)._apply_gate, "__qualname__", "")
     act = getattr(module, "act_fn", None)
     known = gate == "_default_apply_gate" and type(act).__name__ in ("SiLU", "SiLUActivation")
@@ -137,7 +135,7 @@ def _is_swiglu(module: Any) -> bool:
 
 
 class _Sorted(torch.autograd.Function):
-    """Rows of tokens in the order of their experts: row i is that of token order[i] // k."""
+    """Gathers rows by expert: row i is that of token order[i] // k."""
 
     @staticmethod
     def forward(x: Tensor, order: Tensor, back: Tensor, k: int) -> Tensor:
@@ -152,13 +150,13 @@ class _Sorted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (back,), (rows,) = ctx.saved_tensors, grads
-        # Not what indexing has for a gradient: on the CPU that adds in whatever order threads come.
+        # The gradient of indexing is not deterministic on the CPU.
         of_token = back.unflatten(0, (-1, ctx.k))
         return _by_parts(of_token.shape[0], rows, lambda part: rows[of_token[part]].sum(1)), None, None, None
 
 
 class _Combined(torch.autograd.Function):
-    """For each token the sum of its experts' rows by routing weight, in fp32. Keeps the rows as they are."""
+    """Sums each token's rows by routing weight, in fp32. Saves the rows in their own dtype."""
 
     @staticmethod
     def forward(rows: Tensor, weights: Tensor, order: Tensor, back: Tensor) -> Tensor:
@@ -188,13 +186,12 @@ class _Combined(torch.autograd.Function):
 
 
 _PART = 2**17
-"""Elements of rows that are taken at a time on the CPU."""
+"""Elements of rows processed at a time on the CPU."""
 
 
 def _by_parts(count: int, rows: Tensor, compute: Callable[[slice], Tensor]) -> Tensor:
-    """compute(slice) of `count` tokens or rows, whose rows are `rows`. On the CPU it is called for one part
-    after the other: what it has between its operations then stays in cache, where fresh memory would take
-    five times as long. How many go together changes no bit."""
+    """compute(slice) over `count` tokens or rows. On the CPU it is called part by part: intermediate results
+    then stay in cache, which is five times as fast as fresh memory. The size of parts changes no bit."""
     part = count
     if rows.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         part = max(_PART * count // max(rows.numel(), 1), 1)

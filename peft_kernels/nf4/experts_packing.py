@@ -1,4 +1,4 @@
-"""NF4Experts: a module of experts of transformers 5 that holds its weights in 4 bits."""
+"""NF4Experts: an experts module of transformers 5 with 4-bit weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .experts_forward import experts_forward
-from .loading import find, take
+from .loading import assign_weight, read_weight
 from .model import ModelLink
 from .sharded import accelerate_loading
 from .sharded.checks import is_sharded, is_tensor_parallel
@@ -20,7 +20,7 @@ _HOME = "transformers.integrations.moe"
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether `pack` takes a module: experts of transformers whose weights are ordinary parameters."""
+    """Whether `pack` supports a module: experts of transformers with ordinary parameters."""
     if isinstance(module, NF4Experts) or not computes_experts(module):
         return False
     weights = [module._parameters.get(name) for name in weight_names(module)]
@@ -28,7 +28,7 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def computes_experts(module: nn.Module) -> bool:
-    """Whether a module's forward is transformers' own, the one that `experts_implementation` chooses."""
+    """Whether a module has transformers' own experts forward, which `experts_implementation` selects."""
     forward: Any = type(module).forward
     home = getattr(forward, "__globals__", {}).get("__name__")
     return home == _HOME and hasattr(module, "has_gate")
@@ -39,7 +39,7 @@ def weight_names(module: Any) -> tuple[str, str]:
 
 
 def packed_weights(module: nn.Module) -> list[str]:
-    """Names of a module's own parameters that are packed."""
+    """Names of a module's packed parameters."""
     found = module._parameters.items()
     return [
         name
@@ -49,19 +49,20 @@ def packed_weights(module: nn.Module) -> list[str]:
 
 
 class NF4Experts(accelerate_loading.ReceivesWeights):
-    """What is mixed into the class of a packed module.
+    """Mixin for the class of a packed experts module.
 
-    Weights are (experts, out_features, in_features) here, also where the module as it was has them
-    transposed (GPT-OSS); `is_transposed` says so, to PEFT too. Otherwise as `nn.NF4Linear`: a merge leaves
-    dense weights, unmerging the 4 bits, and `merge_and_unload` a module of the class that was packed. The
-    `state_dict` has a format of our own, for there is no other; what is dense is in it as it was.
+    Weights are (experts, out_features, in_features), also if the original module has them transposed
+    (GPT-OSS); `is_transposed` is then False, for PEFT too. Otherwise like `nn.NF4Linear`: a merge makes
+    weights dense, unmerging restores the 4 bits, and `merge_and_unload` leaves a module of the original
+    class. The `state_dict` uses our own format, since bitsandbytes has none; dense weights keep their layout
+    in it.
 
     Attributes
     ----------
     compute_dtype : torch.dtype, optional
-        What fp32 activations are rounded to. None: the weights' nominal dtype.
+        Dtype to which fp32 activations are rounded. None: the weights' nominal dtype.
     plain_class : type
-        The class of the module before.
+        The original class of the module.
     """
 
     plain_class: ClassVar[type[nn.Module]]
@@ -73,7 +74,7 @@ class NF4Experts(accelerate_loading.ReceivesWeights):
         return experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
     def revert_to_linear_if_dense(self: Any) -> nn.Module:
-        """Become an ordinary module, if all weights are dense. Returns the module."""
+        """Reverts to an ordinary module of `plain_class` if all weights are dense. Returns the module."""
         if all(_dense(weight) is not None for weight in _weights(self).values()):
             unpack(self)
         module: nn.Module = self
@@ -82,7 +83,7 @@ class NF4Experts(accelerate_loading.ReceivesWeights):
     def named_modules(
         self: Any, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """As `nn.NF4Linear.named_modules`: PEFT has put the module back to where it was."""
+        """As `nn.NF4Linear.named_modules`: reverts a merged module that PEFT has unwrapped."""
         if memo is None and self.link is not None and self.link.holds(self):
             self.revert_to_linear_if_dense()
         return nn.Module.named_modules(self, memo, prefix, remove_duplicate)
@@ -99,7 +100,7 @@ class NF4Experts(accelerate_loading.ReceivesWeights):
                 del destination[prefix + name]
                 destination.update(weight.state_dict(prefix, name))
             else:
-                destination[prefix + name] = _turned(self, dense)
+                destination[prefix + name] = _transposed(self, dense)
 
     def _load_from_state_dict(
         self: Any,
@@ -123,10 +124,12 @@ class NF4Experts(accelerate_loading.ReceivesWeights):
                 missing_keys.append(key)
                 continue
             try:
-                new[name] = find(weight, state_dict, prefix, name, functools.partial(_turned, self))
+                new[name] = read_weight(
+                    weight, state_dict, prefix, name, functools.partial(_transposed, self)
+                )
             except ValueError as error:
                 error_msgs.append(str(error))
-                return  # the rest stays too: half a module is worse than none
+                return  # load nothing rather than half a module
         rest = {k: v for k, v in state_dict.items() if k not in mine}
         parameters, errors = self._parameters, len(error_msgs)
         self.__dict__["_parameters"] = {k: v for k, v in parameters.items() if k not in weights}
@@ -135,17 +138,17 @@ class NF4Experts(accelerate_loading.ReceivesWeights):
                 rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
         finally:
-            parameters.update(self._parameters)  # with `assign=True` the others are new
+            parameters.update(self._parameters)  # with `assign=True` the others were replaced
             self.__dict__["_parameters"] = parameters
         if len(error_msgs) > errors:
             return
         for name, loaded in new.items():
-            take(self, prefix + name, loaded, local_metadata.get("assign_to_params_buffers", False))
+            assign_weight(self, prefix + name, loaded, local_metadata.get("assign_to_params_buffers", False))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         plain = type(self).plain_class
-        if type(self) is not _class_for(plain):  # a subclass that another library has made
+        if type(self) is not _class_for(plain):  # a subclass made by another library
             return reduced
         _function, _arguments, *state = reduced
         return _new, (plain,), *state
@@ -164,32 +167,33 @@ def pack(
     name: str = "experts",
     compute_dtype: torch.dtype | None = None,
 ) -> None:
-    """Quantise the weights of a module of experts in place, one at a time. Errors as `NF4Weight.quantize`."""
+    """Quantises the weights of an experts module in place, one at a time. Errors as `NF4Weight.quantize`."""
     for key in weight_names(module):
-        dense = _turned(module, module._parameters[key].detach(), module.is_transposed)
+        dense = _transposed(module, module._parameters[key].detach(), module.is_transposed)
         weight = NF4Weight.quantize(dense, blocksize, double_quant, name=f"{name}.{key}")
         module._parameters[key] = nn.Parameter(weight, requires_grad=False)
     adopt(module, compute_dtype)
 
 
 def adopt(module: Any, compute_dtype: torch.dtype | None = None) -> None:
-    """Make a module NF4Experts whose NF4 weights, (experts, out, in), have been put into it. A weight that is
-    an ordinary parameter stays one, and is turned like the others."""
+    """Turns a module that already holds NF4 weights (experts, out, in) into NF4Experts. Ordinary parameters
+    stay dense and are transposed to that layout."""
     for weight in _weights(module).values():
         if not isinstance(weight, NF4Weight) and module.is_transposed:
-            weight.data = _turned(module, weight.data, True)
+            weight.data = _transposed(module, weight.data, True)
     module.__class__ = _class_for(type(module))
     module.stored_transposed, module.is_transposed = module.is_transposed, False
     module.compute_dtype = compute_dtype
 
 
 def unpack(module: Any, dtype: torch.dtype | None = None) -> None:
-    """Undo `pack`: a module of the class that it had, with dense weights, of `dtype` or what they had."""
+    """Undoes `pack`: restores the original class with dense weights of `dtype`, by default the nominal
+    one."""
     for name, weight in _weights(module).items():
         dense = _dense(weight)
         dense = weight.dequantize(dtype) if dense is None else dense.to(dtype or weight.dtype)
         requires_grad = weight.requires_grad
-        module._parameters[name] = nn.Parameter(_turned(module, dense), requires_grad=requires_grad)
+        module._parameters[name] = nn.Parameter(_transposed(module, dense), requires_grad=requires_grad)
     link, module.is_transposed = module.link, module.stored_transposed
     for attribute in ("compute_dtype", "link", "stored_transposed"):
         module.__dict__.pop(attribute, None)
@@ -199,7 +203,8 @@ def unpack(module: Any, dtype: torch.dtype | None = None) -> None:
 
 
 def _weights(module: Any) -> dict[str, Any]:
-    """NF4Weights; after a merge dense ones, or ordinary parameters where a checkpoint has them dense."""
+    """The weights: NF4Weights, dense after a merge, or ordinary parameters if the checkpoint has them
+    dense."""
     return {name: module._parameters[name] for name in weight_names(module)}
 
 
@@ -209,8 +214,8 @@ def _dense(weight: Tensor) -> Tensor | None:
     return weight.dense if isinstance(weight, NF4Weight) else weight.data
 
 
-def _turned(module: Any, weight: Tensor, transposed: bool | None = None) -> Tensor:
-    """Between the layout that the module has in transformers, and (experts, out, in)."""
+def _transposed(module: Any, weight: Tensor, transposed: bool | None = None) -> Tensor:
+    """Converts between the layout of the module in transformers and (experts, out, in)."""
     transposed = module.stored_transposed if transposed is None else transposed
     return weight.mT.contiguous() if transposed else weight
 
@@ -219,7 +224,7 @@ _classes: dict[type, type] = {}
 
 
 def _class_for(plain: type[nn.Module]) -> type:
-    """The subclass of a class that is NF4Experts too."""
+    """The cached subclass of NF4Experts and `plain`."""
     if plain not in _classes:
         names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
         bases = (NF4Experts, plain)

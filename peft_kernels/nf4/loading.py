@@ -1,4 +1,4 @@
-"""A layer's weight from a state dict: packed items, or dense values where the weight is dense itself."""
+"""Loads a layer's weight from a state dict: packed items, or dense values if the weight is dense."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .sharded.checks import is_dtensor, is_sharded, load_rows
 from .weight import NF4Weight
 
 
-def find(
+def read_weight(
     own: Tensor,
     state_dict: Mapping[str, Any],
     prefix: str,
     name: str = "weight",
-    turned: Callable[[Tensor], Tensor] = lambda values: values,
+    transpose: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> Tensor:
-    """The NF4Weight, or the dense values, that a state dict has for the weight `own`.
+    """The NF4Weight or the dense values that a state dict has for the weight `own`.
 
-    `turned` gives dense values the layout of `own`. ValueError names what does not fit.
+    `transpose` converts dense values to the layout of `own`. Raises ValueError for what does not fit.
     """
     key = prefix + name
     values: Any = state_dict.get(key)
@@ -37,7 +37,7 @@ def find(
                 "only while it is dense itself (merged, or started by PiSSA or OLoRA); load a dense "
                 "checkpoint before quantize_model"
             )
-        new = turned(values.detach()) if values.dim() == own.dim() else values
+        new = transpose(values.detach()) if values.dim() == own.dim() else values
     else:
         new = NF4Weight.from_state_dict(state_dict, prefix, name)
         if isinstance(own, NF4Weight):
@@ -47,10 +47,11 @@ def find(
     return new
 
 
-def take(module: nn.Module, key: str, new: Tensor, assign: bool) -> None:
-    """Make `new` the weight of a module. Not by copy_: the nominal dtype is part of what was saved.
+def assign_weight(module: nn.Module, key: str, new: Tensor, assign: bool) -> None:
+    """Makes `new` the weight of a module. Replaces its data instead of copying, since the nominal dtype is
+    saved too.
 
-    A merged weight that holds the same dense values stays as it is: the merge can still be taken back.
+    A merged weight with the same dense values is left as it is, so that the merge can still be undone.
     """
     name = key.rpartition(".")[2]
     own: Any = module._parameters[name]
@@ -65,7 +66,7 @@ def take(module: nn.Module, key: str, new: Tensor, assign: bool) -> None:
             form = NF4State(tuple(own.shape), own.blocksize, double_quant=own.double_quant)
             form.dense, form.name = new, own._state.name
             made = NF4Weight(form, new.dtype)
-            made._is_param = True  # nn.Parameter() takes no dense one, whose detach() is an ordinary tensor
+            made._is_param = True  # nn.Parameter() refuses a dense one, whose detach() is an ordinary tensor
             module._parameters[name] = made  # type: ignore[assignment]
         else:
             module._parameters[name] = nn.Parameter(new, requires_grad=own.requires_grad)

@@ -1,4 +1,4 @@
-"""What a model with NF4 layers tells other libraries, and takes back when the last one is gone."""
+"""Attributes that mark a model with NF4 layers for other libraries, removed with its last NF4 layer."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from .weight import NF4Weight
 
 RECORD = "_peft_kernels_nf4"
 METHOD = "peft_kernels_nf4"
-"""What transformers calls the way in which our models are quantised."""
+"""Name of our quantisation method in transformers."""
 
-# PEFT's and TRL's kbit preparation turn checkpointing on for such a model, TRL does not cast it, Trainer
-# makes no DataParallel of it. Not `is_quantized`: transformers then asks for an `hf_quantizer`, and refuses
-# half() and float(), which are right here. Accelerate takes a 4-bit model without a `quantization_method` for
-# one of bitsandbytes.
+# With these, PEFT's and TRL's kbit preparation enable checkpointing, TRL does not cast the model, and Trainer
+# does not wrap it in DataParallel. `is_quantized` is not set: transformers would then require an
+# `hf_quantizer` and refuse half() and float(), which work here. Without `quantization_method`, accelerate
+# takes a 4-bit model for one of bitsandbytes.
 _FLAGS = {"is_loaded_in_4bit": True, "quantization_method": METHOD}
 
 
 class ModelLink:
-    """From a layer back to the model that `quantize_model` was given, without keeping it alive.
+    """Weak reference from a layer to the model that `quantize_model` was given.
 
-    A copy of the model links to the copy; a copy of a layer alone links to nothing.
+    A copied model links to the copy; a copied layer links to nothing.
     """
 
     _model: weakref.ref[nn.Module] | None = None
 
-    def tie(self, model: nn.Module) -> None:
+    def set_model(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
 
     @property
@@ -41,7 +41,7 @@ class ModelLink:
         return None if self._model is None else self._model()
 
     def holds(self, layer: nn.Module) -> bool:
-        """Whether the layer stands in the model itself, not inside what PEFT wraps around it."""
+        """Whether the layer is in the model itself, not wrapped by PEFT."""
         return self.model is not None and any(
             child is layer and name not in ("base_layer", "original_module")
             for module in self.model.modules()
@@ -49,25 +49,25 @@ class ModelLink:
         )
 
     def layer_gone(self) -> None:
-        """A layer has become an ordinary one. Was it the last?"""
+        """Called when a layer became an ordinary one; unmarks the model if it was the last NF4 layer."""
         model = self.model
         if model is not None and not any(isinstance(weight, NF4Weight) for weight in model.parameters()):
-            _take_back(model)
+            _unmark(model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelLink:
         new = memo[id(self)] = ModelLink()
         copied = memo.get(id(self.model))
         if copied is not None:
-            new.tie(copied)
+            new.set_model(copied)
         return new
 
     def __reduce__(self) -> Any:
-        return ModelLink, ()  # the model's record ties it again when the model is pickled with it
+        return ModelLink, ()  # the model's record restores it when the model is unpickled
 
 
 @dataclass
 class Record:
-    """What a model holds about its NF4 layers."""
+    """The record that a model keeps about its NF4 layers."""
 
     model: nn.Module
     link: ModelLink
@@ -75,12 +75,13 @@ class Record:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.link.tie(self.model)
+        self.link.set_model(self.model)
 
 
-def announce(model: nn.Module, link: ModelLink, report: Any) -> None:
-    """Set on the model, and on the transformers models that it wraps, what other libraries look at."""
-    link.tie(model)
+def mark_quantized(model: nn.Module, link: ModelLink, report: Any) -> None:
+    """Sets the record on the model, and flags for other libraries on it and the transformers models
+    inside."""
+    link.set_model(model)
     vars(model)[RECORD] = Record(model, link, report)
     for owner in owners(model):
         for name, value in _FLAGS.items():
@@ -91,11 +92,11 @@ def announce(model: nn.Module, link: ModelLink, report: Any) -> None:
 
 
 def record_of(model: nn.Module) -> Record | None:
-    """Of a model, or of the first module inside it that has one."""
+    """The record of a model, or of the first module inside it that has one."""
     return next((vars(m)[RECORD] for m in model.modules() if RECORD in vars(m)), None)
 
 
-def _take_back(model: nn.Module) -> None:
+def _unmark(model: nn.Module) -> None:
     vars(model).pop(RECORD, None)
     for owner in owners(model):
         quantizer: Any = vars(owner).get("hf_quantizer")
@@ -107,7 +108,7 @@ def _take_back(model: nn.Module) -> None:
 
 
 def _num_parameters(model: Any, *args: Any, **kwargs: Any) -> int:
-    """transformers imports bitsandbytes to count the parameters of a 4-bit model."""
+    """`num_parameters` without the 4-bit flag, for which transformers would import bitsandbytes."""
     flag = vars(model).pop("is_loaded_in_4bit", None)
     try:
         count: int = type(model).num_parameters(model, *args, **kwargs)
@@ -118,7 +119,7 @@ def _num_parameters(model: Any, *args: Any, **kwargs: Any) -> int:
 
 
 def owners(model: nn.Module) -> Iterator[nn.Module]:
-    """The model itself, and the outermost transformers models inside it (a value head or PEFT around one)."""
+    """The model, and the outermost transformers models inside it (wrapped by PEFT or a value head)."""
     yield model
     if "transformers" not in sys.modules:
         return

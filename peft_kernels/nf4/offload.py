@@ -1,7 +1,7 @@
-"""NF4 weights that accelerate keeps on the CPU or on disk, and loads for each call of their layer.
+"""NF4 weights that accelerate keeps on the CPU or on disk and loads for each call of their layer.
 
-`dispatch_model` and `cpu_offload` take what a model's state dict says, in which a packed weight is several
-items, and give the parameter the one of its name.
+`dispatch_model` and `cpu_offload` read a model's state dict, in which a packed weight is several items, and
+assign to the parameter the item of its name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .weight import NF4Weight
 
 
 def take_packed(hook: Any, layer: nn.Module) -> None:
-    """Have an accelerate hook find whole NF4 weights where it looks for those of a layer."""
+    """Makes an accelerate hook load whole NF4 weights for a layer."""
     for one in getattr(hook, "hooks", (hook,)):
         found = getattr(one, "weights_map", None)
         if _offloads(one) and found is not None and not isinstance(found, _Offloaded):
@@ -25,7 +25,7 @@ def take_packed(hook: Any, layer: nn.Module) -> None:
 
 
 def is_offloaded(layer: nn.Module) -> bool:
-    """Whether accelerate keeps the weights of a layer elsewhere between calls."""
+    """Whether accelerate offloads the weights of a layer between calls."""
     hook = getattr(layer, "_hf_hook", None)
     return any(_offloads(one) for one in getattr(hook, "hooks", (hook,)))
 
@@ -35,7 +35,7 @@ def _offloads(hook: Any) -> bool:
 
 
 class _Offloaded(Mapping[str, Tensor]):
-    """Tensors of a layer by name, of which those in `packed` are put together of several in `items`."""
+    """Tensors of a layer by name; those in `packed` are assembled from several entries of `items`."""
 
     def __init__(self, items: Mapping[str, Tensor], packed: set[str]) -> None:
         self._items, self._packed = items, packed

@@ -1,4 +1,4 @@
-"""Views of numbers that exist only as a copy: they can be read in every way, and not written to."""
+"""Read-only views of values that exist only as a copy."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 _NO_WRITE = (
-    "an NF4 weight has no view of its numbers that could be written to (the write would be lost); write to "
-    "the weight itself, or to a dense copy, weight.dequantize()"
+    "an NF4 weight has no writable views of its values (the write would be lost); write to the weight "
+    "itself, or to a dense copy, weight.dequantize()"
 )
 
 
 class ReadOnlyView(Tensor):
-    """A view into dequantised values. Views of it are read-only too; all other results are plain tensors."""
+    """A view of dequantised values. Views of it are read-only too; other results are plain tensors."""
 
     _copy: Tensor
 
@@ -65,7 +65,7 @@ def has_views(func: Any) -> bool:
 
 
 def written(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """What an op writes to, items of lists one by one."""
+    """The arguments that an op writes to, with lists flattened."""
     found: list[Any] = []
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:

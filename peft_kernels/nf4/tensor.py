@@ -1,7 +1,4 @@
-"""How a 4-bit tensor behaves in other people's hands: what torch asks of it, by function and by op.
-
-`nf4.NF4Weight` says by which rules; here they are kept.
-"""
+"""torch functions and ops on a 4-bit tensor, by the rules in `weight.NF4Weight`."""
 
 from __future__ import annotations
 
@@ -24,9 +21,8 @@ from .sharded import ddp
 
 aten = torch.ops.aten
 
-# Reads that may hand back the weight itself. From a weight that is dense for good they give the ordinary
-# tensor instead: an ordinary parameter's `data` may be assigned from it, which torch does not survive with a
-# subclass on the right-hand side.
+# Reads that may return the weight itself. From a permanently dense weight they return the ordinary tensor:
+# assigning a subclass to an ordinary parameter's `data` crashes torch.
 _READS = frozenset(
     getattr(torch.Tensor, name)
     for name in (
@@ -35,29 +31,29 @@ _READS = frozenset(
     )
 )
 
-# What torch computes from a storage, which the wrapper has not.
+# Functions that read a storage, which the wrapper lacks.
 STORAGE_READS = frozenset(
     getattr(torch.Tensor, name) for name in ["numpy", "__array__", "tolist", "__dlpack__"]
 )
 
 FLATTENED = (
-    "FSDP1 and DeepSpeed's ZeRO-3 flatten parameters, which a packed weight cannot be; shard it by FSDP2 "
+    "FSDP1 and DeepSpeed's ZeRO-3 flatten parameters, which packed weights do not support; shard it by FSDP2 "
     "(fully_shard, fsdp_version: 2), or keep it whole under DDP"
 )
 FROZEN = "NF4 weights are frozen; for full fine-tuning load the model without quantize_model"
 
 
 class NF4Tensor(HoldsNF4):
-    """What torch's functions and ops find it to be."""
+    """Implements torch's function and op protocols for packed weights."""
 
     _ddp_ignored = True
-    """By DDP's own mixed precision, which would keep a dense copy in another dtype."""
+    """Excludes it from DDP's mixed precision, which would keep a dense copy in another dtype."""
 
     @staticmethod
     def __new__(
         cls, state: NF4State | NF4Tensor, dtype: torch.dtype | None = None, requires_grad: bool = False
     ) -> Any:
-        """Of a state; or of another such tensor, for which accelerate asks as it asks for a parameter."""
+        """A tensor for a state; or a parameter for a tensor, as accelerate constructs parameters."""
         if isinstance(state, NF4Tensor):
             return torch.nn.Parameter(state, requires_grad=requires_grad)
         some = next(iter(state.tensors().values()))
@@ -78,22 +74,22 @@ class NF4Tensor(HoldsNF4):
 
     @property
     def is_dense(self) -> bool:
-        """Whether a write (a merge, say) has made the weight dense."""
+        """Whether a write (a merge, say) made the weight dense."""
         return self._state.dense is not None
 
     @property
     def is_merged(self) -> bool:
-        """Whether it is dense for as long as a merge is in it: the packed bytes are kept aside."""
+        """Whether it is dense because of a merge; the packed bytes are kept."""
         return self._state.merged
 
     @property
     def dense(self) -> Tensor | None:
-        """The weight (out, in) when a write has made it dense, else None."""
+        """The dense weight (out, in), or None if packed."""
         return self._state.dense
 
     @property
     def __create_write_items__(self) -> Any:
-        """What `torch.distributed.checkpoint` looks for: it would write one process's part for the whole."""
+        """Refuses `torch.distributed.checkpoint` for a slice: it would be saved as the whole weight."""
         self._state.refuse_saving_part()
         raise AttributeError("__create_write_items__")
 
@@ -102,7 +98,7 @@ class NF4Tensor(HoldsNF4):
         kwargs = kwargs or {}
         if func is F.linear:
             return _linear(*args, **kwargs)
-        handler = _FUNCTIONS.get(func)  # look-ups of setters make wrappers that are equal, not identical
+        handler = _FUNCTIONS.get(func)  # setter wrappers are equal, not identical
         if handler is not None and isinstance(args[0], NF4Tensor):
             return handler(func, *args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
@@ -116,10 +112,10 @@ class NF4Tensor(HoldsNF4):
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if isinstance(input, NF4Tensor) or not isinstance(weight, NF4Tensor):
-        # An NF4 activation or bias is nothing that a layer does; it is still only a tensor.
+        # NF4 activations and biases are not used by layers, but must still work.
         dense = [t.dequantize() if isinstance(t, NF4Tensor) else t for t in (input, weight)]
         return F.linear(dense[0], dense[1], bias)
-    if weight.requires_grad:  # no parameter, but a copy to which something trained was added (SHiRA)
+    if weight.requires_grad:  # a copy to which a trained tensor was added (SHiRA)
         return _plainly(F.linear, input, weight, bias)
     return nf4_linear(input, weight._state, bias)
 
@@ -130,14 +126,16 @@ def _plainly(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _assign_data(func: Any, self: NF4Tensor, value: Tensor) -> None:
-    """`self.data = value`. Torch asks the left side alone, so `self` is an NF4Tensor."""
+    """`self.data = value`."""
     old = self._state
     if isinstance(value, NF4Tensor):
         cast = value.__dict__.get("_cast")
         if cast is not None and cast[0]() is old and value._state.packed is cast[1] and not value.is_dense:
-            return  # `p.data = p.data.to(dtype)`, PEFT's kbit preparation: there are no 16 bits here to widen
+            return  # `p.data = p.data.to(dtype)` of PEFT's kbit preparation: nothing to widen
     if isinstance(value, Multiple):
-        if old.is_once(value._share()) and value.dtype != torch.float64:  # which packed weights do not have
+        if (
+            old.is_once(value._share()) and value.dtype != torch.float64
+        ):  # not a nominal dtype of packed weights
             return old.repack()
         value = value._held
     if not (isinstance(value, NF4Tensor) and value._state is old):
@@ -193,7 +191,7 @@ def _set_requires_grad(func: Any, self: NF4Tensor, requires_grad: bool = True) -
 
 
 def _get_item(func: Any, self: NF4Tensor, index: Any) -> Tensor:
-    """`weight[i]` of experts: one expert's weight, still packed."""
+    """`weight[i]` of experts: one expert's weight, packed."""
     number = isinstance(index, Tensor) and index.dim() == 0 and index.dtype in (torch.int32, torch.int64)
     if self.dim() != 3 or self.is_dense or not (number or type(index) is int):
         return _plainly(func, self, index)
@@ -232,14 +230,14 @@ def _dense(value: Any) -> Any:
 
 def _not_whole(weight: NF4Tensor, what: str) -> str:
     return (
-        f"{weight._state.name}: {PARALLEL}, and {what}, expected products alone: merges, casts "
-        "(prepare_model_for_kbit_training) and adapters that look at the base weight (DoRA, PiSSA, OLoRA) "
-        "take a model in one process"
+        f"{weight._state.name}: {PARALLEL}, and {what}, expected matmuls only: merges, casts "
+        "(prepare_model_for_kbit_training) and adapters that read the base weight (DoRA, PiSSA, OLoRA) "
+        "need a model in one process"
     )
 
 
 def on_dense(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run any op on dense values: reads see a dequantised copy, writes make the weight dense first."""
+    """Runs any op on dense values: reads use a dequantised copy, writes make the weight dense first."""
     if func in EACH:
         return each(func, args, kwargs)
     for arg in args:
@@ -249,7 +247,7 @@ def on_dense(func: Any, args: Any, kwargs: Any) -> Any:
     share = outcome(func, args, kwargs)
     for arg in args:
         if has_views(func) and isinstance(arg, NF4Tensor) and arg._state.factor is not None:
-            arg._state.forget_packed()  # the view may be written to, which no average does
+            arg._state.forget_packed()  # the view may be written to
     if targets:
         return _write(func, args, kwargs, targets, share)
     dense_args, dense_kwargs = tree_map(_dense, (args, kwargs))
@@ -287,12 +285,12 @@ def _write(func: Any, args: Any, kwargs: Any, targets: list[NF4Tensor], share: S
         else:
             target._state.wrote()
     if isinstance(first, NF4Tensor) and out is written_to:
-        return first  # an in-place op returns the very argument that it wrote to
+        return first  # an in-place op returns the argument that it wrote to
     return out
 
 
 def _addition(func: Any, args: Any, kwargs: Any) -> Addition | None:
-    """What an op adds to an NF4 weight in place, if that is all it does and can be taken back."""
+    """The addition that an in-place op makes to an NF4 weight, or None for other ops."""
     sign = _ADDS.get(func)
     if sign is None or not isinstance(args[0], NF4Tensor) or args[0]._state.packed is None:
         return None
@@ -317,7 +315,7 @@ def _clone(func: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 def _empty_like(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """`nn.Module.to_empty`, which names a device, wants a weight that can be loaded into."""
+    """With a device, as `nn.Module.to_empty` calls it: an empty packed weight to load into."""
     weight, device = args[0], kwargs.get("device")
     if device is None or weight.is_dense:
         return on_dense(func, args, kwargs)
@@ -325,8 +323,8 @@ def _empty_like(func: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 def _new_empty(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """Of its own shape the same form, which torch.distributed.checkpoint stages it in to save it later; of
-    another shape a plain tensor."""
+    """For its own shape an empty packed weight (torch.distributed.checkpoint stages in it), else a plain
+    tensor."""
     weight, size = args[:2]
     foreign = tuple(size) != weight.shape or kwargs.get("dtype") not in (None, weight.dtype)
     if foreign or weight._state.slice_of is not None:
@@ -336,7 +334,7 @@ def _new_empty(func: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """`.to()`: the bytes move between devices; a new dtype is a new nominal dtype."""
+    """`.to()`: moves the bytes between devices; a new dtype changes only the nominal dtype."""
     weight = args[0]
     dtype = kwargs.get("dtype") or weight.dtype
     if weight._state.slice_of is not None and dtype != weight.dtype:
@@ -361,7 +359,7 @@ def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _view(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """Of its own shape, as DTensor's `to_local` takes one."""
+    """A view of its own shape, as DTensor's `to_local` makes it, is an alias."""
     view: Tensor = (
         _alias(func, args, kwargs) if tuple(args[1]) == args[0].shape else on_dense(func, args, kwargs)
     )
@@ -380,6 +378,6 @@ _HANDLERS: dict[Any, Callable[[Any, Any, Any], Any]] = {
 }
 
 
-def handle(handlers: dict[Any, Callable[[Any, Any, Any], Any]]) -> None:
-    """Ops whose handlers know more than this file does: what parts of a weight are."""
+def register_handlers(handlers: dict[Any, Callable[[Any, Any, Any], Any]]) -> None:
+    """Registers op handlers of other modules: shards of weights."""
     _HANDLERS.update(handlers)

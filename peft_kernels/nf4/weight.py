@@ -1,16 +1,16 @@
-"""NF4Weight: a 4-bit weight that looks like the ordinary tensor other people's code expects.
+"""NF4Weight: a 4-bit weight as a tensor subclass that works with code for ordinary tensors.
 
-It sits in `nn.Linear.weight` as a frozen parameter. PEFT merges with `weight.data += delta`; accelerate,
-`model.to()`, deepcopy and state_dict all look at `module.weight`: a tensor subclass lets them. Four rules
-keep that honest:
+It is a frozen parameter in `nn.Linear.weight`, so PEFT's `weight.data += delta`, accelerate, `model.to()`,
+deepcopy and state_dict work on it. Four rules:
 
-- `F.linear(x, weight)` runs the NF4 kernel; any other read runs on a dequantised copy. A view of that copy
-  is read-only: what is written to it would be lost, so that raises.
-- A write makes the weight *dense*, for every alias of it: what is written is kept in full, never rounded back
-  to 4 bits or lost with a temporary. `requantize_()` packs it again.
-- A delta that is added in place and subtracted again (a merge and its unmerge) leaves the packed bytes as
-  they were, and frees the dense values. See `state`.
-- An average of a weight with itself (SWA, EMA) is the weight, packed. See `multiples`.
+- `F.linear(x, weight)` runs the NF4 kernel; any other read uses a dequantised copy. Views of that copy are
+  read-only, since a write to them would be lost.
+- A write makes the weight *dense*, for all its aliases: written values are kept exactly, not rounded to 4
+bits.
+  `requantize_()` packs it again.
+- A delta that is added in place and subtracted again (merge and unmerge) restores the packed bytes and frees
+  the dense values. See `core.nf4_state`.
+- An average of a weight with itself (SWA, EMA) is the packed weight.
 """
 
 from __future__ import annotations
@@ -43,13 +43,12 @@ class NF4Weight(NF4Tensor):
     """A (out_features, in_features) weight in 4-bit NormalFloat, optionally with double-quantised scales; or
     one for each of many experts, (experts, out_features, in_features).
 
-    The format is that of QLoRA (Dettmers et al. 2023, section 3) as bitsandbytes stores it, to the bit. Make
-    one with `quantize`, `from_state_dict` or `from_bnb`. `dtype` is nominal: the type the weight had, and has
-    again when it is dequantised; products are computed in the type of the activations.
+    The format is that of QLoRA (Dettmers et al. 2023, section 3), bit-identical to bitsandbytes. Create one
+    with `quantize`, `from_state_dict` or `from_bnb`. `dtype` is nominal: the dtype of the dense weight;
+    matmuls are computed in the dtype of the activations.
 
-    Experts are quantised one by one, so no block and no scale is shared between two, and `weight[i]` is the
-    NF4Weight of one, in the same memory; it cannot be written to. What is written to the whole is kept, as
-    with one weight.
+    Experts are quantised one by one: no block or scale is shared, and `weight[i]` is the NF4Weight of one
+    expert, sharing memory and read-only.
     """
 
     @classmethod
@@ -67,17 +66,17 @@ class NF4Weight(NF4Tensor):
         Parameters
         ----------
         weight : Tensor, (out_features, in_features) or (experts, out_features, in_features)
-            fp32, bf16 or fp16, on any device; on the meta device the result is an empty weight there, to be
-            loaded by `load_state_dict(assign=True)`.
+            fp32, bf16 or fp16, on any device. On the meta device the result is an empty weight for
+            `load_state_dict(assign=True)`.
         blocksize : int
-            Number of consecutive weights that share a scale: 32, 64, ..., 4096. Blocks run over the flat
+            Number of consecutive values that share a scale: 32, 64, ..., 4096. Blocks run over the flat
             weight.
         double_quant : bool
-            Quantise the scales too (4.127 bits a weight instead of 4.5 at blocksize 64).
+            Quantise the scales too (4.127 bits per value instead of 4.5 at blocksize 64).
         check_finite : bool
             Raise on NaN and Inf, which have no code.
         name : str
-            What errors call the weight.
+            Name of the weight in errors.
 
         Raises
         ------
@@ -123,8 +122,8 @@ class NF4Weight(NF4Tensor):
         check_finite: bool = True,
         name: str = "weight",
     ) -> NF4Weight:
-        """`quantize` for `count` weights of one shape, (out_features, in_features), one after the other: they
-        need never all be dense in memory. Errors as there, which name the expert."""
+        """`quantize` for `count` weights of equal shape (out_features, in_features), one at a time, so that
+        they need not all be in memory. Errors name the expert."""
         state, dtype = None, torch.float32
         for e, dense in enumerate(experts):
             one = cls.quantize(dense, blocksize, double_quant, check_finite, f"{name}[{e}]")._state
@@ -138,7 +137,7 @@ class NF4Weight(NF4Tensor):
         return cls(state, dtype)
 
     def requantize_(self) -> NF4Weight:
-        """Pack a weight that a write made dense. Loses what 4 bits cannot hold; see `is_dense`."""
+        """Packs a dense weight again, which rounds its values to 4 bits."""
         state = self._state
         if state.dense is not None:
             dense = state.dense.to(self.dtype)
@@ -148,11 +147,10 @@ class NF4Weight(NF4Tensor):
 
     @contextmanager
     def merging(self) -> Iterator[None]:
-        """Whatever is written inside, by assignment to `data` too, is a merge that `unmerging` takes back.
+        """Context in which writes, also by assignment to `data`, are a merge that `unmerging` undoes.
 
-        A delta that is added in place needs neither. The packed bytes are kept aside. Not while the weight is
-        dense for good. Nests: the last one to end counts.
-        """
+        Not needed for a delta that is added in place. The packed bytes are kept. Has no effect on a
+        permanently dense weight. Can be nested; the outermost counts."""
         kept = None if self._state.packed is None else self._state.packed_form()
         self._in_merge = getattr(self, "_in_merge", 0) + 1
         try:
@@ -165,9 +163,9 @@ class NF4Weight(NF4Tensor):
 
     @contextmanager
     def unmerging(self) -> Iterator[None]:
-        """All that `merging` left is taken off inside: the weight is then its packed bytes again.
+        """Context that removes the merge of `merging`: the weight is its packed bytes again at the end.
 
-        Unless it is no longer, to the bit, what `merging` left: then what is written inside stays, dense.
+        If the weight changed since `merging`, values written inside stay, dense.
         """
         state = self._state
         kept = None
@@ -184,12 +182,12 @@ class NF4Weight(NF4Tensor):
 
     @property
     def packed(self) -> Tensor | None:
-        """The 4-bit codes, two a byte, the first in the high half; None when dense."""
+        """The 4-bit codes, two per byte, the first in the high nibble; None if dense."""
         return None if self.is_dense else self._state.packed
 
     @property
     def absmax(self) -> Tensor | None:
-        """Scale of each block: fp32, or uint8 when double-quantised; None when dense."""
+        """Scale of each block: fp32, or uint8 with double quantisation; None if dense."""
         return None if self.is_dense else self._state.absmax
 
     @property
@@ -216,13 +214,13 @@ class NF4Weight(NF4Tensor):
         return self._state.nbytes
 
     def nelement(self) -> int:
-        """How many elements of `dtype` the bytes in memory come to: transformers' `get_memory_footprint`
-        multiplies this by `element_size()`. The number of weights is `numel()`."""
+        """`nbytes / element_size()`, rounded up, for transformers' `get_memory_footprint`. The number of
+        values is `numel()`."""
         return -(-self.nbytes // self.element_size())
 
     def state_dict(self, prefix: str = "", name: str = "weight") -> dict[str, Tensor]:
-        """Tensors to save, under bitsandbytes' keys (`weight`, `weight.absmax`, ...); experts' under keys of
-        our own, see `experts_format`. Shares memory."""
+        """Tensors to save under bitsandbytes' keys (`weight`, `weight.absmax`, ...), or for experts those of
+        `experts_format`. Shares memory."""
         self._state.refuse_saving_part()
         form = experts_format if self.dim() == 3 else bitsandbytes_format
         return form.to_state_dict(self._state, self.dtype, prefix + name)
@@ -231,14 +229,15 @@ class NF4Weight(NF4Tensor):
     def from_state_dict(
         cls, state_dict: Mapping[str, Any], prefix: str = "", name: str = "weight"
     ) -> NF4Weight:
-        """Read what `state_dict` or bitsandbytes wrote. ValueError names an item that does not fit."""
+        """Reads tensors that `state_dict` or bitsandbytes wrote. Raises ValueError for items that do not
+        fit."""
         return cls(*experts_format.read(state_dict, prefix + name))
 
     @classmethod
     def from_bnb(cls, params4bit: Any) -> NF4Weight:
-        """Wrap a quantised `bitsandbytes.nn.Params4bit` of type nf4, sharing its memory.
+        """Wraps a quantised `bitsandbytes.nn.Params4bit` of type nf4, sharing its memory.
 
-        ValueError when it is not quantised yet, is fp4, or was repacked by bitsandbytes' CPU inference.
+        Raises ValueError if it is not quantised yet, is fp4, or was repacked by bitsandbytes' CPU inference.
         """
         return cls(bitsandbytes_format.state_of(params4bit), params4bit.quant_state.dtype)
 
@@ -252,11 +251,9 @@ class NF4Weight(NF4Tensor):
         shape = ", ".join(map(str, state.shape))
         return f"NF4Weight({shape}, dtype={self.dtype}, device={self.device}, {form})"
 
-    # How the tensor behaves in other people's hands.
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = self._state
-        if state.part_of is not None or state.gathered:  # a copy of one expert is part of nothing
+        if state.part_of is not None or state.gathered:  # a copied expert is independent
             state = dataclasses.replace(state, part_of=None, gathered=False)
         return _rebuild, (state, self.dtype, self.requires_grad, getattr(self, "_is_param", False))
 
@@ -274,12 +271,13 @@ class NF4Weight(NF4Tensor):
 
 
 def _refuse_pipeline(name: str, caller: FrameType | None) -> None:
-    """torch exports a graph whose weights are tensors of several, and `pipeline()` cannot cut that."""
+    """Raises RuntimeError inside torch's `pipeline()`, which cannot split an exported graph with packed
+    weights."""
     while caller is not None:
         if caller.f_code.co_name == "_trace_with_export":
             raise RuntimeError(
                 f"{name}: expected stages made by hand, PipelineStage(module, ...), got pipeline(), which "
-                "cuts a traced graph, and cannot where weights are packed"
+                "splits a traced graph, which fails with packed weights"
             )
         caller = caller.f_back
 
@@ -291,5 +289,5 @@ def _rebuild(state: NF4State, dtype: torch.dtype, requires_grad: bool, is_param:
     return weight
 
 
-# For torch.load(weights_only=True): they hold tensors and numbers, and do nothing.
+# For torch.load(weights_only=True): plain containers of tensors and numbers.
 torch.serialization.add_safe_globals([_rebuild, NF4State, Addition])

@@ -1,4 +1,4 @@
-"""Quantisation of models: `quantize_model`, which layers it takes, and what came of it."""
+"""Quantises models: `quantize_model`, selection of layers, and a report."""
 
 from .model import quantize_model
 from .report import QuantizeReport, report_of

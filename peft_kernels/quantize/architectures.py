@@ -1,4 +1,4 @@
-"""What models of transformers say of their layers: which are linear, which are heads."""
+"""Recognises linear layers and heads of transformers models."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _WITH_A_HEAD = re.compile(
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is exactly a linear layer: nn.Linear, or FalconLinear or Conv1D of transformers.
+    """Whether a module is exactly nn.Linear, or FalconLinear or Conv1D of transformers.
 
-    Conv1D (GPT-2) is no nn.Linear; its weight is (in_features, out_features).
+    Conv1D (GPT-2) is not a subclass of nn.Linear; its weight is (in_features, out_features).
     """
     if type(module) is nn.Linear:
         return True
@@ -31,7 +31,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def heads(model: nn.Module) -> dict[nn.Module, str]:
-    """Modules that a fine-tuning trains or that must keep their precision, with the reason."""
+    """Modules that fine-tuning trains or that must keep their precision, with the reason."""
     found: dict[nn.Module, str] = {}
     if "transformers" not in sys.modules:
         return found
@@ -52,7 +52,7 @@ def heads(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def in_task_head(model: nn.Module) -> set[nn.Module]:
-    """Modules of the heads of classifiers and the like, which are new when a fine-tuning begins."""
+    """Modules of task heads (classifiers, for example), which fine-tuning initialises anew."""
     if "transformers" not in sys.modules:
         return set()
     from transformers import PreTrainedModel
@@ -80,7 +80,7 @@ def _names(model: nn.Module, attribute: str) -> list[str]:
 
 
 def _find(model: nn.Module, key: str) -> Iterator[nn.Module]:
-    """Modules whose dotted name holds `key`, and what is inside them."""
+    """Modules whose dotted name contains `key`, and their submodules."""
     for name, module in model.named_modules():
         if f".{key}." in f".{name}.":
             yield module

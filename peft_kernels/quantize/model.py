@@ -1,4 +1,4 @@
-"""quantize_model: nn.Linear -> NF4Linear, in place, one layer at a time."""
+"""quantize_model: replaces nn.Linear by NF4Linear in place, one layer at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from ..core.code_tables import BLOCKSIZES, WEIGHT_DTYPES
 from ..core.wrong_types import names_wrong_types
 from ..nf4.experts_packing import NF4Experts, pack, weight_names
-from ..nf4.model import ModelLink, announce, owners
+from ..nf4.model import ModelLink, mark_quantized, owners
 from ..nf4.offload import is_offloaded
 from ..nn import NF4Linear
 from .architectures import is_linear
@@ -24,7 +24,7 @@ __all__ = ["QuantizeReport", "quantize_model", "report_of"]
 
 logger = logging.getLogger("peft_kernels")
 
-_PROGRESS_FROM = 200_000_000  # weights; below, quantising takes a second or two
+_PROGRESS_FROM = 200_000_000  # values; fewer take a second or two
 
 
 @names_wrong_types
@@ -38,54 +38,51 @@ def quantize_model(
     modules_to_not_convert: Iterable[str] | None = None,
     experts: bool = False,
 ) -> nn.Module:
-    """Replace every linear layer of a model by an NF4Linear: nn.Linear, and FalconLinear and Conv1D (GPT-2)
-    of transformers. `report_of(model)` tells which, what that saved, and why others were left.
+    """Replaces every linear layer of a model by an NF4Linear: nn.Linear, and FalconLinear and Conv1D (GPT-2)
+    of transformers. `report_of(model)` lists them, the memory saved, and why others were skipped.
 
-    A Conv1D keeps its weight as (in_features, out_features); the NF4Linear in its place holds the transposed
-    one, (out_features, in_features), under the same name. PEFT takes it for an nn.Linear
-    (fan_in_fan_out=False), and it is a Conv1D again after `merge_and_unload`.
+    The NF4Linear of a Conv1D holds the transposed weight, (out_features, in_features), under the same name.
+    PEFT treats it as nn.Linear (fan_in_fan_out=False), and it is a Conv1D again after `merge_and_unload`.
 
     Parameters
     ----------
     model : nn.Module
-        Changed in place. Peak memory is the model and one layer. If its weights are on the meta device, the
-        NF4 weights are empty ones there, for `model.load_state_dict(state_dict, assign=True)`.
+        Changed in place. Peak memory is the model and one layer. On the meta device the NF4 weights are
+        empty, for `model.load_state_dict(state_dict, assign=True)`.
     skip : names, optional
-        Modules to leave alone with all that is in them: a full name, or consecutive parts of one ("lm_head",
+        Modules to skip with their submodules: a full name, or consecutive parts of one ("lm_head",
         "vision_tower", "layers.0.mlp"). By default the heads: lm_head, score, classifier, qa_outputs,
-        summary, v_head, and what a transformers model names (output embeddings, tied weights, modules kept in
-        fp32) or has beside its base model for classification, question answering or rewards. `skip=()` packs
-        them too.
+        summary, v_head; output embeddings, tied weights and modules kept in fp32 of a transformers model; and
+        its heads for classification, question answering or rewards. `skip=()` packs them too.
 
-        A layer whose weight is shared with another module (tied embeddings) or that stands in two places is
-        always left alone, and so are PEFT's adapters and other subclasses of nn.Linear.
+        Always skipped: layers with shared weights (tied embeddings) or in two places, PEFT's adapters, and
+        other subclasses of nn.Linear.
     blocksize, double_quant
         As `NF4Weight.quantize`.
     progress : bool, optional
-        Show a progress bar; by default for models with more than 200 million weights to quantise.
+        Show a progress bar; by default if more than 200 million values are quantised.
     compute_dtype : torch.dtype, optional
-        Of every layer, see `nn.NF4Linear`; by default the type of its weight.
+        See `nn.NF4Linear`; by default the dtype of each weight.
     modules_to_not_convert : names, optional
-        transformers' word for `skip`.
+        transformers' name for `skip`.
     experts : bool
-        Pack the experts of transformers 5 too (Mixtral, Qwen3-MoE, GPT-OSS, DeepSeek, ...), which are no
-        linear layers but parameters of three dimensions, and most of a model. Not by default, for
-        bitsandbytes has no format for them: what is saved with them only this package reads. A warning says
-        how many bytes stay.
+        Also pack the experts of transformers 5 (Mixtral, Qwen3-MoE, GPT-OSS, DeepSeek, ...): parameters of
+        three dimensions, and most of such a model. Off by default, because bitsandbytes has no format for
+        them: only this package reads the saved model. A warning reports the bytes that stay dense.
 
     Returns
     -------
     nn.Module
-        The model itself. `is_loaded_in_4bit` is set on it, as on a model of bitsandbytes', for as long as it
-        has an NF4 layer. One of transformers (5.23 or later) saves itself as a checkpoint in 4 bits, which
-        `integrations.transformers` reads without bitsandbytes, and has a `dequantize()`.
+        The model itself, with `is_loaded_in_4bit` set, as for bitsandbytes, while it has an NF4 layer. A
+        model of transformers (5.23 or later) saves a 4-bit checkpoint, which `integrations.transformers`
+        reads without bitsandbytes, and has a `dequantize()`.
 
     Raises
     ------
     ValueError
-        A weight has NaN, Inf or an unfit dtype (named), the blocksize is unfit, a name in `skip` fits no
-        module, or some weights are on the meta device, but not all. The model is then unchanged: every layer
-        is checked before the first is replaced.
+        A weight has NaN, Inf or an unsupported dtype, the blocksize is unsupported, a name in `skip` matches
+        no module, or some but not all weights are on the meta device. All layers are checked before the first
+        is replaced, so the model is then unchanged.
     """
     if skip is not None and modules_to_not_convert is not None:
         raise ValueError("skip: expected it or modules_to_not_convert (they are the same), got both")
@@ -115,7 +112,7 @@ def quantize_model(
     total = sum(linear.weight.numel() for linear in found.values()) + sum(map(_size, sets.values()))
     show = total > _PROGRESS_FROM if progress is None else progress
     link, names_of_targets = ModelLink(), list(found)
-    # The only reference to each dense layer is the model's, so that it is freed when replaced.
+    # Drops references to dense layers, so that each is freed when replaced.
     del found, weights
     with _Progress(total, show) as bar:
         for name in names_of_targets:
@@ -143,21 +140,21 @@ def quantize_model(
         earlier = report_of(model)
         if earlier is not None:
             report.bytes_before = max(earlier.bytes_before, report.bytes_before)
-        announce(model, link, report)
-        _tell_transformers(model, blocksize, double_quant, names, compute_dtype, experts)
+        mark_quantized(model, link, report)
+        _attach_quantizer(model, blocksize, double_quant, names, compute_dtype, experts)
         logger.info("%s", report)
     return model
 
 
-def _tell_transformers(model: nn.Module, *arguments: Any) -> None:
-    """`save_pretrained` and `dequantize` of its models ask a quantiser."""
+def _attach_quantizer(model: nn.Module, *arguments: Any) -> None:
+    """Attaches a quantiser for `save_pretrained` and `dequantize` of transformers models."""
     if "transformers" not in sys.modules:
         return
     from transformers import PreTrainedModel
     from transformers.quantizers.base import HfQuantizer
 
     if not hasattr(HfQuantizer, "get_new_dtype"):
-        return  # before 5.23 transformers asks other things
+        return  # transformers before 5.23 has another interface
 
     from .transformers.config import NF4Config
     from .transformers.quantizer import attach
@@ -173,7 +170,8 @@ def _size(experts: Any) -> int:
 
 
 def _check_all(weights: dict[str, Any], modules: dict[str, nn.Module]) -> None:
-    """All weights are loaded, or none is. What accelerate offloads is on the meta device between calls."""
+    """Checks that all weights are loaded or none is. Offloaded weights are on the meta device between
+    calls."""
     offloaded = next((name for name, module in modules.items() if is_offloaded(module)), None)
     if offloaded is not None:
         raise ValueError(
@@ -195,8 +193,8 @@ def _check(name: str, weight: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {weight.dtype}")
     if weight.is_meta:
         return
-    # One reduction, no boolean copy of the weight: a sum is finite only if every term is (and may overflow:
-    # then look).
+    # A sum is finite only if every term is, which avoids a boolean copy of the weight. It may overflow; then
+    # all values are checked.
     if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))):
         bad = int((~torch.isfinite(weight.detach())).sum())
         if bad:
@@ -204,7 +202,7 @@ def _check(name: str, weight: torch.Tensor) -> None:
 
 
 class _Progress:
-    """tqdm when it is wanted and there, else nothing."""
+    """A tqdm progress bar, if shown and installed."""
 
     def __init__(self, total: int, show: bool) -> None:
         self._bar = None

@@ -1,4 +1,4 @@
-"""What quantisation did with a model."""
+"""The report of `quantize_model`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ..nf4.model import record_of
 
 @dataclass
 class QuantizeReport:
-    """What `quantize_model` did with a model. `print(report)` sums it up."""
+    """Which layers of a model are NF4 and why others are not. `print(report)` summarises it."""
 
     layers: list[str] = field(default_factory=list)
-    """Names of the layers that are NF4."""
+    """Names of NF4 layers."""
     bytes_before: int = 0
-    """Of all parameters of the model."""
+    """Bytes of all parameters."""
     bytes_after: int = 0
     left: dict[str, str] = field(default_factory=dict)
-    """Why a linear layer, or a set of experts, stayed as it was, by name."""
+    """Why linear layers and sets of experts were skipped, by name."""
 
     def __str__(self) -> str:
         before, after = (f"{n / 1e9:.3g} GB" if n >= 1e9 else f"{n / 1e6:.3g} MB" for n in self._bytes)
@@ -41,13 +41,11 @@ class QuantizeReport:
 
 
 def report_of(model: nn.Module) -> QuantizeReport | None:
-    """What `quantize_model` did with a model, or with one inside it (under PEFT, say).
-
-    None when it has done nothing, or no NF4 layer is left."""
+    """The report of a model or of a model inside it (under PEFT, say); None if it has no NF4 layer."""
     record = record_of(model)
     return None if record is None else record.report
 
 
 def nbytes_of(model: nn.Module) -> int:
-    """Of a DTensor, those of this process's part."""
+    """Bytes of a model's parameters; of DTensors, of their local shards."""
     return sum(getattr(p, "_local_tensor", p).nbytes for p in model.parameters())

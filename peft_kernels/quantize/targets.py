@@ -1,4 +1,4 @@
-"""Which layers of a model are quantised, and why others stay as they are."""
+"""Selects the layers of a model to quantise, with reasons for the others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .architectures import HEAD_NAMES, heads, is_linear
 
 logger = logging.getLogger("peft_kernels")
 
-_WRAPPED = (".base_layer", ".original_module")  # where PEFT keeps what it wraps
+_WRAPPED = (".base_layer", ".original_module")  # suffixes of modules that PEFT wraps
 
 
 def targets(
@@ -28,9 +28,9 @@ def targets(
     left: dict[str, str],
     tied: Collection[str] = (),
 ) -> Iterator[tuple[str, Any]]:
-    """The layers to quantise, by name; `left` gets the reason why another stays, by name.
+    """Yields the layers to quantise by name, and adds the reasons for skipped ones to `left`.
 
-    `tied` names weights that will be shared: a model that is not loaded yet shares none.
+    `tied` names weights that will be shared once the model is loaded.
     """
     owners: Counter[int] = Counter()
     for module in model.modules():
@@ -62,8 +62,8 @@ def targets(
 
 
 def choose_layers(model: nn.Module, skip: Iterable[str] = ()) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers that `quantize_model` would replace by default, less those named in `skip`; and why other
-    linear layers would stay, by name. On the meta device too. ValueError when a name fits no module."""
+    """The layers that `quantize_model` replaces by default, without those in `skip`, and reasons for other
+    linear layers. Works on the meta device. Raises ValueError for a name that matches no module."""
     skip, left = tuple(skip), dict[str, str]()
     check_names(model, skip)
     chosen = dict(targets(model, None, left))
@@ -82,19 +82,19 @@ def _reason_other(module: nn.Module) -> str:
 
 
 def _plain(name: str) -> str:
-    """A module's name as it was before PEFT wrapped it."""
+    """A module's name without PEFT's wrappers."""
     for part in _WRAPPED:
         name = name.removesuffix(part)
     return name.removeprefix("base_model.model.")
 
 
 def fits(key: str, name: str) -> bool:
-    """Whether `key` is the name, or consecutive parts of it."""
+    """Whether `key` is the name or consecutive parts of it."""
     return f".{key}." in f".{name}." or f".{key}." in f".{_plain(name)}."
 
 
 def check_names(model: nn.Module, skip: Iterable[str], argument: str = "skip") -> None:
-    """ValueError for a name that fits no module."""
+    """Raises ValueError for a name that matches no module."""
     known = [name for name, _ in model.named_modules() if name]
     for key in skip:
         if any(fits(key, name) for name in known):
@@ -113,7 +113,7 @@ def expert_targets(
     left: dict[str, str],
     tied: Collection[str] = (),
 ) -> Iterator[tuple[str, Any]]:
-    """The modules of experts to pack, by name, as `targets` for linear layers."""
+    """As `targets`, for experts modules."""
     owners: Counter[int] = Counter()
     for module in model.modules():
         owners.update(id(part) for parts in (module._modules, module._parameters) for part in parts.values())
@@ -136,7 +136,7 @@ def expert_targets(
 
 
 def choose_experts(model: nn.Module, skip: Iterable[str] = ()) -> tuple[dict[str, Any], dict[str, str]]:
-    """As `choose_layers`, for the modules of experts that `quantize_model(experts=True)` would pack."""
+    """As `choose_layers`, for experts modules that `quantize_model(experts=True)` packs."""
     skip, left = tuple(skip), dict[str, str]()
     chosen = dict(expert_targets(model, None, left))
     for name in [name for name in chosen if any(fits(key, name) for key in skip)]:
@@ -146,9 +146,9 @@ def choose_experts(model: nn.Module, skip: Iterable[str] = ()) -> tuple[dict[str
 
 
 def warn_about_experts(model: nn.Module, left: dict[str, str], chosen: Collection[str] = ()) -> None:
-    """Weights of experts in one three-dimensional parameter are most of a model: say so if they stay dense.
+    """Warns about experts in three-dimensional parameters that stay dense, since they are most of a model.
 
-    `chosen` names the modules that do not. Of those in `left` is told why they stay.
+    Skips modules in `chosen`, which are packed, and in `left`, whose reasons are reported.
     """
     known: dict[str, int] = {}
     unknown: dict[str, int] = {}
@@ -178,7 +178,7 @@ def _looks_like_experts(parameter: nn.Parameter) -> bool:
 
 
 def _adapter_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """What PEFT has added to a model and may train: everything inside its layers but the layers they wrap."""
+    """Modules that PEFT added: everything inside its layers except the wrapped ones."""
     if "peft" not in sys.modules:
         return
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -44,8 +44,8 @@ NOT_ALONE = {"XLORA": "it is made of saved LoRA adapters", "POLY": "it asks for 
 SENTENCES = {
     ("GLORA", "make"): "is not a plain torch.nn.Linear",
     ("IA3", "unload"): "Cannot merge ia3 layers when the model is loaded in 4-bit mode",
-    ("SUPERTUNING", "cycle"): "an NF4 weight has no view of its numbers that could be written to",
-    ("SUPERTUNING", "unload"): "an NF4 weight has no view of its numbers that could be written to",
+    ("SUPERTUNING", "cycle"): "an NF4 weight has no writable views of its values",
+    ("SUPERTUNING", "unload"): "an NF4 weight has no writable views of its values",
 }
 # Merging that only adds: unmerging brings back the 4 bits.
 ADDS = {"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "FOURIERFT", "VBLORA", "WAVEFT", "RANDLORA"}

@@ -53,7 +53,7 @@ def first_of(value: object) -> Tensor:
     return value[0] if isinstance(value, (tuple, list)) else value  # type: ignore[return-value]
 
 
-READ_ONLY = "an NF4 weight has no view of its numbers that could be written to"
+READ_ONLY = "an NF4 weight has no writable views of its values"
 
 
 def test_assigning_to_an_index_raises() -> None:

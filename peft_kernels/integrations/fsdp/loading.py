@@ -13,7 +13,7 @@ from ...checkpoints.checks import holds_experts, nf4_weights
 from ...checkpoints.folder import Checkpoint
 from ...checkpoints.header import CheckpointError, Entry
 from ...checkpoints.rows import read_form, read_part, read_rows
-from ...nf4.model import ModelLink, announce
+from ...nf4.model import ModelLink, mark_quantized
 from ...nf4.sharded.checks import is_dtensor, is_sharded
 from ...nf4.sharded.ranks import (
     device_for,
@@ -77,7 +77,7 @@ def empty_layers(model: nn.Module, path: Path | str, compute_dtype: torch.dtype 
         model.set_submodule(name, layer)
     if found:
         report.layers, report.bytes_after = list(found), nbytes_of(model)
-        announce(model, link, report)
+        mark_quantized(model, link, report)
     return model
 
 

@@ -350,7 +350,7 @@ def _register_wait_ops() -> None:
         op = getattr(torch.ops._c10d_functional, name, None)
         if op is not None:
             _HANDLERS[op.default] = _alias
-            nf4_tensor.handle({op.default: lambda func, args, kwargs: args[0].detach()})
+            nf4_tensor.register_handlers({op.default: lambda func, args, kwargs: args[0].detach()})
 
 
 def _can_be_sharded(weight: Any) -> bool:
@@ -396,6 +396,6 @@ _OF_WEIGHTS: dict[Any, Callable[[Any, Any, Any], Any]] = {
     aten.as_strided.default: _as_strided,
 }
 
-nf4_tensor.handle(_OF_WEIGHTS)
+nf4_tensor.register_handlers(_OF_WEIGHTS)
 if torch.distributed.is_available():
     _HANDLERS[torch.ops._c10d_functional.all_gather_into_tensor.default] = _all_gather

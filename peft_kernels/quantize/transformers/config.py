@@ -1,8 +1,7 @@
-"""NF4Config: what transformers is told about a 4-bit model, and what `config.json` says of it.
+"""NF4Config: the quantisation config of a 4-bit model for transformers and `config.json`.
 
-On disk it is bitsandbytes' configuration, key for key, so that whoever reads bitsandbytes' checkpoints reads
-ours. In memory it has a method of its own, for bitsandbytes' makes transformers import bitsandbytes.
-"""
+On disk it equals bitsandbytes' configuration, so that readers of bitsandbytes' checkpoints read ours. In
+memory it has its own method name, because bitsandbytes' makes transformers import bitsandbytes."""
 
 from __future__ import annotations
 
@@ -19,35 +18,35 @@ from ...core.code_tables import BLOCKSIZES, WEIGHT_DTYPES
 from ...nf4.bitsandbytes_format import BLOCKSIZE_KEY, DEFAULT_BLOCKSIZE, configuration
 from ...nf4.model import METHOD
 
-if not hasattr(HfQuantizer, "get_new_dtype"):  # what a quantiser is asked changed with 5.23
+if not hasattr(HfQuantizer, "get_new_dtype"):  # the quantiser interface changed in 5.23
     raise ImportError(f"transformers: expected 5.23 or later, got {transformers.__version__}")
 
 
 @register_quantization_config(METHOD)
 class NF4Config(QuantizationConfigMixin):
-    """Load a model of transformers in 4 bits: `from_pretrained(path, quantization_config=NF4Config())`.
+    """Loads a transformers model in 4 bits: `from_pretrained(path, quantization_config=NF4Config())`.
 
-    Each weight is quantised as it is read, so the model never exists in 16 bits. `save_pretrained` writes
-    bitsandbytes' format. A checkpoint that is in it already is read with `config=read_config(path)`.
+    Each weight is quantised while it is read, so the model never exists in 16 bits. `save_pretrained` writes
+    bitsandbytes' format. Read a checkpoint in that format with `config=read_config(path)`.
 
     Parameters
     ----------
     blocksize : int
-        Number of consecutive weights that share a scale: 32, 64, ..., 4096. bitsandbytes' is 64.
+        Number of consecutive values that share a scale: 32, 64, ..., 4096. bitsandbytes' is 64.
     double_quant : bool
         Quantise the scales too.
     modules_to_not_convert : names, optional
-        Modules to leave dense with all that is in them, as `quantize_model(skip=...)`; by default the heads.
+        Modules to keep dense with their submodules, as `quantize_model(skip=...)`; by default the heads.
     compute_dtype : torch.dtype, optional
-        What wider activations are rounded to, see `nn.NF4Linear`; by default the type of the weights.
+        Dtype to which fp32 activations are rounded, see `nn.NF4Linear`; by default the weights' dtype.
     experts : bool
         Pack experts too, as `quantize_model(experts=True)`. bitsandbytes has no format for them:
-        `save_pretrained` then writes a configuration that names this package, which alone reads it.
+        `save_pretrained` then writes a configuration that only this package reads.
 
     Raises
     ------
     ValueError
-        An argument is none of these.
+        An invalid argument.
     """
 
     _dense: list[str] | None = None
@@ -82,19 +81,19 @@ class NF4Config(QuantizationConfigMixin):
     def from_dict(
         cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """From what stands in a `config.json`, bitsandbytes' keys or the names of the parameters."""
+        """Reads the entry of a `config.json`, with bitsandbytes' keys or our parameter names."""
         numbers = dict(config_dict)
         if numbers.get("quant_method") != METHOD:
             numbers = _from_bitsandbytes(numbers)
         return super().from_dict(numbers, return_unused_kwargs, **kwargs)
 
     def describe(self, dense: list[str], dtype: torch.dtype, experts: bool = False) -> None:
-        """Before it is written: the linear layers that a model has dense, what type its weights had, and
-        whether it has packed experts."""
+        """Sets, before saving, the dense linear layers, the dtype of weights, and whether experts are
+        packed."""
         self._dense, self._weight_dtype, self._with_experts = dense, dtype, experts
 
     def to_dict(self) -> dict[str, Any]:
-        """What `config.json` gets: bitsandbytes' keys, or with packed experts our own."""
+        """The entry of `config.json`: bitsandbytes' keys, or our own with packed experts."""
         dense = self.modules_to_not_convert if self._dense is None else self._dense
         if self.experts if self._with_experts is None else self._with_experts:
             dtype = None if self.compute_dtype is None else str(self.compute_dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""From a checkpoint's tensors to NF4 weights, one at a time, as transformers reads them."""
+"""Conversions of a checkpoint's tensors to NF4 weights, one at a time, while transformers reads them."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _ALIGNMENT = 64
 
 
 class Errors:
-    """Sentences about weights that do not fit.
+    """Collects errors about weights.
 
-    transformers catches what a conversion raises, and raises an error of its own that names no tensor. So it
-    is kept here, and raised when all is read; nothing is quantised after the first.
+    transformers replaces errors of conversions by one that names no tensor. So the first is raised after
+    reading; nothing is quantised after it.
     """
 
     def __init__(self) -> None:
-        self.sentences: list[str] = []
+        self.messages: list[str] = []
 
     def check(self) -> None:
-        if self.sentences:
-            raise ValueError(self.sentences[0])
+        if self.messages:
+            raise ValueError(self.messages[0])
 
-    def of(self, error: ValueError) -> None:
-        self.sentences.append(str(error))
+    def add(self, error: ValueError) -> None:
+        self.messages.append(str(error))
 
 
 class _Conversion(ConversionOps):
@@ -43,25 +43,25 @@ class _Conversion(ConversionOps):
         self.config, self.errors, self.files = config, errors, files
 
     def __deepcopy__(self, memo: Any) -> Any:
-        """transformers copies it for each weight."""
+        """transformers copies it for each weight; errors and files stay shared."""
         return type(self)(self.config, self.errors, self.files)
 
     def guarded(self, key: str, layer: nn.Module, value: Any) -> Any:
-        """What `_convert` makes of it; after an error what the layer has, which holds no data."""
-        if not self.errors.sentences:
+        """The result of `_convert`, or after an error the layer's own parameter without data."""
+        if not self.errors.messages:
             try:
                 return self._convert(key, layer, value)
             except ValueError as error:
-                self.errors.of(error)
+                self.errors.add(error)
         return getattr(layer, key.rpartition(".")[2])
 
     def _convert(self, key: str, layer: Any, value: Any) -> nn.Parameter:
         raise NotImplementedError
 
 
-class Parts:
-    """A weight of many experts, in the tensors of a checkpoint that has each apart: expert e is the e-th of
-    every list, one below the other."""
+class SplitExperts:
+    """The weight of all experts in a checkpoint with a tensor per expert: expert e is the concatenation of
+    the e-th tensors of all lists."""
 
     def __init__(self, name: str, lists: list[list[Tensor]], files: MappedFiles) -> None:
         self.name, self.lists, self.files = name, lists, files
@@ -70,7 +70,7 @@ class Parts:
         self.shape = (len(lists[0]), out_features, *lists[0][0].shape[1:])
 
     def experts(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """One after the other; of those before, nothing stays in memory."""
+        """Yields the experts one at a time, and releases the memory of earlier ones."""
         for each in self.lists:
             if len(each) != len(self.lists[0]):
                 raise ValueError(f"{self.name}: expected {len(self.lists[0])} experts, got {len(each)}")
@@ -83,7 +83,7 @@ class Parts:
 
 
 class Gather(ConversionOps):
-    """What stands for transformers' merging of experts: where the result is packed, that merges them."""
+    """Replaces transformers' merging of experts: experts that are packed are merged by packing."""
 
     def __init__(self, operations: list[Any], packs: Callable[[str], bool], files: MappedFiles) -> None:
         self.operations, self.packs, self.files = operations, packs, files
@@ -95,14 +95,14 @@ class Gather(ConversionOps):
         name: str = about["full_layer_name"]
         if self.packs(name):
             lists = [input_dict[pattern] for pattern in about["source_patterns"] if pattern in input_dict]
-            return {name: Parts(name, lists, self.files)}
+            return {name: SplitExperts(name, lists, self.files)}
         for operation in self.operations:
             input_dict = operation.convert(input_dict, **about)
         return input_dict
 
 
 class Quantize(_Conversion):
-    """A dense weight as it was read -> NF4."""
+    """Quantises a dense weight."""
 
     def convert(self, input_dict: dict[str, Any], *_: Any, **about: Any) -> dict[str, Any]:
         return {
@@ -116,7 +116,9 @@ class Quantize(_Conversion):
         options = config.blocksize, config.double_quant, not on_meta, key
         if own.dim() == 3:
             expect_shape(key, tuple(own.shape), tuple(value.shape))
-            parts = value if isinstance(value, Parts) else Parts(key, [list(value)], MappedFiles())
+            parts = (
+                value if isinstance(value, SplitExperts) else SplitExperts(key, [list(value)], MappedFiles())
+            )
             experts = parts.experts(own.dtype)
             turned = (one.mT for one in experts) if layer.is_transposed else experts
             weight = NF4Weight.quantize_experts(turned, own.shape[0], *options)
@@ -129,11 +131,11 @@ class Quantize(_Conversion):
 
 
 class Read(_Conversion):
-    """bitsandbytes' items of a weight -> NF4; a weight that is dense in the file stays dense."""
+    """Assembles bitsandbytes' items to an NF4 weight; a dense weight stays dense."""
 
-    hf_quantizer = True  # transformers asks for it: then `get_new_dtype` decides about casts
+    hf_quantizer = True  # makes transformers ask `get_new_dtype` about casts
     dtype: torch.dtype | None = None
-    """Of a weight that is dense; what is packed has its own."""
+    """Dtype of dense weights."""
 
     def convert(self, input_dict: dict[str, Any], *_: Any, **about: Any) -> dict[str, Any]:
         items = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
@@ -141,16 +143,14 @@ class Read(_Conversion):
         layer = _owner(about, key)
         if key.endswith(".weight") and isinstance(layer, NF4Linear):
             value = self.guarded(key, layer, items)
-            if not (self.errors.sentences and is_dtensor(value)):
+            if not (self.errors.messages and is_dtensor(value)):
                 return {"weight": value}
-            value._is_hf_initialized = (
-                True  # it cannot be moved, and is left as it is until the error is raised
-            )
+            value._is_hf_initialized = True  # a meta DTensor cannot be initialised; the error follows
             about["missing_keys"].discard(key)
             return {}
         if len(items) > 1:
             kind = type(layer).__name__
-            self.errors.of(ValueError(f"{key}: expected a dense weight for a {kind}, got 4 bits"))
+            self.errors.add(ValueError(f"{key}: expected a dense weight for a {kind}, got 4 bits"))
             return {"weight": getattr(layer, key.rpartition(".")[2])}
         return {name: self._dense(item) for name, item in items.items() if name == "weight"}
 
@@ -158,23 +158,23 @@ class Read(_Conversion):
         weight = items.get("weight")
         if weight is not None and len(items) == 1 and weight.is_floating_point():
             return nn.Parameter(_as_linear(key, layer, self._dense(weight)))
-        cut = is_dtensor(layer.weight)
+        sharded = is_dtensor(layer.weight)
         named = {
-            key + name.removeprefix("weight"): item if cut else self._aligned(item)
+            key + name.removeprefix("weight"): item if sharded else self._aligned(item)
             for name, item in items.items()
         }
         packed = NF4Weight.from_state_dict(named, key.removesuffix("weight"))
         expect_shape(key, (layer.out_features, layer.in_features), tuple(packed.shape))
         packed._state.name = key
-        if cut:  # of what lies in the file only this process's part has been read
+        if sharded:  # only the local slice is read from the mapped file
             packed = tensor_parallel.local_slice(packed, layer)
             self.files.release(items["weight"])
         if layer.compute_dtype == packed.dtype:
-            layer.compute_dtype = None  # which is the same, and PEFT rounds adapters to one that is set
+            layer.compute_dtype = None  # the default; PEFT casts adapters to an explicit one
         return nn.Parameter(packed, requires_grad=False)
 
     def _aligned(self, item: Tensor) -> Tensor:
-        """Where kernels read fastest: a file's tensors lie at any byte of it."""
+        """An aligned copy, for speed: tensors in a file may be unaligned."""
         if item.data_ptr() % _ALIGNMENT == 0:
             return item
         copied = item.clone()
@@ -190,7 +190,7 @@ class Read(_Conversion):
 
 
 class ReadExperts(Read):
-    """The items of packed experts -> NF4. `items` tells what each pattern that matches one is for."""
+    """Assembles the items of packed experts. `items` maps patterns to suffixes of items."""
 
     def __init__(self, config: NF4Config, errors: Errors, files: MappedFiles, items: dict[str, str]) -> None:
         super().__init__(config, errors, files)
@@ -220,7 +220,7 @@ class ReadExperts(Read):
 
 
 class _Written(ConversionOps):
-    """A state dict has bitsandbytes' items already."""
+    """The identity: a state dict has bitsandbytes' items already."""
 
     def convert(self, input_dict: dict[str, Any], *_: Any, **about: Any) -> dict[str, Any]:
         return input_dict
@@ -231,7 +231,7 @@ def _owner(about: dict[str, Any], key: str) -> Any:
 
 
 def _as_linear(key: str, layer: Any, value: Tensor) -> Tensor:
-    """(out_features, in_features): a Conv1D's weight is stored transposed."""
+    """A weight as (out_features, in_features): a Conv1D's is stored transposed."""
     if not issubclass(layer.plain_class, nn.Linear) and value.dim() == 2:
         value = value.t()
     expect_shape(key, (layer.out_features, layer.in_features), tuple(value.shape))

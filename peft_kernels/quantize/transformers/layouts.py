@@ -1,8 +1,8 @@
-"""In which layout the layers of a model stand in its file.
+"""Weight conversions of transformers for models with packed layers.
 
-Some models of transformers cut tensors of their files into layers (q, k and v out of one), turn them, or glue
-them together, and undo that when they are saved. 4 bits cannot be cut or turned: packed layers are saved as
-the model has them, under the model's own names, and read back so.
+Some models split tensors of their files (q, k and v out of one), transpose or concatenate them, and undo that
+when saved. Packed weights cannot be split or transposed: they are saved and read in the model's own layout,
+under its own names.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from .config import NF4Config
 from .conversion import Errors, Gather, Read, ReadExperts
 from .mapped_files import MappedFiles
 
-_FP4 = f"{STATE_PREFIX}fp4"  # read so that it can be refused
+_FP4 = f"{STATE_PREFIX}fp4"  # read in order to be refused
 _CONVERSIONS, _KEPT = "_weight_conversions", "_peft_kernels_weight_conversions"
 
 
-def reading(config: NF4Config, errors: Errors, files: MappedFiles, cut: bool = False) -> WeightConverter:
-    """What collects the items of a weight in 4 bits; `cut`: as they lie in the file, of which a part is to be
-    read."""
+def reading(config: NF4Config, errors: Errors, files: MappedFiles, sharded: bool = False) -> WeightConverter:
+    """A converter that collects the items of a 4-bit weight. `sharded` leaves them in the mapped file, of
+    which only a slice will be read."""
     items = ["weight", *(f"weight.{item}" for item in (*TENSOR_ITEMS, STATE_ITEM, _FP4))]
-    options = {"force_cpu": True} if cut else {}
+    options = {"force_cpu": True} if sharded else {}
     return WeightConverter(items, "weight", [Read(config, errors, files)], **options)
 
 
 def reading_experts(
     names: Iterable[str], config: NF4Config, errors: Errors, files: MappedFiles
 ) -> list[WeightConverter]:
-    """What collects the items of packed experts, by the names that they have once all are renamed: the end of
-    a name (`down_proj`) is that of other layers too."""
+    """Converters that collect the items of packed experts by full names after renaming: the end of a name
+    (`down_proj`) is not unique."""
     converters = []
     for name in names:
         suffixes = ["", *(f".{item}" for item in (*experts_format.TENSOR_ITEMS, experts_format.STATE_ITEM))]
@@ -48,7 +48,7 @@ def reading_experts(
 
 
 def in_four_bits(files: Iterable[str], item: str = STATE_ITEM) -> set[str]:
-    """Names of the weights that are in 4 bits in a checkpoint, and have an item of that name."""
+    """Names of the 4-bit weights in a checkpoint: those with such an item."""
     suffix, found = f".{item}", set()
     for file in files:
         if str(file).endswith(".safetensors"):
@@ -59,9 +59,9 @@ def in_four_bits(files: Iterable[str], item: str = STATE_ITEM) -> set[str]:
 
 
 def to_read(conversions: Iterable[Any], packed: set[str]) -> list[Any]:
-    """A model's conversions but for those of weights that are in 4 bits under the model's own names.
+    """A model's conversions without those of weights that are packed under the model's own names.
 
-    ValueError for a weight in 4 bits that the model wants cut into others.
+    Raises ValueError for a 4-bit weight that the model would convert.
     """
     kept = []
     for conversion in conversions:
@@ -82,32 +82,32 @@ def to_read(conversions: Iterable[Any], packed: set[str]) -> list[Any]:
 def gathering(
     conversions: Iterable[Any], packs: Callable[[str], bool], files: MappedFiles
 ) -> list[tuple[Any, Any]]:
-    """A model's conversions, each with what is to stand for it while experts are packed: of those that merge
-    experts, stacked and one below the other, one that leaves merging to packing."""
+    """Pairs of a model's conversions and their replacements while experts are packed: conversions that merge
+    experts are replaced by ones that leave merging to packing."""
     found = []
     for conversion in conversions:
-        stands_for = conversion
+        replacement = conversion
         if merges_experts(conversion):
             sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
             gather = Gather(list(conversion.operations), packs, files)
-            stands_for = conversion.copy(list(sources), list(targets), operations=[gather])
-        found.append((conversion, stands_for))
+            replacement = conversion.copy(list(sources), list(targets), operations=[gather])
+        found.append((conversion, replacement))
     return found
 
 
 def merges_experts(conversion: Any) -> bool:
-    """Whether a conversion puts experts on top of each other, in each of them one part below the other."""
+    """Whether a conversion stacks experts, perhaps after concatenating parts of each."""
     operations = getattr(conversion, "operations", ())
     kinds = [(type(operation), getattr(operation, "dim", None)) for operation in operations]
     return kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 
 
 def forget_loading(model: Any, gathered: Iterable[tuple[Any, Any]]) -> None:
-    """After loading: the model's own conversions for those of `gathering`, and none for packed experts, which
-    are written as they are."""
+    """Restores the model's conversions after loading, without those for packed experts, which are saved as
+    they are."""
     conversions = getattr(model, _CONVERSIONS, None)
     if conversions:
-        own = {id(stands_for): conversion for conversion, stands_for in gathered}
+        own = {id(replacement): conversion for conversion, replacement in gathered}
         vars(model)[_CONVERSIONS] = [own.get(id(c), c) for c in conversions if not _reads_experts(c)]
 
 
@@ -117,9 +117,9 @@ def _reads_experts(conversion: Any) -> bool:
 
 
 def keep_own(model: Any, packed: set[str]) -> None:
-    """Have the next save leave the named weights in the layout that the model has."""
+    """Makes the next save keep the named weights in the model's own layout."""
     conversions = getattr(model, _CONVERSIONS, None)
-    if conversions is None:  # as transformers takes them for a model that was not loaded
+    if conversions is None:  # as transformers does for a model that was not loaded
         found = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [each for each in found if not isinstance(each, PrefixChange)]
     kept = [each for each in conversions if not _touches(each, packed)]
@@ -129,7 +129,7 @@ def keep_own(model: Any, packed: set[str]) -> None:
 
 
 def restore(model: Any) -> None:
-    """Undo `keep_own`."""
+    """Undoes `keep_own`."""
     if _KEPT in vars(model):
         vars(model)[_CONVERSIONS] = vars(model).pop(_KEPT)
 

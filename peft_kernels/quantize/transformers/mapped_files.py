@@ -1,8 +1,7 @@
-"""A checkpoint's files as they lie in memory while transformers reads them.
+"""Releases memory of a checkpoint's mapped files while transformers reads them.
 
-safetensors maps files, and a tensor that was read stays resident with its file's pages, though nobody needs
-it once it is quantised. The system takes such pages back when memory is short; here they are given back at
-once.
+safetensors maps files, and pages that were read stay resident after their tensor is quantised. The system
+reclaims them when memory is short; here they are released at once.
 """
 
 from __future__ import annotations
@@ -16,19 +15,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-_MAPS = Path("/proc/self/maps")  # Linux; elsewhere nothing is given back
-_DONTNEED = 4  # of Linux's madvise: a clean page of a file is read again when it is asked for
+_MAPS = Path("/proc/self/maps")  # Linux only; elsewhere nothing is released
+_DONTNEED = 4  # of Linux's madvise: clean file pages are reread when accessed
 
 
 class MappedFiles:
-    """Of one checkpoint, during one load. Where they are mapped is looked up once."""
+    """The files of a checkpoint during one load. Their addresses are looked up once."""
 
     def __init__(self, files: Iterable[str] = ()) -> None:
         self._files = {os.path.realpath(file) for file in files}
         self._ranges: list[tuple[int, int]] | None = None if self._files else []
 
     def release(self, tensor: Tensor) -> None:
-        """Give back the pages that a tensor has for itself, if it lies in one of the files, unwritten."""
+        """Releases the pages that only this tensor occupies, if it lies in one of the files."""
         if tensor.device.type != "cpu" or self._ranges == []:
             return
         if self._ranges is None:
@@ -43,7 +42,7 @@ class MappedFiles:
 
 
 def _ranges(files: set[str]) -> Iterable[tuple[int, int]]:
-    """Addresses of the mappings of files."""
+    """Address ranges of mapped files."""
     with contextlib.suppress(OSError):
         for line in _MAPS.read_text(encoding="utf-8", errors="replace").splitlines():
             addresses, *_, name = line.split(maxsplit=5)

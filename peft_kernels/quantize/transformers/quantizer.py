@@ -1,4 +1,4 @@
-"""The quantiser of transformers for NF4Config: what from_pretrained, save_pretrained and dequantize ask."""
+"""The transformers quantiser for NF4Config, used by from_pretrained, save_pretrained and dequantize."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from ...core.nf4_state import PARALLEL
 from ...nf4 import experts_format
 from ...nf4.experts_packing import NF4Experts, adopt, packed_weights, unpack, weight_names
-from ...nf4.model import METHOD, ModelLink, announce
+from ...nf4.model import METHOD, ModelLink, mark_quantized
 from ...nf4.sharded import tensor_parallel
 from ...nf4.sharded.checks import is_tensor_parallel
 from ...nf4.weight import NF4Weight
@@ -37,15 +37,15 @@ logger = logging.getLogger("peft_kernels")
 
 @register_quantizer(METHOD)
 class NF4Quantizer(HfQuantizer):
-    """Puts NF4Linear where linear layers are, before anything is read, and NF4 weights into them."""
+    """Replaces linear layers by NF4Linear before anything is read, and loads NF4 weights into them."""
 
     quantization_config: NF4Config
-    is_trainable = True  # what PEFT adds to the model
+    is_trainable = True  # with adapters of PEFT
     is_compileable = True
     attached = False
-    """Whether the model was there before the quantiser."""
+    """Whether the model existed before the quantiser."""
     by_their_rules = False
-    """Whether names of modules are patterns, as bitsandbytes' configuration has them."""
+    """Whether module names are patterns, as in bitsandbytes' configuration."""
 
     def __init__(self, quantization_config: NF4Config | BitsAndBytesConfig, **kwargs: Any) -> None:
         self.by_their_rules = isinstance(quantization_config, BitsAndBytesConfig)
@@ -56,7 +56,7 @@ class NF4Quantizer(HfQuantizer):
         self.report = QuantizeReport()
         self.in_four_bits: set[str] = set()
         self.experts_in_four_bits: set[str] = set()
-        self.experts: dict[str, Any] = {}  # modules that are to hold packed weights, by name
+        self.experts: dict[str, Any] = {}  # modules that will hold packed weights, by name
         self.gathered: list[tuple[Any, Any]] = []
         self.files = MappedFiles()
 
@@ -75,7 +75,7 @@ class NF4Quantizer(HfQuantizer):
             )
 
     def update_device_map(self, device_map: Any) -> Any:
-        """Where there is a GPU, on it; of several processes each on its own, as `device_map="cuda"` does."""
+        """Loads to this process's GPU, if there is one, like `device_map="cuda"`."""
         if device_map is None and torch.cuda.is_available():
             local, current = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.current_device()
             return {"": local if current == 0 and local < torch.cuda.device_count() else current}
@@ -113,8 +113,8 @@ class NF4Quantizer(HfQuantizer):
         return [*others, *layouts.reading_experts(experts, *rest), layouts.reading(*rest, cut)]
 
     def _prepare_to_cut(self, model: Any, weight_conversions: Any) -> None:
-        """Before a plan for tensor parallelism is applied: layers that the file has dense are ordinary ones,
-        and the others can be cut. ValueError otherwise."""
+        """Before a tensor-parallel plan is applied: makes layers that are dense in the file ordinary ones,
+        and raises ValueError if others cannot be split."""
         if self.pre_quantized:
             renamings = [each for each in weight_conversions if isinstance(each, WeightRenaming)]
             about: Any = renamings, [], model.base_model_prefix, model.state_dict()
@@ -141,7 +141,7 @@ class NF4Quantizer(HfQuantizer):
         config, report = self.quantization_config, QuantizeReport(bytes_before=nbytes_of(model) - twice)
         names = config.modules_to_not_convert
         if self.pre_quantized:
-            names = []  # the file says which layers are in 4 bits
+            names = []  # the file determines which layers are in 4 bits
             files = checkpoint_files or ()
             self.in_four_bits = layouts.in_four_bits(files)
             self.experts_in_four_bits = layouts.in_four_bits(files, experts_format.STATE_ITEM)
@@ -181,14 +181,14 @@ class NF4Quantizer(HfQuantizer):
             layer.link = link
         tensor_parallel.remove_mesh_names(model)
         report.layers, report.bytes_after = list(layers), nbytes_of(model)
-        announce(model, link, report)
+        mark_quantized(model, link, report)
         logger.info("%s", report)
         return model
 
     # Saving
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """Before anything is written: the configuration tells which layers are in 4 bits now."""
+        """Updates the configuration before saving with the layers that are in 4 bits now."""
         modules = model.named_modules()
         packed = {f"{name}.{key}" for name, module in modules for key in packed_weights(module)}
         linear = {name.removesuffix(".weight") for name in packed if name.endswith(".weight")}
@@ -199,8 +199,8 @@ class NF4Quantizer(HfQuantizer):
             self.quantization_config.describe(names_of_dense(model, linear), model.dtype, experts)
             model.config.quantization_config = self.quantization_config
             if self.attached:
-                _forget_with_the_state_dict(model)
-        else:  # all of them merged, or all dense for good
+                _drop_config_after_saving(model)
+        else:  # all merged or permanently dense
             vars(model.config).pop("quantization_config", None)
         cut = any(is_tensor_parallel(weight) for weight in model.parameters())
         return tensor_parallel.gather_state_dict(model) if cut else None, {}
@@ -208,7 +208,7 @@ class NF4Quantizer(HfQuantizer):
     # Back to dense
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        if isinstance(dtype, str):  # as `config.dtype` is when the model has been saved
+        if isinstance(dtype, str):  # as `config.dtype` is after saving
             dtype = getattr(torch, dtype)
         for name, weight in model.named_parameters():
             if is_tensor_parallel(weight):
@@ -221,7 +221,7 @@ class NF4Quantizer(HfQuantizer):
                 layers[module] = weights
         usual = Counter(weight.dtype for weights in layers.values() for weight in weights).most_common(1)
         for layer, (weight, *_) in layers.items():
-            # A router that the model has in fp32, say, stays so.
+            # Keeps layers in fp32, such as routers.
             own = dtype if other or weight.dtype == usual[0][0] else weight.dtype
             if isinstance(layer, NF4Experts):
                 unpack(layer, own)
@@ -241,16 +241,16 @@ class NF4Quantizer(HfQuantizer):
 
 
 def attach(model: Any, config: NF4Config) -> None:
-    """Have a model that `quantize_model` was given save and dequantize like one that was loaded in 4 bits."""
+    """Makes a model that was quantised in memory save and dequantize like one loaded in 4 bits."""
     if getattr(model, "hf_quantizer", None) is None:
         quantizer = vars(model)["hf_quantizer"] = NF4Quantizer(config, pre_quantized=False)
         quantizer.attached = True
 
 
-def _forget_with_the_state_dict(model: Any) -> None:
-    """Models that are made by hand may share a configuration: it tells of 4 bits while it is written only.
+def _drop_config_after_saving(model: Any) -> None:
+    """Removes the quantisation config after saving: models made by hand may share a configuration.
 
-    `save_pretrained` asks for the state dict next.
+    `save_pretrained` writes the configuration and then reads the state dict.
     """
 
     def forget(*_: Any) -> None:
@@ -261,9 +261,9 @@ def _forget_with_the_state_dict(model: Any) -> None:
 
 
 def names_of_dense(model: nn.Module, packed: set[str]) -> list[str]:
-    """Names by which bitsandbytes' readers leave the dense linear layers alone, and no packed one.
+    """Names with which bitsandbytes' readers skip the dense linear layers and no packed one.
 
-    They take a name as the beginning or the end of a module's, and as a regular expression.
+    They match a name at the beginning or the end of a module's, and as a regular expression.
     """
     names = []
     for name, module in model.named_modules():
