@@ -1,5 +1,4 @@
-"""The architecture that config.json names, as transformers builds it on the meta device, and what a
-checkpoint lacks of it."""
+"""Builds the architecture that config.json names on the meta device, and compares a checkpoint with it."""
 
 from __future__ import annotations
 
@@ -16,10 +15,10 @@ from .names import Names
 
 
 def on_meta(checkpoint: Checkpoint) -> Any:
-    """The model. transformers raises anything on a configuration that it does not know."""
+    """The model on the meta device. transformers may raise anything for an unknown configuration."""
     import transformers
 
-    # The architecture itself, before Auto classes: a classifier has the same model_type.
+    # The named class rather than an Auto class: a classifier has the same model_type.
     config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     config.__dict__.pop("quantization_config", None)
     cls = getattr(transformers, _class_named(checkpoint) or "", None)
@@ -30,14 +29,14 @@ def on_meta(checkpoint: Checkpoint) -> Any:
 
 
 class Comparison(NamedTuple):
-    """Of a checkpoint with the architecture that config.json names."""
+    """Result of comparing a checkpoint with the architecture that config.json names."""
 
     faults: list[str]
-    """A sentence for each tensor that the files lack, and for each of another shape."""
+    """A message for each missing tensor and each one of another shape."""
     model: str = ""
-    """The class that was compared with; empty where that could not be."""
+    """The class of the architecture, or "" if not compared."""
     reason: str = ""
-    """Why not."""
+    """Why it was not compared."""
 
 
 def compare(checkpoint: Checkpoint) -> Comparison:
@@ -45,7 +44,7 @@ def compare(checkpoint: Checkpoint) -> Comparison:
         return Comparison([], reason="a file has no configuration")
     method = quantised_otherwise(checkpoint.config)
     if method:
-        return Comparison([], reason=f"it is quantised by {method}, whose tensors are others")
+        return Comparison([], reason=f"it is quantised by {method}, which has other tensors")
     try:
         model = on_meta(checkpoint)
     except Exception as error:
@@ -57,7 +56,7 @@ def compare_with(checkpoint: Checkpoint, model: Any) -> Comparison:
     """`model` is on the meta device."""
     names, name = Names(model), type(model).__name__
     if not names.renames:
-        return Comparison([], reason="only transformers 5 says what names in files become")
+        return Comparison([], reason="it needs transformers 5, which maps names in files")
     if _class_named(checkpoint) not in (None, name):
         return Comparison([], reason=f"transformers has no {shown(_class_named(checkpoint))}")
     wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
@@ -78,8 +77,8 @@ def compare_with(checkpoint: Checkpoint, model: Any) -> Comparison:
     for target, converter in converters.items():
         try:
             made = converter.convert(target, model=model, config=model.config)
-        except Exception:  # an operation of transformers may need more than shapes, and raise anything
-            return Comparison(faults, reason=f"transformers could not make {target} of shapes alone")
+        except Exception:  # operations of transformers may need values, and raise anything
+            return Comparison(faults, reason=f"transformers cannot convert {target} without values")
         for key, value in made.items():
             shape = tuple((value[0] if isinstance(value, list) else value).shape)
             found[key] = shape
@@ -99,7 +98,7 @@ def _class_named(checkpoint: Checkpoint) -> str | None:
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...] | None]:
-    """Of the weights, not of what NF4 ones are stored as; None for those that cannot be read."""
+    """Shapes of the weights, of NF4 ones as dense; None for those that cannot be read."""
     quantised = nf4_weights(checkpoint.entries)
     items = {item for names in quantised.values() for item in names}
     found: dict[str, tuple[int, ...] | None] = {
@@ -109,18 +108,19 @@ def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...] | None]:
         if weight in checkpoint.entries:
             try:
                 found[weight] = tuple(read_nf4(checkpoint, weight, names, codes=False)[0].shape)
-            except CheckpointError:  # of which `checks` tells
+            except CheckpointError:  # reported by `checks`
                 found[weight] = None
     return found
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int, ...], stored: tuple[int, ...]) -> bool:
-    """NF4 weights are (out_features, in_features), also where a module has them the other way round."""
+    """Whether shapes match; NF4 weights may be transposed, since they are always (out_features,
+    in_features)."""
     return shape == wanted or (shape != stored and sorted(shape) == sorted(wanted))
 
 
 def _missing(model: Any, wanted: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """Without second names of tensors that are there, and without what transformers does not miss."""
+    """Missing tensors, except aliases of present ones and those that transformers ignores."""
     alike: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         alike.setdefault(id(parameter), []).append(name)

@@ -1,4 +1,4 @@
-"""What a model's folder calls the layers and parameters that an adapter names."""
+"""Maps the layers and parameters that an adapter names to tensors in a model's folder."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from .checks import nf4_weights
 from .experts_tensors import ExpertsWeight, find
 from .folder import Checkpoint
 from .names import Names
-from .rows import read_form
+from .rows import read_layout
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Of a layer that LoRA is merged into."""
+    """Kind of a layer into which LoRA can be merged."""
 
     transposed: bool
     """Whether its weight is (in_features, out_features)."""
 
 
 class BaseNames:
-    """Of one model's folder. Reads no values.
+    """Names in a model's folder. Reads no values.
 
     Attributes
     ----------
     files : dict
-        What the files call a tensor of the model that they have as it is. Of packed weights the codes alone.
+        Names in the files of tensors that are stored unconverted; for packed weights, of the codes.
     packed : dict
-        Packed weights with all their items, by the names of files.
+        Packed weights with all their items, by names in the files.
     what, source : str
-        The base, for messages; and in words how its layers are known.
+        The base, for messages; and how its layers were determined.
     embeddings : set
-        Paths of the modules that embed tokens, and of heads.
+        Paths of token embeddings and output heads.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -55,7 +55,7 @@ class BaseNames:
         self._forms: dict[str, tuple[int, ...]] = {}
         if self._model is None:
             self.what = f"an architecture that transformers does not know ({why_not})"
-            self.source = f"names, as transformers cannot tell ({why_not})"
+            self.source = f"names, as transformers does not know it ({why_not})"
             self.files = {name: name for name in checkpoint.entries if name not in items}
             return
         self.what = type(self._model).__name__
@@ -71,13 +71,13 @@ class BaseNames:
             self.embeddings |= {path for path, other in self._modules.items() if other is module}
 
     def faults(self) -> list[str]:
-        """What the files lack of the architecture, or have of another shape."""
+        """Missing tensors, and ones of other shapes than the architecture's."""
         return compare_with(self.checkpoint, self._model).faults if self.known else []
 
-    # Modules and parameters, by the paths that adapters have.
+    # Modules and parameters, by paths in adapters.
 
     def module_path(self, path: str) -> str | None:
-        """Where the model has a module; None for one that it lacks."""
+        """The path of a module in the model, or None."""
         if self._model is None:
             return path if f"{path}.weight" in self.files else None
         if path in self._modules:
@@ -94,7 +94,8 @@ class BaseNames:
         return self._names.in_model(name)[0]
 
     def kind_of(self, module: nn.Module | None, embedding: bool, fan_in_fan_out: bool) -> Kind | None:
-        """None for what nothing is merged into. PEFT goes by the class for `fan_in_fan_out`, too."""
+        """The kind of a module, or None if LoRA cannot be merged into it. Like PEFT, determines transposition
+        by class."""
         if module is None:
             return None if embedding else Kind(fan_in_fan_out)
         if embedding:
@@ -104,16 +105,16 @@ class BaseNames:
         return Kind(True) if type(module).__name__ == "Conv1D" else None
 
     def tied_with(self, name: str) -> list[str]:
-        """Other parameters that are the same tensor."""
+        """Names of parameters that share the tensor."""
         if self._model is None or name not in self._parameters:
             return []
         tensor = self._parameters[name]
         return [other for other, there in self._parameters.items() if there is tensor and other != name]
 
-    # What the configuration of an adapter says that must be in it.
+    # What an adapter must contain according to its configuration.
 
     def targeted(self, config: dict[str, Any]) -> Iterator[str]:
-        """Paths of the layers that PEFT wraps, where they are given by the ends of names."""
+        """Paths of the layers that PEFT wraps, if the configuration names them by suffixes only."""
         targets, parameters = config.get("target_modules"), config.get("target_parameters") or []
         restricted = any(config.get(name) for name in ("exclude_modules", "modules_to_save"))
         restricted = restricted or config.get("layers_to_transform") is not None
@@ -141,26 +142,26 @@ class BaseNames:
         return file_name in self.packed
 
     def shape_of(self, file_name: str) -> tuple[int, ...]:
-        """Of a packed weight what it has when it is dense."""
+        """The shape of a tensor; of a packed weight, its dense shape."""
         if file_name not in self.packed:
             return self.checkpoint.entries[file_name].shape
         if file_name not in self._forms:
-            state, _ = read_form(self.checkpoint, file_name, self.packed[file_name])
+            state, _ = read_layout(self.checkpoint, file_name, self.packed[file_name])
             self._forms[file_name] = tuple(state.shape)
         return self._forms[file_name]
 
     def experts(self, name: str) -> ExpertsWeight | None:
-        """A weight of experts that the files have in parts."""
+        """A weight of experts that the files store in parts."""
         return self._experts.get(name)
 
     @cached_property
-    def turned(self) -> set[str]:
-        """Packed weights, as files call them, that the model has as (in_features, out_features)."""
+    def transposed(self) -> set[str]:
+        """Names in the files of packed weights that the model has as (in_features, out_features)."""
         found = set()
         for name, file_name in self.files.items() if self.known else ():
             module = self._modules.get(name.rpartition(".")[0])
-            turned = type(module).__name__ == "Conv1D" or getattr(module, "is_transposed", False)
-            if file_name in self.packed and turned:
+            transposed = type(module).__name__ == "Conv1D" or getattr(module, "is_transposed", False)
+            if file_name in self.packed and transposed:
                 found.add(file_name)
         return found
 
@@ -170,5 +171,5 @@ class BaseNames:
         return find(self.checkpoint, self._model, modules, self._names)
 
     def written(self, name: str) -> str:
-        """What the files call a parameter that they lack."""
+        """The name that a new parameter gets in the files."""
         return self._names.written(name)

@@ -1,6 +1,7 @@
-"""What an adapter of PEFT makes of one tensor of its base, to the bit as `merge_and_unload` computes it.
+"""Changes of a base tensor by an adapter, bit-identical to PEFT's `merge_and_unload`.
 
-PEFT loads adapters in fp32 and multiplies and adds in fp32; which sums it rounds twice depends on the layer.
+PEFT loads adapters in fp32 and computes in fp32; whether it rounds the delta before the sum depends on the
+layer.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ ReadPart = Callable[[Entry], Tensor]
 
 
 class Change(Protocol):
-    """A merged tensor from the one of the base."""
+    """A function from a tensor of the base to the merged tensor."""
 
     def of(self, weight: Tensor, read: ReadPart) -> Tensor:
-        """The merged tensor, of the shape and dtype of `weight`, which may have been written to."""
+        """The merged tensor, of the shape and dtype of `weight`, which may be overwritten."""
         ...
 
 
@@ -37,8 +38,8 @@ class LowRank:
     transposed: bool = False
     """Whether the weight is (in_features, out_features)."""
     rounded: bool = False
-    """Whether PEFT rounds the delta to the weight's dtype before the sum is rounded: to embeddings and
-    parameters it does."""
+    """Whether PEFT rounds the delta to the weight's dtype before adding it, as for embeddings and
+    parameters."""
 
     def of(self, weight: Tensor, read: ReadPart) -> Tensor:
         delta = read(self.b) @ read(self.a)
@@ -54,12 +55,12 @@ class LowRank:
 
 @dataclass(frozen=True)
 class ExpertRows:
-    """LoRA on one expert of a weight of many, or some of its rows where the file has it in parts."""
+    """LoRA on one expert, or on some of its rows if the file stores it in parts."""
 
     a: Entry
     """(experts * r, in_features)"""
     b: Entry
-    """(out_features, r * experts), the expert the fastest index"""
+    """(out_features, r * experts), with the expert as the fastest index"""
     scaling: float
     experts: int
     expert: int
@@ -94,7 +95,7 @@ class AddedBias:
 
 @dataclass(frozen=True)
 class Replaced:
-    """A tensor that was trained as a whole: of `modules_to_save`, a bias, or resaved embeddings."""
+    """A tensor that replaces the base's: of `modules_to_save`, a bias, or saved embeddings."""
 
     by: Entry
 
@@ -104,7 +105,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Both:
-    """One after the other."""
+    """Two changes in order."""
 
     first: Change
     second: Change
@@ -115,7 +116,7 @@ class Both:
 
 @dataclass(frozen=True)
 class Experts:
-    """LoRA on a weight of many experts: a change for each of them."""
+    """LoRA on a weight of many experts."""
 
     a: Entry
     b: Entry
@@ -124,6 +125,6 @@ class Experts:
     transposed: bool
 
     def of_expert(self, expert: int, start: int, stop: int) -> ExpertRows:
-        """Of rows of one expert, as the model has it."""
+        """The change of rows of one expert in the model's layout."""
         rest = self.experts, expert, self.transposed, start, stop
         return ExpertRows(self.a, self.b, self.scaling, *rest)

@@ -1,4 +1,4 @@
-"""What is wrong with the tensors of a checkpoint: its NF4 weights item by item, and NaN in the others."""
+"""Finds faults in the tensors of a checkpoint: items of NF4 weights, and NaN or Inf in other tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ITEMS_OF_EXPERTS = (
     f".{experts_format.STATE_ITEM}",
     *(f".{item}" for item in experts_format.TENSOR_ITEMS if item not in bitsandbytes_format.TENSOR_ITEMS),
 )
-_CHUNK = 1 << 24  # bytes of a tensor looked at in one go
+_CHUNK = 1 << 24  # bytes of a tensor checked at a time
 
 
 def weight_of(name: str) -> str | None:
@@ -32,14 +32,14 @@ def weight_of(name: str) -> str | None:
 
 
 def nf4_weights(names: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Names of the quantised weights, each with all that is stored under it."""
+    """Names of the quantised weights with their items."""
     found: dict[str, list[str]] = {}
     for name in names:
         weight = weight_of(name)
         if weight is not None:
             found.setdefault(weight, []).append(name)
     for weight, items in list(found.items()):
-        # Others may call a tensor absmax too.
+        # Unrelated tensors may be named absmax.
         known = weight in names or weight.endswith("weight")
         if not known and not any(state in item for item in items for state in _STATES):
             del found[weight]
@@ -48,20 +48,19 @@ def nf4_weights(names: Mapping[str, Any]) -> dict[str, list[str]]:
     }
     for name in names:
         above = name.rpartition(".")[0]
-        if name not in items_of and above in items_of:  # maybe a key that no format knows
+        if name not in items_of and above in items_of:  # perhaps an unknown key
             items_of[above][name] = None
     return {weight: list(items) for weight, items in items_of.items()}
 
 
 def holds_experts(names: Iterable[str]) -> bool:
-    """Whether items of an NF4 weight are those of many experts."""
+    """Whether items of an NF4 weight belong to packed experts."""
     return any(name.endswith(_ITEMS_OF_EXPERTS) for name in names)
 
 
 def read_nf4(checkpoint: Checkpoint, weight: str, names: list[str], codes: bool = True) -> Any:
-    """(NF4State, dtype) of a weight. Without its codes, of which any is valid, nothing large is read.
-
-    CheckpointError names the item that does not fit."""
+    """(NF4State, dtype) of a weight. `codes=False` skips the codes, of which any value is valid. Raises
+    CheckpointError for an item that does not fit."""
     items: dict[str, Tensor] = {}
     for name in names:
         entry = checkpoint.entries[name]
@@ -78,14 +77,14 @@ def read_nf4(checkpoint: Checkpoint, weight: str, names: list[str], codes: bool 
 def faults(
     checkpoint: Checkpoint, values: bool = True, seen: Callable[[int], None] = lambda nbytes: None
 ) -> Iterator[str]:
-    """A sentence for each fault: of files and index, of NF4 weights, of the configuration.
+    """Yields a message for each fault of files, index, NF4 weights and configuration.
 
     Parameters
     ----------
     values : bool
-        Look for NaN and Inf in the tensors that are not quantised too, which reads all of them.
+        Also check unquantised tensors for NaN and Inf, which reads them.
     seen : callable
-        Told the number of bytes after each tensor.
+        Called with the bytes of each checked tensor.
     """
     yield from checkpoint.faults
     quantised = nf4_weights(checkpoint.entries)
@@ -108,13 +107,13 @@ def faults(
 
 
 def finite_pieces(entry: Entry) -> Iterator[bytes]:
-    """The bytes of a tensor. CheckpointError behind the last ones when there was NaN or Inf among them."""
+    """Yields the bytes of a tensor, and raises CheckpointError at the end if there was NaN or Inf."""
     floating = entry.dtype.is_floating_point and entry.dtype.itemsize > 1
     bad = 0
     for data in entry.pieces(_CHUNK):
         if floating:
             values = torch.frombuffer(bytearray(data), dtype=entry.dtype)
-            # A sum in fp32 is finite only if every term is; it may overflow, and then all are looked at.
+            # A sum is finite only if every term is. It may overflow; then all values are checked.
             if not bool(torch.isfinite(values.sum(dtype=torch.float32))):
                 bad += int((~torch.isfinite(values)).sum())
         yield data
@@ -133,7 +132,7 @@ def _not_finite(entry: Entry) -> str | None:
 
 
 def quantised_otherwise(config: Mapping[str, Any]) -> str:
-    """The method by which a model is quantised, says its config.json, if that is not NF4; else ""."""
+    """The quantisation method in config.json if it is not NF4, else ""."""
     found = config.get("quantization_config")
     if not found:
         return ""

@@ -1,7 +1,7 @@
-"""Weights of experts in a model's files: where the parts of each are, and how they become one.
+"""Weights of experts in a model's files: finds their parts and assembles them.
 
-A file has a weight of many experts whole, as a tensor of three dimensions, or each expert's apart, or in some
-form that transformers converts. Its parts may lie in several shards.
+Files store such a weight as one three-dimensional tensor, as a tensor per expert, or in another form that
+transformers converts. Parts may be in several shards.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from .names import Names
 
 @dataclass
 class ExpertsWeight:
-    """One weight of a module of experts, as it is in the files."""
+    """One weight of an experts module in the files."""
 
     name: str
-    """In the model."""
+    """Name in the model."""
     shape: tuple[int, ...]
     """(experts, out_features, in_features)"""
     transposed: bool
     """Whether the model has (experts, in_features, out_features)."""
     model: Any
-    """On the meta device."""
+    """The model on the meta device."""
     parts: dict[str | None, list[Entry]] = field(default_factory=dict)
-    """By the pattern of the converter that takes them, in the order of experts; None: the weight, whole."""
+    """Parts in the order of experts, by pattern of their converter; None for the whole weight."""
     converter: Any = None
     written: Callable[[str], str] = str
-    """From the names of its items in the model to what files call them."""
+    """Maps names of its items in the model to names in the files."""
 
     @property
     def entries(self) -> list[Entry]:
@@ -53,7 +53,7 @@ class ExpertsWeight:
         return sum(entry.nbytes for entry in self.entries)
 
     def check(self) -> None:
-        """CheckpointError if parts are missing, or do not fit the model or each other. Reads nothing."""
+        """Raises CheckpointError if parts are missing or do not fit. Reads no values."""
         if not self.parts:
             raise CheckpointError(f"{self.name}: expected its experts in the checkpoint, got no such tensors")
         if None in self.parts and len(self.entries) > 1:
@@ -82,32 +82,32 @@ class ExpertsWeight:
             _expect(self.name, "shape", self._in_model, tuple(self._converted("meta").shape))
 
     def experts(self, seen: Callable[[Entry], None]) -> Iterator[Tensor]:
-        """The weight of one expert after the other, (out_features, in_features); no two are in memory, unless
-        transformers converts the whole. `seen` is told of each part that has been read."""
+        """Yields the experts' weights, (out_features, in_features), one in memory at a time unless
+        transformers converts the whole. Calls `seen` with each part that was read."""
         if self.converter is None:
             (entry,) = self.entries
             found: Iterator[Tensor] = (entry.row(e).read() for e in range(self.shape[0]))
-            yield from self._turned(found)
+            yield from self._oriented(found)
             seen(entry)
         elif self.merges:
-            yield from self._turned(self._merged(seen))
+            yield from self._oriented(self._merged(seen))
         else:
             whole = self._converted("cpu")
             for entry in self.entries:
                 seen(entry)
-            yield from self._turned(iter(whole))
+            yield from self._oriented(iter(whole))
 
     @property
     def _in_model(self) -> tuple[int, ...]:
         experts, out, into = self.shape
         return (experts, into, out) if self.transposed else self.shape
 
-    def _turned(self, experts: Iterator[Tensor]) -> Iterator[Tensor]:
+    def _oriented(self, experts: Iterator[Tensor]) -> Iterator[Tensor]:
         return map(operator.attrgetter("mT"), experts) if self.transposed else experts
 
     @property
     def merges(self) -> bool:
-        """Whether the conversion is: experts on top of each other, in each one part below the other."""
+        """Whether the conversion stacks experts, perhaps after concatenating parts of each."""
         from ..quantize.transformers.layouts import merges_experts
 
         return merges_experts(self.converter)
@@ -119,7 +119,7 @@ class ExpertsWeight:
                 seen(entry)
 
     def _converted(self, device: str) -> Tensor:
-        """As transformers makes it of its parts. CheckpointError for what it makes several weights of."""
+        """The weight as transformers converts it. Raises CheckpointError if that yields several weights."""
         converter = copy.deepcopy(self.converter)
         for pattern, entries in self.parts.items():
             for entry in entries:
@@ -130,7 +130,7 @@ class ExpertsWeight:
         what = f"{self.name}: expected experts that can be packed by themselves"
         try:
             found = converter.convert(self.name, model=self.model, config=self.model.config)
-        except Exception as error:  # an operation of transformers may need or raise anything
+        except Exception as error:  # operations of transformers may raise anything
             raise CheckpointError(f"{what}, got ones that transformers converts by {kinds}") from error
         if found.keys() != {self.name}:
             others = f"{len(found) - 1} other weight{'' if len(found) == 2 else 's'}"
@@ -143,8 +143,8 @@ class ExpertsWeight:
 def find(
     checkpoint: Checkpoint, model: Any, modules: dict[str, Any], names: Names
 ) -> dict[str, ExpertsWeight]:
-    """The weights of some modules of experts of a model on the meta device, by their names in it. `check`
-    tells whether one is all there."""
+    """The weights of experts modules of a meta model, by name. They may be incomplete, see
+    `ExpertsWeight.check`."""
     found: dict[str, ExpertsWeight] = {}
     for module_name, module in modules.items():
         for key in weight_names(module):
@@ -159,7 +159,7 @@ def find(
             weight.converter = None if pattern is None else names.converter(pattern)
             weight.parts.setdefault(pattern, []).append(checkpoint.entries[name])
     for weight in found.values():
-        if weight.converter is not None:  # which part is above another is for its patterns to say
+        if weight.converter is not None:  # the order of concatenation
             order = weight.converter.source_patterns
             weight.parts = {pattern: weight.parts[pattern] for pattern in order if pattern in weight.parts}
     return found

@@ -1,4 +1,4 @@
-"""A checkpoint as a whole: one safetensors file, or a folder of shards with an index and a configuration."""
+"""A checkpoint: one safetensors file, or a folder of shards with an index and a configuration."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".gguf", ".o
 
 @dataclass
 class Checkpoint(Mapping[str, Tensor]):
-    """Tensors by name. Each is read from disk when it is asked for, into memory of its own, and not kept."""
+    """A mapping of names to tensors, which are read from disk on each access and not cached."""
 
     path: Path
     entries: dict[str, Entry]
     files: list[Path]
-    """In the order of their names."""
+    """Sorted by name."""
     config: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Of each file, by its name."""
+    """Metadata of each file, by file name."""
     faults: list[str] = field(default_factory=list)
-    """What is wrong with files, index and configuration. Values are another matter, see `checks`."""
+    """Faults of files, index and configuration. For values see `checks`."""
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
-        """Of a .safetensors file, or a folder. CheckpointError with the first fault there is."""
+        """Opens a .safetensors file or a folder. Raises CheckpointError for the first fault."""
         found = cls.examine(path)
         if found.faults:
             raise CheckpointError(found.faults[0])
@@ -44,7 +44,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @classmethod
     def examine(cls, path: Path | str) -> Checkpoint:
-        """As `open`, but what is wrong is left in `faults`, and the files that can be read are there."""
+        """As `open`, but collects faults in `faults` and opens the readable files."""
         path = Path(path)
         if not path.exists():
             raise CheckpointError(f"{path}: expected a folder or a .safetensors file, got nothing there")
@@ -90,7 +90,7 @@ class Checkpoint(Mapping[str, Tensor]):
             self.faults.append(f"{path.name}: expected file names in weight_map, got {shown(found)}")
             return {}
         for name, file in found.items():
-            # A name alone: an index must not lead out of its folder.
+            # A bare file name: an index must not lead out of its folder.
             if Path(file).name != file or not file.endswith(".safetensors") or not file.isprintable():
                 self.faults.append(
                     f"{path.name}: {shown(name)}: expected the name of a .safetensors file, got {shown(file)}"
@@ -102,7 +102,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def _add(self, file: Path) -> None:
         if not file.is_file():
-            self.faults.append(f"{file.name}: the index names it, and it is not there")
+            self.faults.append(f"{file.name}: expected this file, which the index names, got none")
             return
         try:
             entries, self.metadata[file.name] = read_header(file)
@@ -112,7 +112,7 @@ class Checkpoint(Mapping[str, Tensor]):
         for name, entry in entries.items():
             if name in self.entries:
                 first = self.entries[name].path.name
-                self.faults.append(f"{shown(name)}: it stands in {first} and in {file.name}")
+                self.faults.append(f"{shown(name)}: it is in {first} and in {file.name}")
             self.entries.setdefault(name, entry)
 
     def _compare(self, index: dict[str, str]) -> None:
@@ -126,7 +126,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
 
 def _missing_shards(files: list[Path]) -> Iterator[str]:
-    """By the names of the others, `model-00001-of-00003.safetensors`."""
+    """Shards that are missing according to the names of others, `model-00001-of-00003.safetensors`."""
     there: dict[tuple[str, str], set[int]] = {}
     for file in files:
         match = _NUMBERED.fullmatch(file.name)
@@ -139,7 +139,7 @@ def _missing_shards(files: list[Path]) -> Iterator[str]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """Without an index: model.safetensors, or whatever is there."""
+    """The files of a folder without an index: model.safetensors, or all .safetensors files."""
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     found = sorted(folder.glob("*.safetensors"))

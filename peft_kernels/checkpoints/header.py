@@ -1,9 +1,8 @@
-"""The header of a safetensors file, read as if somebody had forged it.
+"""Reads headers of safetensors files, which are treated as untrusted.
 
-The format: eight bytes, little-endian, with the length of the header; the header, a JSON object of
-`{"dtype", "shape", "data_offsets"}` by name, padded with spaces; then the data, without holes. Every number
-is checked against the size of the file before anything is allocated or read.
-"""
+The format: eight little-endian bytes with the length of the header; the header, a JSON object of `{"dtype",
+"shape", "data_offsets"}` by name, padded with spaces; then the data, without holes. Every number is checked
+against the file's size before anything is allocated or read."""
 
 from __future__ import annotations
 
@@ -44,7 +43,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class CheckpointError(ValueError):
-    """What is wrong with a checkpoint, in one sentence that names the file or the tensor."""
+    """A fault of a checkpoint. The message names the file or tensor."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,12 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
-    """Place in the file, in bytes from its start."""
+    """Offset in the file, in bytes."""
     nbytes: int
     path: Path
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own. CheckpointError when the file has become shorter."""
+        """The tensor, in new memory. Raises CheckpointError if the file was truncated since."""
         data = torch.empty(self.nbytes, dtype=torch.uint8)
         buffer: Any = data.numpy()
         try:
@@ -74,7 +73,7 @@ class Entry:
         return data.view(self.dtype).view(self.shape)
 
     def pieces(self, nbytes: int) -> Iterator[bytes]:
-        """Its bytes, so many at a time. Errors as `read`."""
+        """Yields the bytes, at most `nbytes` at a time. Errors as `read`."""
         left = self.nbytes
         try:
             with self.path.open("rb") as file:
@@ -97,18 +96,17 @@ class Entry:
         )
 
     def row(self, index: int) -> Entry:
-        """One of those that the first dimension counts."""
+        """Row `index` along the first dimension."""
         nbytes = self.nbytes // self.shape[0]
         return replace(self, shape=self.shape[1:], begin=self.begin + index * nbytes, nbytes=nbytes)
 
 
 def read_header(path: Path, longest: int = LONGEST_HEADER) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The tensors of a safetensors file, none of them read, and its metadata.
+    """The tensors of a safetensors file, without reading their data, and its metadata.
 
-    CheckpointError tells what is wrong with it: a truncated file, a header that is no JSON or longer than
-    the file, a dtype or shape that does not fit its bytes, offsets that overlap, leave holes or end elsewhere
-    than the file does. So does a header of more than `longest` bytes.
-    """
+    Raises CheckpointError for a truncated file; a header that is not JSON, or longer than the file or
+    `longest` bytes; a dtype or shape that does not match its bytes; offsets that overlap, leave holes or do
+    not end with the file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -180,15 +178,14 @@ def _entry(path: Path, name: str, value: Any, data: int) -> Entry:
 
 
 def _sizes(value: Any) -> bool:
-    """Whether it is a list of what torch takes for sizes. Products may overflow; a dimension alone may not,
-    for a tensor of none."""
+    """Whether this is a list of valid dimensions, each below 2^63 even if the tensor is empty."""
     if not isinstance(value, list) or len(value) > 64:
         return False
     return all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 63 for n in value)
 
 
 def _check_layout(path: Path, entries: Any, data: int, size: int) -> None:
-    """Data without holes or overlaps, to the end of the file."""
+    """Raises CheckpointError unless the data is contiguous to the end of the file."""
     end, last = data, ""
     for entry in sorted(entries, key=lambda entry: (entry.begin, entry.nbytes)):
         if entry.begin != end:
@@ -198,17 +195,17 @@ def _check_layout(path: Path, entries: Any, data: int, size: int) -> None:
             )
         end, last = entry.begin + entry.nbytes, entry.name
     if end != size:
-        # The tensor that the missing bytes belong to.
+        # The first tensor with missing bytes.
         cut = next((shown(e.name) for e in entries if e.begin + e.nbytes > size), "its last tensor")
         what = f"is truncated in {cut}" if end > size else f"has {size - end} bytes after its last tensor"
         raise CheckpointError(f"{path.name}: {what} (expected {end} bytes, got {size})")
 
 
 def shown(value: Any) -> str:
-    """For a message: names and values of a file may be megabytes long, or hold line breaks."""
+    """Short printable text of a name or value from a file, for messages."""
     try:
         text = value if isinstance(value, str) else json.dumps(value)
-    except ValueError:  # Python prints no integer of more than 4300 digits
+    except ValueError:  # Python refuses to print integers of more than 4300 digits
         text = "a number of thousands of digits"
     text = text if len(text) <= 120 else f"{text[:80]}...{text[-30:]}"
     return "".join(c if c.isprintable() else "?" for c in text)

@@ -1,4 +1,4 @@
-"""JSON files of a folder, read as if somebody had forged them."""
+"""Reads JSON files, which are treated as untrusted."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from .header import CheckpointError
 
 
 def read_json(path: Path, largest: int) -> Any:
-    """What is in a JSON file of at most `largest` bytes.
+    """The value of a JSON file of at most `largest` bytes.
 
-    CheckpointError when the file is missing, larger, no JSON, or no regular file: reading a pipe may never
-    return, and a device may have no end.
-    """
+    Raises CheckpointError if the file is missing, larger, not JSON or not a regular file (reading a pipe or
+    device may never end)."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise CheckpointError(f"{path.name}: expected a regular file, got something else")

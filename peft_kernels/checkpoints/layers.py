@@ -1,10 +1,9 @@
-"""Which weights of a model on disk become NF4, found without loading it.
+"""Selects the weights of a model on disk that become NF4, without loading it.
 
-From the architecture that config.json names, built on the meta device, where transformers knows it; else from
-names and shapes. What is chosen is what bitsandbytes' loaders will expect to be 4-bit: they are told, in
-`llm_int8_skip_modules`, of every linear layer that stays. With packed experts the result is for our own
-loader, which goes by the file.
-"""
+Uses the architecture that config.json names, built on the meta device, or names and shapes if transformers
+does not know it. The selection matches what bitsandbytes' loaders expect to be 4-bit: `llm_int8_skip_modules`
+lists the linear layers that stay dense. With packed experts only our own loader reads the result, and it
+decides by the file."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ from .header import CheckpointError
 from .names import Names
 
 _NOT_LINEAR = re.compile(r"embed|wte|wpe|norm|(^|[._])ln[._\d]|position|relative|router|conv|(^|\.)gate$")
-_SMALLEST = 64  # in both dimensions, of what is taken for a linear layer without its class
+_SMALLEST = 64  # minimum dimension of a linear layer recognised by name and shape
 
 
 @dataclass
@@ -34,28 +33,28 @@ class Choice:
     quantise: dict[str, bool]
     """Names of weights in the checkpoint, and whether they are stored transposed, as (in, out)."""
     left: dict[str, str]
-    """Why other weights of linear layers, or of experts, stay."""
+    """Why other weights of linear layers or experts stay dense."""
     skip_modules: list[str]
-    """Of linear layers that stay, what the configuration calls them."""
+    """Names of dense linear layers for the configuration."""
     source: str
-    """In words: how it is known which layers are linear."""
+    """How the linear layers were determined."""
     experts: dict[str, ExpertsWeight] = field(default_factory=dict)
-    """Weights of experts that are packed, by their names in the model."""
+    """Weights of experts to pack, by name in the model."""
     dense_experts: int = 0
-    """Bytes of experts that stay, and that `experts=True` would pack."""
+    """Bytes of experts that stay dense, but that `experts=True` would pack."""
     other_experts: int = 0
-    """Bytes of experts that nothing here packs."""
+    """Bytes of experts that cannot be packed."""
 
 
 def choose(
     checkpoint: Checkpoint, skip: Iterable[str] = (), experts: bool = False, partial: bool = False
 ) -> Choice:
-    """CheckpointError when a name in `skip` fits nothing, when nothing can be quantised, when experts are
-    asked for that cannot; and unless `partial`, when tensors of the architecture are missing or of other
+    """The selection. Raises CheckpointError if a name in `skip` matches nothing, nothing can be quantised, or
+    experts cannot be packed; and unless `partial`, if tensors of the architecture are missing or have other
     shapes."""
     try:
         model, why_not = on_meta(checkpoint), ""
-    except Exception as error:  # transformers raises anything on a configuration that it does not know
+    except Exception as error:  # transformers may raise anything for an unknown configuration
         model, why_not = None, " ".join(str(error).split())[:100] or type(error).__name__
     skip = tuple(skip)
     if model is None:
@@ -126,7 +125,7 @@ def _by_classes(checkpoint: Checkpoint, model: Any, skip: tuple[str, ...], exper
 def _heads_it_lacks(
     checkpoint: Checkpoint, names: Names, every: dict[str, Any], chosen: dict[str, nn.Module]
 ) -> list[str]:
-    """Without the class of a model its base was built; whoever loads the files may build the head too."""
+    """Heads in the files that the built architecture lacks; a loader may build the class with the head."""
     found = []
     for name, entry in checkpoint.entries.items():
         owner, _dot, item = names.in_model(name)[0].rpartition(".")
@@ -140,7 +139,8 @@ def _heads_it_lacks(
 def _leave_to_bitsandbytes(
     model: Any, chosen: dict[str, nn.Module], left: dict[str, str], heads: list[str]
 ) -> list[str]:
-    """Leave what its loaders do not read in 4 bits; names of heads, and of all linear layers that stay."""
+    """Drops layers that bitsandbytes' loaders do not read in 4 bits. Returns names of all dense linear layers
+    and heads."""
     for name, module in list(chosen.items()):
         if type(module) is not nn.Linear and type(module).__name__ != "Conv1D":
             del chosen[name]
@@ -149,7 +149,7 @@ def _leave_to_bitsandbytes(
     skip_modules = sorted({*heads, *linear} - chosen.keys())
     for name in [name for name in chosen if _skips(skip_modules, name)]:
         del chosen[name]
-        left[name] = "its name ends like that of a layer that stays, and loaders go by that"
+        left[name] = "its name ends like that of a dense layer, which loaders cannot tell apart"
     return skip_modules
 
 
@@ -174,12 +174,12 @@ def _check(choice: Choice, left: dict[str, str]) -> None:
 
 
 def _skips(skip_modules: Iterable[str], name: str) -> bool:
-    """Whether a loader of transformers leaves the module for one of these names."""
+    """Whether a loader of transformers skips the module because of one of these names."""
     return any(name == key or name.startswith(f"{key}.") or name.endswith(key) for key in skip_modules)
 
 
 def _by_names(checkpoint: Checkpoint, skip: tuple[str, ...], why_not: str) -> Choice:
-    """Weights of two dimensions inside numbered layers, that are not named as something else."""
+    """Selects matrices inside numbered layers whose names do not suggest anything else."""
     quantise: dict[str, bool] = {}
     left: dict[str, str] = {}
     unused = set(skip)
@@ -194,7 +194,7 @@ def _by_names(checkpoint: Checkpoint, skip: tuple[str, ...], why_not: str) -> Ch
         elif not re.search(r"\.\d+\.", module) or module.rpartition(".")[2] in HEAD_NAMES:
             left[module] = "not in a numbered layer: an embedding or a head, it seems"
         elif _NOT_LINEAR.search(module) or min(entry.shape) < _SMALLEST:
-            left[module] = "no linear layer by its name or its shape"
+            left[module] = "not a linear layer by its name or shape"
         else:
             quantise[name] = False
     if unused:
@@ -202,5 +202,5 @@ def _by_names(checkpoint: Checkpoint, skip: tuple[str, ...], why_not: str) -> Ch
     modules = sorted({*left, *HEAD_NAMES[:1]})
     for name in [name for name in quantise if _skips(modules, name.removesuffix(".weight"))]:
         del quantise[name]
-        left[name.removesuffix(".weight")] = "its name ends like that of a layer that stays"
-    return Choice(quantise, left, modules, f"names and shapes, as transformers cannot tell ({why_not})")
+        left[name.removesuffix(".weight")] = "its name ends like that of a dense layer"
+    return Choice(quantise, left, modules, f"names and shapes, as transformers does not know it ({why_not})")

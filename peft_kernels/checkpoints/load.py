@@ -1,4 +1,4 @@
-"""load_checkpoint: a file or folder into a model, all of it or nothing."""
+"""load_checkpoint: loads a file or folder into a model, completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from .header import CheckpointError, Entry, shown
 
 @names_wrong_types
 def load_checkpoint(model: nn.Module, path: Path | str, strict: bool = True) -> None:
-    """Load a checkpoint into a model that has NF4 layers where the checkpoint has.
+    """Loads a checkpoint into a model with NF4 layers where the checkpoint has them.
 
-    Everything is read and checked before the first tensor of the model changes, so a checkpoint that does not
-    fit leaves the model as it was. For that time the tensors are in memory twice.
+    Everything is read and checked before the model changes, so a checkpoint that does not fit changes
+    nothing. Meanwhile the tensors are in memory twice.
 
     Parameters
     ----------
     model : nn.Module
-        Built and, where the checkpoint is NF4, quantised (`quantize_model`); on any device. Keeps its dtypes,
-        but for NF4 weights, whose nominal dtype is the checkpoint's.
+        On any device; quantised (`quantize_model`) where the checkpoint is NF4. Keeps its dtypes, but NF4
+        weights get the checkpoint's nominal dtype.
     path : path
         A .safetensors file, or a folder of them with or without an index.
     strict : bool
-        Whether the model must have all tensors of the checkpoint, and the checkpoint all of the model's.
+        Require the same set of tensors in model and checkpoint.
 
     Raises
     ------
     CheckpointError
-        (a ValueError) What does not fit, in one sentence that names the tensor.
+        (a ValueError) A tensor does not fit.
     """
     checkpoint = Checkpoint.open(path)
     places = _places(model)
@@ -53,7 +53,7 @@ def load_checkpoint(model: nn.Module, path: Path | str, strict: bool = True) -> 
 
 
 def _places(model: nn.Module) -> dict[str, Tensor]:
-    """Where tensors go, by every name that a tied one has."""
+    """Parameters and persistent buffers, by all names of tied ones."""
     found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, buffer in module._buffers.items():

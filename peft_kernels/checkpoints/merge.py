@@ -1,13 +1,11 @@
-"""merge_checkpoint: a LoRA adapter into the model's folder that it is for, one tensor in memory at a time.
+"""merge_checkpoint: merges a LoRA adapter into a model's folder, with one tensor in memory.
 
-The result is put together in a folder beside the destination, `.NAME.merging`, and renamed at the end: under
-the destination's name there is a whole model or nothing. After an error nothing is left of it.
+Output is written to a folder beside the destination, `.NAME.merging`, and renamed at the end, so the
+destination is complete or missing. After an error nothing is left.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,21 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from .checks import quantised_otherwise
-from .convert import check_destination, check_space, other_files, write_json
-from .folder import CONFIG, INDEX, Checkpoint
-from .header import CheckpointError, Entry, read_header, shown
+from .destination import check_destination, check_space, locked, other_files, publish, write_other_files
+from .folder import CONFIG, Checkpoint
+from .header import CheckpointError, shown
 from .lora_folder import LoraFolder
 from .merge_plan import Plan, plan_merge
 from .mergeable import WITH_PEFT, check_mergeable
-from .merged_file import MergedFile, Rounding, compose
-from .writer import sync, sync_all
+from .merged_file import Rounding, compose
 
 FORMATS = ("dense", "nf4")
 
 
 @dataclass
 class Merge:
-    """What a run will do, or has done."""
+    """What a run will do, or did."""
 
     base: Path
     adapter: Path
@@ -38,16 +35,16 @@ class Merge:
     plan: Plan
     base_is_packed: bool
     dense: bool
-    """Whether all of the result is dense."""
+    """Whether the result is dense."""
     bytes_before: int
     bytes_after: int = 0
-    """Of all tensors; before they are written, at most."""
+    """Bytes of all tensors; an upper bound before they are written."""
     copied: list[str] = field(default_factory=list)
-    """Other files of the base."""
+    """Other files of the base, which are copied."""
     left_out: list[str] = field(default_factory=list)
-    """Other files and folders of the base, which hold weights that are not merged."""
+    """Files and folders of the base with other weights, which are not copied."""
     rounding: Rounding = field(default_factory=Rounding)
-    """Where weights were packed again."""
+    """Rounding error of repacked weights."""
 
 
 def merge_checkpoint(
@@ -59,34 +56,34 @@ def merge_checkpoint(
     started: Callable[[Merge], None] = lambda merge: None,
     progress: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> Merge:
-    """Merge a LoRA or DoRA adapter of PEFT into a model's folder.
+    """Merges a LoRA or DoRA adapter of PEFT into a model's folder.
 
-    The tensors are, to the bit, what `PeftModel.merge_and_unload()` and `save_pretrained` make of the dense
-    model in the dtype of its files.
+    Tensors are bit-identical to `PeftModel.merge_and_unload()` and `save_pretrained` of the dense model in
+    the dtype of its files.
 
     Parameters
     ----------
     base : path
-        A folder with config.json and .safetensors files: dense, in NF4 as bitsandbytes stores it, or with
-        experts as this package packs them. Nothing in it is changed.
+        A folder with config.json and .safetensors files: dense, in bitsandbytes' NF4, or with experts packed
+        by this package; not changed.
     adapter : path
-        A folder that PEFT's `save_pretrained` has written.
+        A folder that PEFT's `save_pretrained` wrote.
     destination : path
         Must not exist.
     form : str
-        "dense": a base in NF4 becomes dense, in the dtype that it was quantised from. "nf4": it stays NF4, of
-        the same blocks; what the adapter changed is packed again, and may lose most of what was trained.
+        "dense": an NF4 base becomes dense, in its nominal dtype. "nf4": it stays NF4 with the same blocks;
+        changed weights are repacked, which may lose most of what was trained.
     partial : bool
-        Merge into a base that lacks tensors of its architecture, or has them of other shapes.
+        Accept a base with missing tensors, or ones of other shapes than the architecture's.
     started, progress : callable
-        Told what will be done, and then of each tensor of the base and its bytes.
+        Called with the plan, and then with the name and bytes of each tensor of the base.
 
     Raises
     ------
     CheckpointError
-        A fault of either folder (named); an adapter that cannot be merged, or not into this base; a base
-        quantised in another way; "nf4" for a dense base; a destination that exists; too little space on the
-        disk; NaN or Inf in what is merged or copied.
+        Either folder is damaged; the adapter cannot be merged, or not into this base; the base is quantised
+        by another method; "nf4" for a dense base; the destination exists; too little disk space; NaN or Inf
+        in a merged or copied tensor.
     """
     base, adapter, destination = Path(base), Path(adapter), Path(destination)
     if form not in FORMATS:
@@ -109,12 +106,13 @@ def merge_checkpoint(
         started(merge)
         for file in files:
             file.write(model / file.name, progress)
-        _finish(model, checkpoint, files, merge)
+        config, names = _config(checkpoint.config, merge), [file.name for file in files]
+        merge.bytes_after = write_other_files(model, checkpoint, names, config, merge.copied)
     return merge
 
 
 def _check_base(checkpoint: Checkpoint) -> None:
-    """That it is a model, dense or in NF4."""
+    """Raises CheckpointError unless it is a model, dense or in NF4."""
     if not checkpoint.path.is_dir() or not (checkpoint.path / CONFIG).exists():
         raise CheckpointError(f"{checkpoint.path}: expected a model's folder with a config.json, got none")
     method = quantised_otherwise(checkpoint.config)
@@ -122,21 +120,6 @@ def _check_base(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{checkpoint.path}: expected a dense base or one in NF4, got one quantised by {method}"
         )
-
-
-def _finish(model: Path, checkpoint: Checkpoint, files: list[MergedFile], merge: Merge) -> None:
-    """The index, the configuration and other files."""
-    entries: dict[str, Entry] = {}
-    for file in files:
-        entries.update(read_header(model / file.name)[0])
-    merge.bytes_after = sum(entry.nbytes for entry in entries.values())
-    if (checkpoint.path / INDEX).exists():
-        names = {name: entry.path.name for name, entry in sorted(entries.items())}
-        write_json(model / INDEX, {"metadata": {"total_size": merge.bytes_after}, "weight_map": names})
-    write_json(model / CONFIG, _config(checkpoint.config, merge))
-    for name in merge.copied:
-        (model / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.path / name, model / name)
 
 
 def _config(config: dict[str, Any], merge: Merge) -> dict[str, Any]:
@@ -153,31 +136,15 @@ def _config(config: dict[str, Any], merge: Merge) -> dict[str, Any]:
 
 @contextmanager
 def _new_folder(destination: Path) -> Iterator[Path]:
-    """A folder to fill. It gets the destination's name when it is whole and on the disk; after an error
-    nothing is left of it."""
+    """A new folder that becomes the destination at the end; after an error it is deleted."""
     work = destination.absolute().parent / f".{destination.name}.merging"
     work.mkdir(exist_ok=True)
-    with _locked(work):
+    with locked(work):
         model = work / "model"
         try:
-            shutil.rmtree(model, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(model, ignore_errors=True)  # of a killed run
             model.mkdir()
             yield model
-            sync_all(model)
-            try:
-                os.rename(model, destination)
-            except OSError as error:
-                raise CheckpointError(f"{destination}: cannot be written ({error.strerror})") from error
-            sync(destination.absolute().parent)
+            publish(model, destination)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(f"{folder}: another run is at work there") from None
-        yield

@@ -1,4 +1,4 @@
-"""Which tensors of a base an adapter changes, and how: found before any is read."""
+"""Plans which tensors of a base an adapter changes, and how, before any is read."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ _BASE_LAYER = ".base_layer"
 @dataclass
 class Plan:
     source: str
-    """In words: how it is known what the base's tensors are."""
+    """How the base's tensors were determined."""
     packed: dict[str, list[str]]
-    """Packed weights of the base, with their items."""
+    """Packed weights of the base with their items."""
     changes: dict[str, Change | Experts] = field(default_factory=dict)
-    """By names of tensors in the base's files."""
+    """Changes by names in the base's files."""
     added: dict[str, tuple[Entry, Change | None]] = field(default_factory=dict)
-    """New tensors of weights that were tied: the base's that each begins from, and what becomes of it."""
-    turned: set[str] = field(default_factory=set)
-    """Packed weights that the model has as (in_features, out_features). Packed, none is."""
+    """New tensors for weights that were tied: the base's tensor and its change."""
+    transposed: set[str] = field(default_factory=set)
+    """Packed weights that the model has as (in_features, out_features); packed ones never are."""
     untied: bool = False
-    """Whether weights that were one tensor are two now."""
+    """Whether tied weights become separate."""
 
 
 def plan_merge(checkpoint: Checkpoint, folder: LoraFolder, partial: bool = False) -> Plan:
-    """CheckpointError for what does not fit the base, or that nothing merges; and unless `partial`, for a
-    base that lacks tensors of its architecture."""
+    """The plan. Raises CheckpointError if the adapter does not fit the base or cannot be merged; and unless
+    `partial`, if the base lacks tensors of its architecture."""
     base = BaseNames(checkpoint)
     faults = [] if partial else base.faults()
     if faults:
         more = f"; {len(faults) - 1} more such faults" if len(faults) > 1 else ""
         raise CheckpointError(f"{faults[0]}{more} (--partial merges into what is there)")
-    plan = Plan(base.source, base.packed, turned=base.turned)
+    plan = Plan(base.source, base.packed, transposed=base.transposed)
     _Planner(base, folder, plan).run()
     return plan
 
@@ -90,7 +90,7 @@ class _Planner:
         self._module(here, module, wrappers[path])
 
     def _parameters(self, path: str, module: nn.Module | None) -> list[str]:
-        """Those that PEFT has wrapped, the first of them innermost."""
+        """Parameters that PEFT wraps, innermost first."""
         targets = self._config.get("target_parameters") or []
         if module is None:
             return []
@@ -112,7 +112,7 @@ class _Planner:
             _expect(parts["magnitude"], (out_features,))
         file_name = self._found(name)
         shape = (in_features, out_features) if kind.transposed else (out_features, in_features)
-        if file_name in self._plan.turned:
+        if file_name in self._plan.transposed:
             kind, shape = replace(kind, transposed=False), (out_features, in_features)
         self._fits(file_name, path, shape)
         scaling = scaling_of(self._config, path, r)
@@ -145,10 +145,10 @@ class _Planner:
         self._experts(full, Experts(a, b, scaling, experts, transposed))
 
     def _experts(self, name: str, change: Experts) -> None:
-        """The file may have the weight whole, or in parts."""
+        """Plans the change of experts that the file stores whole or in parts."""
         file_name = self._base.files.get(name)
         if file_name is not None:
-            if file_name in self._plan.turned:
+            if file_name in self._plan.transposed:
                 change = replace(change, transposed=False)
             one = (change.b.shape[0], change.a.shape[1])
             self._fits(file_name, name, (change.experts, *(one[::-1] if change.transposed else one)))
@@ -171,7 +171,7 @@ class _Planner:
                 self._plan.changes[entry.name] = rows
                 start += entry.shape[0]
 
-    # Tensors that were trained as a whole.
+    # Tensors that are replaced.
 
     def _replace(self, name: str, entry: Entry) -> None:
         here = self._base.parameter_path(name)
@@ -196,7 +196,7 @@ class _Planner:
             )
         shape = self._base.shape_of(file_name)
         if entry.shape != shape or self._base.is_packed(file_name):
-            expected = f"shape {shape}" if entry.shape != shape else "no stand-in for a weight in 4 bits"
+            expected = f"shape {shape}" if entry.shape != shape else "no replacement of a weight in 4 bits"
             raise CheckpointError(
                 f"{WEIGHTS}: {shown(entry.name)}: expected {expected}, as the base has it, got {entry.shape} "
                 "(a vocabulary that was resized must be so in the base)"
@@ -222,7 +222,7 @@ class _Planner:
         return item == "weight" and owner in self._base.embeddings
 
     def _untie(self) -> None:
-        """A weight whose twin was replaced keeps what it was, under its own name."""
+        """Stores the old value of weights whose tied twin is replaced, under their own names."""
         for name in [name for name, change in self._replaced().items() if isinstance(change, Replaced)]:
             for other in self._base.tied_with(name):
                 written = self._base.written(other)
@@ -234,7 +234,7 @@ class _Planner:
         in_model = {file_name: name for name, file_name in self._base.files.items()}
         return {in_model[name]: change for name, change in self._plan.changes.items() if name in in_model}
 
-    # What both need.
+    # Shared checks.
 
     def _found(self, name: str) -> str:
         file_name = self._base.files.get(name)
@@ -263,7 +263,7 @@ class _Planner:
             raise CheckpointError(f"{file_name}: expected float32, bfloat16 or float16, got {dtype}")
         before = self._plan.changes.get(file_name)
         if isinstance(before, LowRank) and isinstance(change, Replaced):
-            change = Both(change, before)  # embeddings are saved with their LoRA
+            change = Both(change, before)  # PEFT saves embeddings with their LoRA
         elif before is not None:
             raise CheckpointError(f"{WEIGHTS}: {shown(name)}: expected one change of a tensor, got two")
         self._plan.changes[file_name] = change
@@ -276,7 +276,7 @@ class _Planner:
         )
 
     def _check_complete(self) -> None:
-        """Tensors that the configuration tells of, and the file lacks."""
+        """Raises CheckpointError for tensors that the configuration implies and the file lacks."""
         for path in self._base.targeted(self._config):
             if path not in self._folder.layers:
                 raise CheckpointError(

@@ -1,4 +1,4 @@
-"""One file of a merged model: what is in it, and how it is written, tensor by tensor."""
+"""The files of a merged model, written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from .folder import Checkpoint
 from .header import CheckpointError, Entry, shown
 from .lora_folder import read_finite
 from .merge_plan import Plan
-from .rows import read_form
+from .rows import read_layout
 from .writer import Layout, ShardWriter, file_size
 
 Progress = Callable[[str, int], None]
-"""Told of tensors of the base and their bytes."""
+"""Called with the name and bytes of each tensor of the base."""
 
 
 @dataclass
 class Rounding:
-    """What packing again did to the weights that the adapter changed, beside what the adapter did."""
+    """Error of repacking changed weights, compared with the change itself."""
 
     error: float = 0.0
-    """Sum of the squares of what rounding to 4 bits added."""
+    """Sum of squared rounding errors."""
     change: float = 0.0
-    """Sum of the squares of what merging added."""
+    """Sum of squared changes by merging."""
 
-    def note(self, before: Tensor, merged: Tensor, packed: Tensor) -> None:
+    def add(self, before: Tensor, merged: Tensor, packed: Tensor) -> None:
         self.error += _distance(packed, merged)
         self.change += _distance(merged, before)
 
     @property
     def share(self) -> float | None:
-        """1 when the rounding is as large as the change."""
+        """Rounding error relative to the change; 1 means equally large."""
         return sqrt(self.error / self.change) if self.change else None
 
 
@@ -51,11 +51,11 @@ class MergedFile:
     checkpoint: Checkpoint
     name: str
     entries: list[Entry]
-    """Of the base, without packed weights."""
+    """Tensors of the base, without packed weights."""
     packed: dict[str, list[str]]
     """Packed weights and their items."""
     added: dict[str, tuple[Entry, Change | None]]
-    """As in `Plan`, those of this file."""
+    """As in `Plan`, for this file."""
     plan: Plan
     dense: bool
     """Whether packed weights become dense."""
@@ -65,7 +65,7 @@ class MergedFile:
 
     @property
     def size(self) -> int:
-        """The most bytes that it can take."""
+        """Maximum size in bytes."""
         return file_size(self.layout, self.metadata)
 
     @property
@@ -77,7 +77,7 @@ class MergedFile:
             found[name] = (entry.dtype, entry.shape)
         for name, items in self.packed.items():
             if self.dense:
-                state, dtype = read_form(self.checkpoint, name, items)
+                state, dtype = read_layout(self.checkpoint, name, items)
                 found[name] = (dtype, self._shape(name, state))
             else:
                 for item in items:
@@ -87,7 +87,7 @@ class MergedFile:
         return found
 
     def write(self, path: Path, progress: Progress) -> None:
-        """CheckpointError for NaN or Inf in what is merged or copied, and what `ShardWriter` raises."""
+        """Writes the file. Raises CheckpointError for NaN or Inf; other errors as `ShardWriter`."""
         with ShardWriter(path, self.layout, self.metadata) as writer:
             for entry in self.entries:
                 change = self.plan.changes.get(entry.name)
@@ -147,7 +147,7 @@ class MergedFile:
             writer.write(name, self._dense(name, state, dtype, change))
             return
         assert change is not None
-        written = self._packed_again(name, state, dtype, change).state_dict(name=name)
+        written = self._repacked(name, state, dtype, change).state_dict(name=name)
         if written.keys() != set(items):
             raise CheckpointError(
                 f"{name}: expected the items {', '.join(sorted(written))}, got {', '.join(sorted(items))}"
@@ -163,7 +163,7 @@ class MergedFile:
             writer.write_row(name, self._dense(name, state, dtype, change))
             return
         assert change is not None
-        again = self._packed_again(name, state, dtype, change)._state
+        again = self._repacked(name, state, dtype, change)._state
         for key, tensor in experts_format.tensors(again, name).items():
             writer.write_row(key, tensor)
 
@@ -171,18 +171,18 @@ class MergedFile:
         weight = state.dequantize(dtype)
         if change is not None:
             weight = self._merged(weight, change, name)
-        return weight.t() if name in self.plan.turned else weight
+        return weight.t() if name in self.plan.transposed else weight
 
-    def _packed_again(self, name: str, state: NF4State, dtype: torch.dtype, change: Change) -> NF4Weight:
+    def _repacked(self, name: str, state: NF4State, dtype: torch.dtype, change: Change) -> NF4Weight:
         before = state.dequantize(dtype)
         merged = self._merged(before.clone(), change, name)
         packed = NF4Weight.quantize(merged, state.blocksize, state.double_quant, name=name)
-        self.rounding.note(before, merged, packed.dequantize())
+        self.rounding.add(before, merged, packed.dequantize())
         return packed
 
     def _shape(self, name: str, state: NF4State) -> tuple[int, ...]:
         *experts, rows, columns = state.shape
-        return (*experts, columns, rows) if name in self.plan.turned else (*experts, rows, columns)
+        return (*experts, columns, rows) if name in self.plan.transposed else (*experts, rows, columns)
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
@@ -190,9 +190,10 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def compose(checkpoint: Checkpoint, plan: Plan, dense: bool, rounding: Rounding) -> list[MergedFile]:
-    """For each file of the base one, of the same name. Items of a packed weight go where its codes are."""
+    """One file per file of the base, of the same name. Items of a packed weight go to the file of its
+    codes."""
     items = {item for names in plan.packed.values() for item in names}
-    # The adapters of two tensors are kept, for files alternate between the parts of one expert.
+    # Caches the matrices of two adapters: files alternate between the parts of one expert.
     read = lru_cache(maxsize=4)(partial(read_finite, dtype=torch.float32))
     found = []
     for file in checkpoint.files:

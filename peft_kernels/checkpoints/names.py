@@ -1,4 +1,4 @@
-"""From the names of tensors in a checkpoint to those that transformers gives them in a model, and back."""
+"""Maps names of tensors in a checkpoint to transformers' names in a model, and back."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 
 class Names:
-    """Of one model. Tell it all names of the checkpoint before asking `written`.
+    """Names of one model. Call `in_model` for all names of the checkpoint before `written`.
 
     Attributes
     ----------
     order : callable
-        Key by which transformers sorts names before it gathers the parts of a tensor.
+        Sort key of transformers for names before it collects the parts of a tensor.
     """
 
     order: Callable[[str], Any] = staticmethod(str)
@@ -39,25 +39,25 @@ class Names:
 
     @property
     def renames(self) -> bool:
-        """Whether transformers says what names in files become: from version 5 on."""
+        """Whether transformers can map names (version 5 or later)."""
         return self._rename is not None
 
     def in_model(self, name: str) -> tuple[str, str | None]:
-        """The name in the model; and if it is a part of what a converter makes, its pattern there."""
+        """The name in the model, and the pattern of the converter that takes the tensor, if any."""
         if self._rename is None:
             return (f"{self._prefix}.{name}" if f"{self._prefix}.{name}" in self._there else name), None
         about = self._prefix, self._there
         found, pattern = self._rename(name, self._renamings, self._converters, *about)
-        if found not in self._there and name in self._there:  # it is the model's own name already
+        if found not in self._there and name in self._there:  # already the model's own name
             found, pattern = self._rename(name, [], [], *about)
         return found, pattern
 
     def converter(self, pattern: str) -> Any:
-        """What has the pattern; as in transformers, the last one."""
+        """The converter with this pattern; as in transformers, the last one."""
         return next(each for each in reversed(self._converters) if pattern in each.source_patterns)
 
     def written(self, name: str) -> str:
-        """What `save_pretrained` calls a tensor that it does not convert, in a model of this checkpoint."""
+        """The name under which `save_pretrained` saves an unconverted tensor of this model."""
         for renaming in reversed(self._renamings):
             if renaming.was_used():
                 name, _ = renaming.reverse_transform().rename_source_key(name)

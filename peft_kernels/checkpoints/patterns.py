@@ -1,12 +1,11 @@
-"""Keys of PEFT's `rank_pattern` and `alpha_pattern`, matched in bounded work.
+"""Matches keys of PEFT's `rank_pattern` and `alpha_pattern` in bounded time.
 
-PEFT gives each key to `re`, which backtracks: some keys take it hours, with the GIL held. Here a key becomes
-a set of states that are followed side by side (K. Thompson, "Regular Expression Search Algorithm", CACM
-1968), and every step is counted.
+PEFT uses `re`, which backtracks: some keys take hours, with the GIL held. Here a key becomes an NFA (K.
+Thompson, "Regular Expression Search Algorithm", CACM 1968), and every step is counted.
 
-The syntax is `re`'s without what needs backtracking or flags: characters, `.`, `[a-z_]`, `\\d`, `\\w`, `\\s`
-and their opposites, escaped punctuation, `|`, groups, `^`, `$`, and `*`, `+`, `?`, `{m}`, `{m,}`, `{m,n}`,
-lazy or not. Of this syntax a key matches exactly where it does in PEFT.
+The syntax is `re`'s without backtracking or flags: characters, `.`, `[a-z_]`, `\\d`, `\\w`, `\\s` and their
+opposites, escaped punctuation, `|`, groups, `^`, `$`, and `*`, `+`, `?`, `{m}`, `{m,}`, `{m,n}`, lazy or not.
+Within this syntax keys match exactly as in PEFT.
 """
 
 from __future__ import annotations
@@ -19,13 +18,14 @@ from typing import Any
 from .header import shown
 
 LONGEST = 1000
-"""Characters of a key, and the largest count in braces."""
+"""Maximum characters of a key, and maximum count in braces."""
 DEEPEST = 50
-"""Groups inside each other."""
+"""Maximum nesting of groups."""
 MOST_STATES = 10_000
-"""Of a key, its counts written out."""
+"""Maximum states of a key, with counts expanded."""
 MOST_STEPS = 5_000_000
-"""For all lookups in a table. A thousand names, each looked up among a thousand others, take a million."""
+"""Maximum steps of all lookups in a table. A thousand names, looked up among a thousand others, take a
+million."""
 
 _NAME = re.compile(r"[^\\\[\](){}|^$*+?\n]*")  # of which `re` makes something of the dots alone
 _TOKEN = re.compile(
@@ -36,25 +36,25 @@ _TOKEN = re.compile(
 
 
 class PatternTable:
-    """Values by key, looked up by the path of a layer: PEFT's rule is that the first key wins that matches
-    the path, or the end of it behind a dot.
+    """Values by key, looked up by the path of a layer. As in PEFT, the first key wins that matches the path
+    or its end after a dot.
 
-    ValueError for keys that are not of the syntax above, and for lookups that take more than `MOST_STEPS`.
+    Raises ValueError for keys outside of the syntax above, and for lookups of more than `MOST_STEPS` steps.
     """
 
     def __init__(self, table: Mapping[str, Any]) -> None:
         self._steps = 0
         self._values = [(key, self._parsed(key), value) for key, value in table.items()]
 
-    def get(self, path: str, otherwise: Any) -> Any:
+    def get(self, path: str, default: Any) -> Any:
         self._count(len(self._values))
         for key, start, value in self._values:
             if _is_end(key, path) if start is None else self._matches(start, path):
                 return value
-        return otherwise
+        return default
 
     def _parsed(self, key: str) -> _State | None:
-        """None for a name."""
+        """The first state of a pattern, or None for a plain name."""
         if _NAME.fullmatch(key):
             return None
         parser = _Parser(key)
@@ -77,7 +77,7 @@ class PatternTable:
         return any(state.kind == "end" for state in here)
 
     def _reach(self, states: list[_State], found: set[_State], first: bool, last: bool) -> None:
-        """Adds states, and what follows them without a character."""
+        """Adds states and those reachable from them without a character."""
         left = list(states)
         while left:
             state = left.pop()
@@ -103,7 +103,7 @@ def _is_end(name: str, path: str) -> bool:
 
 @dataclass(eq=False)
 class _State:
-    """Takes one character; or none, and then only where `kind` allows it."""
+    """A state that consumes one character, or none, subject to `kind`."""
 
     kind: str = ""
     takes: Callable[[str], Any] | None = None
@@ -111,11 +111,11 @@ class _State:
 
 
 _Part = Callable[[_State], _State]
-"""From the state behind a part of the key to its first one."""
+"""Maps the state after a part of the key to the part's first state."""
 
 
 class _Parser:
-    """By recursive descent."""
+    """A recursive-descent parser."""
 
     def __init__(self, key: str) -> None:
         self._key = key
@@ -126,7 +126,7 @@ class _Parser:
             raise self._error()
         self.states = self._depth = 0
         part = self._choice()
-        if self._tokens:  # a bracket too much
+        if self._tokens:  # an unmatched bracket
             raise self._error()
         self.start = part(self._state("end"))
 

@@ -1,4 +1,4 @@
-"""Rows of a checkpoint's tensors: what one of several processes reads of it."""
+"""Reads rows of a checkpoint's tensors, for one of several processes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .header import CheckpointError, Entry
 
 
 def read_rows(entry: Entry, start: int, stop: int) -> Tensor:
-    """Rows [start, stop) of a plain tensor. Nothing else of it is read."""
+    """Rows [start, stop) of a plain tensor; reads only these."""
     row = prod(entry.shape[1:])
     return _flat(entry, start * row, stop * row).view(stop - start, *entry.shape[1:])
 
 
-def read_form(checkpoint: Checkpoint, weight: str, names: list[str]) -> tuple[NF4State, torch.dtype]:
-    """A packed weight with its second-level scales, whose codes and first-level scales are on the meta
-    device, and its nominal dtype. CheckpointError names the item that does not fit."""
+def read_layout(checkpoint: Checkpoint, weight: str, names: list[str]) -> tuple[NF4State, torch.dtype]:
+    """A packed weight and its nominal dtype, with codes and first-level scales on the meta device. Raises
+    CheckpointError for an item that does not fit."""
     items: dict[str, Tensor] = {}
     for name in names:
         entry = checkpoint.entries[name]
@@ -36,15 +36,15 @@ def read_form(checkpoint: Checkpoint, weight: str, names: list[str]) -> tuple[NF
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     state.name = weight
-    if state.offset is not None and state.offset.is_meta:  # it is in a text, and was made where the codes are
+    if state.offset is not None and state.offset.is_meta:  # stored as text; was created on the codes' device
         key = f"{weight}.{bitsandbytes_format.STATE_ITEM}"
         state.offset = torch.tensor(float(bitsandbytes_format.read_json(key, items[key]).nested_offset))
     return state, dtype
 
 
-def read_part(checkpoint: Checkpoint, weight: str, state: NF4State, start: int, stop: int) -> LocalRows:
-    """Rows [start, stop) of a packed weight whose `read_form` gave `state`: only the blocks that they touch
-    are read. Errors as there."""
+def read_local_rows(checkpoint: Checkpoint, weight: str, state: NF4State, start: int, stop: int) -> LocalRows:
+    """Rows [start, stop) of a packed weight with the `state` of `read_layout`; reads only the blocks they
+    touch. Errors as there."""
     partition = Partition(tuple(state.shape), state.blocksize)
     codes, scales = partition.slices(start, stop)
     packed = _flat(checkpoint.entries[weight], codes.start, codes.stop)
@@ -60,7 +60,7 @@ def read_part(checkpoint: Checkpoint, weight: str, state: NF4State, start: int, 
 
 
 def _flat(entry: Entry, start: int, stop: int) -> Tensor:
-    """Elements [start, stop) of its flat values."""
+    """Elements [start, stop) of the flattened tensor."""
     size = entry.dtype.itemsize
     part = replace(
         entry, shape=(stop - start,), begin=entry.begin + start * size, nbytes=(stop - start) * size

@@ -1,4 +1,4 @@
-"""The files of a quantised model: what each is made of, and how it is written, tensor by tensor."""
+"""The files of a quantised model, written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from ..core.code_tables import NESTED_BLOCKSIZE
 from ..nf4 import experts_format
 from ..nf4.bitsandbytes_format import STATE_ITEM
 from ..nf4.weight import NF4Weight
@@ -22,36 +21,36 @@ from .layers import Choice
 from .writer import Layout, ShardWriter, file_size
 
 Progress = Callable[[str, int], None]
-"""Told of tensors of the source and their bytes."""
+"""Called with the name and bytes of each tensor of the source."""
 
 
 @dataclass
 class Shard:
-    """One file."""
+    """One file of the quantised model."""
 
     name: str
     entries: list[Entry]
-    """Of the source, but for parts of packed experts."""
+    """Tensors of the source, without parts of packed experts."""
     experts: list[ExpertsWeight]
     quantise: dict[str, bool]
-    """As in `Choice`, of all files."""
+    """As in `Choice`, for all files."""
     blocksize: int
     double_quant: bool
     metadata: dict[str, str]
 
     @property
     def nbytes(self) -> int:
-        """Of what is read for it."""
+        """Bytes read from the source."""
         return sum(entry.nbytes for entry in self.entries) + sum(weight.nbytes for weight in self.experts)
 
     @property
     def size(self) -> int:
-        """The most bytes that it can take."""
+        """Maximum size in bytes."""
         return file_size(self.layout, self.metadata)
 
     @property
     def layout(self) -> Layout:
-        """What will be in it, from the shapes alone."""
+        """The tensors of the file, computed from shapes only."""
         found: dict[str, tuple[torch.dtype, tuple[int, ...]] | None] = {}
         for entry in self.entries:
             if entry.name in self.quantise:
@@ -68,7 +67,7 @@ class Shard:
         return found
 
     def write(self, path: Path, progress: Progress) -> None:
-        """CheckpointError for a tensor with NaN or Inf, and what `ShardWriter` raises."""
+        """Writes the file. Raises CheckpointError for NaN or Inf; other errors as `ShardWriter`."""
         with ShardWriter(path, self.layout, self.metadata) as writer:
             for entry in self.entries:
                 if entry.name in self.quantise:
@@ -80,19 +79,12 @@ class Shard:
                 self._pack(writer, weight, progress)
 
     def _layout_of(self, entry: Entry) -> dict[str, tuple[torch.dtype, tuple[int, ...]] | None]:
-        numel = entry.shape[0] * entry.shape[1]
-        nblocks = -(-numel // self.blocksize)
-        found: dict[str, tuple[torch.dtype, tuple[int, ...]] | None] = {
-            entry.name: (torch.uint8, ((numel + 1) // 2, 1)),
-            f"{entry.name}.absmax": (torch.uint8 if self.double_quant else torch.float32, (nblocks,)),
-            f"{entry.name}.quant_map": (torch.float32, (16,)),
-            f"{entry.name}.{STATE_ITEM}": None,
+        meta = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        items = self._nf4(meta, entry.name).state_dict(name=entry.name)
+        return {
+            key: None if key.endswith(STATE_ITEM) else (item.dtype, tuple(item.shape))
+            for key, item in items.items()
         }
-        if self.double_quant:
-            second = -(-nblocks // NESTED_BLOCKSIZE)
-            found[f"{entry.name}.nested_absmax"] = (torch.float32, (second,))
-            found[f"{entry.name}.nested_quant_map"] = (torch.float32, (256,))
-        return found
 
     def _quantise(self, writer: ShardWriter, entry: Entry) -> None:
         dense = entry.read()
@@ -102,7 +94,7 @@ class Shard:
             writer.write(key, tensor)
 
     def _pack(self, writer: ShardWriter, weight: ExpertsWeight, progress: Progress) -> None:
-        number = itertools.count()  # `enumerate` would keep the last expert while the next is read
+        number = itertools.count()  # `enumerate` would keep an expert alive while the next is read
         for dense in weight.experts(lambda entry: progress(entry.name, entry.nbytes)):
             one = self._nf4(dense, f"{weight.name}[{next(number)}]")
             del dense
@@ -120,8 +112,8 @@ class Shard:
 
 
 def compose(checkpoint: Checkpoint, choice: Choice, blocksize: int, double_quant: bool) -> list[Shard]:
-    """For each file of the source one, of the same name. Packed experts go where their first part is; when
-    nothing is left of a file, the others are numbered anew."""
+    """One shard per file of the source, of the same name. Packed experts go to the file of their first part.
+    If a file becomes empty, the others are renumbered."""
     parts = {entry.name for weight in choice.experts.values() for entry in weight.entries}
     found = []
     for file in checkpoint.files:

@@ -1,4 +1,4 @@
-"""A safetensors file written tensor by tensor, which has its name only when it is whole."""
+"""Writes a safetensors file tensor by tensor; it gets its name when it is complete."""
 
 from __future__ import annotations
 
@@ -16,32 +16,30 @@ from torch import Tensor
 from .header import NAMES, CheckpointError
 
 LONGEST_BLOB = 512
-"""Bytes that a text of unknown length may take; bitsandbytes' JSON of a weight has about 200."""
+"""Bytes reserved for a text of unknown length; bitsandbytes' JSON of a weight has about 200."""
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]] | None]
-"""Dtype and shape by name; None for a text, uint8 of unknown length."""
+"""Dtype and shape by name; None for a text (uint8 of unknown length)."""
 
 
 def file_size(layout: Layout, metadata: Mapping[str, str]) -> int:
-    """The most bytes that a file can take."""
+    """Maximum size of a file in bytes."""
     offsets, end = _places(layout)
     return 8 + len(_header(layout, offsets, metadata)) + end
 
 
 class ShardWriter:
-    """Writes into `NAME.tmp`; leaving the `with` block without an error gives the file its name, with all of
-    it on the disk. After an error nothing is left. An OSError (a full disk) names the file.
+    """Writes to `NAME.tmp`, and renames it when the `with` block ends without an error and all is on the
+    disk. After an error nothing is left. An OSError (a full disk) names the file.
 
-    The header stands first, but how long the texts are is known last. So room is left for the longest header
-    that there can be, and the texts go to the end; what is too much of the room becomes spaces, which the
-    format allows.
-    """
+    The lengths of texts are known last, but the header comes first. So space is reserved for the longest
+    possible header, padded with spaces, and texts are written at the end."""
 
     def __init__(self, path: Path, layout: Layout, metadata: Mapping[str, str]) -> None:
         self._path, self._layout, self._metadata = path, layout, metadata
         self._offsets, self._blobs_begin = _places(layout)
         self._blobs_begin -= LONGEST_BLOB * sum(kind is None for kind in layout.values())
-        self._room = len(_header(layout, self._offsets, metadata))
+        self._header_bytes = len(_header(layout, self._offsets, metadata))
         self._blobs: dict[str, bytes] = {}
         self._rows: dict[str, int] = {}
         self._left = set(layout)
@@ -52,7 +50,7 @@ class ShardWriter:
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """CheckpointError when it is not what the layout says."""
+        """Writes a tensor. Raises CheckpointError if it differs from the layout."""
         tensor, kind = tensor.detach().cpu().contiguous(), self._layout[name]
         data: Any = tensor.view(-1).view(torch.uint8).numpy()
         if kind is None:
@@ -68,7 +66,7 @@ class ShardWriter:
         self._left.remove(name)
 
     def write_row(self, name: str, tensor: Tensor) -> None:
-        """The next one of those that the first dimension of a tensor counts."""
+        """Writes the next row along the first dimension of a tensor."""
         tensor, kind = tensor.detach().cpu().contiguous(), self._layout[name]
         assert kind is not None and kind == (tensor.dtype, (kind[1][0], *tensor.shape)), name
         data: Any = tensor.view(-1).view(torch.uint8).numpy()
@@ -79,7 +77,7 @@ class ShardWriter:
             self._left.remove(name)
 
     def copy(self, name: str, pieces: Iterable[bytes]) -> None:
-        """A tensor of another file."""
+        """Writes the bytes of a tensor of another file."""
         self._seek(name)
         for data in pieces:
             self._file.write(data)
@@ -99,35 +97,35 @@ class ShardWriter:
             raise
         finally:
             self._name(error)
-            with suppress(OSError):  # what is buffered does not fit either
+            with suppress(OSError):  # flushing may fail too
                 self._file.close()
             self._temporary.unlink(missing_ok=True)
 
     def _name(self, error: BaseException | None) -> None:
-        """The system does not say which file it could not write."""
+        """Adds the file name to an OSError of a write."""
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(self._temporary)
 
     def _seek(self, name: str, offset: int = 0) -> None:
-        self._file.seek(8 + self._room + self._offsets[name][0] + offset)
+        self._file.seek(8 + self._header_bytes + self._offsets[name][0] + offset)
 
     def _finish(self) -> None:
         assert not self._left, f"not written: {sorted(self._left)}"
         end = self._blobs_begin
-        self._file.seek(8 + self._room + end)
+        self._file.seek(8 + self._header_bytes + end)
         for name, blob in self._blobs.items():
             self._file.write(blob)
             self._offsets[name] = (end, end + len(blob))
             end += len(blob)
         self._file.seek(0)
-        self._file.write(self._room.to_bytes(8, "little"))
-        self._file.write(_header(self._layout, self._offsets, self._metadata).ljust(self._room))
+        self._file.write(self._header_bytes.to_bytes(8, "little"))
+        self._file.write(_header(self._layout, self._offsets, self._metadata).ljust(self._header_bytes))
         self._file.flush()
         os.fsync(self._file.fileno())
 
 
 def sync(path: Path) -> None:
-    """Put a file, or the names in a folder, on the disk, so that they outlive a loss of power."""
+    """fsync of a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -136,14 +134,14 @@ def sync(path: Path) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """A folder with all that is in it."""
+    """fsync of a folder with its contents."""
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
 
 
 def _places(layout: Layout) -> tuple[dict[str, tuple[int, int]], int]:
-    """Where each tensor begins and ends in the data: large types first, so that all are aligned."""
+    """Offsets of tensors in the data, large dtypes first, so that all are aligned."""
 
     def order(name: str) -> tuple[int, str]:
         kind = layout[name]

@@ -1,4 +1,4 @@
-"""A model's sizes from its configuration alone: transformers builds it on the meta device."""
+"""Sizes of a model from its configuration, which transformers builds on the meta device."""
 
 from __future__ import annotations
 
@@ -19,31 +19,32 @@ from ..quantize.targets import choose_experts, choose_layers
 from .sizes import Block, Experts, Linear, Mixture, Model
 
 CHECKED = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
-"""Model types whose activations are held to measured ones."""
+"""Model types whose activations are tested against measurements."""
 MIXTURES = ("mixtral", "qwen3_moe")
-"""Model types whose layers are Llama's but for experts in place of the MLP."""
+"""Model types whose layers are Llama's with experts instead of the MLP."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _PIECES = {("self_attn", name) for name in PROJECTIONS[:4]} | {("mlp", name) for name in PROJECTIONS[4:]}
 
 
 def build(path: Path) -> Any:
-    """The model of a folder or config.json, with neither weights nor memory. CheckpointError says why not."""
+    """The model of a folder or config.json, on the meta device. Raises CheckpointError if it cannot be
+    built."""
     try:
         import transformers
     except ImportError:
         raise CheckpointError("transformers is not installed: pip install 'peft_kernels[hf]'") from None
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-        config.__dict__.pop("quantization_config", None)  # of the model as it was before
+        config.__dict__.pop("quantization_config", None)  # build the dense model
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # whatever transformers raises on a configuration that it does not know
+    except Exception as error:  # transformers may raise anything for an unknown configuration
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: expected the configuration of a language model ({reason})") from error
 
 
 def quantised_by(path: Path) -> str:
-    """The method by which a model of this folder or config.json is quantised, if that is not NF4; else ""."""
+    """The quantisation method of a folder or config.json if it is not NF4, else ""."""
     config = read_json(path / CONFIG if path.is_dir() else path, 10_000_000)
     return quantised_otherwise(config) if isinstance(config, dict) else ""
 
@@ -54,12 +55,14 @@ def describe(
     targets: Sequence[str] | None = None,
     target_parameters: Sequence[str] = (),
 ) -> Model:
-    """Parameters
+    """The sizes of a model.
+
+    Parameters
     ----------
     model : PreTrainedModel
         On any device.
     dtype : torch.dtype, optional
-        Of the weights; by default the configuration's, else bfloat16.
+        Dtype of the weights; by default the configuration's, else bfloat16.
     targets : names, optional
         Last parts of the names of layers that get adapters; by default all linear layers but the head.
     target_parameters : names
@@ -111,7 +114,7 @@ def _experts(model: Any, target_parameters: Sequence[str]) -> list[Experts]:
 
 
 def _block(model: Any, config: Any, linears: list[Linear], experts: list[Experts]) -> Block | None:
-    """The decoder layer, if all are alike and have the parts of Llama's and no others."""
+    """The decoder layer, if all are equal and have exactly the parts of Llama's."""
     by_layer: dict[str, dict[str, Linear]] = {}
     for linear in linears:
         match = re.fullmatch(r".*\.layers\.(\d+)\.(\w+)\.(\w+)", linear.name)
@@ -146,7 +149,7 @@ def _block(model: Any, config: Any, linears: list[Linear], experts: list[Experts
 
 
 def _mixture(config: Any, experts: list[Experts]) -> tuple[Mixture | None, int]:
-    """The experts of all layers, if they are alike, and the features inside one."""
+    """The experts, if equal in all layers, and their intermediate features."""
     last = {(e.name.rpartition(".")[2], e.count, e.out_features, e.in_features, e.adapted) for e in experts}
     if len(last) != 2 or len(experts) != 2 * config.num_hidden_layers:
         return None, 0

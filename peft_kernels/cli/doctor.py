@@ -1,7 +1,7 @@
-"""Whether it works here: versions, back ends, and a self-test of some seconds; what is wrong, and what to do.
+"""Checks this installation: versions, back ends and a self-test of a few seconds, with advice on problems.
 
-Each usable back end computes forward, gradient of the input and LoRA with its gradients, in fp32 and bf16,
-and is compared with the reference in fp64. Exit code 1 when something has to be done.
+Each usable back end computes forward, input gradient and LoRA with its gradients in fp32 and bf16, and is
+compared with the reference in fp64. Exit code 1 if there are problems.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .output import Output
 SECONDS = 5.0
 _NEEDED = {"transformers": (5,), "peft": (0, 18)}
 _SHAPES = (
-    # rows, out, in, blocksize, double-quantised: one row and many, blocks that cross rows, an odd size
+    # (rows, out, in, blocksize, double_quant): one row and many, blocks that cross rows, odd sizes
     (17, 192, 256, 64, True),
     (1, 192, 256, 64, True),
     (64, 128, 96, 64, False),
@@ -37,7 +37,7 @@ _RANK, _SCALING = 8, 0.5
 
 @dataclass(frozen=True)
 class Check:
-    """One result of one back end beside the truth."""
+    """The error of one result of one back end."""
 
     backend: str
     what: str
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
     problems = list(_problems(found, reasons, checks))
     for problem in problems:
         out.say(f"problem: {problem}", "red")
-    out.say("something has to be done" if problems else "all is well", "bold")
+    out.say("problems found" if problems else "all is well", "bold")
     out.result(
         {
             "peft_kernels": version,
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
 
 
 def self_test(backend: Backend, until: float) -> list[Check]:
-    """Of one back end; shapes are left out when the time is up, but never the first."""
+    """Checks of one back end. Skips all but the first shape when the time is up."""
     checks: list[Check] = []
     for dtype in (torch.float32, torch.bfloat16):
         for number, shape in enumerate(_SHAPES):
@@ -120,7 +120,7 @@ def _compare(
         with dispatch.use_backend(backend.name):
             weight: Any = packed.to(device)
             found = _compute(weight, x.to(device), dy.to(device), a.to(device), b.to(device))
-    except Exception as error:  # whatever a broken installation does
+    except Exception as error:  # a broken installation may raise anything
         reason = " ".join(str(error).split())[:200]
         yield Check(backend.name, "all", name, float("inf"), 0.0, f"{type(error).__name__}: {reason}")
         return
@@ -140,7 +140,7 @@ def _compute(weight: NF4Weight, x: Tensor, dy: Tensor, a: Tensor, b: Tensor) -> 
 
 
 def _reference(weight: NF4Weight, x: Tensor, dy: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    """The same in plain torch, in x's dtype."""
+    """The same results in plain torch, in x's dtype."""
     base, plain = weight._state.op_args, {name: op.plain for name, op in registry.OPS.items()}
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     a, b, rest = a.to(kind), b.to(kind), (_SCALING, 0.0, None, None)
@@ -161,7 +161,7 @@ def _error(got: Tensor, truth: Tensor) -> float:
 
 
 def _summary(checks: list[Check]) -> Iterator[tuple[str, ...]]:
-    """The worst of all shapes."""
+    """Rows of the table, with the worst error of all shapes."""
     for key in dict.fromkeys((check.backend, check.what, check.dtype) for check in checks):
         same = [c for c in checks if (c.backend, c.what, c.dtype) == key]
         worst = max(same, key=lambda c: (not c.passed, c.error / max(c.allowed, 1e-30)))
@@ -179,13 +179,13 @@ def _problems(
             f"(pip install --no-deps --force-reinstall .); until then set PEFT_KERNELS_BACKEND=reference"
         )
     if reasons["cpu"] is not None:
-        yield f"back end cpu: {reasons['cpu']}. Until then CPU tensors go by plain torch, slowly"
+        yield f"back end cpu: {reasons['cpu']}. Until then CPU tensors use plain torch, slowly"
     if torch.cuda.is_available() and reasons["cuda"] is not None and reasons["triton"] is not None:
-        yield f"the GPU is served by plain torch: cuda: {reasons['cuda']}; triton: {reasons['triton']}"
+        yield f"the GPU uses plain torch: cuda: {reasons['cuda']}; triton: {reasons['triton']}"
     with suppress(ValueError):
         name = dispatch.forced()
         if name is not None and reasons[name] is not None:
-            yield f"PEFT_KERNELS_BACKEND={name} asks for a back end that is not usable: {reasons[name]}"
+            yield f"PEFT_KERNELS_BACKEND={name} selects a back end that is not usable: {reasons[name]}"
     for library, needed in _NEEDED.items():
         number = found[library]
         if number is not None and _parts(number) < needed:

@@ -1,4 +1,4 @@
-"""Versions and back ends: built? usable here? why not?"""
+"""Versions, and which back ends are built and usable."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
 
 
 def versions() -> dict[str, str | None]:
-    """Of the libraries that this one works with; None for one that is not installed."""
+    """Versions of related libraries; None if not installed."""
     found: dict[str, str | None] = {}
     for name in LIBRARIES:
         try:

@@ -1,9 +1,8 @@
-"""What is in a checkpoint, by layer, and what is wrong with it.
+"""Lists the contents of a checkpoint by layer, and its faults.
 
-Looks at headers and index, at every item of every NF4 weight, for tensors that the architecture has and the
-files lack, and for NaN and Inf in all other tensors (which reads them; --quick does not). Of packed experts
-it tells by layer. Exit code 1 when a fault is found.
-"""
+Checks headers and index, every item of every NF4 weight, missing tensors of the architecture, and NaN and Inf
+in all other tensors (which reads them; --quick does not). Packed experts are listed by layer. Exit code 1 if
+a fault is found."""
 
 from __future__ import annotations
 
@@ -17,28 +16,28 @@ from ..checkpoints.architecture import compare
 from ..checkpoints.checks import faults, holds_experts, nf4_weights, read_nf4
 from ..checkpoints.folder import Checkpoint
 from ..checkpoints.header import CheckpointError
-from .output import Output, size
+from .output import Output, counted, size
 
 _FAULTY = "NF4, faulty"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="DIR|FILE", type=Path)
-    parser.add_argument("--quick", action="store_true", help="read of NF4 weights alone, and no codes")
+    parser.add_argument("--quick", action="store_true", help="read only NF4 weights, without codes")
 
 
 @dataclass
 class Group:
-    """Tensors that differ in the numbers of their names alone: those of layers 0 to 31, say."""
+    """Tensors whose names differ only in numbers, as those of layers 0 to 31."""
 
     pattern: str
     form: str
     shape: tuple[int, ...]
     experts: bool = False
-    """Whether they are packed weights of many experts."""
+    """Whether they are packed experts."""
     numbers: list[tuple[int, ...]] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
-    """Bytes of each."""
+    """Bytes of each tensor."""
 
     @property
     def nbytes(self) -> int:
@@ -46,7 +45,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        """With `0-31` in place of the numbers."""
+        """The pattern with ranges such as `0-31`."""
         columns = iter(zip(*self.numbers, strict=True)) if self.numbers[0] else iter(())
         return re.sub("#", lambda match: _ranges(set(next(columns))), self.pattern)
 
@@ -60,7 +59,7 @@ class Layer:
     weights: int = 0
     nbytes: int = 0
     faulty: int = 0
-    """How many of the weights."""
+    """Number of faulty weights."""
 
 
 def run(arguments: argparse.Namespace, out: Output) -> bool:
@@ -83,14 +82,14 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
     if layers:
         out.table(("packed experts", "experts>", "weights>", "bytes a layer>", "faults>"), _rows(layers))
     shares = ", ".join(f"{size(nbytes)} {form}" for form, nbytes in forms.items())
-    out.say(f"{size(total)} in {_counted(len(checkpoint.files), 'file')}: {shares}", "bold")
+    out.say(f"{size(total)} in {counted(len(checkpoint.files), 'file')}: {shares}", "bold")
     if compared.model:
         out.say(f"compared with {compared.model} of transformers")
     else:
         out.say(f"not compared with an architecture: {compared.reason}")
     for fault in found:
         out.say(f"fault: {fault}", "red")
-    out.say(f"{_counted(len(found), 'fault')} found" if found else "no faults found", "bold")
+    out.say(f"{counted(len(found), 'fault')} found" if found else "no faults found", "bold")
     out.result(
         {
             "path": str(arguments.path),
@@ -107,7 +106,7 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
 
 
 def grouped(checkpoint: Checkpoint) -> list[Group]:
-    """In the order of the names, layers by number."""
+    """Groups in the order of names, layers by number."""
     quantised = nf4_weights(checkpoint.entries)
     inside = {name for names in quantised.values() for name in names}
     groups: dict[tuple[str, str, tuple[int, ...]], Group] = {}
@@ -122,7 +121,7 @@ def grouped(checkpoint: Checkpoint) -> list[Group]:
 
 
 def experts_by_layer(groups: list[Group]) -> list[Layer]:
-    """Layers are what the first number in a name counts."""
+    """Packed experts by layer, the first number in a name."""
     found: dict[str, Layer] = {}
     for group in groups:
         if not group.experts:
@@ -138,7 +137,7 @@ def experts_by_layer(groups: list[Group]) -> list[Layer]:
 
 
 def _rows(layers: list[Layer]) -> list[tuple[str, ...]]:
-    """Layers that are alike in one row."""
+    """Table rows, with equal layers in one."""
     alike: dict[tuple[str, ...], list[Layer]] = {}
     for layer in layers:
         start, dot, number = layer.name.rpartition(".")
@@ -197,7 +196,3 @@ def _ranges(numbers: set[int]) -> str:
         else:
             parts.append([number, number])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""Kernels for LoRA and QLoRA: what is installed, checkpoints in 4 bits, and what a fine-tuning will take."""
+"""Kernels for LoRA and QLoRA: checks the installation, converts checkpoints, and plans memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .output import Output
 
 _COMMANDS = (info, quantize, merge, inspect, plan, doctor)
 
-OK, FAILED = 0, 1  # and 2 is argparse's, for a command line that makes no sense
+OK, FAILED = 0, 1  # argparse exits with 2
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 when all is well, 1 when something failed or faults were found."""
+    """Runs a command. Returns 0 on success, 1 if it failed or found faults."""
     parser = argparse.ArgumentParser(
         prog="peft-kernels",
         description=__doc__,
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         command.set_defaults(run=module.run)
     arguments = parser.parse_args(argv)
     out = Output(arguments.json)
-    # Its remarks are on a model that is never run.
+    # Its warnings concern a model that is never run.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         well = arguments.run(arguments, out)
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         out.error(str(error))
     except KeyboardInterrupt:
         out.error("interrupted")
-    except BrokenPipeError:  # `| head` has seen enough; what Python flushes at its end must not raise again
+    except BrokenPipeError:  # as in `| head`; Python's final flush must not raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         out.error(f"{error.filename or 'system'}: {error.strerror or error}")

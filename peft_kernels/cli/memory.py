@@ -1,9 +1,9 @@
-"""How many bytes a fine-tuning takes: every term, and where it comes from.
+"""Memory of fine-tuning in bytes, term by term, with sources.
 
-What "is saved" is what autograd keeps from the forward for the backward; t are the tokens of a batch, e the
-bytes of a number in the model's dtype. tests/checkpoints/test_cli_plan.py holds all of it to measured models.
+"Saved" means saved by autograd for backward; t is the number of tokens of a batch, e the element size of the
+model's dtype. tests/checkpoints/test_cli_plan.py compares everything with measured models.
 
-Assumed: attention by a fused kernel (sdpa, flash), no padding mask, LoRA layers and gated MLPs fused by
+Assumes attention by a fused kernel (sdpa, flash), no padding mask, LoRA layers and gated MLPs fused by
 `pk.patch`, adapters in fp32, everything else in one dtype, no cache.
 """
 
@@ -19,8 +19,8 @@ _FP32, _INT64 = 4, 8
 
 
 def nf4_bytes(numel: int, run: Run) -> int:
-    """nf4-format: half a byte a weight; a scale a block, one byte if quantised again, with a scale of its own
-    for 256 and one offset. Each expert has its own."""
+    """NF4: half a byte per value and a scale per block; with double quantisation scales of one byte, with an
+    fp32 scale per 256 and one offset. Per expert."""
     blocks = -(-numel // run.blocksize)
     scales = blocks * _FP32
     if run.double_quant:
@@ -29,8 +29,7 @@ def nf4_bytes(numel: int, run: Run) -> int:
 
 
 def weights(model: Model, run: Run) -> int:
-    """All parameters of the base model. QLoRA: linear layers but the head in NF4, experts where that is asked
-    for, the rest as it is."""
+    """All parameters of the base model. QLoRA: linear layers except the head in NF4, experts if selected."""
     itemsize = _itemsize(model, run)
     total = sum(_numel(shape) for shape in model.parameters) * itemsize
     if run.method == "qlora":
@@ -48,7 +47,7 @@ def trained(model: Model, run: Run) -> list[tuple[int, ...]]:
     if run.method == "full":
         return list(model.parameters)
     if run.method in ("lora", "qlora", "dora"):
-        # Hu et al. 2021: A (r, in) and B (out, r). Liu et al. 2024: beside them a magnitude for each row.
+        # Hu et al. 2021: A (r, in) and B (out, r). Liu et al. 2024: also a magnitude per row.
         shapes = [s for x in adapted for s in ((run.rank, x.in_features), (x.out_features, run.rank))]
         for each in model.experts:  # PEFT's ParamWrapper: r ranks for each expert
             if each.adapted:
@@ -65,29 +64,29 @@ def trained(model: Model, run: Run) -> list[tuple[int, ...]]:
 
 
 def adapters(model: Model, run: Run) -> int:
-    """What the method adds to the model, in fp32 (PEFT's autocast_adapter_dtype)."""
+    """Parameters that the method adds, in fp32 (PEFT's autocast_adapter_dtype)."""
     return 0 if run.method == "full" else _FP32 * sum(map(_numel, trained(model, run)))
 
 
 def gradients(model: Model, run: Run) -> int:
-    """One number for each trained one, in its dtype."""
+    """Gradients of trained parameters, in their dtype."""
     return _trained_itemsize(model, run) * sum(map(_numel, trained(model, run)))
 
 
 def optimiser(model: Model, run: Run) -> int:
-    """State of the optimiser, once it has made a step."""
+    """State of the optimiser after a step."""
     shapes, itemsize = trained(model, run), _trained_itemsize(model, run)
     if run.optim == "sgd":
         return 0
     if run.optim == "adamw":  # two moments in the parameter's dtype, and a step counter in fp32
         return sum(2 * itemsize * _numel(shape) + _FP32 for shape in shapes)
-    if run.optim == "paged_adamw":  # in fp32, and may lie in host memory
+    if run.optim == "paged_adamw":  # in fp32, perhaps in host memory
         return sum(2 * _FP32 * _numel(shape) for shape in shapes)
     if run.optim == "adafactor":  # Shazeer and Stern 2018: of a matrix, a row and a column of second moments
         return sum(_FP32 * (sum(shape[-2:]) if len(shape) > 1 else shape[0]) for shape in shapes)
-    # bitsandbytes: moments of a byte, with an fp32 scale for 256; in fp32 below 4096 numbers. One table each
-    # of 256 values, for the signed and the unsigned moment. (paged: the same, which may lie in host memory)
-    # Lion has the signed one alone.
+    # bitsandbytes: one byte per moment, with an fp32 scale per 256; fp32 below 4096 elements. A table of 256
+    # values for each of the signed and the unsigned moment (Lion: only signed). Paged: perhaps in host
+    # memory.
     moments = 1 if run.optim == "lion8bit" else 2
     small = sum(moments * _FP32 * _numel(shape) for shape in shapes if _numel(shape) < 4096)
     large = sum(moments * (_numel(s) + -(-_numel(s) // 256) * _FP32) for s in shapes if _numel(s) >= 4096)
@@ -95,42 +94,41 @@ def optimiser(model: Model, run: Run) -> int:
 
 
 def activations(model: Model, run: Run) -> int:
-    """Saved by the forward without checkpointing, the loss left out."""
+    """Saved by the forward without checkpointing, excluding the loss."""
     return model.layers * layer(model, run) - _first_layer(model, run) + _around(model, run)
 
 
 def checkpointed(model: Model, run: Run) -> int:
-    """With checkpointing of every layer: each layer's input, and in the backward one layer's activations."""
+    """With checkpointing: each layer's input, and in backward one layer's activations."""
     return checkpoints(model, run) + layer(model, run)
 
 
 def checkpoints(model: Model, run: Run) -> int:
-    """Saved by the forward with checkpointing, the loss left out. The first layer's input is the embedding's
-    output, which is saved too."""
+    """Saved by the forward with checkpointing, excluding the loss. Includes the embedding's output."""
     return model.layers * run.tokens * _block(model).hidden * _itemsize(model, run) + _around(model, run)
 
 
 def layer(model: Model, run: Run) -> int:
-    """Saved in one decoder layer."""
+    """Saved by one decoder layer."""
     block, e = _block(model), _itemsize(model, run)
     norms = 2 * _norm(block.hidden, model, run) + (_head_norms(block, model, run) if block.qk_norm else 0)
     return norms + _attention(block, run, e) + _mlp(block, model, run) + _inserted(block, run, e)
 
 
 def logits(model: Model, run: Run) -> int:
-    """Held from the forward until the loss's backward: the logits, which the model's output holds, and their
-    log-softmax in fp32, which cross-entropy saves."""
+    """The logits, which the model's output holds, and their log-softmax in fp32, which cross-entropy
+    saves."""
     return run.tokens * model.vocabulary * (_itemsize(model, run) + _FP32)
 
 
 def loss_backward(model: Model, run: Run) -> int:
-    """On top of that in the loss's backward: the gradients of the log-softmax and of the logits in fp32."""
+    """Additional in the loss's backward: gradients of the log-softmax and of the logits in fp32."""
     return 2 * run.tokens * model.vocabulary * _FP32
 
 
 def layer_backward(model: Model, run: Run) -> int:
-    """Gradients under way in a layer's backward: of gate, up and their product, the widest that there are;
-    of experts for all rows, and those of what they are summed from."""
+    """Largest gradients in a layer's backward: of gate, up and their product; with experts for all rows, and
+    of the rows that are summed."""
     block = _block(model)
     if block.mixture is None:
         return 3 * run.tokens * block.intermediate * model.itemsize
@@ -138,8 +136,8 @@ def layer_backward(model: Model, run: Run) -> int:
 
 
 def total(model: Model, run: Run, checkpointing: bool) -> int:
-    """The largest sum at any time, from the second step on, gradients accumulated: at the loss's backward, or
-    at that of the last layer (which checkpointing computes again), when of the loss the logits are left."""
+    """Peak memory from the second step on, with gradients accumulated: in the loss's backward, or in that of
+    the last layer (recomputed with checkpointing), when only the logits are left of the loss."""
     fixed = weights(model, run) + adapters(model, run) + gradients(model, run) + optimiser(model, run)
     loss = logits(model, run) + loss_backward(model, run)
     last = run.tokens * model.vocabulary * _itemsize(model, run) + layer_backward(model, run)
@@ -149,7 +147,7 @@ def total(model: Model, run: Run, checkpointing: bool) -> int:
 
 
 def largest_batch(fits: Callable[[int], bool], limit: int = 1 << 16) -> int:
-    """The largest batch that fits, 0 if none does; `fits` is true up to some number and false beyond."""
+    """The largest batch for which the monotonic `fits` is true, or 0."""
     if not fits(1):
         return 0
     low, high = 1, 2
@@ -178,7 +176,7 @@ def _width(block: Block, run: Run) -> int:
 
 
 def _itemsize(model: Model, run: Run) -> int:
-    """Of what is not quantised, and of activations between layers."""
+    """Element size of unquantised weights and of activations between layers."""
     return _FP32 if run.prepared and run.method == "qlora" else model.itemsize
 
 
@@ -187,25 +185,25 @@ def _trained_itemsize(model: Model, run: Run) -> int:
 
 
 def _norm(size: int, model: Model, run: Run) -> int:
-    """RMSNorm of transformers: x in fp32 and 1 / rms by token. When its weight is trained, the normalised x
-    in the model's dtype too."""
+    """RMSNorm of transformers saves x in fp32 and 1 / rms per token, and if its weight is trained, the
+    normalised x in the model's dtype."""
     return run.tokens * (size * _FP32 + _FP32 + (size * model.itemsize if run.method == "full" else 0))
 
 
 def _head_norms(block: Block, model: Model, run: Run) -> int:
-    """Qwen3's norms of q and k, by head."""
+    """Qwen3's per-head norms of q and k."""
     per_head = run.tokens * _FP32 * (block.heads + block.kv_heads - 2)
     return _norm(block.q, model, run) + _norm(block.kv, model, run) + per_head
 
 
 def _attention(block: Block, run: Run, e: int) -> int:
-    """A fused attention saves rotated q and k, v, its output (which is o_proj's input) and a log-sum-exp by
-    head and token. Projections that have adapters, or are trained, save their input, once for all three."""
+    """Fused attention saves rotated q and k, v, its output (o_proj's input) and a log-sum-exp per head and
+    token. Adapted or trained q, k and v projections save their common input once."""
     t = run.tokens
     saved = t * e * 2 * block.q + t * _FP32 * block.heads
     if run.method == "prefix":
-        # transformers repeats keys and values for all heads when there is a mask, as a prefix makes one, of
-        # (seq, virtual tokens + seq) in the model's dtype.
+        # A prefix needs a mask (seq, virtual tokens + seq) in the model's dtype, and with a mask transformers
+        # repeats keys and values for all heads.
         keys = run.batch * (run.seq + run.virtual_tokens)
         return saved + 2 * keys * block.q * e + keys * run.seq * e
     saved += 2 * t * e * block.kv
@@ -222,9 +220,9 @@ def _attention(block: Block, run: Run, e: int) -> int:
 
 
 def _mlp(block: Block, model: Model, run: Run) -> int:
-    """down(act(gate) * up). As separate modules: act saves gate, the product saves act(gate) and up, and a
-    down that is trained the product. Fused with its adapters: its input, gate, up and h of each adapter, in
-    the dtype of the weights' products."""
+    """down(act(gate) * up). Unfused: act saves gate, the multiplication saves act(gate) and up, a trained
+    down its input. Fused with adapters: the input, gate, up and h of each adapter, in the dtype of the
+    GEMMs."""
     if block.mixture is not None:
         return _mixture(block, block.mixture, model, run)
     on = block.adapted & {"gate_proj", "up_proj", "down_proj"}
@@ -242,14 +240,14 @@ def _mlp(block: Block, model: Model, run: Run) -> int:
 
 
 def _mixture(block: Block, mixture: Mixture, model: Model, run: Run) -> int:
-    """Packed experts: gate, up and the result of every row, which there are top_k of for each token; two
-    orders of rows; the router's softmax, its choice and what divides it. With an adapter the input and h."""
+    """Packed experts save gate, up and the result of every row (top_k rows per token), two permutations, and
+    the router's softmax, indices and normaliser; with an adapter also the input and h."""
     rows, e = run.tokens * mixture.top_k, model.itemsize
     saved = rows * e * (2 * block.intermediate + block.hidden) + 2 * rows * _INT64
     saved += run.tokens * mixture.count * _FP32 + rows * (_INT64 + 2 * _FP32) + run.tokens * _FP32
     inputs = {"gate_up_proj": block.hidden, "down_proj": block.intermediate}
     saved += sum(rows * (e * inputs[name] + run.rank * _FP32) for name in mixture.adapted)
-    return saved + mixture.count * 4  # where the rows of each end
+    return saved + mixture.count * 4  # end of each expert's rows
 
 
 def _inserted(block: Block, run: Run, e: int) -> int:
@@ -260,8 +258,8 @@ def _inserted(block: Block, run: Run, e: int) -> int:
 
 
 def _first_layer(model: Model, run: Run) -> int:
-    """What the first layer does not save, since no gradient goes to frozen embeddings: for its first norm,
-    and for what comes before the first thing that is trained."""
+    """What the first layer does not save, because frozen embeddings need no gradient: its first norm, and
+    everything before the first trained parameter."""
     block = _block(model)
     if run.method == "full":
         return 0
@@ -287,8 +285,8 @@ def _first_head_norms(block: Block, model: Model, run: Run) -> int:
 
 
 def _around(model: Model, run: Run) -> int:
-    """The last norm; cos and sin of the positions, one for all; in full fine-tuning the head's input and the
-    embedding's indices."""
+    """The last norm; cos and sin of positions; in full fine-tuning the head's input and the embedding's
+    indices."""
     block, e = _block(model), _itemsize(model, run)
     rotary = 2 * run.seq * (block.q // block.heads) * e
     saved = _norm(block.hidden, model, run) + rotary

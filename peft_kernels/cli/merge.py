@@ -1,8 +1,8 @@
-"""A LoRA adapter of PEFT into its base, tensor by tensor.
+"""Merges a LoRA adapter of PEFT into its base, tensor by tensor.
 
-OUT has the tensors that merge_and_unload and save_pretrained make of the dense model, to the bit. BASE may be
-dense or in NF4. NF4 becomes dense, unless --format nf4 packs it again, which can lose most of what was
-trained. OUT appears when it is whole; after an error nothing is left of it.
+OUT is bit-identical to merge_and_unload and save_pretrained of the dense model. BASE may be dense or NF4. NF4
+becomes dense unless --format nf4 repacks it, which can lose most of what was trained. OUT appears when it is
+complete; after an error nothing is left.
 """
 
 from __future__ import annotations
@@ -11,38 +11,34 @@ import argparse
 from pathlib import Path
 
 from ..checkpoints.merge import FORMATS, Merge, merge_checkpoint
-from .output import Output, size
+from .output import Output, counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", type=Path, help="folder with config.json and .safetensors")
     parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder with adapter_config.json")
-    parser.add_argument("destination", metavar="OUT", type=Path, help="folder to make; must not exist")
+    parser.add_argument("destination", metavar="OUT", type=Path, help="folder to create; must not exist")
     parser.add_argument(
         "--format",
         choices=FORMATS,
         default="dense",
-        help="of what BASE has in NF4: dense, or nf4, packed again with the loss of 4 bits (dense)",
+        help="format of weights that are NF4 in BASE: dense, or nf4, which rounds to 4 bits (dense)",
     )
-    parser.add_argument(
-        "--partial", action="store_true", help="merge into what is there where BASE lacks tensors"
-    )
+    parser.add_argument("--partial", action="store_true", help="accept a BASE that lacks tensors")
 
 
 def run(arguments: argparse.Namespace, out: Output) -> bool:
     def started(merge: Merge) -> None:
-        out.say(f"{_counted(len(merge.plan.changes), 'tensor')} of the base change, by {merge.plan.source}")
+        changed = counted(len(merge.plan.changes), "tensor")
+        out.say(f"{changed} of the base change, according to {merge.plan.source}")
         if merge.base_is_packed and merge.dense:
-            out.say("NF4 becomes dense: packed again (--format nf4) it can lose most of what was trained")
+            out.say("NF4 becomes dense: repacking (--format nf4) can lose most of what was trained")
         if merge.plan.untied:
-            out.say(
-                "embeddings and head are no longer tied: the adapter has its own of one of them", "yellow"
-            )
-
+            out.say("embeddings and head are no longer tied: the adapter replaces one of them", "yellow")
         if merge.left_out:
-            out.say(f"not copied, as they hold other weights: {', '.join(merge.left_out)}")
+            out.say(f"not copied, because they contain other weights: {', '.join(merge.left_out)}")
 
-    # The total is known when the headers have been read, which is later than the bar is made.
+    # Approximates the total, which is known only after the headers are read.
     total = sum(file.stat().st_size for file in arguments.base.glob("*.safetensors"))
     with out.progress(total, "merging") as advance:
         done = merge_checkpoint(
@@ -57,15 +53,11 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
     share = done.rounding.share
     if share is not None:
         out.say(
-            f"rounding to 4 bits moved the merged weights by {share:.2f} of what the adapter had moved them "
+            f"rounding to 4 bits changed the merged weights by {share:.2f} times as much as the adapter "
             "(from 1 on, little of the training is left)",
             "yellow",
         )
-    out.say(
-        f"{done.destination}: {size(done.bytes_after)} of {size(done.bytes_before)}"
-        + (f"; copied {', '.join(done.copied)}" if done.copied else ""),
-        "bold",
-    )
+    out.written(done)
     out.result(
         {
             "destination": str(done.destination),
@@ -81,7 +73,3 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
         }
     )
     return True
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"

@@ -1,4 +1,4 @@
-"""What commands print: for people, in colour where rich is installed and the terminal can; or JSON."""
+"""Output of commands: text, in colour if rich is installed and the terminal supports it, or JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Output:
-    """One command's. Sentences and tables go to stdout, unless JSON is asked for: then that alone."""
+    """The output of one command: text and tables on stdout, or with `as_json` only JSON."""
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
@@ -21,7 +21,7 @@ class Output:
             except ImportError:
                 pass
             else:
-                # Names of files and tensors are shown as they are, brackets and colons too.
+                # No markup: names of files and tensors may contain brackets and colons.
                 self._console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def say(self, text: str, style: str = "") -> None:
@@ -31,7 +31,7 @@ class Output:
             print(text)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Columns whose names end in ">" are aligned to the right."""
+        """Prints a table. Columns whose names end in ">" are right-aligned."""
         names = [column.removesuffix(">") for column in columns]
         right = [column.endswith(">") for column in columns]
         if self._console is not None and self._console.is_terminal:
@@ -50,8 +50,13 @@ class Output:
                 line = "  ".join(text.rjust(n) if aligned else text.ljust(n) for text, n, aligned in cells)
                 print(line.rstrip())
 
+    def written(self, done: Any) -> None:
+        """Reports a folder that was written; `done` is a Conversion or a Merge."""
+        copied = f"; copied {', '.join(done.copied)}" if done.copied else ""
+        self.say(f"{done.destination}: {size(done.bytes_after)} of {size(done.bytes_before)}{copied}", "bold")
+
     def result(self, value: dict[str, Any]) -> None:
-        """What `--json` prints."""
+        """Prints the result of `--json`."""
         if self.as_json:
             print(json.dumps(value, indent=2))
 
@@ -62,7 +67,7 @@ class Output:
 
     @contextmanager
     def progress(self, total: int, what: str) -> Iterator[Callable[[int], None]]:
-        """A bar on stderr, where somebody watches, while `total` bytes go by. The function tells of more."""
+        """A progress bar on stderr, if that is a terminal. Yields a function that adds processed bytes."""
         bar: Any = None
         if not self.as_json and sys.stderr.isatty():
             try:
@@ -87,8 +92,12 @@ class Output:
 
 
 def size(nbytes: float) -> str:
-    """In GB or MB (powers of ten), as disks and frameworks count."""
+    """Text in GB, MB or kB (powers of ten)."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if abs(nbytes) >= scale:
             return f"{nbytes / scale:.3g} {unit}" if nbytes < 100 * scale else f"{nbytes / scale:.0f} {unit}"
     return f"{nbytes:.0f} B"
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

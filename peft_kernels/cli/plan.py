@@ -1,8 +1,8 @@
-"""What a fine-tuning will take, method by method, from the configuration alone.
+"""Plans the memory of fine-tuning by method, from the configuration alone.
 
-Bytes of weights, adapters, gradients, optimiser state, saved activations with and without checkpointing, and
-of the loss; which methods fit into --memory, and the largest batch that does. Of mixtures of experts the
-activations are planned where they are packed. Nothing is loaded.
+Bytes of weights, adapters, gradients, optimiser state, loss, and saved activations with and without
+checkpointing; which methods fit into --memory, and the largest batch. Activations of mixtures of experts are
+planned only if packed. Nothing is loaded.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
     notes = _notes(built, model, no_note) + _notes_on_experts(model, runs, arguments.target_modules is None)
     if foreign:
         notes.append(
-            f"the model is quantised ({foreign}): these are the figures of the dense model, and QLoRA is "
-            "left out, for quantize takes dense models alone"
+            f"the model is quantised ({foreign}): these are the figures of the dense model, without QLoRA, "
+            "since quantize needs a dense model"
         )
     if limit is not None:
         kept = size(arguments.reserve)
@@ -198,12 +198,12 @@ def _print(plans: dict[str, dict[str, Any]], limit: int | None, out: Output) -> 
 def _notes(built: Any, model: Model, prepared: bool) -> list[str]:
     name = built.config.model_type
     if model.block is None:
-        return [f"activations are not known for layers like those of {name}, so nothing is said of what fits"]
+        return [f"activations are not known for layers like those of {name}, so it is unknown what fits"]
     notes = [f"assumed: {_ASSUMED}"]
     if not prepared:
         notes.append("QLoRA after PEFT's prepare_model_for_kbit_training takes more: see --kbit-prepared")
     if name not in CHECKED:
-        notes.append(f"activations of {name} are reckoned as Llama's, and nobody has measured them")
+        notes.append(f"activations of {name} are computed as Llama's, without measurements")
     return notes
 
 
@@ -217,7 +217,7 @@ def _notes_on_experts(model: Model, runs: list[Run], all_linear: bool) -> list[s
     if model.block is not None and not all(map(_packs, runs)):
         notes.append(
             "activations of dense experts depend on transformers' experts_implementation: they are not "
-            "planned, and nothing is said of what fits"
+            "planned, so it is unknown what fits"
         )
     if all_linear and not adapted and any(one.method in ("lora", "qlora", "dora") for one in runs):
         notes.append(
@@ -228,7 +228,7 @@ def _notes_on_experts(model: Model, runs: list[Run], all_linear: bool) -> list[s
 
 
 def _optimiser(text: str) -> str:
-    """By our names, those of the classes (AdamW8bit) or Trainer's (adamw_8bit)."""
+    """An optimiser by our name, its class (AdamW8bit) or Trainer's name (adamw_8bit)."""
 
     def plain(name: str) -> str:
         return name.lower().replace("_", "")
@@ -240,7 +240,7 @@ def _optimiser(text: str) -> str:
 
 
 def byte_count(text: str) -> int:
-    """24GB (powers of ten) or 24GiB (of two)."""
+    """Bytes of a text such as 24GB (powers of ten) or 24GiB (powers of two)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if match is None or float(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"expected a size like 24GB or 80GiB, got {text!r}")

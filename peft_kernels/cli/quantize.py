@@ -1,9 +1,8 @@
-"""A model's folder to 4 bits (NF4), tensor by tensor.
+"""Quantises a model's folder to 4 bits (NF4), tensor by tensor.
 
-The result is in bitsandbytes' format: transformers, PEFT, TRL and vLLM read it. With --experts, mixtures of
-experts are packed too, in a format that peft_kernels alone reads. DST appears when it is whole; an
-interrupted run leaves a folder .DST.partial beside it, and the same command goes on from there.
-"""
+The result is in bitsandbytes' format: transformers, PEFT, TRL and vLLM read it. --experts also packs mixtures
+of experts, in a format that only peft_kernels reads. DST appears when it is complete; an interrupted run
+leaves a folder .DST.partial beside it, and the same command continues from there."""
 
 from __future__ import annotations
 
@@ -18,34 +17,32 @@ from .output import Output, size
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", type=Path, help="folder with config.json and .safetensors")
-    parser.add_argument("destination", metavar="DST", type=Path, help="folder to make; must not exist")
+    parser.add_argument("destination", metavar="DST", type=Path, help="folder to create; must not exist")
     parser.add_argument(
-        "--blocksize", type=int, default=64, choices=BLOCKSIZES, help="weights that share a scale (64)"
+        "--blocksize", type=int, default=64, choices=BLOCKSIZES, help="values that share a scale (64)"
     )
     parser.add_argument(
-        "--no-double-quant", action="store_true", help="keep scales in fp32: 4.5 bits a weight, not 4.13"
+        "--no-double-quant", action="store_true", help="keep scales in fp32: 4.5 bits per value, not 4.13"
     )
     parser.add_argument(
         "--skip",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="modules to leave, beside heads, embeddings and norms: a name or consecutive parts of one",
+        help="modules to skip besides heads, embeddings and norms: a name or consecutive parts of one",
     )
     parser.add_argument(
-        "--experts", action="store_true", help="pack mixtures of experts too, which peft_kernels alone reads"
+        "--experts", action="store_true", help="also pack mixtures of experts, which only peft_kernels reads"
     )
-    parser.add_argument(
-        "--partial", action="store_true", help="quantise what is there where tensors of the model are missing"
-    )
-    parser.add_argument("--restart", action="store_true", help="do not go on with an interrupted run")
+    parser.add_argument("--partial", action="store_true", help="accept a model that lacks tensors")
+    parser.add_argument("--restart", action="store_true", help="do not continue an interrupted run")
 
 
 def run(arguments: argparse.Namespace, out: Output) -> bool:
     def started(conversion: Conversion) -> None:
         choice = conversion.choice
         packed = f" and {len(choice.experts)} weights of experts" if choice.experts else ""
-        out.say(f"{len(choice.quantise)} linear layers{packed} become NF4, by {choice.source}")
+        out.say(f"{len(choice.quantise)} linear layers{packed} become NF4, according to {choice.source}")
         for reason, count in Counter(choice.left.values()).items():
             names = [name for name, why in choice.left.items() if why == reason]
             shown = ", ".join(names[:3]) + (", ..." if count > 3 else "")
@@ -53,13 +50,13 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
         if choice.dense_experts:
             out.say(f"{size(choice.dense_experts)} of experts stay dense: --experts packs them", "yellow")
         if choice.other_experts:
-            out.say(f"{size(choice.other_experts)} of experts stay dense: nothing here packs them", "yellow")
+            out.say(f"{size(choice.other_experts)} of experts stay dense: they cannot be packed", "yellow")
         if conversion.left_out:
-            out.say(f"not copied, as they hold other weights: {', '.join(conversion.left_out)}")
+            out.say(f"not copied, because they contain other weights: {', '.join(conversion.left_out)}")
         if conversion.taken_over:
-            out.say(f"going on with an interrupted run: {', '.join(conversion.taken_over)} done before")
+            out.say(f"continuing an interrupted run: {', '.join(conversion.taken_over)} done before")
 
-    # The total is known when the headers have been read, which is later than the bar is made.
+    # Approximates the total, which is known only after the headers are read.
     total = sum(file.stat().st_size for file in arguments.source.glob("*.safetensors"))
     with out.progress(total, "quantising") as advance:
         done = quantize_checkpoint(
@@ -74,11 +71,7 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
             started,
             lambda name, nbytes: advance(nbytes),
         )
-    out.say(
-        f"{done.destination}: {size(done.bytes_after)} of {size(done.bytes_before)}"
-        + (f"; copied {', '.join(done.copied)}" if done.copied else ""),
-        "bold",
-    )
+    out.written(done)
     out.result(
         {
             "destination": str(done.destination),

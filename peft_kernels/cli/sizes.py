@@ -1,4 +1,4 @@
-"""What the formulas of `memory` need to know: a model's sizes, and what is asked for."""
+"""Inputs of the formulas in `memory`: sizes of a model, and settings of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Linear:
     quantised: bool = False
     """Whether QLoRA packs it."""
     adapted: bool = False
-    """Whether LoRA and DoRA put an adapter on it."""
+    """Whether it has a LoRA or DoRA adapter."""
 
     @property
     def numel(self) -> int:
@@ -36,7 +36,7 @@ class Experts:
     out_features: int
     in_features: int
     adapted: bool = False
-    """Whether LoRA puts an adapter on it."""
+    """Whether it has a LoRA adapter."""
 
     @property
     def numel(self) -> int:
@@ -45,12 +45,12 @@ class Experts:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The experts of a decoder layer, in place of an MLP."""
+    """The experts of a decoder layer instead of an MLP."""
 
     count: int
     top_k: int
     adapted: frozenset[str]
-    """Of gate_up_proj and down_proj."""
+    """Those of gate_up_proj and down_proj with an adapter."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,13 @@ class Block:
     kv_heads: int
     qk_norm: bool
     adapted: frozenset[str]
-    """Of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj: those with an adapter."""
+    """Projections with an adapter."""
     mixture: Mixture | None = None
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model as the formulas need it, see `architecture.describe`."""
+    """Sizes of a model, see `architecture.describe`."""
 
     linears: tuple[Linear, ...]
     parameters: tuple[tuple[int, ...], ...]
@@ -80,13 +80,13 @@ class Model:
     vocabulary: int
     layers: int
     block: Block | None
-    """None for an architecture whose activations are not known here."""
+    """None if the activations of the architecture are unknown."""
     experts: tuple[Experts, ...] = ()
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is asked for."""
+    """Settings of a fine-tuning run."""
 
     method: str
     batch: int = 1
@@ -94,15 +94,15 @@ class Run:
     rank: int = 16
     optim: str = "adamw"
     reduction: int = 16
-    """Of bottleneck adapters: hidden / reduction is their width."""
+    """Bottleneck adapters have hidden / reduction features."""
     virtual_tokens: int = 20
-    """Of prefix tuning."""
+    """For prefix tuning."""
     blocksize: int = 64
     double_quant: bool = True
     prepared: bool = False
-    """QLoRA after PEFT's prepare_model_for_kbit_training: what is not quantised is fp32, activations too."""
+    """QLoRA after PEFT's prepare_model_for_kbit_training: unquantised weights and activations are fp32."""
     experts: bool = False
-    """QLoRA with experts packed too."""
+    """QLoRA with packed experts."""
 
     @property
     def tokens(self) -> int:

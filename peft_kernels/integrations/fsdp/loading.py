@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...checkpoints.checks import holds_experts, nf4_weights
 from ...checkpoints.folder import Checkpoint
 from ...checkpoints.header import CheckpointError, Entry
-from ...checkpoints.rows import read_form, read_part, read_rows
+from ...checkpoints.rows import read_layout, read_local_rows, read_rows
 from ...nf4.model import ModelLink, mark_quantized
 from ...nf4.sharded.checks import is_dtensor, is_sharded
 from ...nf4.sharded.ranks import (
@@ -57,7 +57,7 @@ def empty_layers(model: nn.Module, path: Path | str, compute_dtype: torch.dtype 
     for weight, names in nf4_weights(checkpoint.entries).items():
         if holds_experts(names):
             raise CheckpointError(f"{weight}: expected the weight of a linear layer, got packed experts")
-        state, dtype = read_form(checkpoint, weight, names)
+        state, dtype = read_layout(checkpoint, weight, names)
         name = weight.removesuffix(".weight")
         try:
             linear: Any = model.get_submodule(name)
@@ -196,11 +196,11 @@ def _read(checkpoint: Checkpoint, places: dict[str, Any], strict: bool) -> dict[
         if not expects_packed(name, place, name in quantised):
             new[name] = _dense_rows(name, place, checkpoint.entries[name])
             continue
-        state, _ = read_form(checkpoint, name, quantised[name])
+        state, _ = read_layout(checkpoint, name, quantised[name])
         check_form(name, place, state.shape, state.blocksize, state.absmax2 is not None)
         mine = place._local_tensor._rows if is_sharded(place) else None
         start, stop = (0, state.shape[0]) if mine is None else (mine.start, mine.stop)
-        new[name] = read_part(checkpoint, name, state, start, stop)
+        new[name] = read_local_rows(checkpoint, name, state, start, stop)
     return new
 
 

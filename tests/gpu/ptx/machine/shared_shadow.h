@@ -51,11 +51,11 @@ class SharedShadow {
   // Records a read, or returns the conflict.
   Conflict read(uint32_t offset, uint32_t bytes, const SharedAccess& access) {
     const uint64_t epoch = uint64_t{access.block_epoch} << 32;
-    if (bytes < 4) return read_part(offset, bytes, access);
+    if (bytes < 4) return read_local_rows(offset, bytes, access);
     for (uint32_t at = offset; at < offset + bytes; at += 4) {
       Word& word = words_[at / 4];
       if (word.write.tick() == kParted) {
-        const Conflict conflict = read_part(at, 4, access);
+        const Conflict conflict = read_local_rows(at, 4, access);
         if (conflict.why != Why::kNone) return conflict;
         continue;
       }
@@ -141,7 +141,7 @@ class SharedShadow {
     for (uint32_t i = 0; i < 4; ++i) parts_[offset / 4 * 4 + i] = word;
     word.write = Cell::of(kParted, 0, 0);
   }
-  Conflict read_part(uint32_t offset, uint32_t bytes, const SharedAccess& access) {
+  Conflict read_local_rows(uint32_t offset, uint32_t bytes, const SharedAccess& access) {
     take_apart(offset);
     for (uint32_t at = offset; at < offset + bytes; ++at) {
       Word& part = parts_[at];
