@@ -1,4 +1,4 @@
-"""Batches whose rows have virtual prompts of their own: prompt tuning or P-tuning in one PEFT model.
+"""Batches with a different virtual prompt per row: prompt tuning or P-tuning in one PEFT model.
 
 inputs = pk.prompts.mixed_inputs(model, input_ids, attention_mask, adapter_names=["support", "legal"])
 logits = model.get_base_model()(**inputs).logits
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 BASE = "__base__"
 """The name of rows without an adapter, as in PEFT's mixed batches of LoRA."""
-IGNORED = -100  # label of positions that the loss leaves out
+IGNORED = -100  # label ignored by the loss
 _PROMPTS = ("PROMPT_TUNING", "P_TUNING")
 _TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
@@ -29,11 +29,11 @@ def mixed_inputs(
     labels: Tensor | None = None,
     adapter_names: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
-    """What the base model is given so that each row has the virtual tokens of its adapter before its text.
+    """Inputs of the base model in which each row has the virtual tokens of its adapter before its text.
 
-    Every row gives what its adapter would alone, whatever the lengths: PEFT leaves padding between prompt and
-    text, here it is on the left in causal models, and on the right in encoders, which may count positions
-    from the first column. The prompts are differentiable.
+    Each row's result equals that of its adapter alone, for any lengths: PEFT leaves padding between prompt
+    and text; here it is on the left for causal models, and on the right for encoders, which may count
+    positions from the first column. The prompts are differentiable.
 
     Parameters
     ----------
@@ -45,23 +45,22 @@ def mixed_inputs(
     attention_mask : Tensor, optional
         (batch, length), 0 for padding.
     labels : Tensor, optional
-        (batch, length) for a causal model. Those of a decoder are passed on as they are.
+        (batch, length) for a causal model. Labels of a decoder are passed through.
     adapter_names : sequence of str, optional
-        One for each row; "__base__" for a row without virtual tokens. None: the active adapter for all.
+        One per row; "__base__" for a row without virtual tokens. None: the active adapter for all rows.
 
     Returns
     -------
     dict
         `inputs_embeds` (batch, longest, hidden), in the embeddings' dtype; `attention_mask` (batch, longest);
-        `position_ids` for causal models that take them; `labels` if there are any. For
-        `model.get_base_model()`, its forward and its `generate`, which returns the new tokens alone.
+        `position_ids` for causal models that take them; `labels` if given. For
+        `model.get_base_model()`, its forward and `generate`, which returns only new tokens.
 
     Raises
     ------
     ValueError
-        A shape that does not fit, an adapter that is not there, another method or another task; rows of
-        different lengths for a causal model that can be told neither positions nor padding (BART's decoder
-        alone).
+        A shape that does not fit; an unknown adapter, or one of another method or task; rows of different
+        lengths for a causal model that supports neither positions nor padding (BART's decoder alone).
     """
     names = _checked(model, input_ids, attention_mask, adapter_names)
     causal = model.active_peft_config.task_type == "CAUSAL_LM"
@@ -104,13 +103,13 @@ def mixed_inputs(
 
 
 def _first_position(base: torch.nn.Module) -> int:
-    """The number of a row's first position: RoBERTa and its kin begin behind the padding token's."""
+    """Index of the first position: RoBERTa and similar models start after the padding token's."""
     embeddings: Any = (m for m in base.modules() if hasattr(m, "create_position_ids_from_inputs_embeds"))
     return next((m.padding_idx + 1 for m in embeddings), 0)
 
 
 def _counts_positions(base: torch.nn.Module) -> bool:
-    """Whether a model without position_ids has a table of positions that does not look at the mask."""
+    """Whether a model without position_ids uses a table of positions that ignores the mask."""
     return any(
         "PositionalEmbedding" in type(m).__name__
         and "attention_mask" not in inspect.signature(m.forward).parameters
@@ -124,7 +123,7 @@ def _prompt(model: Any, name: str) -> Tensor:
         weight = model.word_embeddings.weight
         return weight.new_empty(0, weight.shape[1])
     encoder, config = model.prompt_encoder[name], model.peft_config[name]
-    if config.inference_mode:  # of P-tuning the results alone were saved
+    if config.inference_mode:  # P-tuning saves only the encoder's output
         prompt = encoder.embedding.weight
     else:
         prompt = encoder(model.prompt_tokens[name][None].to(encoder.embedding.weight.device))[0]

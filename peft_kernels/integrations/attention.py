@@ -1,14 +1,13 @@
-"""Our attention in models of transformers, by their own registry of attention functions.
+"""Our attention in transformers models, through transformers' registry of attention functions.
 
-use(model)                             # and model.set_attn_implementation("sdpa") takes it out again
+use(model)                             # model.set_attn_implementation("sdpa") undoes it
 
-register()                             # or by name, from the start
+register()                             # or by name
 AutoModelForCausalLM.from_pretrained(..., attn_implementation="peft_kernels")
 
-Masks are those of "sdpa". What ours does not cover goes to "sdpa" itself: dropout, biases of positions,
-masks that are not spans of keys, a single query, other devices than the CPU. What neither computes, sinks
-and caps of scores, is refused: "sdpa" would leave it out without a word.
-"""
+Masks are those of "sdpa". Calls that ours does not cover fall back to "sdpa": dropout, position biases, masks
+that are not spans of keys, a single query, devices other than the CPU. Sinks and softcaps raise, because
+"sdpa" would ignore them silently."""
 
 from __future__ import annotations
 
@@ -27,27 +26,26 @@ from ..ops.block.attention import attention
 
 NAME = "peft_kernels"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_NEITHER = {"softcap": "caps of scores", "s_aux": "attention sinks", "sinks": "attention sinks"}
-"""Arguments that change what attention is, and that neither ours nor sdpa looks at."""
+_UNSUPPORTED = {"softcap": "caps of scores", "s_aux": "attention sinks", "sinks": "attention sinks"}
+"""Arguments that change the result, but that neither ours nor sdpa supports."""
 
 
 def register() -> None:
-    """Make `attn_implementation="peft_kernels"` known to transformers. Changes no model."""
+    """Registers `attn_implementation="peft_kernels"` with transformers. Changes no model."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def use(model: nn.Module) -> None:
-    """Let a model of transformers compute its attention by our kernel, or all that a module wraps, as PEFT's
-    models do.
+    """Makes a transformers model, or all models that a module wraps (PEFT), use our attention.
 
     Raises
     ------
     TypeError
-        There is no model of transformers in it.
+        It contains no transformers model.
     ValueError
-        Its class does not choose its attention by transformers' registry, or what it computes is not what
-        "sdpa" does (sinks of GPT-OSS, capped scores of Gemma 2). Nothing is changed then.
+        Its class does not use transformers' registry, or computes something else than "sdpa" (sinks of
+        GPT-OSS, softcap of Gemma 2). Nothing is changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a model of transformers, got a {type(model).__name__}")
@@ -60,8 +58,8 @@ def use(model: nn.Module) -> None:
         for part in one.modules():
             if isinstance(part, PreTrainedModel) and not _is_sdpas(part):
                 raise ValueError(
-                    'model: expected one that can compute its attention by "sdpa", for ours is the same, '
-                    f"got a {type(part).__name__}, which transformers says cannot"
+                    'model: expected one that supports "sdpa", which ours replaces, '
+                    f"got a {type(part).__name__}, which does not"
                 )
     register()
     for one in found:
@@ -69,14 +67,14 @@ def use(model: nn.Module) -> None:
 
 
 def _models(module: nn.Module) -> list[PreTrainedModel]:
-    """The models of transformers in a module, without those that are parts of another."""
+    """The outermost transformers models in a module."""
     if isinstance(module, PreTrainedModel):
         return [module]
     return [one for child in module.children() for one in _models(child)]
 
 
 def _is_sdpas(model: PreTrainedModel) -> bool:
-    """Whether "sdpa" is what a model computes, where its attention is chosen at all."""
+    """Whether a model supports "sdpa", if its attention can be selected at all."""
     return bool(model._supports_sdpa) or not model._can_set_attn_implementation()
 
 
@@ -91,14 +89,14 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers calls attention functions: query (batch, heads, rows, features), key and value
-    (batch, key_heads, keys, features), a mask that is True where a row attends to a key, or None. Gives
-    (batch, rows, heads, features), and no weights. ValueError for what neither ours nor sdpa computes."""
-    for name, what in _NEITHER.items():
+    """An attention function of transformers: query (batch, heads, rows, features), key and value
+    (batch, key_heads, keys, features), a mask that is True where a row attends to a key, or None. Returns
+    (batch, rows, heads, features) and None. Raises ValueError for unsupported arguments."""
+    for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise ValueError(
-                f"{name}: expected None, for neither peft_kernels nor sdpa computes {what}; choose another "
-                'attention, as by model.set_attn_implementation("eager")'
+                f"{name}: expected None, since neither peft_kernels nor sdpa supports {what}; select another "
+                'attention, e.g. model.set_attn_implementation("eager")'
             )
     if _takes(query, key, value, dropout, scaling, kwargs):
         spans = None if attention_mask is None else spans_of(attention_mask, query, key)
@@ -106,9 +104,9 @@ def attention_forward(
             if is_causal is None:
                 is_causal = getattr(module, "is_causal", True)
             is_causal = bool(is_causal) and attention_mask is None
-            q, k, v = _as_multiplied(query, key, value)
+            q, k, v = _autocast(query, key, value)
             rows = query.shape[2]
-            if is_causal and k.shape[2] > rows:  # a cache that is still empty behind the rows, as in sdpa
+            if is_causal and k.shape[2] > rows:  # a static cache, empty after the rows, as in sdpa
                 k, v = k[:, :, :rows], v[:, :, :rows]
             return attention(
                 q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), spans, is_causal, scaling
@@ -118,8 +116,8 @@ def attention_forward(
     )
 
 
-def _as_multiplied(*sides: Tensor) -> tuple[Tensor, ...]:
-    """Autocast rounds what sdpa is given: a rotary embedding in fp32 has widened queries and keys."""
+def _autocast(*sides: Tensor) -> tuple[Tensor, ...]:
+    """Casts to autocast's dtype, like sdpa: a rotary embedding in fp32 makes queries and keys fp32."""
     dtype = autocast_dtype(sides[0].device.type)
     return sides if dtype is None else tuple(t.to(dtype) for t in sides)
 
@@ -142,39 +140,39 @@ def _takes(
 
 
 def _is_of_one_type(*sides: Tensor) -> bool:
-    """As it is, or by autocast, which rounds all three."""
+    """Whether the dtypes are supported and equal, perhaps after autocast."""
     dtypes = {t.dtype for t in sides}
     return dtypes <= set(_DTYPES) and (len(dtypes) == 1 or autocast_dtype(sides[0].device.type) is not None)
 
 
 def _has_kernel(query: Tensor) -> bool:
-    """Plain torch would have all scores in memory. A traced call finds its back end when it runs."""
+    """Whether our kernel runs: plain torch would store all scores. A traced call selects its back end
+    later."""
     return torch.compiler.is_compiling() or dispatch.select("attention", (query,)).name == "cpu"
 
 
 def spans_of(mask: Tensor, query: Tensor, key: Tensor) -> Tensor | None:
-    """(batch, rows, 2, 2), int32: the two spans of keys that each row attends to, each from its first key to
-    the one behind its last. None for a mask that is not of bool, differs between heads, or has a row with
-    more spans.
+    """(batch, rows, 2, 2), int32: up to two spans [first, last) of keys that each row attends to. None for a
+    mask that is not bool, differs between heads, or has a row with more spans.
 
-    Each layer looks at its mask anew: no cache could tell that it was written through `.data` or numpy."""
+    Not cached between layers: writes through `.data` or numpy could not be detected."""
     batch, rows, keys = query.shape[0], query.shape[2], key.shape[2]
     if (
         mask.dtype != torch.bool
         or mask.dim() != 4
         or mask.shape[0] not in (1, batch)
         or mask.shape[1:] != (1, rows, keys)
-        or not _is_there(mask)
+        or not _is_readable(mask)
     ):
         return None
     spans: Tensor | None = cpu.BACKEND.extension.spans_of_mask(mask[:, 0])
     return None if spans is None else spans.expand(batch, rows, 2, 2)
 
 
-def _is_there(mask: Tensor) -> bool:
-    """Whether a mask can be looked at, and what is found holds for this call alone."""
+def _is_readable(mask: Tensor) -> bool:
+    """Whether the values of a mask can be read: it is not fake, compiled or traced."""
     return (
-        type(mask) is Tensor  # no fake one, as of torch.export
+        type(mask) is Tensor  # not a fake one, as in torch.export
         and not torch.compiler.is_compiling()
         and not is_traced()
         and not torch._C._functorch.is_functorch_wrapped_tensor(mask)

@@ -1,4 +1,4 @@
-"""PEFT models as wholes: merging back into NF4."""
+"""Merges adapters of PEFT models, optionally back into NF4."""
 
 from __future__ import annotations
 
@@ -19,35 +19,34 @@ from .bitsandbytes.ops import unpack
 
 
 def merge_and_unload(model: Any, quantize: bool = False, safe_merge: bool = False) -> nn.Module:
-    """Merge a PEFT model's active adapters and return the base model.
+    """Merges a PEFT model's active adapters and returns the base model.
 
-    Over bitsandbytes' Linear4bit it merges what the unmerged LoRA layer computes, where
-    `model.merge_and_unload()` of PEFT 0.21 does not: the biases of `lora_bias=True` with their scaling, and
-    the weight as it is after an evaluation on a CPU, for which bitsandbytes rearranges it.
+    For bitsandbytes' Linear4bit the result matches the unmerged LoRA layer, unlike `model.merge_and_unload()`
+    of PEFT 0.21: it scales the biases of `lora_bias=True`, and handles weights that bitsandbytes repacked
+    during evaluation on a CPU.
 
     Parameters
     ----------
     model : peft.PeftModel
-        Over layers that are NF4Linear, nn.Linear, bitsandbytes' Linear4bit, packed or dense experts, or a
-        mixture.
+        On layers that are NF4Linear, nn.Linear, bitsandbytes' Linear4bit, or packed or dense experts.
     quantize : bool
-        False: every NF4 weight that gets a delta becomes dense. True: NF4 weights are packed again layer by
-        layer, so memory stays that of the 4-bit model. A base out of NF4 lies on the grid, and a delta of
-        less than half a step falls back to where it came from: a short fine-tuning can be lost almost whole
-        (`make demo` measures it). PEFT packs a Linear4bit again in either case, with the same loss.
+        False makes merged NF4 weights dense. True packs them again layer by layer, so memory stays that of
+        the 4-bit model. Deltas below half a quantisation step are then rounded away: a short fine-tuning can
+        be lost almost completely (`make demo` measures it). PEFT always repacks Linear4bit, with the same
+        loss.
     safe_merge : bool
-        Look for NaN and Inf in all adapters and merged weights before any layer is merged.
+        Check all adapters and merged weights for NaN and Inf before any layer is merged.
 
     Raises
     ------
     ValueError
-        With `safe_merge`: NaN or Inf in an active adapter, or in a weight or bias as LoRA would merge it.
-        With `quantize`: in an active adapter on an NF4 weight. An adapter that is active twice.
+        With `safe_merge`: NaN or Inf in an active adapter or in a merged weight or bias. With `quantize`: NaN
+        or Inf in an active adapter on an NF4 weight. An adapter that is active twice.
     RuntimeError
-        An adapter with `lora_bias=True` on a layer without a bias; a base weight that is cut for tensor
+        An adapter with `lora_bias=True` on a layer without a bias; a base weight that is split for tensor
         parallelism.
 
-    Nothing is merged when one of these is raised.
+    Nothing is merged on error.
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
@@ -83,7 +82,7 @@ def merge_and_unload(model: Any, quantize: bool = False, safe_merge: bool = Fals
 
 
 def _packed(base: nn.Module) -> list[NF4Weight]:
-    """A layer's weights that have 4 bits to go back to: packed, or under a merge."""
+    """A layer's weights that are packed, or merged with their packed bytes kept."""
     parameters: Iterable[Any] = base._parameters.values()
     weights = [weight for weight in parameters if isinstance(weight, NF4Weight)]
     return [weight for weight in weights if weight.is_merged or not weight.is_dense]
@@ -97,7 +96,7 @@ def _is_over_bitsandbytes(module: Any) -> bool:
 
 
 def _merge_by(module: Any, merge: Callable[..., None]) -> None:
-    """Have PEFT call `merge` where it would merge a layer. Once: for DoRA a merge calls itself."""
+    """Makes PEFT call `merge` instead of the layer's own, once: for DoRA a merge calls itself."""
 
     def instead(*args: Any, **kwargs: Any) -> None:
         del vars(module)["merge"]
@@ -117,11 +116,10 @@ def _to_merge(module: Any) -> list[str]:
 
 
 def _merge_with_bias(module: Any, *_args: Any, **_kwargs: Any) -> None:
-    """Merge, and set the bias to what it has to be, whatever PEFT makes of it.
+    """Merges, and then sets the correct bias.
 
-    PEFT 0.21 leaves out the scaling, gives a bf16 bias the adapter's fp32, and raises with `safe_merge`: the
-    checks have passed by now.
-    """
+    PEFT 0.21 omits the scaling, turns a bf16 bias into fp32, and raises with `safe_merge`; the checks were
+    done before."""
     bias, merged = module.get_base_layer().bias, _merged_bias(module)
     module.merge()
     bias.data = merged
@@ -138,7 +136,7 @@ def _merged_bias(module: Any) -> Tensor:
 
 @torch.no_grad()
 def _merged_weight(module: Any) -> Tensor | None:
-    """The weight that PEFT's merge will make; None for layers and variants that are left to its own check."""
+    """The weight that PEFT's merge will produce; None for layers and variants that only PEFT checks."""
     from peft.tuners.lora.variants import DoraLinearVariant
     from peft.utils.integrations import dequantize_bnb_weight
     from peft.utils.other import transpose
@@ -167,13 +165,13 @@ def _merged_weight(module: Any) -> Tensor | None:
 
 
 def _target(module: Any) -> str:
-    """The parameter of the base layer that an adapter is for: PEFT's `target_parameters` name any."""
+    """Name of the base layer's adapted parameter, which PEFT's `target_parameters` may select."""
     name: str = getattr(module, "parameter_name", "weight")
     return name
 
 
 def _check_biases(name: str, module: Any) -> None:
-    """Raise what PEFT raises over a dense layer, but before anything is merged."""
+    """Raises PEFT's error for a missing bias, but before anything is merged."""
     adapters = [adapter for adapter in _to_merge(module) if module.lora_bias.get(adapter)]
     if adapters and getattr(module.get_base_layer(), "bias", None) is None:
         raise RuntimeError(
@@ -183,7 +181,8 @@ def _check_biases(name: str, module: Any) -> None:
 
 
 def _check_merged(name: str, module: Any) -> None:
-    """Finite adapters may still give a sum that is not, in fp16 or over a base that is broken itself."""
+    """Raises ValueError for NaN or Inf after merging: finite adapters can overflow fp16, or the base may be
+    bad."""
     base, adapters = module.get_base_layer(), _to_merge(module)
     if not adapters:
         return

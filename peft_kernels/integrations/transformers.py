@@ -1,4 +1,4 @@
-"""transformers: models in 4 bits from one call, and bitsandbytes' checkpoints without bitsandbytes."""
+"""Loads transformers models in 4 bits, and bitsandbytes' checkpoints without bitsandbytes."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from ..quantize.transformers.quantizer import NF4Quantizer
 __all__ = ["NF4Config", "NF4Quantizer", "disable", "enable", "read_config"]
 
 _BITSANDBYTES = "bitsandbytes_4bit"
-_theirs: list[Any] = []  # the quantiser that `enable` has replaced
+_theirs: list[Any] = []  # the quantiser that `enable` replaced
 
 
 def read_config(path: Any, **kwargs: Any) -> Any:
     """The configuration of a 4-bit checkpoint, to load it without bitsandbytes.
 
-    `AutoModelForCausalLM.from_pretrained(path, config=read_config(path))` reads what bitsandbytes or this
-    package has saved. Which layers are in 4 bits, and the blocksize of each, stands in the file.
+    `AutoModelForCausalLM.from_pretrained(path, config=read_config(path))` reads checkpoints of bitsandbytes
+    and of this package. The file determines which layers are in 4 bits and their blocksizes.
 
     Parameters
     ----------
     path
-        A folder, or a name on the hub.
+        A folder or a name on the hub.
     **kwargs
-        As `AutoConfig.from_pretrained` takes: revision, token, and what overrides the configuration.
+        As for `AutoConfig.from_pretrained`: revision, token, overrides of the configuration.
 
     Raises
     ------
     ValueError
-        The checkpoint is not quantised, in 8 bits, in FP4, or quantised by somebody else.
+        The checkpoint is not quantised, or by another method (8 bits, FP4, others).
     """
     config = AutoConfig.from_pretrained(path, **kwargs)
     text = config.get_text_config(decoder=True)
@@ -58,19 +58,18 @@ def read_config(path: Any, **kwargs: Any) -> Any:
 
 
 def enable() -> None:
-    """From now on NF4 by bitsandbytes' configuration is ours, for the whole process, until `disable()`.
+    """Loads NF4 models of bitsandbytes' configuration with NF4Linear, in the whole process, until
+    `disable()`.
 
-    `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")` and checkpoints in 4 bits then load
-    with NF4Linear, whoever calls `from_pretrained` (AutoPeftModel, TRL), and need no bitsandbytes. FP4 and
-    8 bits stay bitsandbytes'.
-    """
+    Applies to `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")` and 4-bit checkpoints, also
+    in AutoPeftModel and TRL, and needs no bitsandbytes. FP4 and 8 bits still use bitsandbytes."""
     if not _theirs:
         _theirs.append(auto.AUTO_QUANTIZER_MAPPING[_BITSANDBYTES])
         auto.AUTO_QUANTIZER_MAPPING[_BITSANDBYTES] = _nf4_or_theirs  # type: ignore[assignment]
 
 
 def disable() -> None:
-    """Take back what `enable()` did. Models that are loaded stay as they are."""
+    """Undoes `enable()`. Loaded models are not changed."""
     if _theirs:
         auto.AUTO_QUANTIZER_MAPPING[_BITSANDBYTES] = _theirs.pop()
 

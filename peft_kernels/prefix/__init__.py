@@ -1,7 +1,7 @@
-"""Prefixes of PEFT's prefix tuning (Li and Liang 2021): started from a text, and folded for deployment.
+"""Prefixes of PEFT's prefix tuning (Li and Liang 2021): initialisation from text, and folding for deployment.
 
 pk.prefix.init_from_text(model, tokenizer, "Translate to French.")
-pk.prefix.fold(model)      # the network of prefix_projection=True goes, the logits stay
+pk.prefix.fold(model)      # removes the MLP of prefix_projection=True; same logits
 """
 
 from .fold import fold

@@ -1,4 +1,4 @@
-"""The adapter of prefix tuning that a call speaks of."""
+"""Looks up an adapter of prefix tuning."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class PrefixAdapter(NamedTuple):
 
 
 def adapter_of(model: Any, name: str | None) -> PrefixAdapter:
-    """An adapter by its name, or the active one. TypeError: `model` is no PeftModel; ValueError: it has no
-    such adapter of prefix tuning."""
+    """An adapter by name, or the active one. Raises TypeError unless `model` is a PeftModel, ValueError if it
+    has no such adapter of prefix tuning."""
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):

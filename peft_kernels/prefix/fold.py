@@ -1,4 +1,4 @@
-"""The network that a prefix was trained through, replaced by what it gives."""
+"""Replaces the reparametrisation of a prefix by its output."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from .adapter import PrefixAdapter, adapter_of
 
 @torch.no_grad()
 def fold(model: Any, adapter_name: str | None = None) -> None:
-    """Replace the reparametrisation of a prefix (`prefix_projection=True`) by the plain prefix that it gives.
+    """Replaces the reparametrisation of a prefix (`prefix_projection=True`) by the plain prefix that it
+    computes.
 
-    In place: the same logits, with an embedding of num_virtual_tokens x (2 * layers * token_dim) numbers
-    instead of the network that computes them. `save_pretrained` then writes an ordinary folder of PEFT with
-    `prefix_projection` false. The parameter is a new one: an optimizer has to be made again.
+    In place, with the same logits: the MLP becomes an embedding of num_virtual_tokens x (2 * layers *
+    token_dim) values. `save_pretrained` then writes an ordinary PEFT folder with `prefix_projection` false.
+    The parameter is new: create the optimizer anew.
 
     Parameters
     ----------
     model : peft.PeftModel
-        With prefix tuning; patched or not, trained here or loaded.
+        With prefix tuning; patched or not, trained or loaded.
     adapter_name : str, optional
         None: the active adapter.
 
     Raises
     ------
     TypeError
-        `model` is no PeftModel.
+        `model` is not a PeftModel.
     ValueError
-        It has no adapter of that name, or one of another kind, or one without a projection.
+        No such adapter, one of another kind, or one without a projection.
 
     Source: Li and Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", section 4.3.
     """
@@ -53,7 +54,7 @@ def fold(model: Any, adapter_name: str | None = None) -> None:
 def _prefix_of(adapter: PrefixAdapter) -> torch.Tensor:
     """(num_virtual_tokens, 2 * layers * token_dim), in the encoder's dtype."""
     encoder = adapter.encoder
-    if not hasattr(encoder, "transform"):  # loaded for inference: PEFT saves what the network gives
+    if not hasattr(encoder, "transform"):  # loaded for inference: PEFT saves the MLP's output
         return encoder.embedding.weight.detach().clone()
     tokens = torch.arange(adapter.config.num_virtual_tokens, device=encoder.embedding.weight.device)
     return encoder(tokens).detach().clone()

@@ -1,4 +1,4 @@
-"""A prefix that starts as a text: the keys and values that the base model computes for its tokens."""
+"""Initialises a prefix from text: the base model's keys and values of its tokens."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .adapter import adapter_of
 def init_from_text(
     model: Any, tokenizer: Any, text: str | Sequence[Mapping[str, Any]], adapter_name: str | None = None
 ) -> None:
-    """Start a plain prefix as a text. The model then answers as the base model would after that text.
+    """Initialises a plain prefix from text. The model then answers like the base model after that text.
 
-    The text's tokens are repeated or cut to num_virtual_tokens, as PEFT's prompt tuning does; the base model
-    runs over them once, and its keys and values are copied into the adapter.
+    Tokens are repeated or truncated to num_virtual_tokens, like in PEFT's prompt tuning; the base model runs
+    on them once, and its keys and values are copied to the adapter.
 
     Parameters
     ----------
@@ -26,19 +26,19 @@ def init_from_text(
     tokenizer : transformers tokenizer
         The model's own.
     text : str or messages
-        A string is taken as the tokenizer takes it, with the special tokens that it adds; messages
-        ({"role": ..., "content": ...}) go through its chat template.
+        A string is tokenised with the tokenizer's special tokens; messages ({"role": ..., "content": ...})
+        use its chat template.
     adapter_name : str, optional
         None: the active adapter.
 
     Raises
     ------
     TypeError
-        `model` is no PeftModel.
+        `model` is not a PeftModel.
     ValueError
-        It has no such adapter; one with `prefix_projection=True`, whose network cannot be inverted; an
-        encoder-decoder, or a model that returns no keys and values; a text without tokens; layers of
-        different shapes, or with a sliding window that is shorter than the prefix. Nothing is changed.
+        No such adapter; one with `prefix_projection=True`, whose MLP cannot be inverted; an encoder-decoder,
+        or a model without keys and values; text without tokens; layers of different shapes, or with a sliding
+        window shorter than the prefix. Nothing is changed.
     """
     from peft import initialize_kv_prefix_from_past_key_values
 
@@ -46,13 +46,13 @@ def init_from_text(
     if adapter.config.prefix_projection:
         raise ValueError(
             f"adapter_name: expected a plain prefix, got {adapter.name} with prefix_projection=True, whose "
-            "network has no inverse; fold() it, or start without a projection"
+            "MLP has no inverse; fold() it, or initialise without a projection"
         )
     base = model.get_base_model()
     if base.config.is_encoder_decoder:
         raise ValueError(
-            f"model: expected a decoder-only model, got {type(base).__name__}: what its decoder makes of a "
-            "text depends on the encoder's input"
+            f"model: expected a decoder-only model, got {type(base).__name__}: its decoder's output "
+            "depends on the encoder's input"
         )
     ids = _ids(tokenizer, text, adapter.config.num_virtual_tokens)
     modes = [(module, module.training) for module in base.modules()]

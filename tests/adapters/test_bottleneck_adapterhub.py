@@ -19,8 +19,8 @@ from peft_kernels.checkpoints.header import CheckpointError
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 
-SAMPLES = Path(__file__).parent.parent / "adapterhub"
-_TOOL = SAMPLES.parent.parent / "tools" / "adapterhub_samples.py"
+SAMPLES = Path(__file__).parent / "adapterhub"
+_TOOL = SAMPLES.parents[2] / "tools" / "adapterhub_samples.py"
 _spec: Any = importlib.util.spec_from_file_location("adapterhub_samples", _TOOL)
 samples = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(samples)

@@ -75,7 +75,7 @@ def test_nothing_is_changed_without_kernels(monkeypatch: pytest.MonkeyPatch) -> 
     before = state()
     monkeypatch.setattr(bitsandbytes_ops, "_has_back_end", lambda _: False)
     with pytest.raises(
-        RuntimeError, match="bitsandbytes' ops stay as they are, for there are no kernels here"
+        RuntimeError, match="bitsandbytes' ops are unchanged, because no kernels are available"
     ):
         enable()
     assert state() == before

@@ -1,4 +1,4 @@
-"""bitsandbytes' own layers and optimizers, served by our kernels once `enable()` has been called."""
+"""Our kernels behind bitsandbytes' own layers and optimizers, after `enable()`."""
 
 from .ops import disable, enable, enable_if_asked, unpack
 

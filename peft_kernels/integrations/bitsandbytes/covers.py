@@ -1,4 +1,4 @@
-"""Which calls of bitsandbytes' ops our kernels cover, by device and by table of codes."""
+"""Which calls of bitsandbytes' ops our kernels support, by device and table of codes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _verdicts: Any = WeakTensorKeyDictionary()
 
 
 def is_table(code: Tensor, standard: Callable[[torch.device], Tensor]) -> bool:
-    """Whether a table is the format's. Remembered on CUDA, where one has to wait for the answer, until the
-    table's version changes: writes that leave it as it is are not seen there."""
+    """Whether a table is the standard one. On CUDA, where the comparison synchronises, the answer is cached
+    by the table's version, so writes that do not change the version are not noticed."""
     expected = standard(code.device)
     if not code.is_cuda:
         return code.dtype == expected.dtype and torch.equal(code, expected)
@@ -34,7 +34,7 @@ def is_table(code: Tensor, standard: Callable[[torch.device], Tensor]) -> bool:
 
 @lru_cache
 def has_kernels(device: torch.device) -> bool:
-    """Whether this very device, for cards may differ, is served by more than plain torch."""
+    """Whether a back end other than plain torch supports this device."""
     probe = torch.empty(0, device=device)
     return any(
         one.device_type == device.type

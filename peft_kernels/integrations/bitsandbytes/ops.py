@@ -1,10 +1,9 @@
-"""bitsandbytes' NF4 ops, and its optimizers' steps, on our kernels, from `enable()` to `disable()`.
+"""Our kernels for bitsandbytes' NF4 ops and optimizer steps, between `enable()` and `disable()`.
 
-bitsandbytes registers a kernel for each op and device with torch.library, and its functions, modules and
-optimisers call the ops. Ours are registered over its kernels, so that all of that stays as it is. A call that
-ours do not cover (fp4, tables of one's own, other optimizers than Adam and Lion) goes on to the kernel below.
-The version whose ops were read is 0.50.2; enable() refuses one whose ops are others.
-"""
+bitsandbytes registers kernels of its ops with torch.library. Ours are registered over them, so its functions,
+modules and optimizers are unchanged. Calls that ours do not support (fp4, custom tables, optimizers other
+than Adam and Lion) fall back to bitsandbytes' kernel. Written for version 0.50.2; enable() refuses versions
+with other op schemas."""
 
 from __future__ import annotations
 
@@ -30,15 +29,15 @@ ENVIRONMENT_VARIABLE = "PEFT_KERNELS_BITSANDBYTES"
 NAMESPACE = "bitsandbytes"
 
 _REPACKS = "support_avx512bf16_for_cpu"
-"""Attribute of a Linear4bit: whether an evaluation on the CPU may repack its weight."""
+"""Attribute of a Linear4bit: whether evaluation on the CPU may repack its weight."""
 _FINDS_STATE = "fix_4bit_weight_quant_state_from_module"
-"""Function of bitsandbytes.nn.modules that each forward begins with."""
+"""Function of bitsandbytes.nn.modules that each forward calls first."""
 
 Kernel = Callable[..., Any]
 
 
 class Enabled:
-    """What `enable` returns: at the end of a `with` block everything is as it was before `enable`."""
+    """The result of `enable`; leaving it as a context undoes `enable`."""
 
     def __init__(self, is_first: bool) -> None:
         self._is_first = is_first
@@ -52,21 +51,20 @@ class Enabled:
 
 
 def enable() -> Enabled:
-    """Run bitsandbytes' NF4 ops and the steps of its Adam, AdamW and Lion on our kernels, on the CPU and on
-    CUDA, wherever there are such kernels.
+    """Runs bitsandbytes' NF4 ops and the steps of its Adam, AdamW and Lion on our kernels, on the CPU and on
+    CUDA where available.
 
-    Linear4bit then keeps its weight as it is in evaluation on a CPU, where it would repack it and round its
-    scales to bf16; a weight that has been repacked before comes back when it is used next, with rounded
-    scales. Quantising NaN or Inf to NF4 raises a ValueError. Optimizers keep their classes, states and state
-    dicts, in 8 bits or 32. All else stays bitsandbytes' own. Calling it again changes nothing; `disable`
-    takes it back, and so does the end of `with enable():`.
+    Linear4bit then no longer repacks its weight in evaluation on a CPU (which rounds scales to bf16); a
+    weight that was repacked before is restored at its next use, with rounded scales. Quantising NaN or Inf to
+    NF4 raises ValueError. Optimizers keep their classes, states and state dicts. Everything else is
+    unchanged. Calling it again has no effect; `disable` or the end of `with enable():` undoes it.
 
     Raises
     ------
     ImportError
         bitsandbytes is not installed.
     RuntimeError
-        It is a version with other ops, or no back end has kernels for any device here.
+        Its ops have other schemas, or no back end has kernels for this machine.
     """
     global _library
     if _library is not None:
@@ -78,7 +76,7 @@ def enable() -> Enabled:
     devices = [device for device in ("cpu", "cuda") if _has_back_end(device)]
     if not devices:
         raise RuntimeError(
-            f"bitsandbytes' ops stay as they are, for there are no kernels here:\n{dispatch.explain()}"
+            f"bitsandbytes' ops are unchanged, because no kernels are available:\n{dispatch.explain()}"
         )
     library = torch.library.Library(NAMESPACE, "IMPL")
     for name, ours in _KERNELS.items():
@@ -93,7 +91,7 @@ def enable() -> Enabled:
 
 
 def disable() -> None:
-    """Give bitsandbytes its own kernels back. Changes nothing where they are not replaced."""
+    """Restores bitsandbytes' kernels. No effect if they are not replaced."""
     global _library
     if _library is None:
         return
@@ -107,8 +105,8 @@ def disable() -> None:
 
 
 def enable_if_asked() -> None:
-    """Entry point `bitsandbytes.backends`, which bitsandbytes calls at the end of its import: enable() where
-    PEFT_KERNELS_BITSANDBYTES is 1. ValueError when it is something else than 0, 1 or nothing."""
+    """Entry point `bitsandbytes.backends`, called at the end of bitsandbytes' import: calls enable() if
+    PEFT_KERNELS_BITSANDBYTES is 1. Raises ValueError unless it is 0, 1 or empty."""
     value = os.environ.get(ENVIRONMENT_VARIABLE, "")
     if value not in ("", "0", "1"):
         raise ValueError(f"{ENVIRONMENT_VARIABLE}: expected 0 or 1, got {value!r}")
@@ -117,21 +115,22 @@ def enable_if_asked() -> None:
 
 
 def unpack(linear4bit: Any) -> None:
-    """Undo, in place, what bitsandbytes' CPU inference does to a layer's weight. The scales stay rounded."""
+    """Undoes, in place, the repacking of a layer's weight by bitsandbytes' CPU inference. Scales stay
+    rounded."""
     quant_state = linear4bit.weight.quant_state
     if not getattr(quant_state, "packing_format_for_cpu", False):
         return
     absmax = quant_state.absmax
-    linear4bit.state_dict()  # the one public way: bitsandbytes saves a weight in its ordinary form
+    linear4bit.state_dict()  # converts the weight to its ordinary form
     if not quant_state.nested:
-        quant_state.absmax = absmax.T.reshape(-1).float()  # bitsandbytes 0.50 leaves these as they were
+        quant_state.absmax = absmax.T.reshape(-1).float()  # which bitsandbytes 0.50 does not restore
 
 
 _library: torch.library.Library | None = None
-"""Holds our kernels while they are enabled."""
+"""Owns our kernels while they are enabled."""
 _originals: dict[str, Any] = {}
 
-# Kernels. They return NotImplemented for what they leave to bitsandbytes.
+# Kernels. They return NotImplemented to fall back to bitsandbytes.
 
 
 def _quantize(a: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> Any:
@@ -191,7 +190,7 @@ def _gemm(
 
 
 def _gemv(a: Tensor, b: Tensor, shape: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Any:
-    # Scales in two dimensions: those of a weight that bitsandbytes has repacked for its CPU kernel.
+    # Two-dimensional scales: a weight that bitsandbytes repacked for its CPU kernel.
     if absmax.dim() != 1 or not is_table(code, nf4_code):
         return NotImplemented
     return _gemm(a, b, shape, absmax, blocksize, "nf4")
@@ -234,7 +233,7 @@ def _covers(quant_type: str, blocksize: int, dtype: torch.dtype, device: torch.d
 
 
 def _packed(stored: Tensor, numel: int) -> Tensor:
-    """The bytes of that many weights, whatever the dtype that they are stored as."""
+    """The bytes of `numel` values, stored as any dtype."""
     nbytes = (numel + 1) // 2
     if stored.dtype == torch.uint8 and stored.numel() == nbytes:
         return stored
@@ -281,14 +280,16 @@ def _register(library: torch.library.Library, name: str, ours: Kernel, key: str)
     except RuntimeError:  # bitsandbytes has none
         theirs = None
     if theirs is not None and name.endswith(".out") and key == "CUDA":
-        return  # it writes in place, ours would copy
+        return  # theirs writes in place, ours would copy
 
     def kernel(keys: Any, *args: Any) -> Any:
         result = ours(*args)
         if result is not NotImplemented:
             return result
         if theirs is None:
-            raise NotImplementedError(f"{qualified}: bitsandbytes has no kernel for {key} but NF4's")
+            raise NotImplementedError(
+                f"{qualified}: bitsandbytes has no kernel for {key}, and ours support only NF4"
+            )
         return theirs(keys, *args)
 
     place = f"{NAMESPACE}/{name}/{key}"
@@ -296,7 +297,7 @@ def _register(library: torch.library.Library, name: str, ours: Kernel, key: str)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")  # of an override
         library.impl(name, kernel, key, with_keyset=True, allow_override=True)
-    if is_taken:  # with the library, torch would forget the kernel below too
+    if is_taken:  # destroying the library would drop their kernel too
         library._op_impls.remove(place)
 
 
@@ -304,7 +305,7 @@ def _register(library: torch.library.Library, name: str, ours: Kernel, key: str)
 
 
 class _Repacks:
-    """In place of Linear4bit's attribute: no for NF4. What a layer says itself is left as it is."""
+    """Replaces Linear4bit's attribute: False for NF4, otherwise the layer's own value."""
 
     def __init__(self, by_default: bool) -> None:
         self._by_default = by_default
@@ -315,7 +316,7 @@ class _Repacks:
         quant_state = getattr(layer.weight, "quant_state", None)
         if quant_state is not None and quant_state.quant_type == "nf4":
             return False
-        if torch.compiler.is_compiling():  # what is in the layer's __dict__ is traced to here
+        if torch.compiler.is_compiling():  # tracing reads the class attribute
             return self._by_default
         return layer.__dict__.get(_REPACKS, False)
 
@@ -324,7 +325,7 @@ class _Repacks:
 
 
 def _find_state(module: Any) -> None:
-    """A forward reads its weight next: one that was repacked gives no gradient."""
+    """Restores a repacked weight before a forward uses it: repacked ones give no gradient."""
     _originals[_FINDS_STATE](module)
     quant_state = module.weight.quant_state
     if getattr(quant_state, "packing_format_for_cpu", False) and quant_state.quant_type == "nf4":

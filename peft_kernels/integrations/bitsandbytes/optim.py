@@ -1,6 +1,6 @@
-"""Steps of bitsandbytes' optimizers on our kernel: its classes, states and state dicts stay as they are.
+"""Our kernels for steps of bitsandbytes' optimizers, whose classes, states and state dicts are unchanged.
 
-Kernels return NotImplemented for what they leave to bitsandbytes.
+Kernels return NotImplemented to fall back to bitsandbytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ...optim.states import blocks_of
 from .covers import has_kernels, is_table
 
 _KINDS = {"adam": "adamw", "lion": "lion"}
-"""Names of its updates (AdamW's is Adam's), and what the op calls them."""
+"""bitsandbytes' names of updates (AdamW uses Adam's), and the op's."""
 
 
 def _update_32bit(
@@ -93,8 +93,8 @@ def _update(
     lr: float,
     gnorm_scale: float,
 ) -> Any:
-    """A step of one parameter. Of a paged optimizer on CUDA, large states are in managed memory, which torch
-    takes for the CPU's: those stay bitsandbytes'."""
+    """A step of one parameter. Large states of paged optimizers on CUDA are in managed memory, which torch
+    reports as CPU memory: they fall back to bitsandbytes."""
     kind, device = _KINDS.get(name), p.device
     if kind is None or p.dtype not in DTYPES or not has_kernels(device):
         return NotImplemented

@@ -1,6 +1,6 @@
-"""NF4 models under FSDP2 (`torch.distributed.fsdp.fully_shard`): what is sharded, and checkpoints.
+"""Reports and checkpoints for NF4 models under FSDP2 (`torch.distributed.fsdp.fully_shard`).
 
-Sharding itself needs nothing of this: `NF4Weight` and `NF4Shard` are what `fully_shard` asks for.
+Sharding itself needs none of this: `fully_shard` works on `NF4Weight` and `NF4Shard`.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ __all__ = [
 
 @dataclass
 class ShardingReport:
-    """What became of a model's NF4 weights. `print(report)` sums it up."""
+    """Which NF4 weights of a model are sharded. `print(report)` summarises it."""
 
     sharded: list[str] = field(default_factory=list)
-    """Names of weights that processes have rows of."""
+    """Names of sharded weights."""
     replicated: list[str] = field(default_factory=list)
-    """Of weights that each process has whole: those in `ignored_params`, or not given to fully_shard."""
+    """Names of replicated weights: in `ignored_params`, or not given to fully_shard."""
     joined: list[str] = field(default_factory=list)
-    """Of sharded ones that are copied once when gathered, since a cut goes through a block."""
+    """Names of sharded weights that are copied when gathered, because a shard boundary is inside a block."""
     bytes_here: int = 0
-    """Of all NF4 weights in this process."""
+    """Bytes of all NF4 weights in this process."""
     bytes_whole: int = 0
 
     def __str__(self) -> str:
@@ -55,7 +55,7 @@ class ShardingReport:
             f"{self.bytes_here / 1e6:.3g} of {self.bytes_whole / 1e6:.3g} MB in this process"
         ]
         for names, what in (
-            (self.joined, "sharded with a cut through a block, copied once when gathered"),
+            (self.joined, "sharded inside a block, copied when gathered"),
             (self.replicated, "whole in each process (ignored_params, or not given to fully_shard)"),
         ):
             if names:
@@ -64,7 +64,7 @@ class ShardingReport:
 
 
 def report(model: nn.Module) -> ShardingReport:
-    """Which NF4 weights of a model are sharded and which are not, as things are now."""
+    """Which NF4 weights of a model are currently sharded."""
     found = ShardingReport()
     for name, p in model.named_parameters():
         weight: Any = p
@@ -73,7 +73,7 @@ def report(model: nn.Module) -> ShardingReport:
             found.sharded.append(name)
             found.bytes_here += part.nbytes
             found.bytes_whole += part.whole_nbytes
-            if not part.partition.is_cell_aligned(part.partition.rows_per_rank(_parts(weight))):
+            if not part.partition.is_cell_aligned(part.partition.rows_per_rank(_shards(weight))):
                 found.joined.append(name)
         elif isinstance(weight, NF4Weight):
             found.replicated.append(name)
@@ -82,18 +82,17 @@ def report(model: nn.Module) -> ShardingReport:
     return found
 
 
-def _parts(weight: Any) -> int:
+def _shards(weight: Any) -> int:
     sizes = zip(weight.placements, weight.device_mesh.shape, strict=True)
     return prod(size for placement, size in sizes if placement.is_shard())
 
 
 def checkpoint_state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, for `torch.distributed.checkpoint`, which saves them, and loads them in
-    place into a model in any number of processes, one that is not sharded included.
+    """Parameters and buffers by name for `torch.distributed.checkpoint`, which saves them, and loads them in
+    place into a model in any number of processes, sharded or not.
 
-    Each NF4 weight is one entry of packed bytes. `get_model_state_dict` gives the same where a model is
-    sharded; where it is not, it does not know the keys of NF4 weights.
-    """
+    Each NF4 weight is one entry of packed bytes. `get_model_state_dict` gives the same for a sharded model,
+    but does not know the keys of NF4 weights in an unsharded one."""
     _refuse_parallel(model)
     found: dict[str, Tensor] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -109,11 +108,11 @@ def checkpoint_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The whole model's state dict, gathered: in process 0, on the CPU; elsewhere empty. Every process has to
-    call it.
+    """Gathers the model's whole state dict on the CPU of process 0; empty in other processes. Every process
+    must call it.
 
-    NF4 weights are in bitsandbytes' format under its keys, as those of a model in one process: it loads
-    there by `load_state_dict`, and is what an ordinary checkpoint has.
+    NF4 weights are in bitsandbytes' format, as in an ordinary checkpoint: a model in one process loads it by
+    `load_state_dict`.
     """
     _refuse_parallel(model)
     mesh = mesh_of(model)
@@ -132,13 +131,13 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(model: Any, folder: Path | str, **options: Any) -> None:
-    """`model.save_pretrained(folder, **options)` of a PEFT model whose parameters are sharded: an ordinary
-    PEFT folder, written by process 0. Every process has to call it. Of the base nothing is gathered.
+    """`model.save_pretrained(folder, **options)` of a PEFT model with sharded parameters: an ordinary PEFT
+    folder, written by process 0. Every process must call it. Gathers only the adapter.
 
     Raises
     ------
     RuntimeError
-        In every process, when process 0 could not write it, or weights are cut for tensor parallelism.
+        In every process, if process 0 cannot write it, or weights are split for tensor parallelism.
     """
     from peft import get_peft_model_state_dict
 
@@ -159,7 +158,7 @@ def save_adapter(model: Any, folder: Path | str, **options: Any) -> None:
 
 
 def _refuse_parallel(model: nn.Module) -> None:
-    """In every process, before any of them waits for another."""
+    """Raises RuntimeError for tensor parallelism, in every process before any collective."""
     for name, p in model.named_parameters():
         if is_tensor_parallel(p):
             raise RuntimeError(f"{name}: {PARALLEL}, expected model.save_pretrained(folder) in every process")

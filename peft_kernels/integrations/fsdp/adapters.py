@@ -1,6 +1,6 @@
-"""New adapters of PEFT on the meta device: which can start once the base is loaded, and their start.
+"""Initialises new PEFT adapters that are on the meta device, after the base is loaded.
 
-They start as PEFT starts them, whole and from one seed, and each process keeps its rows.
+They are initialised whole, like PEFT does, from one seed in all processes; each keeps its rows.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ...nf4.weight import NF4Weight
 Tensors = dict[str, Any]
 """The parameters or the buffers of a module."""
 
-_STARTS = (True, False, "gaussian", "orthogonal")
-"""Values of init_lora_weights that look at nothing but shapes."""
+_SUPPORTED_INITS = (True, False, "gaussian", "orthogonal")
+"""Values of init_lora_weights that depend only on shapes."""
 
 
 def is_peft(model: nn.Module) -> bool:
@@ -28,7 +28,7 @@ def is_peft(model: nn.Module) -> bool:
 
 
 def prefixes(model: nn.Module) -> tuple[str, ...]:
-    """What the names of all parameters of a PEFT model's adapters begin with."""
+    """Prefixes of the names of all adapter parameters of a PEFT model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -41,7 +41,7 @@ def prefixes(model: nn.Module) -> tuple[str, ...]:
 
 
 def base_names(model: Any) -> Callable[[str], str]:
-    """What a checkpoint of the base calls a parameter of a PEFT model."""
+    """A function from parameter names of a PEFT model to names in a checkpoint of the base."""
     base = model.get_base_model()
     prefix = next((f"{name}." for name, module in model.named_modules() if module is base), "")
 
@@ -53,18 +53,18 @@ def base_names(model: Any) -> Callable[[str], str]:
     return named
 
 
-def why_not(model: Any) -> str | None:
-    """Why an adapter on the meta device cannot start, in a sentence that names the option; None: all can."""
+def unsupported_reason(model: Any) -> str | None:
+    """Why adapters on the meta device cannot be initialised, or None."""
     for name, layer in _lora_layers(model):
         for adapter in _adapters(layer):
             if not any(tensors[key].is_meta for tensors, key in _matrices(layer, adapter)):
                 continue
             config = model.peft_config[adapter]
-            if config.init_lora_weights not in _STARTS:
+            if config.init_lora_weights not in _SUPPORTED_INITS:
                 return (
                     "init_lora_weights: expected True, False, 'gaussian' or 'orthogonal' for adapters on the "
-                    f"meta device, got {config.init_lora_weights!r}, which starts from more than shapes: "
-                    "give that adapter to a model that is loaded whole, before fully_shard"
+                    f"meta device, got {config.init_lora_weights!r}, which depends on weights: "
+                    "add that adapter to a model that is loaded whole, before fully_shard"
                 )
             magnitude = _magnitude(layer, adapter)
             if magnitude is not None and (
@@ -72,9 +72,9 @@ def why_not(model: Any) -> str | None:
             ):
                 return (
                     f"use_dora: expected False for {name}, a {type(layer.get_base_layer()).__name__} on the "
-                    "meta device, got True: magnitudes start there for linear layers alone"
+                    "meta device, got True: only linear layers are supported there"
                 )
-    known = {id(tensors[key]) for tensors, key in startable(model)}
+    known = {id(tensors[key]) for tensors, key in initialisable(model)}
     begin = prefixes(model)
     for name, p in model.named_parameters():
         if p.is_meta and name.startswith(begin) and id(p) not in known:
@@ -83,20 +83,20 @@ def why_not(model: Any) -> str | None:
             )
             return (
                 f"{name}: expected a parameter of LoRA, DoRA, modules_to_save or trainable_token_indices on "
-                f"the meta device, got another of {kinds}: give that adapter to a model that is loaded "
+                f"the meta device, got another of {kinds}: add that adapter to a model that is loaded "
                 "whole, before fully_shard"
             )
     return None
 
 
-def start(model: Any, mesh: Any, device: torch.device) -> None:
-    """Make what is on the meta device of a model's adapters, on `device`. Every process has to call it."""
+def initialise(model: Any, mesh: Any, device: torch.device) -> None:
+    """Initialises adapter parameters that are on the meta device, on `device`. Every process must call it."""
     seed = first_value(int(torch.randint(1 << 62, ())), groups_of(mesh))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for _, layer in _lora_layers(model):
             for adapter in _adapters(layer):
-                _start_lora(layer, adapter, model.peft_config[adapter].init_lora_weights, device)
+                _initialise_lora(layer, adapter, model.peft_config[adapter].init_lora_weights, device)
         made: dict[int, nn.Parameter] = {}
         for tensors, key, base, rows in _copies(model):
             place = tensors[key]
@@ -122,7 +122,7 @@ def _linears(layer: Any, adapter: str) -> list[nn.Linear]:
 
 
 def _matrices(layer: Any, adapter: str) -> list[tuple[Tensors, str]]:
-    """Where A and B are, and their biases."""
+    """Places of A and B, and of their biases."""
     found = [(linear._parameters, name) for linear in _linears(layer, adapter) for name in linear._parameters]
     embeddings = layer.lora_embedding_A, layer.lora_embedding_B
     found += [(matrices._parameters, adapter) for matrices in embeddings if adapter in matrices]
@@ -134,8 +134,8 @@ def _magnitude(layer: Any, adapter: str) -> Any:
     return vectors[adapter] if adapter in vectors else None  # noqa: SIM401, a ModuleDict has no get
 
 
-def startable(model: Any) -> Iterator[tuple[Tensors, str]]:
-    """Where the parameters and buffers are that `start` makes."""
+def initialisable(model: Any) -> Iterator[tuple[Tensors, str]]:
+    """Places of the parameters and buffers that `initialise` creates."""
     for _, layer in _lora_layers(model):
         for adapter in _adapters(layer):
             yield from _matrices(layer, adapter)
@@ -145,8 +145,8 @@ def startable(model: Any) -> Iterator[tuple[Tensors, str]]:
 
 
 def _copies(model: Any) -> Iterator[tuple[Tensors, str, Tensor, list[int] | None]]:
-    """Of modules_to_save and trainable_token_indices: what starts as the base's values, these, and which rows
-    of them if not all."""
+    """Tensors of modules_to_save and trainable_token_indices that are copies of the base: their place, the
+    base's tensor, and its rows if not all."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.utils.other import ModulesToSaveWrapper
 
@@ -168,7 +168,7 @@ def _copies(model: Any) -> Iterator[tuple[Tensors, str, Tensor, list[int] | None
 
 
 def _copied(place: Any, base: Any, rows: list[int] | None) -> Tensor:
-    """What this process has of a copy of a base's parameter."""
+    """This process's part of a copy of a base parameter."""
     if rows is None and is_dtensor(place) and is_dtensor(base) and place._spec == base._spec:
         found: Tensor = base.to_local()
     else:
@@ -178,21 +178,21 @@ def _copied(place: Any, base: Any, rows: list[int] | None) -> Tensor:
 
 
 def _whole(weight: Any) -> Tensor:
-    """All of a parameter, gathered. Every process has to call it."""
+    """A gathered parameter. Every process must call it."""
     found: Any = weight.detach()
     whole: Tensor = found.full_tensor() if is_dtensor(found) else found
     return whole
 
 
-def _start_lora(layer: Any, adapter: str, init: Any, device: torch.device) -> None:
-    """A, B and magnitudes, if A and B are on the meta device."""
+def _initialise_lora(layer: Any, adapter: str, init: Any, device: torch.device) -> None:
+    """Initialises A, B and magnitudes, if A and B are on the meta device."""
     places = [(tensors, key, tensors[key]) for tensors, key in _matrices(layer, adapter)]
     if not all(place.is_meta for _, _, place in places):
         return
     linears = _linears(layer, adapter)
     for tensors, key, place in places:
         tensors[key] = nn.Parameter(torch.empty(place.shape, dtype=place.dtype), place.requires_grad)
-        nn.init.normal_(tensors[key])  # as PEFT makes those of embeddings
+        nn.init.normal_(tensors[key])  # as PEFT initialises embeddings
     for linear in linears:
         linear.reset_parameters()
     if init == "orthogonal" and linears:
@@ -214,11 +214,11 @@ def _start_lora(layer: Any, adapter: str, init: Any, device: torch.device) -> No
 
 
 def _rows(weight: Any, rows: slice) -> Tensor:
-    """Dense rows of a base weight. Nothing is gathered for those that this process has."""
+    """Dense rows of a base weight, without gathering if this process holds them."""
     part = weight._local_tensor._rows if is_sharded(weight) else None
     if part is not None and (rows.start, rows.stop) == (part.start, part.stop):
         dense = part.dequantize(weight.dtype)
     else:
         whole = _whole(weight)
         dense = (whole.dequantize() if isinstance(whole, NF4Weight) else whole)[rows]
-    return dense.float() if dense.dtype == torch.float16 else dense  # as PEFT does it
+    return dense.float() if dense.dtype == torch.float16 else dense  # as in PEFT

@@ -1,4 +1,4 @@
-"""A whole state dict that process 0 has, into a model of several processes: each gets its rows."""
+"""Loads a whole state dict of process 0 into a model of several processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,15 @@ from ...nf4.sharded.ranks import (
 )
 from ...nf4.weight import NF4Weight
 from . import adapters
-from .loading import base_places, check_dense, check_form, expects_packed, matched, named_places, put
+from .loading import (
+    assign_tensors,
+    base_places,
+    check_dense,
+    check_layout,
+    expects_packed,
+    named_places,
+    names_to_load,
+)
 
 
 def load_full_state_dict(
@@ -34,29 +42,29 @@ def load_full_state_dict(
     strict: bool = True,
     device: torch.device | str | None = None,
 ) -> None:
-    """Load a whole state dict of process 0 into a model that several processes share, all of it or nothing.
-    Every process has to call it; what others than process 0 give is not looked at.
+    """Loads a whole state dict of process 0 into a sharded model, completely or not at all. Every process
+    must call it; `state_dict` is ignored in other processes.
 
-    What `torch.distributed.checkpoint.state_dict.set_model_state_dict` does with `full_state_dict` and
-    `broadcast_from_rank0`. NF4 weights and packed experts travel as they are, one at a time.
+    Like `torch.distributed.checkpoint.state_dict.set_model_state_dict` with `full_state_dict` and
+    `broadcast_from_rank0`, but sends NF4 weights and experts packed, one at a time.
 
     Parameters
     ----------
     model : nn.Module
-        Sharded by `fully_shard`, or not; what is on the meta device is made, and new adapters there start
-        as in `load_checkpoint`.
+        Sharded by `fully_shard` or not. Tensors on the meta device are created, and new adapters there are
+        initialised as in `load_checkpoint`.
     state_dict : mapping, optional
-        By the names of `model`, or of the base of a PEFT model: of `model.state_dict()` in one process, of
-        `full_state_dict`, of a safetensors file, or of torch's `get_model_state_dict(full_state_dict=True)`.
+        With the names of `model` or of the base of a PEFT model: from `model.state_dict()` in one process,
+        `full_state_dict`, a safetensors file, or torch's `get_model_state_dict(full_state_dict=True)`.
     strict : bool
-        Whether it must have all of the model's tensors, and the model all of its.
+        Require the same set of tensors in state dict and model.
     device : torch.device, optional
-        Where parameters on the meta device are made; by default the mesh's device.
+        Device for parameters on the meta device; by default the mesh's.
 
     Raises
     ------
     CheckpointError
-        (a ValueError) In every process, before anything is sent: what does not fit, by name.
+        (a ValueError) In every process, before anything is sent: a tensor does not fit.
     """
     mesh = mesh_of(model)
     groups, kind = groups_of(mesh), "cpu" if mesh is None else mesh.device_type
@@ -68,12 +76,12 @@ def load_full_state_dict(
         if all(group.rank() == 0 for group in groups):
             mine = _values(state_dict or {})
             plan = {name: _about(value) for name, value in mine.items()}
-    except Exception as problem:  # of any kind: the others wait
+    except Exception as problem:  # any error, because other processes wait
         error = str(problem)
     raise_everywhere(error, groups, CheckpointError)
     plan = first_value(plan or None, groups) or {}
     try:
-        names = _judged(model, places, plan, strict)
+        names = _names_to_load(model, places, plan, strict)
     except CheckpointError as problem:
         error = str(problem)
     raise_everywhere(error, groups, CheckpointError)
@@ -88,13 +96,13 @@ def load_full_state_dict(
             part = broadcast_weight(mine.get(name), plan[name], groups, kind, name)
             rows = place._local_tensor._rows if is_sharded(place) else part
             new[name] = part.narrow(rows.start, rows.stop).with_own_memory()
-    put(model, places, new, device_for(mesh, device))
+    assign_tensors(model, places, new, device_for(mesh, device))
     if adapters.is_peft(model):
-        adapters.start(model, mesh, device_for(mesh, device))
+        adapters.initialise(model, mesh, device_for(mesh, device))
 
 
 def _values(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors by name, items of packed weights put together. ValueError names one that does not fit."""
+    """Tensors by name, with packed weights assembled. Raises ValueError for one that does not fit."""
     quantised = nf4_weights(state_dict)
     items = {item for names in quantised.values() for item in names}
     found = {name: value for name, value in state_dict.items() if name not in items}
@@ -113,21 +121,22 @@ def _about(value: Tensor) -> Any:
     return layout_of(value) if isinstance(value, NF4Weight) else (value.dtype, tuple(value.shape))
 
 
-def _judged(model: nn.Module, places: dict[str, Any], plan: dict[str, Any], strict: bool) -> list[str]:
-    """Names to load. CheckpointError where something does not fit, is missing, or cannot be started."""
+def _names_to_load(model: nn.Module, places: dict[str, Any], plan: dict[str, Any], strict: bool) -> list[str]:
+    """Names to load. Raises CheckpointError if a tensor does not fit, is missing, or cannot be
+    initialised."""
     loaded = {id(places[name]) for name in plan if name in places}
     wanted = dict(places)
     if adapters.is_peft(model):
-        started = {id(tensors[key]): tensors[key] for tensors, key in adapters.startable(model)}
+        started = {id(tensors[key]): tensors[key] for tensors, key in adapters.initialisable(model)}
         new = {key for key, tensor in started.items() if tensor.is_meta and key not in loaded}
-        if new and (reason := adapters.why_not(model)):
+        if new and (reason := adapters.unsupported_reason(model)):
             raise CheckpointError(reason)
         wanted = {name: place for name, place in places.items() if id(place) not in new}
-    names = matched(plan, wanted, strict, "the state dict of process 0")
+    names = names_to_load(plan, wanted, strict, "the state dict of process 0")
     for name in names:
         form = plan[name]
         if expects_packed(name, places[name], not isinstance(form[0], torch.dtype)):
-            check_form(name, places[name], form[0], form[1], "absmax2" in form[2])
+            check_layout(name, places[name], form[0], form[1], "absmax2" in form[2])
         else:
             check_dense(name, places[name], form[1], form[0])
     return names

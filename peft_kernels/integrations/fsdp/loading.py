@@ -1,4 +1,4 @@
-"""A checkpoint into a model that is sharded on the meta device: each process reads its rows."""
+"""Loads a checkpoint into a sharded model; each process reads only its rows."""
 
 from __future__ import annotations
 
@@ -33,23 +33,22 @@ META = torch.device("meta")
 
 
 def empty_layers(model: nn.Module, path: Path | str, compute_dtype: torch.dtype | None = None) -> nn.Module:
-    """Put NF4Linear, on the meta device, where a checkpoint has NF4 weights.
+    """Puts NF4Linear layers on the meta device where a checkpoint has NF4 weights.
 
     Parameters
     ----------
     model : nn.Module
-        On the meta device, its parameters at least (`accelerate.init_empty_weights()`). Changed in place,
-        and returned.
+        With parameters on the meta device (`accelerate.init_empty_weights()`). Changed in place and returned.
     path : path
-        A .safetensors file or a folder of them; only headers and what describes the weights is read.
+        A .safetensors file or a folder of them; only headers and descriptions of weights are read.
     compute_dtype : torch.dtype, optional
-        Of every layer, see `nn.NF4Linear`.
+        See `nn.NF4Linear`.
 
     Raises
     ------
     CheckpointError
-        (a ValueError) The checkpoint is damaged, holds packed experts, or has an NF4 weight where the model
-        has no linear layer of its shape.
+        (a ValueError) The checkpoint is damaged, has packed experts, or an NF4 weight without a matching
+        linear layer.
     """
     checkpoint = Checkpoint.open(path)
     found: dict[str, NF4Linear] = {}
@@ -84,12 +83,12 @@ def empty_layers(model: nn.Module, path: Path | str, compute_dtype: torch.dtype 
 def load_checkpoint(
     model: nn.Module, path: Path | str, strict: bool = True, device: torch.device | str | None = None
 ) -> None:
-    """Load a checkpoint into a sharded model, all of it or nothing. Every process has to call it, and reads
-    its own rows of each tensor.
+    """Loads a checkpoint into a sharded model, completely or not at all. Every process must call it, and
+    reads its own rows.
 
-    What is on the meta device is made: parameters that the checkpoint has, and those of new adapters (LoRA,
-    DoRA, modules_to_save, trainable_token_indices), which start as PEFT starts them, alike in every process.
-    A model of PEFT is loaded as the model that it is made from.
+    Tensors on the meta device are created: those of the checkpoint, and those of new adapters (LoRA, DoRA,
+    modules_to_save, trainable_token_indices), which are initialised like PEFT does, equally in every process.
+    A PEFT model is loaded with the names of its base.
 
     Parameters
     ----------
@@ -98,25 +97,24 @@ def load_checkpoint(
     path : path
         A .safetensors file, or a folder of them with or without an index.
     strict : bool
-        Whether the checkpoint must have all of the model's parameters, and the model all of its tensors.
+        Require the same set of tensors in checkpoint and model.
     device : torch.device, optional
-        Where parameters on the meta device are made; by default the mesh's device. "cpu" with
-        `CPUOffloadPolicy`.
+        Device for parameters on the meta device; by default the mesh's. "cpu" with `CPUOffloadPolicy`.
 
     Raises
     ------
     CheckpointError
-        (a ValueError) In every process: what does not fit or cannot be read, in one of them, in a sentence
-        that names the tensor, or the option of an adapter that cannot start on the meta device.
+        (a ValueError) In every process, if in one of them a tensor does not fit or cannot be read, or an
+        adapter cannot be initialised on the meta device.
     """
     mesh = mesh_of(model)
     device = device_for(mesh, device)
     places, error, new = base_places(model), None, dict[str, Any]()
     adapted = adapters.is_peft(model)
     try:
-        if adapted and (reason := adapters.why_not(model)):
+        if adapted and (reason := adapters.unsupported_reason(model)):
             raise CheckpointError(reason)
-        if strict and (name := _nowhere(model, places)):
+        if strict and (name := _unfilled_buffer(model, places)):
             raise CheckpointError(
                 f"{name}: expected values, got a buffer on the meta device that no checkpoint has: build the "
                 "model with init_empty_weights(include_buffers=False)"
@@ -125,13 +123,15 @@ def load_checkpoint(
     except (CheckpointError, OSError) as problem:
         error = str(problem)
     raise_everywhere(error, groups_of(mesh), CheckpointError)
-    put(model, places, new, device)
+    assign_tensors(model, places, new, device)
     if adapted:
-        adapters.start(model, mesh, device)
+        adapters.initialise(model, mesh, device)
 
 
-def put(model: nn.Module, places: dict[str, Any], new: dict[str, Any], device: torch.device) -> None:
-    """What this process has of each tensor into its place; on `device`, where that is on the meta device."""
+def assign_tensors(
+    model: nn.Module, places: dict[str, Any], new: dict[str, Any], device: torch.device
+) -> None:
+    """Writes this process's part of each tensor to its place, creating meta tensors on `device`."""
     holders = _holders(model)
     made: dict[int, Any] = {}
     for name, value in new.items():
@@ -158,7 +158,7 @@ def named_places(model: nn.Module) -> dict[str, Any]:
 
 
 def base_places(model: nn.Module) -> dict[str, Any]:
-    """Those by the names that a checkpoint of the base has, adapters left out."""
+    """Parameters and buffers of the base, without adapters, by names in its checkpoint."""
     named = named_places(model)
     if not adapters.is_peft(model):
         return named
@@ -166,16 +166,16 @@ def base_places(model: nn.Module) -> dict[str, Any]:
     return {base_name(name): place for name, place in named.items() if not name.startswith(prefixes)}
 
 
-def _nowhere(model: nn.Module, places: dict[str, Any]) -> str | None:
-    """A buffer on the meta device that nothing fills."""
+def _unfilled_buffer(model: nn.Module, places: dict[str, Any]) -> str | None:
+    """Name of a meta buffer that nothing fills, or None."""
     filled = {id(place) for place in places.values()}
     if adapters.is_peft(model):
-        filled |= {id(tensors[key]) for tensors, key in adapters.startable(model)}
+        filled |= {id(tensors[key]) for tensors, key in adapters.initialisable(model)}
     return next((name for name, b in model.named_buffers() if b.is_meta and id(b) not in filled), None)
 
 
 def _holders(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
-    """Where parameters and buffers are."""
+    """Places of parameters and buffers, by id."""
     found: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -186,28 +186,28 @@ def _holders(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
 
 
 def _read(checkpoint: Checkpoint, places: dict[str, Any], strict: bool) -> dict[str, Any]:
-    """What this process has of each tensor: a LocalRows, or dense values."""
+    """This process's part of each tensor: LocalRows or dense values."""
     quantised = nf4_weights(checkpoint.entries)
     items = {item for names in quantised.values() for item in names}
     names = {*quantised, *(checkpoint.entries.keys() - items)}
     new: dict[str, Any] = {}
-    for name in matched(names, places, strict):
+    for name in names_to_load(names, places, strict):
         place = places[name]
         if not expects_packed(name, place, name in quantised):
             new[name] = _dense_rows(name, place, checkpoint.entries[name])
             continue
         state, _ = read_layout(checkpoint, name, quantised[name])
-        check_form(name, place, state.shape, state.blocksize, state.absmax2 is not None)
+        check_layout(name, place, state.shape, state.blocksize, state.absmax2 is not None)
         mine = place._local_tensor._rows if is_sharded(place) else None
         start, stop = (0, state.shape[0]) if mine is None else (mine.start, mine.stop)
         new[name] = read_local_rows(checkpoint, name, state, start, stop)
     return new
 
 
-def matched(
+def names_to_load(
     names: Iterable[str], places: dict[str, Any], strict: bool, whose: str = "the checkpoint"
 ) -> list[str]:
-    """Names that are to be loaded. CheckpointError if the model lacks one, or one of the model is missing."""
+    """Names to load. With `strict`, raises CheckpointError unless model and checkpoint have the same."""
     names = sorted(names)
     loaded = {id(places[name]) for name in names if name in places}
     for name, place in places.items():
@@ -220,7 +220,7 @@ def matched(
 
 
 def expects_packed(name: str, place: Any, packed: bool) -> bool:
-    """Whether a place is for an NF4 weight; CheckpointError if it is not `packed` that is so."""
+    """Whether a place is for an NF4 weight. Raises CheckpointError if that differs from `packed`."""
     if packed != (is_sharded(place) or isinstance(place, NF4Weight)):
         expected, got = "an NF4 weight", "a plain tensor"
         expected, got = (got, expected) if packed else (expected, got)
@@ -228,8 +228,8 @@ def expects_packed(name: str, place: Any, packed: bool) -> bool:
     return packed
 
 
-def check_form(name: str, place: Any, shape: tuple[int, ...], blocksize: int, nested: bool) -> None:
-    """CheckpointError where a packed weight is not of the form of its place."""
+def check_layout(name: str, place: Any, shape: tuple[int, ...], blocksize: int, nested: bool) -> None:
+    """Raises CheckpointError if a packed weight does not match the layout of its place."""
     _check(name, "shape", tuple(place.shape), tuple(shape))
     if is_sharded(place):
         mine = place._local_tensor._rows
@@ -238,7 +238,7 @@ def check_form(name: str, place: Any, shape: tuple[int, ...], blocksize: int, ne
 
 
 def check_dense(name: str, place: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """CheckpointError where a plain tensor does not fit its place."""
+    """Raises CheckpointError if a plain tensor does not fit its place."""
     _check(name, "shape", tuple(place.shape), tuple(shape))
     if dtype != place.dtype and not (dtype.is_floating_point and place.dtype.is_floating_point):
         raise CheckpointError(f"{name}: expected dtype {place.dtype}, got {dtype}")

@@ -1,10 +1,8 @@
-"""TRL's trainers, without the work that they do twice, and their log-probabilities without logits.
+"""TRL's trainers with shared prompts, and log-probabilities without logits.
 
-Chosen and rejected completions of a prompt, or all completions sampled for it, are one row in which the
-prompt is computed once, for the policy and for the reference alike; the head sees completions only. Losses,
-metrics and options are TRL's own: all that changes is what the model's forward computes when TRL asks it
-for log-probabilities.
-"""
+Chosen and rejected completions of a prompt, or all its sampled completions, form one row in which the prompt
+is computed once, for policy and reference; the head runs on completions only. Losses, metrics and options are
+TRL's: only the model's forward for log-probabilities is replaced."""
 
 from __future__ import annotations
 
@@ -40,15 +38,15 @@ __all__ = ["DPOTrainer", "GRPOTrainer", "SFTTrainer"]
 logger = logging.getLogger("peft_kernels")
 
 _LENGTHS = ("position", "length", "n_ctx")
-"""In names of numbers of a configuration that are lengths from which on a model may compute differently."""
+"""Parts of names of config entries that are lengths above which a model may compute differently."""
 _NOISES = ("drop", "jitter", "neftune_noise")
-"""In names of attributes of modules that say how much noise there is in training."""
-_NOTHING_SAID = frozenset({"use_cache", "return_dict"})
+"""Parts of names of module attributes that are noise rates in training."""
+_IGNORED_ARGUMENTS = frozenset({"use_cache", "return_dict"})
 
 
 class Kind(NamedTuple):
-    """What of a batch may matter to a model: whether there is padding on the left, from whose mask some take
-    positions, and how many of the lengths in its configuration the batch and its shared rows exceed."""
+    """Properties of a batch that may change how a model computes: left padding (some derive positions from
+    the mask), and how many lengths of the configuration the batch and its shared rows exceed."""
 
     is_left_padded: bool
     batch: int
@@ -56,11 +54,10 @@ class Kind(NamedTuple):
 
 
 class LogProbs:
-    """What computes log-probabilities in place of TRL's forward.
+    """Computes log-probabilities instead of TRL's forward.
 
-    `fallbacks`: calls that computed each row by itself, by reason. `heads`: calls whose head was TRL's, by
-    reason. `shares`: whether to look for prompts that rows have in common.
-    """
+    `fallbacks`: number of calls without shared prompts, by reason. `heads`: number of calls with TRL's head,
+    by reason. `shares`: whether to look for common prompts."""
 
     def __init__(
         self,
@@ -75,7 +72,7 @@ class LogProbs:
         self.fallbacks: Counter[str] = Counter()
         self.heads: Counter[str] = Counter()
         self.shares = shares
-        self.theirs = model.forward  # TRL's, which `add_fused_lm_head` has put there
+        self.theirs = model.forward  # TRL's, from `add_fused_lm_head`
         self.never = never or _unfit(model)
         self.temperature, self.outputs = temperature, outputs
         numbers = scale_and_cap(self.theirs)
@@ -84,14 +81,14 @@ class LogProbs:
         self.head = head or (numbers if isinstance(numbers, str) else "")
         self.scale, self.cap = (1.0, None) if isinstance(numbers, str) else numbers
         self.misfits: dict[Kind, str] = {}
-        """By kind of batch, of which a model's first is tried, why rows of several would be wrong, or ""."""
+        """By kind of batch, whose first is tried: why shared rows would be wrong, or ""."""
 
     def __call__(self, model: Any, labels: Tensor, kwargs: dict[str, Any]) -> Any:
-        """FusedCausalLMOutput, as TRL's forward gives it, (batch, length - 1)."""
-        given = {k: v for k, v in kwargs.items() if v is not None and k not in _NOTHING_SAID}
+        """A FusedCausalLMOutput (batch, length - 1), like TRL's forward."""
+        given = {k: v for k, v in kwargs.items() if v is not None and k not in _IGNORED_ARGUMENTS}
         rows = self._rows(model, labels, given) if self.shares else ""
         if isinstance(rows, str) and self.shares:
-            self._tell(rows)
+            self._count_fallback(rows)
         mask = labels[:, 1:] != IGNORED
         reason = self._their_head(model, given)
         if reason:
@@ -116,7 +113,7 @@ class LogProbs:
         return FusedCausalLMOutput(loss=loss, label_mask=mask, **found)
 
     def _their_head(self, model: Any, given: dict[str, Any]) -> str:
-        """Why the head of this call is TRL's, or "". On GPUs TRL has kernels of its own for it."""
+        """Why this call uses TRL's head, or ""."""
         head = active_head(model)
         weight, packed = head.weight, type(head.weight) is NF4Weight
         if self.head:
@@ -153,11 +150,11 @@ class LogProbs:
         if kind not in self.misfits:
             try:
                 self.misfits[kind] = _misfit(model, rows, given, labels[:, 1:] != IGNORED)
-            except Exception as error:  # whatever a model has against a mask of four dimensions
+            except Exception as error:  # the model may not support 4-d masks
                 self.misfits[kind] = f"{type(model).__name__} raised {type(error).__name__}: {error}"
         return self.misfits[kind] or rows
 
-    def _tell(self, reason: str) -> None:
+    def _count_fallback(self, reason: str) -> None:
         if not self.fallbacks[reason]:
             level = logging.WARNING if reason in (self.never, *self.misfits.values()) else logging.INFO
             logger.log(level, "prompts are computed for each completion: %s", reason)
@@ -165,7 +162,7 @@ class LogProbs:
 
 
 def _unfit(model: Any) -> str:
-    """Why a model cannot compute several completions in a row; empty if it may."""
+    """Why a model cannot compute several completions in a row, or ""."""
     config = model.config
     if config.get_text_config() is not config:
         return f"{type(model).__name__} takes more than text"
@@ -205,8 +202,8 @@ def _unfit_call(model: Any, given: dict[str, Any]) -> str:
 
 
 def _noise(model: Any) -> bool:
-    """Whether training mode makes a model's results random: by modules of dropout, by rates that attention
-    and layers keep as numbers, by jitter of routers, by NEFTune. Adapters that are off do nothing."""
+    """Whether training is random: dropout modules, rates kept as attributes, router jitter, NEFTune. Disabled
+    adapters are ignored."""
     off: set[nn.Module] = set()
     layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
@@ -226,7 +223,7 @@ def _noise(model: Any) -> bool:
 
 def _inputs(model: Any, rows: Rows, input_ids: Tensor | None = None) -> dict[str, Any]:
     visible = rows.visible
-    if model.config._attn_implementation == "eager":  # adds the mask to its scores
+    if model.config._attn_implementation == "eager":  # adds the mask to the scores
         dtype = model.get_input_embeddings().weight.dtype
         visible = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
     return {
@@ -255,7 +252,7 @@ def _kind(model: Any, rows: Rows, length: int) -> Kind:
 
 
 def _values(config: dict[str, Any], names: tuple[str, ...], kind: type) -> Iterator[Any]:
-    """Values of a type, in a configuration and in dicts in it, whose names contain one of `names`."""
+    """Values of a type in a (nested) configuration whose keys contain one of `names`."""
     for name, value in config.items():
         if isinstance(value, dict):
             yield from _values(value, names, kind)
@@ -265,7 +262,7 @@ def _values(config: dict[str, Any], names: tuple[str, ...], kind: type) -> Itera
 
 def _unknown_rope(model: Any) -> str:
     """Why rotary embeddings may depend on the length of rows, or "". Those of transformers depend on the
-    greatest position, which rows that share prompts keep."""
+    greatest position, which shared rows keep."""
     config = vars(model.config)
     ropes = {name: value for name, value in config.items() if name in ("rope_parameters", "rope_scaling")}
     for kind in _values(ropes, ("type",), str):
@@ -278,12 +275,12 @@ def _unknown_rope(model: Any) -> str:
 
 
 def _misfit(model: Any, rows: Rows, given: dict[str, Any], counted: Tensor) -> str:
-    """Tries rows that share prompts: does the model keep completions apart, and does it compute what it does
-    for each by itself? Why not, or an empty string."""
+    """Why shared rows give wrong results, or "". Runs the model to check that completions do not affect each
+    other, and that results match separate rows."""
     name, most = type(model).__name__, _rounding(model)
     with torch.no_grad():
         found = shared_prompts.leak(rows, functools.partial(_hidden, model, rows))
-        if not found <= most / 10:  # other tokens are computed by the same operations
+        if not found <= most / 10:  # other tokens use the same operations
             return f"{name} does not keep to an attention mask: completions change each other by {found:.2g}"
         alone = model.base_model(**given, use_cache=False).last_hidden_state[:, :-1][counted]
         found = shared_prompts.apart(_hidden(model, rows).flatten(0, 1)[rows.index], alone)
@@ -293,8 +290,8 @@ def _misfit(model: Any, rows: Rows, given: dict[str, Any], counted: Tensor) -> s
 
 
 def _rounding(model: Any) -> float:
-    """Most that hidden states may differ where only the order of sums does, relative: half of the digits of
-    the coarsest type that the model computes in."""
+    """Maximum relative difference of hidden states from rounding: half of the digits of the coarsest dtype in
+    use."""
     device = model.get_input_embeddings().weight.device.type
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1}
     dtypes |= {d for m in model.modules() if isinstance(d := getattr(m, "compute_dtype", None), torch.dtype)}
@@ -312,18 +309,18 @@ def share_prompts(
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     shares: bool = True,
 ) -> LogProbs:
-    """Has a trainer's model, or its reference, compute log-probabilities by `LogProbs`, inside `context`.
-    `head`: why the head must be TRL's; `shares`: whether prompts may be shared."""
+    """Makes a trainer's model, or its reference, compute log-probabilities with `LogProbs`, inside `context`.
+    `head`: why the head must be TRL's, or "". `shares`: whether prompts may be shared."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     never = ""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         never = "FSDP and DeepSpeed have not been tried"
-    head = head or never  # of which either may have taken the weight apart
+    head = head or never  # which may have sharded the weight
     log_probs = LogProbs(
         model, never=never, temperature=temperature, outputs=outputs, head=head, shares=shares
     )
 
-    @functools.wraps(type(model).forward)  # `generate` looks at the signature
+    @functools.wraps(type(model).forward)  # `generate` inspects the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         asked = kwargs.get("fused_lm_head") and kwargs.get("labels") is not None
         if not asked or args or kwargs.get("shift_labels") is not None or "num_items_in_batch" in kwargs:
@@ -337,22 +334,20 @@ def share_prompts(
 
 
 def _share_for_reference(trainer: Any, temperature: float = 1.0, head: str = "") -> LogProbs | None:
-    """The same for a reference that is a model of its own."""
+    """`share_prompts` for a reference that is a separate model."""
     reference = trainer.ref_model
     if reference is None or isinstance(reference, PeftModel):
         return None
-    # Autocast was wrapped around the forward that is replaced.
+    # The replaced forward was wrapped in autocast.
     return share_prompts(trainer, reference, (), temperature, head, trainer.accelerator.autocast)
 
 
 class DPOTrainer(TheirDPOTrainer):
-    """TRL's DPOTrainer, with prompts computed once for chosen and rejected, by the policy and the reference.
+    """TRL's DPOTrainer with each prompt computed once for chosen and rejected, by policy and reference.
 
-    Takes the same arguments, and gives the same losses and metrics up to rounding, with every `loss_type`.
-    Batches and models that it does not cover take TRL's own way: `log_probs.fallbacks` counts them by
-    reason, and a reason that holds for the whole model is logged once. `ref_log_probs` is that of a reference
-    which is a model of its own, else None.
-    """
+    Same arguments, and up to rounding same losses and metrics, with every `loss_type`. Unsupported batches
+    and models fall back to TRL: `log_probs.fallbacks` counts reasons, and a reason that holds for the whole
+    model is logged once. `ref_log_probs` belongs to a separate reference model, else None."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -362,11 +357,11 @@ class DPOTrainer(TheirDPOTrainer):
 
 
 class GRPOTrainer(TheirGRPOTrainer):
-    """TRL's GRPOTrainer, with a prompt computed once for all its completions in a batch: for the old
-    policy's and the reference's log-probabilities, and where completions of a prompt share a batch, for the
-    policy's.
+    """TRL's GRPOTrainer with each prompt computed once for all its completions in a batch: for
+    log-probabilities of the old policy and the reference, and of the policy if a batch has several
+    completions of a prompt.
 
-    As `DPOTrainer`, it takes TRL's arguments, and TRL's way where it must.
+    Same arguments; falls back to TRL as `DPOTrainer` does.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -380,11 +375,11 @@ class GRPOTrainer(TheirGRPOTrainer):
 
 
 class SFTTrainer(TheirSFTTrainer):
-    """TRL's SFTTrainer, whose head computes log-probabilities, entropy and accuracy without logits, and only
-    for tokens that have a label.
+    """TRL's SFTTrainer with a head that computes log-probabilities, entropy and accuracy without logits, only
+    for labelled tokens.
 
-    Takes the same arguments, and gives the same losses and metrics up to rounding. Heads that it does not
-    cover are TRL's: `log_probs.heads` counts their calls by reason.
+    Same arguments, and up to rounding same losses and metrics. Unsupported heads use TRL's: `log_probs.heads`
+    counts these calls by reason.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

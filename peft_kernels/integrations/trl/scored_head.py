@@ -1,9 +1,8 @@
-"""Log-probabilities of given tokens under a head, and what TRL's trainers ask for besides.
+"""Log-probabilities of given tokens under a head, with the other outputs of TRL's trainers.
 
-They are `token_log_probs`. The sum of squared probabilities, which DPO's weighting alone asks for, is made of
-pieces of the logits by torch's functions: the gradient of a token's log-probability by its hidden state,
-W^T (onehot - softmax), is computed in the forward, which has a piece of them at hand, and kept instead.
-"""
+Uses `token_log_probs`, except for the sum of squared probabilities of DPO's weighting. That is computed in
+torch on chunks of the logits: the forward, which has a chunk at hand, also computes and saves the gradient of
+each log-probability by its hidden state, W^T (onehot - softmax)."""
 
 from __future__ import annotations
 
@@ -19,13 +18,13 @@ from ...ops.arguments import autocast_dtype
 from ...ops.loss.token_loss import token_log_probs
 
 PIECE = {"cpu": 1 << 22}
-"""Logits at a time: on a CPU about what its last cache holds in fp32."""
+"""Logits per chunk: on a CPU about the size of its last-level cache in fp32."""
 LARGE_PIECE = 1 << 26
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 class Scores(NamedTuple):
-    """Of tokens, each (tokens,) in fp32; all but `log_probs` without gradient, None where not asked for."""
+    """Outputs of tokens, each (tokens,) in fp32, None if not selected; only `log_probs` has a gradient."""
 
     log_probs: Tensor
     entropy: Tensor | None = None
@@ -35,8 +34,8 @@ class Scores(NamedTuple):
 
 
 def active_head(model: Any) -> Any:
-    """The layer that computes a model's logits now: of PEFT's `modules_to_save` the active adapter's copy, or
-    with adapters disabled the original."""
+    """The layer that currently computes a model's logits: with PEFT's `modules_to_save` the active adapter's
+    copy, or the original if adapters are disabled."""
     head = model.get_output_embeddings()
     if not isinstance(head, ModulesToSaveWrapper):
         return head
@@ -48,9 +47,8 @@ def active_head(model: Any) -> Any:
 
 
 def scale_and_cap(theirs: Any) -> tuple[float, float | None] | str:
-    """What TRL's forward multiplies logits by, and the softcap that it applies then, as it has read them in
-    the model's configuration; or why they are not known. `theirs`: what `add_fused_lm_head` has made of a
-    model's forward, which accelerate may have wrapped."""
+    """The scale and softcap that TRL's forward applies to logits, or why they are unknown. `theirs` is a
+    model's forward from `add_fused_lm_head`, perhaps wrapped by accelerate."""
     forward = theirs
     while forward is not None:
         forward = getattr(forward, "__func__", forward)
@@ -58,7 +56,7 @@ def scale_and_cap(theirs: Any) -> tuple[float, float | None] | str:
         if {"logit_scale", "final_logit_softcapping"} <= found.keys():
             return found["logit_scale"], found["final_logit_softcapping"]
         forward = getattr(forward, "__wrapped__", None)
-    return "this version of TRL does not tell how it scales logits"
+    return "unknown scaling of logits in this version of TRL"
 
 
 def score(
@@ -78,29 +76,29 @@ def score(
     hidden
         (tokens, hidden_size).
     weight, bias
-        Of the head: (vocabulary, hidden_size), NF4 or dense, and (vocabulary,).
+        Head: (vocabulary, hidden_size), NF4 or dense, and (vocabulary,).
     targets
         int (tokens,).
     temperature
-        What logits are divided by, after the cap.
+        Divisor of logits, after the softcap.
     outputs
         Which of entropy, log_sum_sq_probs (the log of the sum of squared probabilities), mean_logits and
-        is_top1 (whether no other token is more likely) to compute besides.
+        is_top1 (whether no other token is more likely) to compute too.
     logit_scale, softcap
-        What logits are multiplied by; what they are capped at then, softcap * tanh(logits / softcap).
+        Factor of logits, and then softcap * tanh(logits / softcap).
 
     Raises
     ------
     ValueError
-        log_sum_sq_probs of a head that is NF4 or to be trained.
+        log_sum_sq_probs with an NF4 or trainable head.
     """
     inner, cap = logit_scale / temperature, None if softcap is None else softcap / temperature
     if "log_sum_sq_probs" not in outputs:
-        # Under autocast it is rounded in there, a piece at a time.
+        # Under autocast the op casts it, chunk by chunk.
         if not isinstance(weight, HoldsNF4) and autocast_dtype(hidden.device.type) is None:
             weight = weight.to(hidden.dtype)
             bias = None if bias is None else bias.to(hidden.dtype)
-        asked = ("entropy", "is_top1", "mean_logits")  # in the order in which they come
+        asked = ("entropy", "is_top1", "mean_logits")  # in the op's order
         wanted: dict[str, Any] = {name: True for name in asked if name in outputs}
         found = token_log_probs(hidden, weight, targets, bias, logit_scale=inner, softcap=cap, **wanted)
         parts = (found,) if isinstance(found, Tensor) else found
@@ -134,14 +132,14 @@ class _Score(torch.autograd.Function):
         b = None if bias is None else bias.detach().to(dtype)
         count = max(1, PIECE.get(x.device.type, LARGE_PIECE) // max(1, len(w)))
         found: list[Scores] = []
-        slopes: list[Tensor] = []
+        gradients: list[Tensor] = []
         for start in range(0, len(x), count):
             here = slice(start, start + count)
-            scores, slope = _piece(x[here], w, b, targets[here], logit_scale, softcap, outputs, training)
+            scores, gradient = _piece(x[here], w, b, targets[here], logit_scale, softcap, outputs, training)
             found.append(scores)
-            slopes.append(slope)
+            gradients.append(gradient)
         if training:
-            ctx.save_for_backward(torch.cat(slopes) if slopes else torch.empty_like(x))
+            ctx.save_for_backward(torch.cat(gradients) if gradients else torch.empty_like(x))
         ctx.hidden_dtype = hidden.dtype
         if not found:
             found = [_piece(x, w, b, targets, logit_scale, softcap, outputs, False)[0]]
@@ -153,8 +151,8 @@ class _Score(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         if grad is None:
             return (None,) * 8
-        (slope,) = ctx.saved_tensors
-        return (grad[:, None].float() * slope).to(ctx.hidden_dtype), *(None,) * 7
+        (gradient,) = ctx.saved_tensors
+        return (grad[:, None].float() * gradient).to(ctx.hidden_dtype), *(None,) * 7
 
 
 def _piece(
@@ -167,7 +165,7 @@ def _piece(
     outputs: tuple[str, ...],
     training: bool,
 ) -> tuple[Scores, Tensor]:
-    """All outputs for some tokens, and the gradient of each log-probability by its hidden state."""
+    """All outputs of a chunk, and the gradient of each log-probability by its hidden state."""
     z = (x @ w.T if b is None else torch.addmm(b, x, w.T)).float()
     if logit_scale != 1.0:
         z *= logit_scale
@@ -194,15 +192,15 @@ def _piece(
     )
     if not training:
         return scores, x
-    # onehot - softmax, before it is rounded: near certainty the two are almost equal.
+    # onehot - softmax in fp32: the two are almost equal for likely tokens.
     p *= -1 / total
     p.scatter_add_(-1, targets[:, None], torch.ones_like(of_target))
     if capped is not None:
         p *= 1 - capped * capped
-    slope = p.to(w.dtype) @ w
-    return scores, slope if logit_scale == 1.0 else slope * logit_scale
+    gradient = p.to(w.dtype) @ w
+    return scores, gradient if logit_scale == 1.0 else gradient * logit_scale
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Of rows, without a temporary of their size."""
+    """Row-wise dot product without a temporary."""
     return torch.bmm(a[:, None, :], b[:, :, None]).view(-1)

@@ -1,9 +1,8 @@
-"""Sequences with the same beginning as one row: the beginning once, then what each goes on with.
+"""Packs sequences with a common prefix into one row: the prefix once, followed by all continuations.
 
-A mask lets each continuation see the beginning and itself, and its positions count on from the beginning,
-so a causal transformer computes for every token what it would in a row of its own. Rotary embeddings that
-depend on the greatest position (dynamic NTK scaling, LongRoPE) see the batch's: padding has it.
-"""
+A mask lets each continuation attend to the prefix and itself, and its positions continue from the prefix, so
+a causal transformer computes the same as in separate rows. Padding has the greatest position of the batch,
+because some rotary embeddings (dynamic NTK scaling, LongRoPE) depend on it."""
 
 from __future__ import annotations
 
@@ -16,22 +15,20 @@ from torch import Tensor
 
 IGNORED = -100
 LINEAR = 1
-"""What a token costs in linear layers, in tokens that it attends to, as a multiple of the hidden size. By
-operations it is 5 or 6, but attention under such a mask is slow and computes what the mask hides too: on two
-cores, prompts of 64 before completions of 192 lose, prompts of 128 before 128 win."""
+"""Cost of a token in linear layers relative to attending to hidden_size tokens. By FLOPs it is 5 or 6, but
+attention with such a mask is slow and computes masked scores too: on two cores, prompts of 64 with
+completions of 192 are slower, prompts of 128 with 128 faster."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch with each beginning once. Its rows are padded on the right, at least one of them, and the
-    position of padding is the last one of the batch.
+    """A batch with each prefix once. At least one row is padded, on the right; padding has the last position
+    of the batch.
 
-    `input_ids`, `position_ids`, `targets`: (rows, length); a target is the token that a position predicts,
-    -100 where none counts. `visible`: bool (rows, 1, length, length), whether a query (third) sees a key
-    (fourth). `index`: of the counted predictions in the batch that these rows stand for, in its order, the
-    places in the flattened rows. `own`: int (rows, length), which continuation of its row a token belongs
-    to, 0 for the beginning, -1 for the padding.
-    """
+    `input_ids`, `position_ids`, `targets`: (rows, length); a target is the predicted token, or -100.
+    `visible`: bool (rows, 1, length, length), whether a query (third) attends to a key (fourth). `index`:
+    positions in the flattened rows of the original batch's predictions, in its order. `own`: int (rows,
+    length), the continuation of a token in its row, 0 for the prefix, -1 for padding."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -43,8 +40,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """A sequence up to its last prediction that counts: its tokens, where it starts in its row, and where
-    what it does not share begins, at the token from which the first counted one is predicted."""
+    """A sequence up to its last prediction: tokens, start in its row, and the index of the first token that
+    is not shared, from which the first target is predicted."""
 
     row: int
     tokens: np.ndarray
@@ -52,20 +49,20 @@ class _Sequence:
     split: int
 
     @property
-    def beginning(self) -> tuple[int, bytes]:
+    def prefix(self) -> tuple[int, bytes]:
         return self.start, self.tokens[: self.split].tobytes()
 
 
 def share(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, hidden_size: int) -> Rows | str:
-    """Rows that stand for a batch, or why they would be no less work than the batch as it is.
+    """Rows that replace a batch, or the reason why they would not be less work.
 
     Parameters
     ----------
     input_ids, attention_mask, labels
-        (batch, length). What is not attended to is on the left or the right. A label is its own position's
-        token where that is to be predicted, -100 elsewhere.
+        (batch, length), padded on the left or right. A label is the token at its position if it is to be
+        predicted, else -100.
     hidden_size
-        Of the model: it says what attention weighs beside linear layers.
+        Of the model, to estimate the cost of linear layers.
     """
     ids, seen, wanted = (t.cpu().numpy() for t in (input_ids, attention_mask != 0, labels))
     counted = wanted[:, 1:] != IGNORED
@@ -75,7 +72,7 @@ def share(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, hidden_size
     groups: dict[tuple[int, bytes], list[_Sequence]] = {}
     for sequence in sequences:
         if isinstance(sequence, _Sequence):
-            groups.setdefault(sequence.beginning, []).append(sequence)
+            groups.setdefault(sequence.prefix, []).append(sequence)
 
     def split(most: int) -> list[list[_Sequence]]:
         return [group[at:][:most] for group in groups.values() for at in range(0, len(group), most)]
@@ -94,7 +91,7 @@ def share(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, hidden_size
 
 
 def _sequence(row: int, ids: np.ndarray, seen: np.ndarray, counted: np.ndarray) -> _Sequence | str | None:
-    """None for a sequence without a prediction that counts."""
+    """The sequence of a row, None if it has no target, or a reason."""
     where = np.flatnonzero(counted)
     if not len(where):
         return None
@@ -138,18 +135,18 @@ def _lay_out(rows: list[list[_Sequence]], ids: np.ndarray, counted: np.ndarray, 
 
 
 def _visible(own: Tensor) -> Tensor:
-    """What is not later, of the same continuation or the beginning. Padding sees itself: a query that sees
-    nothing has no softmax."""
+    """Causal mask within a continuation and the prefix. Padding attends to itself: a softmax over nothing is
+    NaN."""
     keys, queries = own[:, None, None, :], own[:, None, :, None]
     causal = torch.ones(own.shape[1], own.shape[1], dtype=torch.bool, device=own.device).tril()
     return causal & ((keys == queries) | (keys == 0))
 
 
 def leak(rows: Rows, run: Callable[[Tensor], Tensor]) -> float:
-    """How far the first continuation of each row changes what is computed for all other tokens, relative to
-    it; 0 for a model that keeps to the mask.
+    """Relative effect of the first continuation of each row on other tokens; 0 for a model that respects the
+    mask.
 
-    `run`: input_ids, (rows, length), to hidden states, (rows, length, hidden_size).
+    `run` maps input_ids (rows, length) to hidden states (rows, length, hidden_size).
     """
     ids = rows.input_ids
     others = torch.where(rows.own == 1, torch.where(ids > 0, ids - 1, 1), ids)
@@ -158,5 +155,5 @@ def leak(rows: Rows, run: Callable[[Tensor], Tensor]) -> float:
 
 
 def apart(a: Tensor, b: Tensor) -> float:
-    """The relative distance of a from b."""
+    """Relative distance of a from b."""
     return float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30))

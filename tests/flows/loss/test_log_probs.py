@@ -136,7 +136,7 @@ def test_a_scale_that_this_trl_does_not_tell() -> None:
     log_probs = ours.LogProbs(model, never="", temperature=1.0, outputs=(), head="")
     data = batch()
     log_probs(model, data.pop("labels"), data)
-    assert list(log_probs.heads) == ["this version of TRL does not tell how it scales logits"]
+    assert list(log_probs.heads) == ["unknown scaling of logits in this version of TRL"]
 
 
 @pytest.mark.parametrize("on", [True, False])
