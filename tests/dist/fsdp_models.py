@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-import traceback
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from nf4_weights import parts
-from ranks import found_by_rank, free_port
+from ranks import Case
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -23,7 +20,6 @@ import peft_kernels as pk
 import testing
 
 RANKS = 4
-Case = Callable[[Path], None]
 VOCABULARY = 97
 
 
@@ -31,6 +27,21 @@ def line(ranks: int) -> Any:
     """A mesh of the first `ranks` processes; to the others None. All have to ask for it."""
     mesh = DeviceMesh("cpu", list(range(ranks)))
     return mesh if dist.get_rank() < ranks else None
+
+
+def on(ranks: int) -> Callable[[Callable[[Path, Any], None]], Case]:
+    """Runs a case in the first `ranks` processes only, with their mesh."""
+
+    def decorated(case: Callable[[Path, Any], None]) -> Case:
+        @functools.wraps(case)
+        def run(folder: Path) -> None:
+            mesh = line(ranks)
+            if mesh is not None:
+                case(folder, mesh)
+
+        return run
+
+    return decorated
 
 
 def square() -> Any:
@@ -124,30 +135,3 @@ def gathers() -> Iterator[list[tuple[int, torch.dtype]]]:
         yield found
     finally:
         dist.all_gather_into_tensor = original
-
-
-def _work(rank: int, cases: list[Case], port: int, folder: str, queue: Any) -> None:
-    torch.set_num_threads(1)
-    place = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", place, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
-    told = {case.__name__: "not run: an earlier case failed" for case in cases}
-    try:
-        for case in cases:
-            case(Path(folder) / case.__name__)
-            dist.barrier()
-            told[case.__name__] = ""
-    except BaseException:
-        told[case.__name__] = traceback.format_exc()
-    queue.put((rank, told))
-    if not any(told.values()):
-        dist.destroy_process_group()
-        return
-    queue.close()
-    queue.join_thread()
-    os._exit(0)  # with its connections, so that the others do not wait for it
-
-
-def in_processes(cases: list[Case]) -> dict[int, dict[str, str]]:
-    """What went wrong, by process and case."""
-    with tempfile.TemporaryDirectory() as folder:
-        return found_by_rank(RANKS, _work, cases, free_port(), folder)

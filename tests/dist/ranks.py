@@ -16,6 +16,7 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -84,6 +85,20 @@ def told_by_rank(ranks: int, cases: Sequence[Case]) -> dict[int, dict[str, str]]
         return found_by_rank(ranks, _run_cases, ranks, free_port(), folder, cases)
 
 
+def rank_tests(ranks: int, cases: Sequence[Case]) -> tuple[Any, Any]:
+    """A module's fixture that runs `cases` in processes, and a test for each: `told, test_cases = ...`."""
+
+    @pytest.fixture(scope="module")
+    def told() -> dict[int, dict[str, str]]:
+        return told_by_rank(ranks, cases)
+
+    @pytest.mark.parametrize("case", [case.__name__ for case in cases])
+    def test(told: dict[int, dict[str, str]], case: str) -> None:
+        assert_nothing_told(told, case)
+
+    return told, test
+
+
 def assert_nothing_told(told: dict[int, dict[str, str]], case: str) -> None:
     for rank, by_case in told.items():
         assert not by_case[case], f"process {rank}: {by_case[case]}"
@@ -106,6 +121,7 @@ def _run_cases(rank: int, ranks: int, port: int, folder: str, cases: Sequence[Ca
     for case in cases:
         try:
             case(Path(folder) / case.__name__)
+            dist.barrier()
         except BaseException:
             told[case.__name__] = traceback.format_exc()
             break  # the processes may be at different places now

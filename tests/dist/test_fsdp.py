@@ -5,25 +5,27 @@ from __future__ import annotations
 import copy
 import io
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fsdp_models import (
+    RANKS,
+    Case,
     adapters,
     assert_same_bits,
     batches,
     gathers,
-    in_processes,
     line,
     llama,
+    on,
     shard,
     square,
     train,
     weight,
 )
+from ranks import rank_tests
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -95,11 +97,9 @@ def whole_weights(folder: Path) -> None:
                 assert torch.equal(results[0][1], results[1][1]), shape
 
 
-def bytes_of_a_model(folder: Path) -> None:
+@on(2)
+def bytes_of_a_model(folder: Path, mesh: Any) -> None:
     """Of SmolLM2's layer: each of two processes holds half of the packed bytes, and sends that half."""
-    mesh = line(2)
-    if mesh is None:
-        return
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
     model = llama(1, num_key_value_heads=3, **sizes)
     layer = model.base_model.model.model.layers[0]
@@ -159,11 +159,9 @@ def training(folder: Path) -> None:
             )
 
 
-def mixed_precision(folder: Path) -> None:
+@on(2)
+def mixed_precision(folder: Path, mesh: Any) -> None:
     """The nominal dtype follows the policy; the bits stay."""
-    mesh = line(2)
-    if mesh is None:
-        return
     want = weight((64, 128), 64, True, torch.float32)
     layer = Product(want.clone())
     fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
@@ -173,22 +171,18 @@ def mixed_precision(folder: Path) -> None:
     assert_same_bits(layer.weight, want)
 
 
-def packed_layers(folder: Path) -> None:
+@on(2)
+def packed_layers(folder: Path, mesh: Any) -> None:
     """Without adapters, patched when they are sharded: known, and fused."""
-    mesh = line(2)
-    if mesh is None:
-        return
     model = fully_shard(nn.Sequential(pk.nn.NF4Linear(weight((64, 64), 64, True))), mesh=mesh)
     report = pk.patch(model)
     assert [entry.kind for entry in report.fused] == ["NF4Linear"], report
     assert "DTensor" not in str(report)
 
 
-def in_other_hands(folder: Path) -> None:
+@on(2)
+def in_other_hands(folder: Path, mesh: Any) -> None:
     """A shard copied, cast, saved and read is the rows that it was."""
-    mesh = line(2)
-    if mesh is None:
-        return
     whole = weight((7, 33), 32, True)
     layer = fully_shard(Product(whole.clone()), mesh=mesh)
     p = layer.weight
@@ -209,11 +203,9 @@ def in_other_hands(folder: Path) -> None:
     assert_same_bits(layer.weight, whole)
 
 
-def ignored(folder: Path) -> None:
+@on(2)
+def ignored(folder: Path, mesh: Any) -> None:
     """An ignored weight stays whole, beside one that is sharded."""
-    mesh = line(2)
-    if mesh is None:
-        return
     model = nn.Sequential(*(Product(weight((64, 64), 64, True, torch.float32)) for _ in range(2)))
     x = testing.tensor(3, 64)
     want = model(x)
@@ -222,11 +214,9 @@ def ignored(folder: Path) -> None:
     assert torch.equal(model(x), want)
 
 
-def inner_hooks(folder: Path) -> None:
+@on(2)
+def inner_hooks(folder: Path, mesh: Any) -> None:
     """Layers that fully_shard was given themselves run their hooks, and what spans them falls back."""
-    mesh = line(2)
-    if mesh is None:
-        return
     model, single = llama(1), llama(1, patch=True)
     layer = model.base_model.model.model.layers[0]
     fully_shard(layer.self_attn.q_proj, mesh=mesh)
@@ -243,11 +233,9 @@ def inner_hooks(folder: Path) -> None:
     assert any("up_proj: hooks" in why for why in block.fallbacks), block
 
 
-def patched_modules(folder: Path) -> None:
+@on(2)
+def patched_modules(folder: Path, mesh: Any) -> None:
     """A patched module that fully_shard is given itself stays fused, and can be unpatched."""
-    mesh = line(2)
-    if mesh is None:
-        return
     model = llama(1)
     report = pk.patch(model)
     layer = model.base_model.model.model.layers[0]
@@ -262,11 +250,9 @@ def patched_modules(folder: Path) -> None:
     torch.testing.assert_close(model(ids).logits, got, rtol=1e-5, atol=1e-5)
 
 
-def refusals(folder: Path) -> None:
+@on(2)
+def refusals(folder: Path, mesh: Any) -> None:
     """Sentences, in every process; nothing is lost, and none waits."""
-    mesh = line(2)
-    if mesh is None:
-        return
     want = weight((64, 128), 64, True)
 
     def layer() -> Any:
@@ -306,11 +292,9 @@ def refusals(folder: Path) -> None:
         trained(testing.tensor(3, 128))
 
 
-def compiled(folder: Path) -> None:
+@on(2)
+def compiled(folder: Path, mesh: Any) -> None:
     """Blocks that are compiled, each as one graph, and then sharded learn what one process learns."""
-    mesh = line(2)
-    if mesh is None:
-        return
     curves = []
     for ranks in (1, 2):
         model = llama(1, patch=True)
@@ -323,18 +307,10 @@ def compiled(folder: Path) -> None:
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
 
 
-CASES: list[Callable[[Path], None]] = [
+CASES: list[Case] = [
     whole_weights, bytes_of_a_model, training, mixed_precision, packed_layers, in_other_hands, ignored,
     inner_hooks, patched_modules, compiled, refusals,
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[int, dict[str, str]]:
-    return in_processes(CASES)
-
-
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_on_four_processes(results: dict[int, dict[str, str]], case: str) -> None:
-    for rank, told in results.items():
-        assert not told[case], f"process {rank}: {told[case]}"
+told, test_on_four_processes = rank_tests(RANKS, CASES)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from fsdp_models import Case, assert_same_bits, batches, in_processes, line, llama, shard
+from fsdp_models import RANKS, Case, assert_same_bits, batches, line, llama, shard
+from ranks import rank_tests
 
 import peft_kernels as pk
 from peft_kernels.checkpoints.header import CheckpointError, Entry
@@ -150,12 +151,4 @@ def refused(folder: Path) -> None:
 CASES: list[Case] = [started, refused]
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[int, dict[str, str]]:
-    return in_processes(CASES)
-
-
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_on_four_processes(results: dict[int, dict[str, str]], case: str) -> None:
-    for rank, told in results.items():
-        assert not told[case], f"process {rank}: {told[case]}"
+told, test_on_four_processes = rank_tests(RANKS, CASES)

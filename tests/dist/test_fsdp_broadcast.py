@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from fsdp_models import Case, assert_same_bits, batches, in_processes, line, llama, shard, weight
+from fsdp_models import RANKS, Case, assert_same_bits, batches, line, llama, on, shard, weight
+from ranks import rank_tests
 from test_fsdp_adapters import UNEVEN, empty, saved
 from test_fsdp_checkpoints import assert_same_model, wiped
 from torch import nn
@@ -92,11 +93,9 @@ def experts(folder: Path) -> None:
             )
 
 
-def refused(folder: Path) -> None:
+@on(3)
+def refused(folder: Path, mesh: Any) -> None:
     """In every process, before anything is written."""
-    mesh = line(3)
-    if mesh is None:
-        return
     sizes = (96, 64), (64, 64)
     want = nn.Sequential(nn.Linear(4, 4), *(pk.nn.NF4Linear(weight(shape, 64, True)) for shape in sizes))
     state = want.state_dict()
@@ -139,12 +138,4 @@ def refused(folder: Path) -> None:
 CASES: list[Case] = [sent, experts, refused]
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[int, dict[str, str]]:
-    return in_processes(CASES)
-
-
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_on_four_processes(results: dict[int, dict[str, str]], case: str) -> None:
-    for rank, told in results.items():
-        assert not told[case], f"process {rank}: {told[case]}"
+told, test_on_four_processes = rank_tests(RANKS, CASES)

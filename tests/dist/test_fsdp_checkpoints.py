@@ -10,18 +10,20 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from fsdp_models import (
+    RANKS,
     Case,
     adapters,
     assert_same_bits,
     batches,
-    in_processes,
     line,
     llama,
+    on,
     shard,
     square,
     train,
     weight,
 )
+from ranks import rank_tests
 from torch import nn
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
@@ -117,11 +119,9 @@ def other_numbers(folder: Path) -> None:
                 torch.testing.assert_close(value, want[name], rtol=0, atol=2e-5, msg=name)
 
 
-def packed_bytes(folder: Path) -> None:
+@on(2)
+def packed_bytes(folder: Path, mesh: Any) -> None:
     """Are what is saved."""
-    mesh = line(2)
-    if mesh is None:
-        return
     layer = nn.Sequential(pk.nn.NF4Linear(weight((512, 640), 64, True)))
     nbytes = layer[0].weight.nbytes
     fully_shard(layer, mesh=mesh)
@@ -130,11 +130,9 @@ def packed_bytes(folder: Path) -> None:
     assert sum(file.stat().st_size for file in folder.glob("*.distcp")) < nbytes + 10_000
 
 
-def saved_later(folder: Path) -> None:
+@on(2)
+def saved_later(folder: Path, mesh: Any) -> None:
     """`async_save` saves what `save` saves, as it was then: parts, and weights of one process."""
-    mesh = line(2)
-    if mesh is None:
-        return
     group, want = mesh.get_group(), weight((512, 640), 64, True)
     for name, stager in (("default", None), ("blocking", BlockingAsyncStager()), ("whole", None)):
         layer, other = (nn.Sequential(pk.nn.NF4Linear(want.clone())) for _ in range(2))
@@ -296,12 +294,4 @@ def cut_short(self: Entry) -> Any:
 CASES: list[Case] = [other_numbers, packed_bytes, saved_later, empty_parts, whole, adapter, from_meta]
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[int, dict[str, str]]:
-    return in_processes(CASES)
-
-
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_on_four_processes(results: dict[int, dict[str, str]], case: str) -> None:
-    for rank, told in results.items():
-        assert not told[case], f"process {rank}: {told[case]}"
+told, test_on_four_processes = rank_tests(RANKS, CASES)

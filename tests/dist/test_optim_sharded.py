@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
-import traceback
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ranks import found_by_rank, free_port
+from ranks import Case, rank_tests
 from sharded_models import (
     CUT_ALIKE,
     RANKS,
@@ -325,36 +321,9 @@ def paged(folder: Path) -> None:
             assert_same(other, pairs[0][0])
 
 
-CASES: list[Callable[[Path], None]] = [
+CASES: list[Case] = [
     steps, norm, fully_sharded, checkpoint, other_count, gathered, rounding, scaler, refusals, ddp, paged,
 ]  # fmt: skip
 
 
-def work(rank: int, port: int, folder: str, queue: Any) -> None:
-    torch.set_num_threads(1)
-    place = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", place, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
-    told = {}
-    try:
-        for case in CASES:
-            told[case.__name__] = "not run: an earlier case failed"
-        for case in CASES:
-            case(Path(folder) / case.__name__)
-            told[case.__name__] = ""
-    except BaseException:
-        told[case.__name__] = traceback.format_exc()
-    queue.put((rank, told))
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def results() -> dict[int, dict[str, str]]:
-    """What went wrong, by process and case."""
-    with tempfile.TemporaryDirectory() as folder:
-        return found_by_rank(RANKS, work, free_port(), folder)
-
-
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_on_four_processes(results: dict[int, dict[str, str]], case: str) -> None:
-    for rank, told in results.items():
-        assert not told[case], f"process {rank}: {told[case]}"
+told, test_on_four_processes = rank_tests(RANKS, CASES)
