@@ -1,10 +1,9 @@
-"""Multiples of a packed weight, so that an average of the weight with itself is recognised as the weight.
+"""Multiples of a packed weight, so that averaging the weight with itself keeps it packed.
 
-Averages of models (SWA, EMA) read two weights as dense values, scale and add them and write the result back.
-If the weight is frozen, the result is that weight again, except for rounding, which would make it dense. So
-dense values that were computed as a multiple of a packed weight record the weight and the factor, and a write
-of one times the weight changes nothing.
-"""
+Averages of models (SWA, EMA) read two weights as dense values, combine them and write the result back. For a
+frozen weight that is the weight itself up to rounding, which would make it dense. So dense values computed as
+a multiple of a packed weight record the weight and the factor, and writing one times the weight changes
+nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ class Multiple(Tensor):
 
     _held: Tensor
     _note: list[Share | None]
-    """The share, in a list that aliases of the same memory hold too. None once something else was written."""
+    """The share, in a list shared with aliases; None after something else was written."""
 
     @staticmethod
     def of(values: Any, share: Share | None, note: list[Share | None] | None = None) -> Any:
@@ -43,7 +42,7 @@ class Multiple(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            if func in _PLAIN:  # they expose the memory, which may be written to unseen, or keep the type
+            if func in _PLAIN:  # these expose the memory to unnoticed writes, or keep the type
                 return func(_plain(args[0]), *args[1:], **(kwargs or {}))
             return func(*args, **(kwargs or {}))
 
@@ -61,7 +60,7 @@ class Multiple(Tensor):
             return args[0]
         if func in _ALIASES:
             return Multiple.of(out, share, args[0]._note)
-        if has_views(func):  # a view may be written to unseen
+        if has_views(func):  # writes to a view are not noticed
             tree_map(_plain, (args, kwargs))
         return Multiple.of(out, share)
 
@@ -82,7 +81,7 @@ def _values_of(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """The values. They may be changed from now on, so the share is forgotten."""
+    """The plain values, which may be modified: drops the share."""
     if isinstance(value, Multiple):
         value._note[0] = None
     return _values_of(value)
@@ -173,7 +172,8 @@ EACH = _single_ops()
 
 
 def each(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an op on lists: on weights one by one, so that no two are dense at once, on the rest at once."""
+    """Runs an op on lists: one by one for weights, so that only one is dense at a time, together for the
+    rest."""
     lists = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, (list, tuple))]
     count = len(args[0])
 
