@@ -160,9 +160,9 @@ def python() -> Iterator[Python]:
 @pytest.fixture(scope="module")
 def told(request: pytest.FixtureRequest) -> dict[int, dict[str, str]]:
     """What went wrong in the CASES of a module, by process: they run in two, or in as many as its RANKS."""
-    from ranks import told_by_rank  # torch may be without distributed
+    from ranks import errors_by_rank  # torch may be without distributed
 
-    return told_by_rank(getattr(request.module, "RANKS", 2), request.module.CASES)
+    return errors_by_rank(getattr(request.module, "RANKS", 2), request.module.CASES)
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def test_layers_are_grouped(tmp_path: Path) -> None:
     assert _ranges({3, 5, 4, 9, 0}) == "0,3-5,9"
 
 
-def test_every_fault_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_fault_is_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder / "model-00001-of-00002.safetensors"
     state = dict(Checkpoint.open(path))
     state["up.weight.nested_absmax"][0] = float("nan")

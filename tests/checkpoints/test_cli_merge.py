@@ -241,7 +241,7 @@ def test_command(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.Capt
     assert main(["inspect", str(tmp_path / "out")]) == 0
 
 
-def test_the_loss_of_4_bits_is_told(
+def test_the_loss_of_4_bits_is_reported(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, adapter = tmp_path / "base", folders[1]

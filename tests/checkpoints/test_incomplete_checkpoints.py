@@ -147,7 +147,7 @@ def test_a_shard_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
         quantize_checkpoint(source, tmp_path / "target")
 
 
-def test_what_cannot_be_compared_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_compared_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = saved(tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     for changes, words in (

@@ -78,7 +78,7 @@ def ended(processes: Sequence[Any], seconds: float = 300.0) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-def told_by_rank(ranks: int, cases: Sequence[Case]) -> dict[int, dict[str, str]]:
+def errors_by_rank(ranks: int, cases: Sequence[Case]) -> dict[int, dict[str, str]]:
     """What went wrong in each of some cases, by process: they run one after the other in processes that are
     started once."""
     with tempfile.TemporaryDirectory() as folder:
@@ -86,21 +86,21 @@ def told_by_rank(ranks: int, cases: Sequence[Case]) -> dict[int, dict[str, str]]
 
 
 def rank_tests(ranks: int, cases: Sequence[Case]) -> tuple[Any, Any]:
-    """A module's fixture that runs `cases` in processes, and a test for each: `told, test_cases = ...`."""
+    """A module's fixture that runs `cases` in processes, and a test for each: `errors, test_cases = ...`."""
 
     @pytest.fixture(scope="module")
-    def told() -> dict[int, dict[str, str]]:
-        return told_by_rank(ranks, cases)
+    def errors() -> dict[int, dict[str, str]]:
+        return errors_by_rank(ranks, cases)
 
     @pytest.mark.parametrize("case", [case.__name__ for case in cases])
-    def test(told: dict[int, dict[str, str]], case: str) -> None:
-        assert_nothing_told(told, case)
+    def test(errors: dict[int, dict[str, str]], case: str) -> None:
+        assert_no_errors(errors, case)
 
-    return told, test
+    return errors, test
 
 
-def assert_nothing_told(told: dict[int, dict[str, str]], case: str) -> None:
-    for rank, by_case in told.items():
+def assert_no_errors(errors: dict[int, dict[str, str]], case: str) -> None:
+    for rank, by_case in errors.items():
         assert not by_case[case], f"process {rank}: {by_case[case]}"
 
 
@@ -117,16 +117,16 @@ def enter(rank: int, ranks: int, port: int) -> None:
 def _run_cases(rank: int, ranks: int, port: int, folder: str, cases: Sequence[Case], queue: Any) -> None:
     enter(rank, ranks, port)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    told = {case.__name__: "not run: an earlier case failed" for case in cases}
+    errors = {case.__name__: "not run: an earlier case failed" for case in cases}
     for case in cases:
         try:
             case(Path(folder) / case.__name__)
             dist.barrier()
         except BaseException:
-            told[case.__name__] = traceback.format_exc()
+            errors[case.__name__] = traceback.format_exc()
             break  # the processes may be at different places now
-        told[case.__name__] = ""
-    queue.put((rank, told))
+        errors[case.__name__] = ""
+    queue.put((rank, errors))
     dist.destroy_process_group()
 
 

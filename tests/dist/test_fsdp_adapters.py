@@ -151,4 +151,4 @@ def refused(folder: Path) -> None:
 CASES: list[Case] = [started, refused]
 
 
-told, test_on_four_processes = rank_tests(RANKS, CASES)
+errors, test_on_four_processes = rank_tests(RANKS, CASES)

@@ -138,4 +138,4 @@ def refused(folder: Path, mesh: Any) -> None:
 CASES: list[Case] = [sent, experts, refused]
 
 
-told, test_on_four_processes = rank_tests(RANKS, CASES)
+errors, test_on_four_processes = rank_tests(RANKS, CASES)

@@ -294,4 +294,4 @@ def cut_short(self: Entry) -> Any:
 CASES: list[Case] = [other_numbers, packed_bytes, saved_later, empty_parts, whole, adapter, from_meta]
 
 
-told, test_on_four_processes = rank_tests(RANKS, CASES)
+errors, test_on_four_processes = rank_tests(RANKS, CASES)

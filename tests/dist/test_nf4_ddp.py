@@ -14,7 +14,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Sent, assert_nothing_told
+from ranks import Sent, assert_no_errors
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -231,7 +231,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
 def test_on_two_processes(told: dict[int, dict[str, str]], case: str) -> None:
-    assert_nothing_told(told, case)
+    assert_no_errors(told, case)
 
 
 def test_detach_is_what_it_was() -> None:

@@ -326,4 +326,4 @@ CASES: list[Case] = [
 ]  # fmt: skip
 
 
-told, test_on_four_processes = rank_tests(RANKS, CASES)
+errors, test_on_four_processes = rank_tests(RANKS, CASES)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import assert_nothing_told, told_by_rank
+from ranks import assert_no_errors, errors_by_rank
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -59,7 +59,7 @@ def stages_by_hand(folder: Path) -> None:
 
 
 def test_stages_by_hand() -> None:
-    assert_nothing_told(told_by_rank(2, [stages_by_hand]), "stages_by_hand")
+    assert_no_errors(errors_by_rank(2, [stages_by_hand]), "stages_by_hand")
 
 
 def test_a_model_that_is_traced() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import assert_nothing_told, told_by_rank
+from ranks import assert_no_errors, errors_by_rank
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -386,8 +386,8 @@ CASES = [
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
 def test_two_processes(told: dict[int, dict[str, str]], case: str) -> None:
-    assert_nothing_told(told, case)
+    assert_no_errors(told, case)
 
 
 def test_three_processes() -> None:
-    assert_nothing_told(told_by_rank(3, [three]), "three")
+    assert_no_errors(errors_by_rank(3, [three]), "three")

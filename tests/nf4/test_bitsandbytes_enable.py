@@ -120,7 +120,7 @@ def test_the_environment_decides(value: str, is_enabled: bool, monkeypatch: pyte
     disable()
 
 
-def test_another_value_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_value_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     before = state()
     monkeypatch.setenv("PEFT_KERNELS_BITSANDBYTES", "yes")
     with pytest.raises(ValueError, match="PEFT_KERNELS_BITSANDBYTES: expected 0 or 1, got 'yes'"):

@@ -54,7 +54,7 @@ def test_a_slice_has_the_bits_of_the_whole(
 
 
 @pytest.mark.parametrize("shape,blocksize,dim,count,reason", WHOLE)
-def test_what_cannot_be_cut_is_told(
+def test_unsliceable_weights_are_refused(
     shape: tuple[int, ...], blocksize: int, dim: int, count: int, reason: str
 ) -> None:
     assert reason in unsliceable_reason(shape, blocksize, dim, count)

@@ -85,7 +85,7 @@ def test_a_write_to_a_wrapped_dtype_rounds_to_that_dtype() -> None:
     assert weight.dense.dtype == torch.bfloat16 and torch.equal(weight.dense, want)
 
 
-def test_growth_is_told_once_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growth_warns_once_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nf4_state, "_warned", set())
     weight = pk.NF4Weight.quantize(testing.tensor(12, 64), name="model.q.weight")
     with pytest.warns(

@@ -231,7 +231,7 @@ def test_model_to_before_the_first_step_and_where_it_is() -> None:
     assert optimizer.state_dict()["state"][0]["step"] == 4
 
 
-def test_paging_on_a_cpu_is_told_once(
+def test_paging_on_a_cpu_warns_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pager, "_warned", set())

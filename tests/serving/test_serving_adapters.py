@@ -217,7 +217,7 @@ def test_a_damaged_adapter_harms_its_own_request_alone(
     engine.unload("bad")
 
 
-def test_what_is_wrong_with_a_request_is_said_at_once(engine: Engine, folders: dict[str, Path]) -> None:
+def test_invalid_requests_raise_at_once(engine: Engine, folders: dict[str, Path]) -> None:
     engine.register("one", folders["one"])
     for options, message in (
         ({"prompt": []}, "expected at least one token, got none"),

@@ -193,9 +193,7 @@ def test_a_step_that_is_interrupted_is_not_gone_on_with(engine: Engine) -> None:
     assert engine.generate([prompt(0, 5)], max_new_tokens=NEW, eos_token_id=()) == [wanted]
 
 
-def test_who_waits_is_told_that_the_engine_does_not_run(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_waiting_raises_when_the_engine_does_not_run(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a request that comes as `run` has found nothing left to do."""
     request, heard = ask(engine), []
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from flow_checks import assert_fused, assert_near, gradients, language_loss
 from flow_models import adapted, config, ids, llama
-from ranks import assert_nothing_told, told_by_rank
+from ranks import assert_no_errors, errors_by_rank
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -286,11 +286,11 @@ CASES = [when_patched, options, unused, rows_of_their_own, accumulation, overlap
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
 def test_on_two_processes(told: dict[int, dict[str, str]], case: str) -> None:
-    assert_nothing_told(told, case)
+    assert_no_errors(told, case)
 
 
 def test_on_three_processes() -> None:
     cases = [accumulation]
-    told = told_by_rank(3, cases)
+    told = errors_by_rank(3, cases)
     for case in cases:
-        assert_nothing_told(told, case.__name__)
+        assert_no_errors(told, case.__name__)

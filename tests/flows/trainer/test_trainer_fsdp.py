@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from flow_checks import assert_fused, assert_near
 from flow_models import adapted, llama
-from ranks import assert_nothing_told
+from ranks import assert_no_errors
 from test_moe import mixture
 from test_trainer_ddp import ADAPTERS, LOSSES, RANKS, STEPS, alone, losses, options, sft_trainer
 from torch import Tensor
@@ -159,7 +159,7 @@ CASES = [sft, resumed, efficient_loading]
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
 def test_on_two_processes(told: dict[int, dict[str, str]], case: str) -> None:
-    assert_nothing_told(told, case)
+    assert_no_errors(told, case)
 
 
 def test_the_configuration_is_one_of_accelerate() -> None:
