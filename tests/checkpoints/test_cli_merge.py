@@ -185,7 +185,7 @@ def test_a_base_in_nf4(case: str, tmp_path: Path) -> None:
             assert all(torch.equal(after[item], before[item]) for item in items)
             continue
         (was, dtype), (state, _) = (read_nf4(folder, name, items) for folder in (before, after))
-        dense = merged[name].mT.contiguous() if name in done.plan.turned else merged[name]
+        dense = merged[name].mT.contiguous() if name in done.plan.transposed else merged[name]
         packed = pk.NF4Weight.quantize(dense, how.get("blocksize", 64), how.get("double_quant", True))
         for part in ("packed", "absmax"):
             assert torch.equal(getattr(state, part).flatten(), getattr(packed._state, part).flatten()), name
