@@ -24,7 +24,7 @@ VOCABULARY = 97
 
 
 def line(ranks: int) -> Any:
-    """A mesh of the first `ranks` processes; to the others None. All have to ask for it."""
+    """A mesh of the first `ranks` processes, None in others. All processes must call it."""
     mesh = DeviceMesh("cpu", list(range(ranks)))
     return mesh if dist.get_rank() < ranks else None
 
@@ -54,7 +54,7 @@ def weight(shape: tuple[int, ...], blocksize: int, nested: bool, dtype: torch.dt
 
 
 def assert_same_bits(got: Any, want: Any) -> None:
-    """Two packed weights."""
+    """Compares two packed weights."""
     assert type(got) is pk.NF4Weight or isinstance(got, nn.Parameter), type(got)
     mine, its = parts(got), parts(want)
     assert mine.keys() == its.keys() and got.shape == want.shape and not got.is_dense
@@ -97,7 +97,7 @@ def batches(ranks: int, steps: int = 3) -> Tensor:
 
 
 def adapters(model: Any) -> dict[str, Tensor]:
-    """Trained parameters, whole, by name."""
+    """Trained parameters, gathered, by name."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return {name: p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for name, p in trained.items()}
 
@@ -122,7 +122,7 @@ def train(model: Any, optimizer: Any, data: Tensor, mesh: Any = None, ranks: int
 
 @contextmanager
 def gathers() -> Iterator[list[tuple[int, torch.dtype]]]:
-    """Bytes that this process gives to each all-gather of FSDP2, and their type."""
+    """Bytes and dtype that this process sends to each all-gather of FSDP2."""
     found: list[tuple[int, torch.dtype]] = []
     original = dist.all_gather_into_tensor
 

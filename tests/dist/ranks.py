@@ -64,7 +64,7 @@ def found_by_rank(ranks: int, work: Callable[..., None], *args: Any) -> dict[int
 
 
 def ended(processes: Sequence[Any], seconds: float = 300.0) -> list[int]:
-    """Exit codes. Once one has failed, the others, which would wait for it, are killed, as torchrun does."""
+    """Exit codes. After one failure the other processes, which would wait, are killed, like torchrun does."""
     left = {process.sentinel: process for process in processes}
     end = time.monotonic() + seconds
     while left:
@@ -79,8 +79,7 @@ def ended(processes: Sequence[Any], seconds: float = 300.0) -> list[int]:
 
 
 def errors_by_rank(ranks: int, cases: Sequence[Case]) -> dict[int, dict[str, str]]:
-    """What went wrong in each of some cases, by process: they run one after the other in processes that are
-    started once."""
+    """Runs cases in order in processes that are started once. Returns tracebacks by rank and case."""
     with tempfile.TemporaryDirectory() as folder:
         return found_by_rank(ranks, _run_cases, ranks, free_port(), folder, cases)
 
@@ -105,13 +104,13 @@ def assert_no_errors(errors: dict[int, dict[str, str]], case: str) -> None:
 
 
 def enter(rank: int, ranks: int, port: int) -> None:
-    """Make this process one of several, as torchrun does: libraries look at the environment."""
+    """Sets the environment of a rank, like torchrun does."""
     torch.set_num_threads(1)
     place: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
     os.environ.update({name: str(value) for name, value in place.items()})
     if sys.platform == "linux":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the name of the machine may resolve to nothing
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the host name may not resolve
 
 
 def _run_cases(rank: int, ranks: int, port: int, folder: str, cases: Sequence[Case], queue: Any) -> None:
@@ -124,14 +123,14 @@ def _run_cases(rank: int, ranks: int, port: int, folder: str, cases: Sequence[Ca
             dist.barrier()
         except BaseException:
             errors[case.__name__] = traceback.format_exc()
-            break  # the processes may be at different places now
+            break  # the processes may be out of step now
         errors[case.__name__] = ""
     queue.put((rank, errors))
     dist.destroy_process_group()
 
 
 class Sent(TorchDispatchMode):
-    """Counts the bytes that this process gives to collectives."""
+    """Counts the bytes that this process sends to collectives."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,6 +140,6 @@ class Sent(TorchDispatchMode):
         if func.namespace == "c10d":
             tensors = [t for t in args[0] if isinstance(t, torch.Tensor)]
             if any(type(t) is not torch.Tensor for t in tensors):
-                return NotImplemented  # is asked itself, and gives something else
+                return NotImplemented  # lets the subclass handle it
             self.nbytes += sum(t.nbytes for t in tensors)
         return func(*args, **(kwargs or {}))
