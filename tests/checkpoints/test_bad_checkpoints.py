@@ -139,7 +139,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "file empty": (raw(lambda data: b""), FIRST + ": expected a safetensors file, got 0 bytes"),
     "file of zeros": (raw(lambda data: bytes(100)), FIRST + ": expected a header in JSON"),
     "file too long": (raw(lambda data: data + b"x"), FIRST + ": has 1 bytes after its last tensor"),
-    "file missing": (lambda folder: (folder / SECOND).unlink(), SECOND + ": the index names it"),
+    "file missing": (lambda folder: (folder / SECOND).unlink(), SECOND + ": expected this file, which the index names"),
     "header beyond the file": (
         header(lambda h: None, lambda size: 2 * size),
         "expected a header within the file's",
@@ -187,7 +187,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "index forgets": (index(lambda names: names.pop("norm.bias")), r"^norm\.bias: .*not in the index"),
     "tensor twice": (
         edit(lambda state: state.update({"norm.bias": torch.zeros(48)}), SECOND),
-        r"^norm\.bias: it stands in .* and in ",
+        r"^norm\.bias: it is in .* and in ",
     ),
     "key missing": (edit(lambda state: state.pop("norm.bias")), r"^norm\.bias: the index says"),
     "bias of another shape": (

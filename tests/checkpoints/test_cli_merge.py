@@ -247,9 +247,9 @@ def test_the_loss_of_4_bits_is_reported(
     base, adapter = tmp_path / "base", folders[1]
     quantize_checkpoint(folders[0], base)
     assert main(["merge", str(base), str(adapter), str(tmp_path / "dense")]) == 0
-    assert "packed again (--format nf4) it can lose most of what was trained" in capsys.readouterr().out
+    assert "repacking (--format nf4) can lose most of what was trained" in capsys.readouterr().out
     assert main(["merge", str(base), str(adapter), str(tmp_path / "nf4"), "--format", "nf4"]) == 0
-    assert "rounding to 4 bits moved the merged weights by 0." in capsys.readouterr().out
+    assert "rounding to 4 bits changed the merged weights by 0." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])

@@ -168,7 +168,9 @@ def test_parameters_that_are_in_no_group_any_more() -> None:
         optimizer.state_dict()
     model.loss(3).backward()
     before = everything(optimizer, [model.a, model.b])
-    with pytest.raises(ValueError, match="override_config: 1 parameters that it was given are in no group"):
+    with pytest.raises(
+        ValueError, match="override_config: 1 overridden parameters are no longer in any group"
+    ):
         optimizer.step()
     assert_same(everything(optimizer, [model.a, model.b]), before)
 
