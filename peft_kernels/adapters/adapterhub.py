@@ -21,7 +21,7 @@ _FILES = ("adapter.safetensors", "pytorch_adapter.bin")
 _DEFAULTS: dict[str, Any] = {
     "original_ln_before": False,
     "ln_before": False,
-    "is_tensor_parallel": False,
+    "is_parallel": False,
     "scaling": 1.0,
     "residual_before_ln": True,
 }
@@ -122,7 +122,7 @@ def _options(fields: dict[str, Any]) -> dict[str, Any]:
         if not known and not _IGNORED.fullmatch(field):
             raise CheckpointError(f"{CONFIG}: expected fields of AdapterHub's BnConfig, got {shown(field)}")
     got = _DEFAULTS | fields
-    after_norm = bool(got["original_ln_before"]) and not got["is_tensor_parallel"]
+    after_norm = bool(got["original_ln_before"]) and not got["is_parallel"]
     if after_norm and got["residual_before_ln"] is not True:
         raise CheckpointError(
             f"{CONFIG}: residual_before_ln: expected true, the only supported value, got "
@@ -134,7 +134,7 @@ def _options(fields: dict[str, Any]) -> dict[str, Any]:
     return {
         "attention": got["mh_adapter"],
         "feed_forward": got["output_adapter"],
-        "parallel": got["is_tensor_parallel"],
+        "parallel": got["is_parallel"],
         "reduction": got["reduction_factor"],
         "activation": got["non_linearity"],
         "scaling": got["scaling"],

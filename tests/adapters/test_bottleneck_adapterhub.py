@@ -125,7 +125,7 @@ def test_fields_that_are_not_there_have_their_defaults(case: str, tmp_path: Path
     fields = json.loads((copied(case, tmp_path) / "adapter_config.json").read_text())["config"]
     defaults = {
         "original_ln_before": False, "original_ln_after": True, "ln_before": False, "ln_after": False,
-        "is_tensor_parallel": False, "scaling": 1.0, "residual_before_ln": True,
+        "is_parallel": False, "scaling": 1.0, "residual_before_ln": True,
     }  # fmt: skip
     asked = {"mh_adapter", "output_adapter", "reduction_factor", "non_linearity"}
     asked |= {name for name, value in defaults.items() if fields[name] != value}

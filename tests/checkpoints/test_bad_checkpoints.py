@@ -139,7 +139,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "file empty": (raw(lambda data: b""), FIRST + ": expected a safetensors file, got 0 bytes"),
     "file of zeros": (raw(lambda data: bytes(100)), FIRST + ": expected a header in JSON"),
     "file too long": (raw(lambda data: data + b"x"), FIRST + ": has 1 bytes after its last tensor"),
-    "file missing": (lambda folder: (folder / SECOND).unlink(), SECOND + ": expected this file, which the index"),
+    "file missing": (lambda folder: (folder / SECOND).unlink(), SECOND + ": expected this file"),
     "header beyond the file": (
         header(lambda h: None, lambda size: 2 * size),
         "expected a header within the file's",
