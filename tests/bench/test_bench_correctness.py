@@ -143,6 +143,8 @@ def test_a_missing_library_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPat
     qlora = cases.training(cases.QLORA, TINY, 4, "bf16").run(ONCE)
     assert qlora.absent == {"PEFT on bnb": "peft, bitsandbytes not installed"}
     assert set(qlora.seconds) == {OURS, "frozen dense (no LoRA)"}
+    overhead = cases.overhead(cases.OVERHEAD, "bf16").run(ONCE)
+    assert overhead.wrong == {OURS: "peft not installed"} and not overhead.seconds
 
 
 # All kinds of cases, right.
