@@ -104,8 +104,8 @@ def test_what_is_not_built_or_too_old(
     assert code == 1 and report["checks"] == []
     assert report["problems"] == [
         "back end cpu: not built: reinstall with g++. Until then CPU tensors use plain torch, slowly",
-        "the GPU is served by plain torch: cuda: no card; triton: no Triton",
-        "PEFT_KERNELS_BACKEND=cuda asks for a back end that is not usable: no card",
+        "the GPU uses plain torch: cuda: no card; triton: no Triton",
+        "PEFT_KERNELS_BACKEND=cuda selects a back end that is not usable: no card",
         "peft 0.9.1: expected 0.18 or later (pip install --upgrade peft)",
     ]
 

@@ -316,7 +316,7 @@ def test_a_saved_module_that_the_base_has_in_4_bits(folders: Folders, tmp_path: 
     edit_config(folders.adapter, modules_to_save=["1.mlp.up_proj"])
     edit_tensors(folders.weights, lambda found: found.update({f"base_model.model.{UP}": torch.ones(96, 64)}))
     with pytest.raises(
-        CheckpointError, match=r"up_proj\.weight: expected no stand-in for a weight in 4 bits"
+        CheckpointError, match=r"up_proj\.weight: expected no replacement of a weight in 4 bits"
     ):
         merge_checkpoint(base, folders.adapter, tmp_path / "out")
 
