@@ -3,6 +3,8 @@
 This file imports Triton, so back end `triton` imports it on first use.
 """
 
+# ruff: noqa: F401
+
 from .bottleneck import bottleneck, bottleneck_backward
 from .core.dropout import dropout
 from .core.launch import check_usable
@@ -20,32 +22,3 @@ from .lora.lora import lora_linear, lora_linear_backward, multi_lora_linear, mul
 from .loss import linear_cross_entropy
 from .nf4.nf4 import dequantize_nf4, quantize_absmax, quantize_nf4, unpack_absmax
 from .optim.adamw import adamw, clip_factor
-
-__all__ = [
-    "adamw",
-    "bottleneck",
-    "bottleneck_backward",
-    "check_usable",
-    "clip_factor",
-    "dequantize_nf4",
-    "dora_norm",
-    "dora_scale",
-    "dora_scale_backward",
-    "dropout",
-    "experts_linear",
-    "experts_linear_dx",
-    "experts_lora_linear",
-    "experts_lora_linear_backward",
-    "gated_activation",
-    "gated_activation_backward",
-    "linear_cross_entropy",
-    "lora_linear",
-    "lora_linear_backward",
-    "multi_lora_linear",
-    "multi_lora_linear_backward",
-    "nf4_linear",
-    "nf4_linear_dx",
-    "quantize_absmax",
-    "quantize_nf4",
-    "unpack_absmax",
-]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from ..core.common import check, check_blocksize, check_dtype, check_float, chec
 from ..core.gemm import Partials, SplitK, new_partials, split_k
 from ..core.launch import cdiv, launch, power_of_2, target
 from ..core.lora_delta import DeltaArgs, check_factor
-from ..linear.linear import BACKWARD, FORWARD, RUN, Tiles, run_length, table_for
+from ..linear.linear import BACKWARD, FORWARD, Tiles, checked_bias, steps_of, table_for
 from ..linear.linear_kernels import BLOCK_D
 from ..lora.lora_gemms import FEW_ROWS, OVER_ROWS, SHRINK, SHRINK_FEW, rank_block
 from ..nf4.nf4 import Nf4, Pointers
@@ -123,11 +122,7 @@ def grouped_gemm(
     run, unit = 0, BLOCK_D.value
     if weights.blocksize:
         nf4 = Nf4(weights.pointers, weights.blocksize)
-        run = run_length(nf4, features if backward else depth, x.dtype) or 0
-    if run and backward:
-        unit = RUN // 2 if x.dtype == torch.float32 else RUN
-    elif run:
-        unit = math.gcd(depth // run, tiles.groups) * run
+        run, unit = steps_of(nf4, features, depth, backward, x.dtype, tiles)
     split, parts = _split_k(group.slots(block_m) * cdiv(features, block_f), depth, unit, block_m * block_f, x)
     strides = weights.strides._replace(bias=features, v=0 if adapters is None else adapters.v.stride(0))
     delta = None if adapters is None else adapters.args
@@ -246,13 +241,7 @@ def _rows(t: Tensor, name: str, ends: Tensor) -> tuple[Tensor, Group]:
 
 
 def _bias(bias: Tensor | None, x: Tensor, group: Group, features: int) -> Tensor | None:
-    if bias is None:
-        return None
-    check_float(bias, "bias")
-    if bias.dtype != torch.float32:
-        check_dtype(bias, x.dtype, "bias")
-    check_shape(bias, (group.experts, features), "bias")
-    return bias.contiguous()
+    return None if bias is None else checked_bias(bias, (group.experts, features), x.dtype)
 
 
 def _adapters(args: Any, x: Tensor, group: Group) -> tuple[Tensor, Tensor]:

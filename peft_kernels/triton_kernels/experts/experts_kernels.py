@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.gemm import add_dot, dot, reduce_splits, store_tile
 from ..core.launch import VARYING
 from ..core.lora_delta import DeltaArgs
-from ..linear.linear_kernels import linear_dx_tile, linear_tile, unaligned_tile
+from ..linear.linear_kernels import weight_tile
 from ..nf4.nf4 import Pointers
 
 
@@ -124,12 +124,7 @@ def experts_kernel(
     tensors = (x_ptr, own, bias_ptr, own_delta, out_ptr, parts)
     sizes = (token, stop, first, features, depth, split)
     mask = (None, 0, 0)
-    if RUN == 0:
-        unaligned_tile(*tensors, *sizes, mask, BLOCK_SHIFT, BACKWARD, BLOCK_M, BLOCK_F)
-    elif BACKWARD:
-        linear_dx_tile(*tensors, *sizes, mask, BLOCK_SHIFT, RUN, UNIT, BLOCK_M, BLOCK_F)
-    else:
-        linear_tile(*tensors, *sizes, mask, BLOCK_SHIFT, RUN, UNIT // RUN, BLOCK_M, BLOCK_F)
+    weight_tile(*tensors, *sizes, mask, BLOCK_SHIFT, BACKWARD, RUN, UNIT, BLOCK_M, BLOCK_F)
 
 
 @triton.jit(do_not_specialize=VARYING)

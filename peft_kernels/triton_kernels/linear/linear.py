@@ -14,7 +14,7 @@ from ..core.gemm import new_partials, split_k
 from ..core.launch import Config, cdiv, config, launch, target
 from ..core.lora_delta import Delta, delta_args
 from ..nf4.nf4 import Nf4, nf4
-from .linear_kernels import BLOCK_D, linear_dx_kernel, linear_kernel, unaligned_kernel
+from .linear_kernels import BLOCK_D, linear_kernel
 from .linear_pieces import backward_by_pieces, forward_by_pieces
 
 RUN = 64  # weights per step
@@ -77,17 +77,7 @@ def fused_gemm(
     out = x.new_empty(m, features)
     if out.numel() == 0:
         return out
-    run = run_length(weight, features if backward else depth, x.dtype)
-    kernel: Any
-    constants: dict[str, int]
-    if run is None:
-        kernel, unit, constants = unaligned_kernel, BLOCK_D.value, {"BACKWARD": backward}
-    elif backward:
-        unit = RUN // 2 if x.dtype == torch.float32 else RUN
-        kernel, constants = linear_dx_kernel, {"RUN": run, "BLOCK_D": unit}
-    else:
-        groups = math.gcd(depth // run, tiles.groups)
-        kernel, unit, constants = linear_kernel, groups * run, {"RUN": run, "GROUPS": groups}
+    run, unit = steps_of(weight, features, depth, backward, x.dtype, tiles)
     programs = cdiv(m, tiles.config["BLOCK_M"]) * cdiv(features, tiles.config["BLOCK_F"])
     split = split_k(programs, depth, unit, x.device)
     tile = tiles.config["BLOCK_M"] * tiles.config["BLOCK_F"]
@@ -96,8 +86,21 @@ def fused_gemm(
     sizes = m, features, depth, split.units
     args = *tensors, *sizes, *mask_args(None if delta is None else delta.selection.mask)
     grid = programs, split.splits
-    launch(kernel, grid, *args, config=tiles.config, BLOCK_SHIFT=weight.shift, **constants)
+    constants = {"BLOCK_SHIFT": weight.shift, "BACKWARD": backward, "RUN": run, "UNIT": unit}
+    launch(linear_kernel, grid, *args, config=tiles.config, **constants)
     return out
+
+
+def steps_of(
+    weight: Nf4, features: int, depth: int, backward: bool, dtype: torch.dtype, tiles: Tiles
+) -> tuple[int, int]:
+    """RUN and UNIT of `weight_tile`."""
+    run = run_length(weight, features if backward else depth, dtype)
+    if run is None:
+        return 0, BLOCK_D.value
+    if backward:
+        return run, RUN // 2 if dtype == torch.float32 else RUN
+    return run, math.gcd(depth // run, tiles.groups) * run
 
 
 def run_length(weight: Nf4, k: int, dtype: torch.dtype) -> int | None:
@@ -124,7 +127,7 @@ def nf4_linear(args: Any) -> Tensor:
     rows = as_rows(x, "x")
     weight = nf4(base, out_features * rows.shape[1])
     if bias is not None:
-        bias = checked_bias(bias, out_features, x.dtype)
+        bias = checked_bias(bias, (out_features,), x.dtype)
     return base_gemm(rows, weight, out_features, False, bias).view(*x.shape[:-1], out_features)
 
 
@@ -142,10 +145,10 @@ def as_rows(t: Tensor, name: str) -> Tensor:
     return t.contiguous().view(math.prod(t.shape[:-1]), t.shape[-1])
 
 
-def checked_bias(bias: Tensor, features: int, dtype: torch.dtype) -> Tensor:
+def checked_bias(bias: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The bias, contiguous. Raises unless it fits."""
     check_float(bias, "bias")
     if bias.dtype != torch.float32:
         check_dtype(bias, dtype, "bias")
-    check_shape(bias, (features,), "bias")
+    check_shape(bias, shape, "bias")
     return bias.contiguous()

@@ -134,38 +134,6 @@ def linear_tile(
     )
 
 
-@triton.jit(do_not_specialize=VARYING)
-def linear_kernel(
-    x_ptr,
-    weight,
-    bias_ptr,
-    delta,
-    out_ptr,
-    parts,
-    m,
-    features,
-    depth,
-    split,
-    seed_ptr,
-    stream,
-    threshold: tl.uint32,
-    BLOCK_SHIFT: tl.constexpr,
-    RUN: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    """`linear_tile` for all rows."""
-    m_tiles = tl.cdiv(m, BLOCK_M)
-    # Neighbouring programs read the same weights.
-    token = tl.program_id(0) % m_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = tl.program_id(0) // m_tiles * BLOCK_F
-    mask = (seed_ptr, stream, threshold)
-    tensors = (x_ptr, weight, bias_ptr, delta, out_ptr, parts)
-    sizes = (token, m, first, features, depth, split)
-    linear_tile(*tensors, *sizes, mask, BLOCK_SHIFT, RUN, GROUPS, BLOCK_M, BLOCK_F)
-
-
 @triton.jit
 def linear_dx_tile(
     dy_ptr,
@@ -217,37 +185,6 @@ def linear_dx_tile(
     finish_tile(
         out_ptr, acc, parts, bias_ptr, delta, mask, token, m, first_feature, features, dtype, BLOCK_F, True
     )
-
-
-@triton.jit(do_not_specialize=VARYING)
-def linear_dx_kernel(
-    dy_ptr,
-    weight,
-    bias_ptr,
-    delta,
-    out_ptr,
-    parts,
-    m,
-    features,
-    depth,
-    split,
-    seed_ptr,
-    stream,
-    threshold: tl.uint32,
-    BLOCK_SHIFT: tl.constexpr,
-    RUN: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    """`linear_dx_tile` for all rows."""
-    m_tiles = tl.cdiv(m, BLOCK_M)
-    token = tl.program_id(0) % m_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = tl.program_id(0) // m_tiles * BLOCK_F
-    mask = (seed_ptr, stream, threshold)
-    tensors = (dy_ptr, weight, bias_ptr, delta, out_ptr, parts)
-    sizes = (token, m, first, features, depth, split)
-    linear_dx_tile(*tensors, *sizes, mask, BLOCK_SHIFT, RUN, BLOCK_D, BLOCK_M, BLOCK_F)
 
 
 @triton.jit
@@ -310,8 +247,43 @@ def unaligned_tile(
     )
 
 
+@triton.jit
+def weight_tile(
+    x_ptr,
+    weight,
+    bias_ptr,
+    delta,
+    out_ptr,
+    parts,
+    token,
+    m,
+    first_feature,
+    features,
+    depth,
+    split,
+    mask,
+    BLOCK_SHIFT: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    RUN: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """x times the weight [depth, features] with BACKWARD, else times the transposed weight [features, depth],
+    by the function for its layout. RUN 0: elements are read one by one, as those of a dense weight. A program
+    sums over `split` times UNIT."""
+    tensors = (x_ptr, weight, bias_ptr, delta, out_ptr, parts)
+    sizes = (token, m, first_feature, features, depth, split)
+    if RUN == 0:
+        unaligned_tile(*tensors, *sizes, mask, BLOCK_SHIFT, BACKWARD, BLOCK_M, BLOCK_F)
+    elif BACKWARD:
+        linear_dx_tile(*tensors, *sizes, mask, BLOCK_SHIFT, RUN, UNIT, BLOCK_M, BLOCK_F)
+    else:
+        linear_tile(*tensors, *sizes, mask, BLOCK_SHIFT, RUN, UNIT // RUN, BLOCK_M, BLOCK_F)
+
+
 @triton.jit(do_not_specialize=VARYING)
-def unaligned_kernel(
+def linear_kernel(
     x_ptr,
     weight,
     bias_ptr,
@@ -327,17 +299,20 @@ def unaligned_kernel(
     threshold: tl.uint32,
     BLOCK_SHIFT: tl.constexpr,
     BACKWARD: tl.constexpr,
+    RUN: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """`unaligned_tile` for all rows."""
+    """`weight_tile` for all rows."""
     m_tiles = tl.cdiv(m, BLOCK_M)
+    # Neighbouring programs read the same weights.
     token = tl.program_id(0) % m_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.program_id(0) // m_tiles * BLOCK_F
     mask = (seed_ptr, stream, threshold)
     tensors = (x_ptr, weight, bias_ptr, delta, out_ptr, parts)
     sizes = (token, m, first, features, depth, split)
-    unaligned_tile(*tensors, *sizes, mask, BLOCK_SHIFT, BACKWARD, BLOCK_M, BLOCK_F)
+    weight_tile(*tensors, *sizes, mask, BLOCK_SHIFT, BACKWARD, RUN, UNIT, BLOCK_M, BLOCK_F)
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core.common import check, check_float, check_shape
 from ..core.gemm import add_dot, dot, split_k
 from ..core.launch import VARYING, cdiv, config, launch, power_of_2, targets_amd, targets_ptx
+from ..linear.linear import run_length
 from ..nf4.nf4 import Nf4, Pointers, nf4
 from ..nf4.nf4_decode import SPLIT_SCALE, absmax_of, decode_split, load_elements, load_packed_absmax
 
@@ -23,7 +24,6 @@ RUNS = config(4, 3, BLOCK_N=64)
 RUNS_BY_MANY_RANKS = config(8, 3, BLOCK_N=64)
 ELEMENTS = config(8, 2, BLOCK_N=64, BLOCK_K=32)
 
-RUN = 64  # weights per step
 FEW_RANKS, MANY_RANKS = 32, 64  # per program
 SCALE = tl.constexpr(SPLIT_SCALE)
 LARGEST = tl.constexpr(127 + 14)
@@ -203,7 +203,7 @@ def dora_norm(args: Any) -> Tensor:
 def _squares(weight: Nf4, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """Partial sums of ||W||^2 + 2 s (W A^T) . B per row: fp32 [.., n]."""
     (r, k), n = a.shape, b.shape[0]
-    run = None if weight.pointers.absmax is None else _run_length(weight, k)
+    run = run_length(weight, k, torch.float16) if k and weight.pointers.absmax is not None else None
     # Reading single elements needs so many registers that only few ranks fit.
     block_r = min(max(power_of_2(max(r, 1)), 16), FEW_RANKS if run is None else MANY_RANKS)
     if run is None:
@@ -224,9 +224,3 @@ def _squares(weight: Nf4, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         tensors = weight.pointers, halves, units
         launch(norm_of_runs_kernel, grid, *tensors, *rest, config=tiles, RUN=run, **constants)
     return squares
-
-
-def _run_length(weight: Nf4, k: int) -> int | None:
-    """Length of the runs that rows of the weight are made of (`linear.run_length`), or None."""
-    fitting = (run for run in (RUN, RUN // 2) if k % run == 0 and weight.blocksize % run == 0)
-    return next(fitting, None) if k else None

@@ -134,7 +134,7 @@ def _forward(
     """y [m, n] of dtype `dtype`, contiguous. x [m, k] is in the base GEMM's dtype."""
     weight, n, _ = layer
     if bias is not None:
-        bias = checked_bias(bias, n, x.dtype if bias.dtype == x.dtype else dtype)
+        bias = checked_bias(bias, (n,), x.dtype if bias.dtype == x.dtype else dtype)
         bias = bias if bias.dtype == x.dtype else bias.float()
     if isinstance(weight, Tensor):
         y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
