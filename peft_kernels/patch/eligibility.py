@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor  # parameters while torch.export traces
 
 from ..core.module_calls import more_than_forward
-from ..nf4 import bitsandbytes_format as bitsandbytes
+from ..nf4 import bitsandbytes_format
 from ..nf4.sharded.checks import UNGATHERED, is_sharded, is_tensor_parallel
 from ..nf4.weight import NF4State, NF4Weight
 from ..nn import NF4Linear
@@ -123,7 +123,7 @@ def layer_reason(layer: Any) -> str:
     kind = linear_kind(layer)
     if not kind:
         return unsupported_reason(layer)
-    return bitsandbytes.reason_unusable(layer.weight) or "" if kind is FOUR_BIT else ""
+    return bitsandbytes_format.reason_unusable(layer.weight) or "" if kind is FOUR_BIT else ""
 
 
 def unsupported_reason(layer: Any) -> str:
@@ -160,7 +160,7 @@ def fused_operands(
     autocast = spec.autocast
     dtype = out_dtype = spec.dtype if autocast is None else autocast
     if kind is FOUR_BIT:
-        if (unusable := bitsandbytes.reason_unusable(weight)) is not None:
+        if (unusable := bitsandbytes_format.reason_unusable(weight)) is not None:
             return Fallback(unusable)
         compute, out_dtype = _compute_dtype(layer, spec.dtype), spec.dtype
         weight = _state_of(weight)
@@ -204,7 +204,7 @@ def _state_of(weight: Any) -> NF4State:
     sizes."""
     quant_state = weight.quant_state
     if weight.dtype is not torch.uint8 or quant_state.absmax.dtype not in (torch.uint8, torch.float32):
-        return bitsandbytes.state_of(weight)
+        return bitsandbytes_format.state_of(weight)
     out_features, in_features = quant_state.shape
     with (
         torch._C.DisableTorchFunctionSubclass()

@@ -153,8 +153,7 @@ torch.serialization.add_safe_globals([_rebuild, LocalRows, Partition])
 
 
 def _local(weight: Any) -> NF4Weight:
-    found: NF4Weight = getattr(weight, "_local_tensor", weight)
-    return found
+    return getattr(weight, "_local_tensor", weight)
 
 
 def _dense(value: Any) -> Any:
