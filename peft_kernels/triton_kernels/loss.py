@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core.op import OPS
-from ..ops.loss.cross_entropy import check_slope, narrow_base, row_alignment
+from ..ops.loss.cross_entropy import check_dx, narrow_base, row_alignment
 from .core.common import check, check_dtype, check_float, check_shape
 from .core.launch import VARYING, cdiv, config, launch, power_of_2
 from .gated import exact_exp
@@ -72,11 +72,11 @@ def softmax_kernel(
     if bias_ptr is not None:
         z += tl.load(bias_ptr + first_row + col, mask=inside, other=0.0).to(tl.float32)
     z *= scale
-    slope = tl.full((BLOCK,), 1.0, tl.float32)
+    derivative = tl.full((BLOCK,), 1.0, tl.float32)
     if CAPPED:
         e = tl.exp(-2.0 * tl.abs(z / cap))
         t = (1.0 - e) / (1.0 + e)
-        slope = 1.0 - t * t
+        derivative = 1.0 - t * t
         z = tl.where(z < 0.0, -cap * t, cap * t)
     label = tl.load(labels_ptr + row) - first_row
     mine = col == label
@@ -98,7 +98,7 @@ def softmax_kernel(
     of_label = tl.sum(tl.where(mine, z, 0.0), axis=0)
     tl.store(state + LABEL * m, tl.where(here, of_label, tl.load(state + LABEL * m)))
     if WEIGHTS:
-        tl.store(at, (e * slope).to(logits_ptr.dtype.element_ty), mask=inside)
+        tl.store(at, (e * derivative).to(logits_ptr.dtype.element_ty), mask=inside)
         if here:
             for begin in range(0, features, BLOCK):
                 k = begin + col
@@ -108,7 +108,7 @@ def softmax_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def combine_kernel(
-    slope_ptr,
+    dx_ptr,
     sums_ptr,
     mean_ptr,
     factors_ptr,
@@ -118,7 +118,7 @@ def combine_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """slope = factors[0] * sums + factors[1] * slope + of_mean * mean; 0 in rows whose factors are 0."""
+    """dx = factors[0] * sums + factors[1] * dx + of_mean * mean; 0 in rows whose factors are 0."""
     strips = tl.cdiv(features, BLOCK_K)
     row = (tl.program_id(0) // strips).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(0) % strips * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -127,11 +127,11 @@ def combine_kernel(
     at = row[:, None] * features + k[None, :]
     inside = (row < m)[:, None] & (k < features)[None, :]
     value = first * tl.load(sums_ptr + at, mask=inside, other=0.0)
-    value += second * tl.load(slope_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    value += second * tl.load(dx_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if mean_ptr is not None:
         value += of_mean * tl.load(mean_ptr + k, mask=k < features, other=0.0)[None, :]
     value = tl.where((first == 0.0) & (second == 0.0), 0.0, value)
-    tl.store(slope_ptr + at, value.to(slope_ptr.dtype.element_ty), mask=inside)
+    tl.store(dx_ptr + at, value.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 def linear_cross_entropy(args: Any) -> tuple[Tensor, ...]:
@@ -141,15 +141,15 @@ def linear_cross_entropy(args: Any) -> tuple[Tensor, ...]:
     states = x.new_zeros((STATES, m), dtype=torch.float32)
     states[MAX.value].fill_(LOWEST.value)
     states[LABEL.value].fill_(float("nan"))  # stays so for a label outside the vocabulary
-    slope = torch.zeros_like(x) if args.need_slope else x.new_empty(0, features)
-    sums = x.new_zeros((m if args.need_slope else 0, features), dtype=torch.float32)
-    smooths = args.need_slope and args.label_smoothing > 0
+    dx = torch.zeros_like(x) if args.need_dx else x.new_empty(0, features)
+    sums = x.new_zeros((m if args.need_dx else 0, features), dtype=torch.float32)
+    smooths = args.need_dx and args.label_smoothing > 0
     mean = x.new_zeros(features, dtype=torch.float32) if smooths else None
     for begin, weight in _pieces(args):
         logits = torch.mm(x, weight.t())
         if mean is not None:
             mean += weight.sum(0, dtype=torch.float32)
-        tensors = logits, args.bias, labels, states, weight, slope
+        tensors = logits, args.bias, labels, states, weight, dx
         sizes = m, begin, len(weight), features, args.logit_scale, args.softcap
         launch(
             softmax_kernel,
@@ -158,25 +158,25 @@ def linear_cross_entropy(args: Any) -> tuple[Tensor, ...]:
             *sizes,
             config=SOFTMAX,
             CAPPED=args.softcap > 0,
-            WEIGHTS=args.need_slope,
+            WEIGHTS=args.need_dx,
             BLOCK=power_of_2(len(weight)),
         )
-        if args.need_slope:
+        if args.need_dx:
             sums *= states[FACTOR.value][:, None]
             if x.dtype == torch.float32:
                 sums.addmm_(logits, weight)
             else:
                 sums += torch.mm(logits, weight)
     *scores, factors = _scores(args, states)
-    if args.need_slope:
+    if args.need_dx:
         grid = (cdiv(m, COMBINE["BLOCK_M"]) * cdiv(features, COMBINE["BLOCK_K"]),)
         of_mean = -args.label_smoothing * args.logit_scale / args.vocabulary
-        launch(combine_kernel, grid, slope, sums, mean, factors, m, features, of_mean, config=COMBINE)
-    return *scores, slope
+        launch(combine_kernel, grid, dx, sums, mean, factors, m, features, of_mean, config=COMBINE)
+    return *scores, dx
 
 
 def _check(args: Any) -> None:
-    check_slope(args)
+    check_dx(args)
     check_float(args.x, "x")
     check(args.x.dim() == 2, "x", "2 dimensions", args.x.dim())
     check_dtype(args.labels, torch.int64, "labels")
@@ -223,11 +223,11 @@ def _scores(args: Any, states: Tensor) -> tuple[Tensor, ...]:
     loss = (1 - smoothing) * surprise + args.z_loss * lse * lse
     loss += smoothing * (lse - total / args.vocabulary)
     each = (most - lse).exp()
-    p_label, z_slope = (-surprise).exp(), 2 * args.z_loss * lse
+    p_label, z_weight = (-surprise).exp(), 2 * args.z_loss * lse
     entropy = lse - each * weighted - p_label * of_label if args.need_entropy else lse[:0]
     steep = args.logit_scale * (1 - (of_label / args.softcap) ** 2 if args.softcap else 1)
-    of_sums = (1 + z_slope) * each * args.logit_scale
-    of_label_row = (z_slope * p_label + smoothing - each * rest) * steep
+    of_sums = (1 + z_weight) * each * args.logit_scale
+    of_label_row = (z_weight * p_label + smoothing - each * rest) * steep
     factors = torch.stack((of_sums, of_label_row)).where(valid, 0.0).float()
     scored = valid if args.need_entropy else valid[:0]
     mean = (total / args.vocabulary).where(valid, 0.0).float()

@@ -31,12 +31,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     const Tensor& x, const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
     const OptionalTensor& offset, int64_t blocksize, int64_t vocabulary, const OptionalTensor& bias,
     const Tensor& labels, int64_t ignore_index, double logit_scale, double softcap, double label_smoothing,
-    double z_loss, bool need_slope, bool need_entropy, bool need_mean) {
+    double z_loss, bool need_dx, bool need_entropy, bool need_mean) {
   const WithoutAutocast without_autocast;
   check_arguments(x, labels, vocabulary, bias, softcap, label_smoothing);
   // The gradient of label smoothing is then not a multiple of the head's mean row.
-  TORCH_CHECK(!(need_slope && softcap > 0 && label_smoothing > 0),
-              "need_slope: expected False with both softcap and label_smoothing, got True");
+  TORCH_CHECK(!(need_dx && softcap > 0 && label_smoothing > 0),
+              "need_dx: expected False with both softcap and label_smoothing, got True");
   Head head(weight, absmax, absmax2, offset, blocksize, vocabulary, x);
   const Labelled labelled(labels, ignore_index, vocabulary);
   const auto floats = x.options().dtype(at::kFloat);
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
          mean = at::zeros({need_mean ? rows : 0}, floats);
   Tensor top = at::zeros(entropy.sizes(), x.options().dtype(at::kBool));
   const bool all = labelled.count() == rows;
-  const at::DimVector sizes{need_slope ? rows : 0, features};
+  const at::DimVector sizes{need_dx ? rows : 0, features};
   Tensor dx = all ? at::empty(sizes, x.options()) : at::zeros(sizes, x.options());
   if (labelled.count() == 0) return {loss, lse, entropy, top, mean, dx};
   const Tensor index =
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
                         static_cast<float>(softcap),
                         label_smoothing,
                         z_loss,
-                        need_slope,
+                        need_dx,
                         need_entropy,
                         need_mean};
   const Tensor floats_bias = bias ? bias->to(at::kFloat).contiguous() : Tensor();

@@ -33,22 +33,22 @@ SHARE = 1 / 64
 
 class LinearCrossEntropy(Op):
     """Loss of a frozen head. In rows whose label is ignore_index all results are 0; softcap 0 means none.
-    top, bool, computed with the entropy: no logit exceeds the label's. mean: mean of all logits. slope:
+    top, bool, computed with the entropy: no logit exceeds the label's. mean: mean of all logits. dx:
     gradient of a row's loss with respect to x, unavailable with both softcap and smoothing. Results not
     needed have no elements."""
 
     name = "linear_cross_entropy"
     schema = (
         "(Tensor x, $base, SymInt vocabulary, Tensor? bias, Tensor labels, int ignore_index, "
-        "float logit_scale, float softcap, float label_smoothing, float z_loss, bool need_slope, "
+        "float logit_scale, float softcap, float label_smoothing, float z_loss, bool need_dx, "
         "bool need_entropy, bool need_mean) -> (Tensor loss, Tensor lse, Tensor entropy, Tensor top, "
-        "Tensor mean, Tensor slope)"
+        "Tensor mean, Tensor dx)"
     )
     composite = True
 
     @staticmethod
     def reference(ops: Any, args: Any) -> tuple[Tensor, ...]:
-        check_slope(args)
+        check_dx(args)
         args = _rounded(args)
         rows = max(PIECE, int(SHARE * args.x.shape[0] * args.vocabulary)) // max(args.vocabulary, 1)
         pieces = zip(args.x.split(max(rows, 1)), args.labels.split(max(rows, 1)), strict=True)
@@ -58,21 +58,21 @@ class LinearCrossEntropy(Op):
     @staticmethod
     def fake(args: Any) -> tuple[Tensor, ...]:
         x = args.x
-        return *_scores(args), x.new_empty(x.shape if args.need_slope else (0, x.shape[1]))
+        return *_scores(args), x.new_empty(x.shape if args.need_dx else (0, x.shape[1]))
 
     differentiable = ("x",)
     saved_meta = ("x", "weight", "absmax", "absmax2", "offset", "bias", "labels", "loss")
-    saved_outputs = ("lse", "entropy", "top", "mean", "slope")
+    saved_outputs = ("lse", "entropy", "top", "mean", "dx")
 
     @staticmethod
     def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
-        if results.slope.shape != args.x.shape:
-            raise RuntimeError("need_slope: expected True where x is differentiated, got False")
-        return {"x": (results.slope * dy[:, None]).to(args.x.dtype)}
+        if results.dx.shape != args.x.shape:
+            raise RuntimeError("need_dx: expected True where x is differentiated, got False")
+        return {"x": (results.dx * dy[:, None]).to(args.x.dtype)}
 
     @staticmethod
     def flops(args: Any) -> int:
-        return 2 * prod(args.x) * args.vocabulary * (1 + args.need_slope)
+        return 2 * prod(args.x) * args.vocabulary * (1 + args.need_dx)
 
 
 class LinearCrossEntropyTrained(Op):
@@ -182,10 +182,10 @@ class LinearCrossEntropyBackward(Op):
         return 2 * args.x[0] * args.vocabulary * per_column
 
 
-def check_slope(args: Any) -> None:
-    if args.need_slope and args.softcap and args.label_smoothing:
+def check_dx(args: Any) -> None:
+    if args.need_dx and args.softcap and args.label_smoothing:
         # The gradient of smoothing is then no multiple of one row of the head.
-        raise RuntimeError("need_slope: expected False with both softcap and label_smoothing, got True")
+        raise RuntimeError("need_dx: expected False with both softcap and label_smoothing, got True")
 
 
 def _rounded(args: Any) -> Any:
@@ -198,7 +198,7 @@ def _rounded(args: Any) -> Any:
 def _piece(
     ops: Any, args: Any, x: Tensor, labels: Tensor, h: Tensor | None, lora_b: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """loss, lse, entropy, top, mean and slope of some rows."""
+    """loss, lse, entropy, top, mean and dx of some rows."""
     z, steep = _logits(ops, args, x, args.base, args.vocabulary, args.bias, h, lora_b)
     valid = labels != args.ignore_index
     lse = z.logsumexp(-1)
@@ -207,17 +207,17 @@ def _piece(
     loss = (1 - smoothing) * (lse - of_label) + args.z_loss * lse * lse
     if smoothing:
         loss = loss + smoothing * (lse - z.mean(-1))
-    entropy, slope = z.new_empty(0), x.new_empty(0, x.shape[1])
+    entropy, dx = z.new_empty(0), x.new_empty(0, x.shape[1])
     top, mean = z.new_empty(0, dtype=torch.bool), z.new_empty(0)
     if args.need_entropy:
         entropy = (lse - ((z - lse[:, None]).exp() * z).sum(-1)).where(valid, 0.0)
         top = (z.amax(-1) == of_label) & valid
     if args.need_mean:
         mean = z.mean(-1).where(valid, 0.0)
-    if getattr(args, "need_slope", False):
+    if getattr(args, "need_dx", False):
         d = _logit_gradients(args, z, steep, lse, labels, 0).to(x.dtype)
-        slope = _input_gradient(ops, d, args.base, x.shape[1])
-    return loss.where(valid, 0.0), lse.where(valid, 0.0), entropy, top, mean, slope
+        dx = _input_gradient(ops, d, args.base, x.shape[1])
+    return loss.where(valid, 0.0), lse.where(valid, 0.0), entropy, top, mean, dx
 
 
 def _scores(args: Any) -> tuple[Tensor, ...]:

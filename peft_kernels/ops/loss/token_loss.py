@@ -209,10 +209,10 @@ def _token_losses(
         trained = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (base.weight, bias)
         )
-        need_slope = torch.is_grad_enabled() and x.requires_grad
-        if not trained and not (need_slope and softcap and label_smoothing):
+        need_dx = torch.is_grad_enabled() and x.requires_grad
+        if not trained and not (need_dx and softcap and label_smoothing):
             frozen = *base, vocabulary, bias, *options
-            found = dispatch.call("linear_cross_entropy", x, *frozen, need_slope, need_entropy, need_mean)
+            found = dispatch.call("linear_cross_entropy", x, *frozen, need_dx, need_entropy, need_mean)
             return _Scored(found[0], *found[2:5]), targets
     elif lora_a is None or lora_b is None:
         name, other = ("lora_a", "lora_b") if lora_a is None else ("lora_b", "lora_a")

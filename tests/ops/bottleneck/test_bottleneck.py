@@ -190,7 +190,7 @@ def test_a_rows_bits_do_not_depend_on_the_others(backend: str, r: int, dtype: to
 @pytest.mark.parametrize("m,k,r", [(1, 1, 1), (1, 33, 1), (9, 1, 5)])
 def test_single_rows_and_features(backend: str, m: int, k: int, r: int) -> None:
     case = {"m": m, "k": k, "r": r, "norm": k > 1, "beside": m == 1, "biases": True, "p": 0.0}
-    # Not gelu: the error of its slope, which test_gated bounds, would be all there is to one row.
+    # Not gelu: the error of its derivative, which test_gated bounds, would be all there is to one row.
     judge(case | {"dtype": torch.float32, "parameters": "same", "activation": "silu"})
 
 

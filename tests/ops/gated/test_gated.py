@@ -37,8 +37,8 @@ pytestmark = pytest.mark.usefixtures("nan_outputs")
 def value_and_derivative(gate: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     wide = gate.double().requires_grad_()
     value = ACTIVATIONS[activation](wide)
-    (slope,) = torch.autograd.grad(value.sum(), wide)
-    return value.detach(), slope
+    (derivative,) = torch.autograd.grad(value.sum(), wide)
+    return value.detach(), derivative
 
 
 def assert_elements(got: Tensor, truth: Tensor, magnitude: Tensor, what: str) -> None:
@@ -58,7 +58,7 @@ def assert_elements(got: Tensor, truth: Tensor, magnitude: Tensor, what: str) ->
 
 def gated_results(gate: Tensor, up: Tensor, dy: Tensor, activation: str) -> dict[str, tuple[Tensor, ...]]:
     """Name: (got, plain, truth, magnitude)."""
-    value, slope = value_and_derivative(gate, activation)
+    value, derivative = value_and_derivative(gate, activation)
     u, d, size = up.double(), dy.double(), gate.double().abs()
     op, backward = "gated_activation", "gated_activation_backward"
     out, plain = (f(gate, up, activation) for f in (ops.gated_activation, testing.reference_op(op)))
@@ -67,7 +67,7 @@ def gated_results(gate: Tensor, up: Tensor, dy: Tensor, activation: str) -> dict
     )
     return {
         "out": (out, plain, value * u, size * u.abs()),
-        "dgate": (got_grads[0], plain_grads[0], d * u * slope, (1 + size) * (d * u).abs()),
+        "dgate": (got_grads[0], plain_grads[0], d * u * derivative, (1 + size) * (d * u).abs()),
         "dup": (got_grads[1], plain_grads[1], d * value, size * d.abs()),
     }
 

@@ -44,7 +44,7 @@ def results_of(case: dict[str, Any], seed: int) -> dict[str, tuple[Tensor, Tenso
     """Results of the op, of plain torch and in fp64, by name."""
     rows, vocabulary, features = case["size"]
     dtype, options = case["dtype"], OPTIONS[case["options"]]
-    with_slope = case["options"] != "all"  # with both a cap and smoothing there is none
+    with_dx = case["options"] != "all"  # with both a cap and smoothing there is none
     x = testing.tensor(rows, features, dtype=dtype, seed=seed)
     weight = weight_of(case["base"], vocabulary, features, dtype)
     bias = {"none": None, "same": dtype, "fp32": torch.float32}[case["bias"]]
@@ -52,21 +52,21 @@ def results_of(case: dict[str, Any], seed: int) -> dict[str, tuple[Tensor, Tenso
     labels = labels_of(rows, vocabulary, seed)
     head = weight._state.op_args if case["base"] != "dense" else (weight, None, None, None, 0)
     o = [options.get(k, v) for k, v in (("logit_scale", 1.0), ("softcap", 0.0), ("label_smoothing", 0.0))]
-    args = (*head, vocabulary, b, labels, IGNORED, *o, options.get("z_loss", 0.0), with_slope, True, True)
+    args = (*head, vocabulary, b, labels, IGNORED, *o, options.get("z_loss", 0.0), with_dx, True, True)
     got = torch.ops.peft_kernels.linear_cross_entropy(x, *args)
     plain = testing.reference_op("linear_cross_entropy")(x, *args)
     assert all(g.is_contiguous() and g.dtype == p.dtype for g, p in zip(got, plain, strict=True))
     assert not any(t[4::5].any() for t in got)
     value, *rest = torch.ops.peft_kernels.linear_cross_entropy(x, *args[:-3], False, False, False)
-    near = 8 * torch.finfo(dtype).eps  # the way to a slope may be another
+    near = 8 * torch.finfo(dtype).eps  # dx may be computed in another order
     torch.testing.assert_close(value, got[0], rtol=near, atol=near)
     assert [t.numel() for t in rest] == [rows, 0, 0, 0, 0]
     x64 = x.double().requires_grad_()
     truth, entropy = defined(x64, wide(weight), labels, None if b is None else b.double(), **options)
     _, lse, _, _, mean, _ = testing.reference_op("linear_cross_entropy")(*map(testing.widen, (x, *args)))
-    (slope,) = torch.autograd.grad(truth.sum(), x64)
-    truths = (truth.detach(), lse, entropy, mean, slope if with_slope else slope[:0])
-    names = ("loss", "lse", "entropy", "mean", "slope")
+    (dx,) = torch.autograd.grad(truth.sum(), x64)
+    truths = (truth.detach(), lse, entropy, mean, dx if with_dx else dx[:0])
+    names = ("loss", "lse", "entropy", "mean", "dx")
     got, plain = ((*each[:3], *each[4:]) for each in (got, plain))
     return {n: parts for n, *parts in zip(names, got, plain, truths, strict=True)}  # type: ignore[misc]
 
@@ -154,7 +154,7 @@ def test_near_certainty(backend: str, dtype: torch.dtype, rows: int) -> None:
     )
     truth = testing.reference_op("linear_cross_entropy")(*map(testing.widen, (x, *args)))
     assert truth[0].median() < 1e-3
-    names = ("loss", "lse", "entropy", "top", "mean", "slope")
+    names = ("loss", "lse", "entropy", "top", "mean", "dx")
     for name, g, p, t in zip(names, got, plain, truth, strict=True):
         if name != "top":
             testing.assert_close(g, p, t, name)
@@ -182,11 +182,11 @@ def test_rows_do_not_mix(backend: str) -> None:
     args = (w, None, None, None, 0, 600, None, labels, IGNORED, 1.0, 0.0, 0.0, 0.0, True, False, False)
     clean = torch.ops.peft_kernels.linear_cross_entropy(x, *args)
     x[3], x[9] = float("nan"), float("inf")  # the latter is ignored
-    loss, *_, slope = torch.ops.peft_kernels.linear_cross_entropy(x, *args)
-    assert loss[3].isnan() and slope[3].isnan().all()
+    loss, *_, dx = torch.ops.peft_kernels.linear_cross_entropy(x, *args)
+    assert loss[3].isnan() and dx[3].isnan().all()
     others = [i for i in range(70) if i != 3]
     torch.testing.assert_close(loss[others], clean[0][others])
-    torch.testing.assert_close(slope[others], clean[5][others])
+    torch.testing.assert_close(dx[others], clean[5][others])
 
 
 @pytest.mark.parametrize(
