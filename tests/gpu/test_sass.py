@@ -55,7 +55,7 @@ def test_every_limit_has_its_kernels(rule: Rule) -> None:
 
 TOY = """
 #pragma once
-#include "launch.cuh"
+#include "core/launch.cuh"
 namespace peft_kernels::cuda {
 
 // A GEMM by tensor cores, and by ordinary arithmetic.

@@ -212,9 +212,11 @@ def bottleneck(
         drawn from torch's generator for x's device: it follows torch.manual_seed and activation
         checkpointing, and is not stored.
 
-    Returns ------- Tensor, (..., out_features), of x's dtype. Differentiable in x, residual and all
-    parameters, each fp32 or of x's dtype; gradients have their tensors' dtypes. Saved for backward: x, the
-    bottleneck before its activation in fp32, the seed and the parameters.
+    Returns
+    -------
+    Tensor, (..., out_features), of x's dtype. Differentiable in x, residual and all parameters, each fp32 or
+    of x's dtype; gradients have their tensors' dtypes. Saved for backward: x, the bottleneck before its
+    activation in fp32, the seed and the parameters.
 
     Raises
     ------

@@ -17,7 +17,7 @@ from ..core.launch import targets_ptx
 class Codes(NamedTuple):
     """A dynamic map for kernels."""
 
-    values: Tensor  # fp32 [256]
+    table: Tensor  # fp32 [256]; not `values`, an attribute of Triton's tuples
     midpoints: Tensor  # fp32 [255]
 
 
@@ -52,7 +52,7 @@ def lookup(table, index):
 @triton.jit
 def code_value(codes, code):
     """Values of codes, uint8."""
-    return lookup(codes.values, code.to(tl.int32))
+    return lookup(codes.table, code.to(tl.int32))
 
 
 @triton.jit
