@@ -102,6 +102,6 @@ def test_the_library_needs_no_python(layout: Path) -> None:
 
 def test_another_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="left alone"):
+    with pytest.raises(SystemExit, match="expected an empty folder or a layout"):
         hub_layout.main([str(tmp_path)])
     assert (tmp_path / "mine.txt").read_text() == "mine"

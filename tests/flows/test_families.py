@@ -185,7 +185,7 @@ def test_rewards() -> None:
 
     got = step(model)
     assert any("score" in key for key in got) and not report.original
-    assert "loss=True: no model of transformers" in str(report)
+    assert "loss=True: this model contains no model of transformers" in str(report)
     pk.unpatch(model)
     model.set_attn_implementation("sdpa")
     assert_near(got, step(truth_of(model)), 1e-3)
@@ -217,9 +217,9 @@ def test_embeddings() -> None:
 
 def test_options_that_find_nothing_say_so() -> None:
     report = str(pk.patch(packed("t5"), loss=True, block=True))
-    assert "block=True: no norm, attention module or decoder layer" in report and "loss=True" not in report
+    assert "block=True: this model contains no norm, attention module or decoder layer" in report and "loss=True" not in report
     report = str(pk.patch(nn.Linear(4, 4), loss=True))
-    assert "loss=True: no model of transformers" in report and "block=True" not in report
+    assert "loss=True: this model contains no model of transformers" in report and "block=True" not in report
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")

@@ -261,7 +261,7 @@ def test_what_sdpa_cannot_compute_is_refused(name: str) -> None:
     )  # fmt: skip
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     want = model(**inputs("left")).logits
-    with pytest.raises(ValueError, match=f'expected one that can .* by "sdpa", .* got a {name}ForCausalLM'):
+    with pytest.raises(ValueError, match=f'expected one that supports "sdpa", .* got a {name}ForCausalLM'):
         ours.use(model)
     assert torch.equal(model(**inputs("left")).logits, want)
     model.set_attn_implementation(ours.NAME)  # selected by name, without checks
