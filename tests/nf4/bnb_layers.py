@@ -1,4 +1,4 @@
-"""bitsandbytes' NF4 weights and layers beside ours."""
+"""NF4 weights and layers of bitsandbytes and the same of this package."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def our_layer(out_features: int, in_features: int, bias: bool = True, **options:
 
 
 def same_state(got: Any, want: Any) -> None:
-    """A state dict equal to the bit; the JSON as numbers (key order is free)."""
+    """Asserts equal state dicts: tensors bit for bit, JSON by value, as key order is free."""
     assert got.keys() == want.keys()
     for name in want:
         if "quant_state" in name:

@@ -1,4 +1,4 @@
-"""NF4 weights and what makes two of them equal."""
+"""Makes NF4 weights and compares them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Switching bitsandbytes' ops over to our kernels and back: nothing is left behind, nothing is half done."""
+"""`enable` switches all of bitsandbytes' ops to our kernels, or none, and `disable` restores them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPS = tuple(bitsandbytes_ops._KERNELS)
 
 
 def state() -> list[Any]:
-    """All that may be changed, of torch and of bitsandbytes."""
+    """What `enable` may change in torch and in bitsandbytes."""
     modules = bnb.nn.modules
     return [
         *(torch._C._dispatch_dump(f"bitsandbytes::{name}") for name in OPS),
@@ -29,7 +29,7 @@ def state() -> list[Any]:
     ]
 
 
-def test_everything_is_given_back() -> None:
+def test_disable_restores_everything() -> None:
     before = state()
     for _ in range(3):
         enable()
@@ -38,7 +38,7 @@ def test_everything_is_given_back() -> None:
         assert state() == before
 
 
-def test_twice_is_once() -> None:
+def test_enable_is_idempotent() -> None:
     before = state()
     enable()
     once = state()
@@ -51,15 +51,15 @@ def test_twice_is_once() -> None:
     assert state() == before
 
 
-def test_an_error_inside_the_block() -> None:
+def test_error_inside_the_block_restores() -> None:
     before = state()
     with pytest.raises(KeyError), enable():
         raise KeyError
     assert state() == before
 
 
-def test_devices_are_registered_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine with a card: under CUDA's key too, and given back."""
+def test_each_device_key_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a GPU: ops are registered under the CUDA key too, and restored."""
     before = state()
     monkeypatch.setattr(bitsandbytes_ops, "_has_back_end", lambda device_type: device_type == "cuda")
     with enable():
@@ -71,7 +71,7 @@ def test_devices_are_registered_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert state() == before
 
 
-def test_nothing_is_changed_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_kernels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     before = state()
     monkeypatch.setattr(bitsandbytes_ops, "_has_back_end", lambda _: False)
     with pytest.raises(
@@ -87,7 +87,7 @@ def test_nothing_is_changed_without_kernels(monkeypatch: pytest.MonkeyPatch) -> 
      ("gemm_3bit", "(Tensor A) -> Tensor", "None"), ("gemm_4bit.other", "(Tensor A) -> Tensor", "None")],
     ids=["schema", "op", "overload"],
 )  # fmt: skip
-def test_nothing_is_changed_in_another_version(
+def test_other_bitsandbytes_version_changes_nothing(
     name: str, schema: str, got: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = state()
@@ -99,7 +99,7 @@ def test_nothing_is_changed_in_another_version(
 
 
 def test_no_warning(python: Python) -> None:
-    """In a fresh process, as torch warns of an override once in each."""
+    """In a fresh process, as torch warns of an override only once."""
     python(
         "import warnings, bitsandbytes, torch; warnings.simplefilter('error')\n"
         "from peft_kernels.integrations.bitsandbytes import disable, enable\n"
@@ -112,7 +112,7 @@ def test_no_warning(python: Python) -> None:
 
 
 @pytest.mark.parametrize("value,is_enabled", [("1", True), ("0", False), ("", False)])
-def test_the_environment_decides(value: str, is_enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variable(value: str, is_enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     before = state()
     monkeypatch.setenv("PEFT_KERNELS_BITSANDBYTES", value)
     bitsandbytes_ops.enable_if_asked()
@@ -120,7 +120,7 @@ def test_the_environment_decides(value: str, is_enabled: bool, monkeypatch: pyte
     disable()
 
 
-def test_another_value_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_value_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     before = state()
     monkeypatch.setenv("PEFT_KERNELS_BITSANDBYTES", "yes")
     with pytest.raises(ValueError, match="PEFT_KERNELS_BITSANDBYTES: expected 0 or 1, got 'yes'"):
@@ -128,8 +128,8 @@ def test_another_value_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert state() == before
 
 
-def test_bitsandbytes_asks_when_it_is_imported(tmp_path: Path, python: Python) -> None:
-    """By the entry point that pyproject.toml has, as an installation writes it down."""
+def test_entry_point_runs_when_bitsandbytes_is_imported(tmp_path: Path, python: Python) -> None:
+    """Through the entry point in pyproject.toml, written as an installation writes it."""
     text = (ROOT / "pyproject.toml").read_text()
     entries = re.search(r'\[project\.entry-points\."(.*)"\]\n(\w+) = "(.*)"\n', text)
     assert entries is not None

@@ -1,7 +1,7 @@
-"""What bitsandbytes 0.50 gets wrong on the CPU, and that it is gone on our kernels.
+"""Bugs of bitsandbytes 0.50 on the CPU, and that our kernels do not have them.
 
-Each fault is a function that raises where it is there. It is expected there without `enable`, so that what is
-mended elsewhere is noticed, and nowhere with it.
+Each check raises where the bug is present: without `enable`, so that an upstream fix is noticed, and never
+with it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def fault(check: Fault) -> Fault:
     return check
 
 
-def of_repacking(check: Fault) -> Fault:
+def repacking_fault(check: Fault) -> Fault:
     OF_REPACKING.add(check.__name__)
     return fault(check)
 
@@ -100,17 +100,17 @@ def quantises_nan_and_inf() -> None:
 
 @fault
 def gives_a_zero_tail_a_scale() -> None:
-    """A partial last block of zeros, for which its CUDA kernels and ours write 0."""
+    """A partial last block of zeros. bitsandbytes' CUDA kernels and ours write a scale of 0."""
     _, state = bnb_functional.quantize_4bit(torch.zeros(33, 3), quant_type="nf4")
     assert torch.equal(state.absmax, torch.zeros(2))
 
 
-@of_repacking
+@repacking_fault
 def cannot_evaluate_40_output_features() -> None:
     assert evaluated(layer(40, 64)).isfinite().all()
 
 
-@of_repacking
+@repacking_fault
 def cannot_evaluate_blocks_that_cross_rows() -> None:
     one = layer(64, 96)
     weight = exact(one)
@@ -118,7 +118,7 @@ def cannot_evaluate_blocks_that_cross_rows() -> None:
     assert testing.relative_error(evaluated(one), x.double() @ weight.double().t()) < 0.01
 
 
-@of_repacking
+@repacking_fault
 def loses_the_gradient_after_an_evaluation() -> None:
     for nested in (True, False):
         one = layer(64, 128, nested)
@@ -129,7 +129,7 @@ def loses_the_gradient_after_an_evaluation() -> None:
             expect_gradient(one, weight)
 
 
-@of_repacking
+@repacking_fault
 def cannot_train_a_bias_after_an_evaluation() -> None:
     one = layer(64, 128, bias=True)
     weight = exact(one)
@@ -138,8 +138,8 @@ def cannot_train_a_bias_after_an_evaluation() -> None:
     assert torch.equal(one.bias.grad, torch.full((64,), 3.0, dtype=BF16))
 
 
-@of_repacking
-def saves_other_scales_after_an_evaluation() -> None:
+@repacking_fault
+def saves_changed_scales_after_an_evaluation() -> None:
     for nested in (True, False):
         one = layer(64, 128, nested)
         before = copy.deepcopy(one.state_dict())
@@ -148,7 +148,7 @@ def saves_other_scales_after_an_evaluation() -> None:
             assert torch.equal(value, before[key]), key
 
 
-@of_repacking
+@repacking_fault
 def breaks_a_weight_without_nesting_when_it_is_saved() -> None:
     one = layer(64, 128, nested=False)
     before = evaluated(one)
@@ -156,8 +156,8 @@ def breaks_a_weight_without_nesting_when_it_is_saved() -> None:
     assert torch.equal(evaluated(one), before)
 
 
-@of_repacking
-def multiplies_with_an_ordinary_weight_as_if_repacked() -> None:
+@repacking_fault
+def treats_a_plain_weight_as_repacked() -> None:
     params = quantized(testing.tensor(64, 128, dtype=BF16), nested=False)
     x = testing.tensor(1, 128, dtype=BF16)
     weight = bnb_functional.dequantize_4bit(params.data, params.quant_state)
@@ -169,22 +169,22 @@ each_fault = pytest.mark.parametrize("name", FAULTS)
 
 
 @each_fault
-def test_it_is_there_without(name: str) -> None:
+def test_fault_is_present_without_enable(name: str) -> None:
     if name in OF_REPACKING and not REPACKS:
         pytest.skip("bitsandbytes repacks nothing on this machine")
-    with pytest.raises((Exception, pytest.fail.Exception)):  # each in its own way
+    with pytest.raises((Exception, pytest.fail.Exception)):  # each bug raises its own error
         FAULTS[name]()
 
 
 @each_fault
-def test_it_is_gone(name: str) -> None:
+def test_fault_is_gone_with_enable(name: str) -> None:
     with enable():
         FAULTS[name]()
 
 
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
-def test_a_layer_that_was_repacked_before_trains(nested: bool) -> None:
-    """With rounded scales: what bitsandbytes has thrown away does not come back."""
+def test_layer_repacked_before_enable_trains(nested: bool) -> None:
+    """With rounded scales: bitsandbytes has discarded the original ones."""
     one = layer(64, 128, nested)
     weight = exact(one)
     evaluated(one)
@@ -198,7 +198,7 @@ def test_a_layer_that_was_repacked_before_trains(nested: bool) -> None:
     expect_gradient(one, weight)
 
 
-def test_a_layer_goes_from_one_to_the_other_and_back() -> None:
+def test_layer_survives_enable_and_disable() -> None:
     one = layer(64, 128)
     with enable():
         before = copy.deepcopy(one.state_dict())

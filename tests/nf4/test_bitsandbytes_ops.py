@@ -1,4 +1,4 @@
-"""bitsandbytes' functions on our kernels, on every back end: bits, products, and what stays its own."""
+"""bitsandbytes' functions on our kernels, on every back end: bits, matmuls, calls left to bitsandbytes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def enabled() -> Iterator[None]:
 
 
 def stock(call: Any) -> Any:
-    """What a call gives when bitsandbytes is as it is."""
+    """Result of a call with bitsandbytes' own kernels."""
     disable()
     with torch.no_grad():
         result = call()
@@ -74,7 +74,7 @@ def test_dequantised_bits(backend: str, enabled: None, shape: tuple[int, ...], d
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float16, torch.float32], ids=dtype_id)
 def test_bytes_stored_as_another_dtype(enabled: None, storage: torch.dtype) -> None:
-    """As FSDP asks for; transposed too, as older callers hand a weight over."""
+    """FSDP asks for such storage; older callers also pass the weight transposed."""
     dense = testing.tensor(24, 96)
     plain, _ = bnb_functional.quantize_4bit(dense, quant_type="nf4")
     packed, state = bnb_functional.quantize_4bit(dense, quant_type="nf4", quant_storage=storage)
@@ -89,15 +89,15 @@ def test_bytes_stored_as_another_dtype(enabled: None, storage: torch.dtype) -> N
     testing.assert_close(first, F.linear(x, want), F.linear(x.double(), want.double()))
 
 
-def test_memory_that_is_not_contiguous(enabled: None) -> None:
+def test_non_contiguous_input(enabled: None) -> None:
     dense = testing.tensor(96, 64).t()
     packed, state = bnb_functional.quantize_4bit(dense, quant_type="nf4")
     want, absmax = oracle_quantize(dense.contiguous(), 64)
     assert torch.equal(packed.view(-1), want) and torch.equal(state.absmax, absmax)
 
 
-def test_more_scales_or_bytes_than_needed_and_fewer(enabled: None) -> None:
-    """bitsandbytes' kernels take larger buffers. With smaller ones they read past the end."""
+def test_buffers_of_other_sizes(enabled: None) -> None:
+    """bitsandbytes' kernels accept larger buffers, and read past the end of smaller ones."""
     dense = testing.tensor(4, 96)
     packed, absmax = ops.quantize_4bit(dense, 64, "nf4", torch.uint8)
     want = ops.dequantize_4bit(packed, absmax, 64, "nf4", dense.shape, dense.dtype)
@@ -113,7 +113,7 @@ def test_more_scales_or_bytes_than_needed_and_fewer(enabled: None) -> None:
         ops.dequantize_4bit.out(packed, absmax, 64, "nf4", dense.shape, dense.dtype, torch.empty(2, 96))
 
 
-# Products
+# Matmuls
 
 
 def exact(layer: Any) -> Tensor:
@@ -127,7 +127,7 @@ def exact(layer: Any) -> Tensor:
 def test_linear4bit(
     backend: str, enabled: None, training: bool, bias: bool, nested: bool, dtype: torch.dtype
 ) -> None:
-    """By the numbers policy, forward and backward, in both modes, blocks that cross rows included."""
+    """Errors against fp64 within the numerics policy, forward and backward, with blocks that cross rows."""
     for shape in ((40, 64), (33, 96), (64, 128)):
         layer = their_layer(testing.tensor(*shape, dtype=dtype, scale=0.1), bias=bias, nested=nested)
         layer.to(dtype).train(training)
@@ -181,8 +181,8 @@ def test_inference_mode(enabled: None) -> None:
     torch.testing.assert_close(got, want)
 
 
-def test_autocast_does_not_reach_into_the_op(enabled: None) -> None:
-    """Its result has the dtype that bitsandbytes' fake kernel tells torch.compile."""
+def test_autocast_does_not_change_the_dtype(enabled: None) -> None:
+    """The result has the dtype that bitsandbytes' fake kernel reports to torch.compile."""
     layer, x = their_layer(testing.tensor(40, 64)), testing.tensor(3, 64)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         got = layer(x)
@@ -191,7 +191,7 @@ def test_autocast_does_not_reach_into_the_op(enabled: None) -> None:
         assert torch.equal(got, layer(x))
 
 
-def test_a_patched_layer_gives_the_same_bits(enabled: None) -> None:
+def test_patched_layer_gives_the_same_bits(enabled: None) -> None:
     layer = their_layer(testing.tensor(40, 64, dtype=torch.bfloat16)).bfloat16().eval()
     x = testing.tensor(3, 64, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_a_patched_layer_gives_the_same_bits(enabled: None) -> None:
     assert report.fused
 
 
-# What torch asks of ops
+# opcheck and torch.compile
 
 
 @each_nesting
@@ -217,7 +217,7 @@ def test_opcheck(enabled: None, storage: torch.dtype, nested: bool) -> None:
         torch.library.opcheck(ops.dequantize_4bit.default, arguments)
         gemv = x, params.data, [40, 64], absmax, state.code, 64
         torch.library.opcheck(ops.gemv_4bit.default, gemv)
-        if storage == torch.uint8:  # its fake kernel counts other dtypes wrongly
+        if storage == torch.uint8:  # bitsandbytes' fake kernel computes a wrong size for other dtypes
             torch.library.opcheck(ops.quantize_4bit.default, (testing.tensor(40, 64), 64, "nf4", storage))
 
 
@@ -239,12 +239,12 @@ def test_compiled_in_one_graph(enabled: None, kind: str, training: bool) -> None
     assert not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in net)
 
 
-# What stays bitsandbytes' own
+# Calls left to bitsandbytes
 
 
 @each_nesting
 def test_fp4_is_left_to_bitsandbytes(enabled: None, nested: bool) -> None:
-    """To the bit, repacking included."""
+    """Bit for bit, repacking included."""
     dense, x = testing.tensor(64, 128, dtype=torch.bfloat16), testing.tensor(3, 128, dtype=torch.bfloat16)
 
     def results() -> list[Tensor]:
@@ -267,8 +267,8 @@ def test_fp4_is_left_to_bitsandbytes(enabled: None, nested: bool) -> None:
         bnb_functional.dequantize_4bit(params.data, params.quant_state, out=out)
 
 
-def test_another_table_of_scales_is_left_to_bitsandbytes(enabled: None) -> None:
-    """And a table that is written to later is looked at again."""
+def test_other_scale_table_is_left_to_bitsandbytes(enabled: None) -> None:
+    """A table is checked again after a write to it."""
     params = quantized(testing.tensor(40, 64))
     state, x = params.quant_state, testing.tensor(3, 64)
     standard = bnb.matmul_4bit(x, params.data, quant_state=state)
@@ -280,15 +280,15 @@ def test_another_table_of_scales_is_left_to_bitsandbytes(enabled: None) -> None:
     assert torch.equal(bnb.matmul_4bit(x, params.data, quant_state=state), standard)
 
 
-def test_a_dtype_that_no_kernel_has_is_left_to_bitsandbytes(enabled: None) -> None:
+def test_unsupported_dtype_is_left_to_bitsandbytes(enabled: None) -> None:
     arguments = testing.tensor(40, 64).double(), 64, "nf4", torch.uint8
     theirs = stock(lambda: ops.quantize_4bit(*arguments))
     for got, want in zip(ops.quantize_4bit(*arguments), theirs, strict=True):
         assert_same(got, want, "fp64")
 
 
-def test_a_saved_layer_is_the_same_afterwards() -> None:
-    """What a layer says of repacking is its own, whatever is enabled when it is made, copied and saved."""
+def test_saving_does_not_depend_on_enable() -> None:
+    """The flag for repacking is kept per layer, whatever is enabled while it is made, copied and saved."""
     name = "support_avx512bf16_for_cpu"
     want = their_layer(testing.tensor(40, 64)).__dict__[name]
     with enable():

@@ -1,4 +1,4 @@
-"""Steps of bitsandbytes' optimizers on our kernel, by the names that Trainer knows."""
+"""bitsandbytes' optimizers on our kernel, by the names that Trainer uses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed"
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = ((40, 130), (5, 7))  # in 8 bits, and too small for them
+SHAPES = ((40, 130), (5, 7))  # in 8 bits; too small for 8 bits
 COVERED = [f"{paged}{kind}" for paged in ("", "paged_") for kind in ("adamw_8bit", "lion_8bit", "lion_32bit")]
 COVERED += ["adamw_bnb_8bit", "paged_adamw_32bit"]
 LEFT = ["ademamix_8bit", "paged_ademamix_32bit", "rmsprop_bnb_8bit"]
@@ -29,7 +29,7 @@ LEFT = ["ademamix_8bit", "paged_ademamix_32bit", "rmsprop_bnb_8bit"]
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """How many calls ours served, and left, from the next `enable` on."""
+    """Counts the calls that our kernel served and those it left, from the next `enable` on."""
     counts: Counter[str] = Counter()
 
     def counted(kernel: Callable[..., Any], *args: Any) -> Any:
@@ -72,14 +72,14 @@ def trained(name: str, dtype: torch.dtype = torch.float32, **more: Any) -> list[
 
 
 def near(got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> None:
-    """Their 8-bit codes on a CPU are rounded more coarsely, which may turn a sign of Lion's: 3e-4 each."""
+    """bitsandbytes rounds its 8-bit codes more coarsely on a CPU; may flip a sign of Lion's: 3e-4 each."""
     for a, b in zip(got, want, strict=True):
         assert testing.relative_error(a, b) < 20 * torch.finfo(dtype).eps + 1e-3
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", COVERED)
-def test_steps_are_ours_and_then_theirs_again(name: str, dtype: torch.dtype, calls: Counter[str]) -> None:
+def test_enable_and_disable_switch_the_kernel(name: str, dtype: torch.dtype, calls: Counter[str]) -> None:
     stock = trained(name, dtype, weight_decay=0.1)
     with ours.enable():
         got = trained(name, dtype, weight_decay=0.1)
@@ -90,7 +90,7 @@ def test_steps_are_ours_and_then_theirs_again(name: str, dtype: torch.dtype, cal
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_other_optimizers_stay_theirs(name: str, calls: Counter[str]) -> None:
+def test_other_optimizers_are_left_to_bitsandbytes(name: str, calls: Counter[str]) -> None:
     stock = trained(name)
     with ours.enable():
         got = trained(name)
@@ -98,7 +98,7 @@ def test_other_optimizers_stay_theirs(name: str, calls: Counter[str]) -> None:
 
 
 @pytest.mark.parametrize("kind, own", [("AdamW8bit", pk.optim.AdamW8bit), ("Lion8bit", pk.optim.Lion8bit)])
-def test_to_the_bit_those_of_our_classes(kind: str, own: Any, calls: Counter[str]) -> None:
+def test_bits_equal_our_optimizer_classes(kind: str, own: Any, calls: Counter[str]) -> None:
     theirs, mine = parameters(), parameters()
     with ours.enable():
         got = train(getattr(bnb.optim, kind)(theirs, lr=1e-2, weight_decay=0.1), theirs, 5)
@@ -106,7 +106,7 @@ def test_to_the_bit_those_of_our_classes(kind: str, own: Any, calls: Counter[str
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_32bit", "lion_8bit"])
-def test_state_dicts_go_on_both_ways(name: str, calls: Counter[str]) -> None:
+def test_state_dicts_load_both_ways(name: str, calls: Counter[str]) -> None:
     stock = trained(name)
     for ours_first in (True, False):
         params = parameters()
@@ -122,7 +122,7 @@ def test_state_dicts_go_on_both_ways(name: str, calls: Counter[str]) -> None:
     assert calls == {"served": 4 * len(SHAPES)}
 
 
-def test_clipped_updates_and_foreign_maps_stay_theirs(calls: Counter[str]) -> None:
+def test_clipping_and_other_quant_maps_are_left_to_bitsandbytes(calls: Counter[str]) -> None:
     for change in ({"max_unorm": 0.5}, {}):
         params, again = parameters(), parameters()
         stock, optimizer = (
@@ -142,7 +142,7 @@ def test_clipped_updates_and_foreign_maps_stay_theirs(calls: Counter[str]) -> No
 
 def test_trainer_by_name(calls: Counter[str], tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    # Trainer asks for 32 bits for embeddings, which bitsandbytes notes by index, for all later optimizers.
+    # Trainer asks for fp32 states for embeddings; bitsandbytes records that by index, for later optimizers.
     monkeypatch.setattr(bnb.optim.GlobalOptimManager, "_instance", None)
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(

@@ -1,4 +1,4 @@
-"""The outputs and gradients of experts in 4 bits."""
+"""Outputs and gradients of experts in 4 bits."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def run(call: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> dict[str, 
     return {"y": y.detach(), "dx": dx, "dw": dw}
 
 
-# What it computes.
+# Forward and backward
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_computes_what_dense_experts_do(kind: str, dtype: torch.dtype, implementation: str) -> None:
+def test_equals_dense_experts(kind: str, dtype: torch.dtype, implementation: str) -> None:
     module = packed(kind, dtype)
     hidden, index, weights = sample(dtype=dtype)
-    weights = weights.to(dtype)  # else eager ones refuse
+    weights = weights.to(dtype)  # else eager experts raise
     truth = run(unpacked(module, torch.float64), hidden.double(), index, weights.double())
     plain = run(unpacked(module, implementation=implementation), hidden, index, weights)
     for what, got in run(module, hidden, index, weights).items():
         testing.assert_close(got, plain[what], truth[what], what)
 
 
-def test_a_gate_of_its_own_around_a_known_activation() -> None:
-    """As in DeepSeek V4. Eager experts ignore it."""
+def test_custom_gate_with_a_known_activation() -> None:
+    """As in DeepSeek V4. Eager experts ignore the gate."""
     cls = type(moe.experts("qwen3_moe"))
 
     class Clamped(cls):  # type: ignore[misc, valid-type]
@@ -61,7 +61,7 @@ def test_a_gate_of_its_own_around_a_known_activation() -> None:
         testing.assert_close(got, plain[what], truth[what], what)
 
 
-def test_on_every_back_end(backend: str) -> None:
+def test_every_back_end(backend: str) -> None:
     module = packed("gpt_oss")
     hidden, index, weights = sample()
     truth = run(unpacked(module, torch.float64), hidden.double(), index, weights.double())
@@ -81,8 +81,8 @@ def test_few_tokens(kind: str, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_of_other_machines_give_zeros(kind: str) -> None:
-    """Expert parallelism marks experts on other ranks by the index `num_experts` and weight zero."""
+def test_tokens_of_remote_experts_give_zeros(kind: str) -> None:
+    """Expert parallelism marks experts on other ranks by index `num_experts` and weight zero."""
     module = packed(kind)
     hidden, index, weights = sample()
     away = index == 2
@@ -99,7 +99,7 @@ def test_tokens_of_other_machines_give_zeros(kind: str) -> None:
 
 
 @pytest.mark.parametrize("compute_dtype", [None, torch.float16], ids=str)
-def test_wider_activations_are_rounded_to_the_weights_dtype(compute_dtype: torch.dtype | None) -> None:
+def test_wider_activations_are_cast_to_the_weight_dtype(compute_dtype: torch.dtype | None) -> None:
     module = packed(dtype=torch.bfloat16, compute_dtype=compute_dtype)
     hidden, index, weights = sample()
     dtype = compute_dtype or torch.bfloat16
@@ -110,11 +110,9 @@ def test_wider_activations_are_rounded_to_the_weights_dtype(compute_dtype: torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_how_many_rows_go_together_changes_no_bit(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunk_size_changes_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     module, inputs = packed(dtype=dtype), sample(dtype=dtype)
-    want = run(module, *inputs)  # small: all at once
+    want = run(module, *inputs)  # small: one chunk
     for rows in (1, 6, 10):
         monkeypatch.setattr(peft_kernels.nf4.experts_forward, "_PART", rows * HIDDEN)
         for what, got in run(module, *inputs).items():
@@ -154,7 +152,7 @@ def test_checkpointed() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_same_from_run_to_run(dtype: torch.dtype) -> None:
+def test_deterministic(dtype: torch.dtype) -> None:
     """With enough tokens that several threads add to one row of a gradient."""
     module, given = packed(dtype=dtype), sample(2000, dtype)
     threads = torch.get_num_threads()
@@ -168,20 +166,20 @@ def test_the_same_from_run_to_run(dtype: torch.dtype) -> None:
         torch.set_num_threads(threads)
 
 
-def test_what_is_saved_for_backward() -> None:
-    """Allocates the rows that enter and leave the experts, gate and up; nothing in fp32, no dense weight."""
+def test_memory_saved_for_backward() -> None:
+    """Backward saves the rows that enter and leave the experts, gate and up: no fp32, no dense weight."""
     dtype, rows = torch.bfloat16, 400
     module = packed(dtype=dtype)
     hidden, index, weights = sample(rows, dtype)
     x = hidden.requires_grad_()
     state = [t for name in weight_names(module) for t in getattr(module, name)._state.tensors().values()]
     saved = testing.saved_bytes(lambda: module(x, index, weights), [x, index, weights, *state])
-    row = 2 * moe.INNER + HIDDEN  # gate and up for the activation, the output for the routing weights
-    numbers = 2 * 8 + 4  # permutation, its inverse and the offsets
-    assert saved <= rows * moe.TOP_K * (row * dtype.itemsize + numbers) + 4 * EXPERTS
+    row = 2 * moe.INNER + HIDDEN  # gate and up for the activation, the output for the routing weight
+    index_numel = 2 * 8 + 4  # permutation, its inverse and the offsets
+    assert saved <= rows * moe.TOP_K * (row * dtype.itemsize + index_numel) + 4 * EXPERTS
 
 
-def test_trained_biases_have_gradients() -> None:
+def test_bias_gradients() -> None:
     module = packed("gpt_oss")
     hidden, index, weights = sample()
     found = []
@@ -210,13 +208,15 @@ def test_adapters_of_each_expert(kind: str, base: str) -> None:
     found = [[y.detach(), *torch.autograd.grad(y, adapters, dy)]]
     for dtype in (torch.float32, torch.float64):
         adapters = [t.detach().to(dtype).requires_grad_() for t in adapters]
-        y = one_by_one(unpacked(module, dtype), hidden.to(dtype), index, weights.to(dtype), adapters)
+        y = dense_reference(unpacked(module, dtype), hidden.to(dtype), index, weights.to(dtype), adapters)
         found.append([y.detach(), *torch.autograd.grad(y, adapters, dy.to(dtype))])
     for got, plain, truth in zip(*found, strict=True):
         testing.assert_close(got, plain, truth)
 
 
-def one_by_one(dense: Any, hidden: Tensor, index: Tensor, weights: Tensor, adapters: list[Tensor]) -> Tensor:
+def dense_reference(
+    dense: Any, hidden: Tensor, index: Tensor, weights: Tensor, adapters: list[Tensor]
+) -> Tensor:
     """Dense experts with adapters, in plain torch."""
     y = torch.zeros_like(hidden)
     for e in range(EXPERTS):

@@ -1,4 +1,4 @@
-"""An average of a frozen NF4 weight with itself is that weight, packed, however it is computed."""
+"""The average of a frozen NF4 weight with itself stays packed, however it is computed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from peft_kernels.nf4.sharded.local_rows import LocalRows
 DECAY = 0.999
 
 
-def own_ema(averaged: Tensor, current: Tensor, count: Any) -> Tensor:
+def custom_ema(averaged: Tensor, current: Tensor, count: Any) -> Tensor:
     share = 1 / (count + 1)
     return averaged * (1 - share) + current * share
 
@@ -37,7 +37,7 @@ AVERAGES: dict[str, dict[str, Any]] = {
     "swa-multi": {"multi_avg_fn": get_swa_multi_avg_fn()},
     "ema-avg": {"avg_fn": get_ema_avg_fn(DECAY)},
     "ema-multi": {"multi_avg_fn": get_ema_multi_avg_fn(DECAY)},
-    "own": {"avg_fn": own_ema},
+    "own": {"avg_fn": custom_ema},
     "buffers": {"avg_fn": get_ema_avg_fn(DECAY), "use_buffers": True},
 }
 
@@ -131,7 +131,7 @@ LOOPS: dict[str, Callable[[Any, Any], None]] = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("how", LOOPS)
 @torch.no_grad()
-def test_loops_of_ones_own(how: str, dtype: torch.dtype, experts: bool) -> None:
+def test_custom_ema_loops(how: str, dtype: torch.dtype, experts: bool) -> None:
     weight = (
         pk.NF4Weight.quantize(testing.tensor(3, 12, 64, dtype=dtype), 32) if experts else make(dtype=dtype)
     )
@@ -145,7 +145,7 @@ def test_loops_of_ones_own(how: str, dtype: torch.dtype, experts: bool) -> None:
 
 @pytest.mark.parametrize("how", LOOPS)
 @torch.no_grad()
-def test_an_average_of_two_weights_is_kept_in_full(how: str) -> None:
+def test_average_of_two_weights_stays_dense(how: str) -> None:
     ema, current = make(seed=1), make(seed=2)
     dense_ema, dense_current = ema.dequantize(), current.dequantize()
     LOOPS[how](ema, current)
@@ -155,8 +155,8 @@ def test_an_average_of_two_weights_is_kept_in_full(how: str) -> None:
 
 
 @torch.no_grad()
-def test_rows_that_a_process_has() -> None:
-    """FSDP2's parts, which nothing else may be written to."""
+def test_fsdp_local_rows() -> None:
+    """FSDP2's local rows, which only averages may write to."""
     weight = make()
     ema, current = (
         NF4Shard(LocalRows.of(copy.deepcopy(weight)._state).narrow(2, 7), weight.dtype) for _ in "ab"
@@ -170,8 +170,8 @@ def test_rows_that_a_process_has() -> None:
 
 
 @torch.no_grad()
-def test_only_averages_are_taken_for_the_weight() -> None:
-    """Values as near to it as an average are a write."""
+def test_close_values_are_a_write() -> None:
+    """Other values as close to the weight as an average are a write."""
     for dtype in DTYPES:
         weight, near = make(dtype=dtype), make(dtype=dtype).dequantize()
         near.copy_((near.double() * (1 + torch.finfo(dtype).eps)).to(dtype))
@@ -195,7 +195,7 @@ CHANGES: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("how", CHANGES)
 @torch.no_grad()
-def test_an_average_that_was_changed_is_kept(how: str) -> None:
+def test_changed_average_stays_dense(how: str) -> None:
     weight = make()
     average = 0.5 * weight + 0.5 * weight
     CHANGES[how](average)
@@ -206,8 +206,8 @@ def test_an_average_that_was_changed_is_kept(how: str) -> None:
 
 
 @torch.no_grad()
-def test_half_of_an_average() -> None:
-    """Dense until the other half comes, and then packed; for good, if something else comes."""
+def test_partial_average() -> None:
+    """Dense until the other half is added, then packed; dense for good if something else is added."""
     weight, want = make(), make().dequantize()
     weight.mul_(0.5)
     assert weight.is_merged and torch.equal(weight.dequantize(), want * 0.5)
@@ -222,7 +222,7 @@ def test_half_of_an_average() -> None:
     torch.testing.assert_close(other.dequantize(), want * 0.75)
 
 
-def test_multiples_are_ordinary_values() -> None:
+def test_multiples_are_dense() -> None:
     weight = make()
     doubled = weight * 2
     want = weight.dequantize() * 2

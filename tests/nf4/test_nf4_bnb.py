@@ -1,4 +1,4 @@
-"""bitsandbytes and this project make the same bytes, and share them in memory."""
+"""bitsandbytes and this package write the same bytes and share them in memory."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def test_tables_equal_bitsandbytes() -> None:
     assert torch.equal(create_dynamic_map(signed=False), code_tables.dynamic_map(CPU, signed=False))
 
 
-# The adversarial ones are whole blocks at every blocksize: bitsandbytes' CPU build treats a partial last
-# block in its own way (absmax at least 1e-38, a division where all other blocks multiply by the reciprocal),
-# unlike its CUDA build. Subnormal blocks, which it scales by 1e38 instead of 1 / absmax, are in test_nf4.py.
+# The adversarial ones are whole blocks at every blocksize: bitsandbytes' CPU build handles a partial last
+# block differently from its CUDA build (absmax at least 1e-38, a division where other blocks multiply by the
+# reciprocal). Subnormal blocks, which it scales by 1e38 instead of 1 / absmax, are in test_nf4.py.
 WEIGHTS = {
     "normal": lambda: testing.tensor(67, 96, scale=0.02),
     "odd": lambda: testing.tensor(33, 37),
@@ -54,9 +54,8 @@ WEIGHTS = {
 @each_dtype
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_packed_bytes_and_absmax_are_equal(backend: str, kind: str, dtype: torch.dtype) -> None:
-    """bitsandbytes' CPU build compares with midpoints that it computes in fp32. Four of them differ from
-    those of its CUDA kernels, and from ours, by one unit in the last place: no sample here scales
-    exactly onto those."""
+    """bitsandbytes' CPU build compares with midpoints computed in fp32. Four of them differ by one ulp
+    from those of its CUDA kernels and ours: no sample here scales exactly onto those."""
     dense = WEIGHTS[kind]()
     dense = (dense * 1e-34 if kind == "huge" and dtype == torch.float16 else dense).to(dtype)
     for blocksize in BLOCKSIZES:
@@ -69,7 +68,7 @@ def test_packed_bytes_and_absmax_are_equal(backend: str, kind: str, dtype: torch
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
 def test_every_16_bit_value_quantizes_as_bitsandbytes(backend: str, dtype: torch.dtype) -> None:
     every = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype)
-    finite = every[every.isfinite() & (every.abs() >= 1e-37)]  # see WEIGHTS for the rest
+    finite = every[every.isfinite() & (every.abs() >= 1e-37)]  # see WEIGHTS for the others
     finite = finite[: finite.numel() // 64 * 64][None]
     theirs, state = bnb_functional.quantize_4bit(finite, blocksize=64, quant_type="nf4")
     packed, absmax = ops.quantize_nf4(finite, 64)
@@ -79,8 +78,8 @@ def test_every_16_bit_value_quantizes_as_bitsandbytes(backend: str, dtype: torch
 @each_dtype
 @pytest.mark.parametrize("blocksize", [64, 256])
 def test_nested_state(backend: str, blocksize: int, dtype: torch.dtype) -> None:
-    """Offset and second level equal. bitsandbytes' CPU build looks 8-bit codes up in 65,536 bins, so that
-    a few land one index beside the nearest. Ours are exact (test_nf4.py): theirs may differ by that much."""
+    """Offset and nested absmax are equal. bitsandbytes' CPU build looks 8-bit codes up in 65,536 bins, so a
+    few are one index off the nearest; ours are exact (test_nf4.py)."""
     dense = testing.tensor(1000, 512, dtype=dtype, scale=0.02)
     theirs, state = bnb_functional.quantize_4bit(
         dense, blocksize=blocksize, quant_type="nf4", compress_statistics=True
@@ -92,7 +91,7 @@ def test_nested_state(backend: str, blocksize: int, dtype: torch.dtype) -> None:
     assert beside.max() <= 1 and (beside > 0).double().mean() <= 0.005
 
 
-def test_unpacked_absmax_of_their_nested_state_is_equal(backend: str) -> None:
+def test_absmax_of_bnb_nested_state_is_equal(backend: str) -> None:
     _, state = bnb_functional.quantize_4bit(
         testing.tensor(1000, 500), blocksize=64, quant_type="nf4", compress_statistics=True
     )
@@ -103,7 +102,7 @@ def test_unpacked_absmax_of_their_nested_state_is_equal(backend: str) -> None:
 @each_dtype
 @each_nesting
 def test_dequantized_values(backend: str, nested: bool, dtype: torch.dtype) -> None:
-    """`code * absmax` in fp32, rounded once; bitsandbytes' own CPU kernels do not always round so."""
+    """`code * absmax` in fp32, rounded once; bitsandbytes' CPU kernels do not always round like this."""
     params = quantized(testing.tensor(40, 64, scale=0.02), nested=nested)
     state = params.quant_state
     absmax = state.absmax
@@ -147,8 +146,8 @@ def test_from_bnb_and_back_share_memory(nested: bool) -> None:
 
 @each_nesting
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_to_bnb_serves_their_layer(shape: tuple[int, int], nested: bool) -> None:
-    """Their matmul in training mode on our weight, where their CPU dequantise is right: whole blocks."""
+def test_to_bnb_works_in_linear4bit(shape: tuple[int, int], nested: bool) -> None:
+    """bitsandbytes' matmul in training mode on our weight, in whole blocks (right on its CPU kernel)."""
     weight = pk.NF4Weight.quantize(testing.tensor(*shape), double_quant=nested)
     params = weight.to_bnb()
     assert pk.NF4Weight.from_bnb(params).state_dict().keys() == weight.state_dict().keys()
@@ -165,10 +164,10 @@ def test_to_bnb_refuses_a_dense_weight() -> None:
         weight.to_bnb()
 
 
-# What is refused
+# Errors
 
 
-def test_params4bit_that_cannot_be_read_in_place() -> None:
+def test_unreadable_params4bit_is_refused() -> None:
     with pytest.raises(ValueError, match="params4bit: quantisation type fp4, expected nf4"):
         pk.NF4Weight.from_bnb(quantized(testing.tensor(40, 64), kind="fp4"))
     unquantized = bnb.nn.Params4bit(testing.tensor(40, 64), requires_grad=False, quant_type="nf4")
@@ -194,7 +193,7 @@ def test_truncated_params4bit(item: str) -> None:
         pk.NF4Weight.from_bnb(params)
 
 
-def test_weight_that_their_cpu_inference_repacked() -> None:
+def test_weight_repacked_by_cpu_inference_is_refused() -> None:
     layer = their_layer(testing.tensor(64, 128, dtype=torch.bfloat16), bias=False).eval()
     with torch.no_grad():
         layer(testing.tensor(1, 128, dtype=torch.bfloat16))

@@ -1,4 +1,4 @@
-"""An NF4Weight of many experts: as many weights as there are experts, one tensor in other people's hands."""
+"""NF4Weight of several experts: a stack of separately quantised weights in one tensor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* bytes for each value of an NF
 
 
 def dense(shape: tuple[int, int, int] = (3, 12, 64), dtype: torch.dtype = torch.float32) -> Tensor:
-    """Of very different scales, as a block or a mean that two experts shared would show."""
+    """Experts of very different scales, so that a block or mean shared by two of them would show."""
     scales = torch.tensor([1.0, 100.0, 0.01, 7.0])[: shape[0], None, None]
     return (testing.tensor(*shape, seed=4) * scales).to(dtype)
 
@@ -56,7 +56,7 @@ def test_each_expert_is_quantised_alone(
     assert weight.dequantize(torch.float32).shape == shape
 
 
-def test_looks_like_the_tensor_it_was() -> None:
+def test_tensor_attributes() -> None:
     weight = make()
     assert weight.numel() == 3 * 12 * 64 and weight.dim() == 3 and len(weight) == 3
     assert weight.nbytes == sum(t.nbytes for t in parts(weight).values()) < 0.8 * weight.numel()
@@ -73,7 +73,7 @@ def test_looks_like_the_tensor_it_was() -> None:
         (r"^gate: expected at least one expert, got shape \(0, 4, 4\)$",
          lambda: pk.NF4Weight.quantize(torch.ones(0, 4, 4), name="gate")),
         (r"^gate\[1\]: expected finite values, got 1 NaN or Inf among 16$",
-         lambda: pk.NF4Weight.quantize(with_a_nan(), name="gate")),
+         lambda: pk.NF4Weight.quantize(experts_with_nan(), name="gate")),
         (r"^weight: expected float32, bfloat16 or float16, got torch.float64$",
          lambda: pk.NF4Weight.quantize(torch.ones(2, 4, 4, dtype=torch.float64))),
         (r"^blocksize: expected one of \(32, .*4096\), got 48$",
@@ -86,18 +86,18 @@ def test_quantize_refuses(message: str, call: Callable[[], object]) -> None:
         call()
 
 
-def with_a_nan() -> Tensor:
+def experts_with_nan() -> Tensor:
     values = torch.ones(3, 4, 4)
     values[1, 2, 3] = float("nan")
     return values
 
 
-# One expert
+# Indexing one expert
 
 
 @each_nesting
 @pytest.mark.parametrize("shape", [SHAPES["even"], SHAPES["odd"]], ids=["even", "odd"])
-def test_an_expert_is_a_weight_in_the_same_memory(shape: tuple[int, int, int], nested: bool) -> None:
+def test_expert_shares_memory(shape: tuple[int, int, int], nested: bool) -> None:
     weight = make(shape, nested, torch.bfloat16)
     x = testing.tensor(5, shape[2], dtype=torch.bfloat16)
     for index in (0, 2, -1, torch.tensor(1)):
@@ -134,8 +134,8 @@ WRITES: dict[str, Callable[[Tensor], object]] = {
 
 
 @pytest.mark.parametrize("how", WRITES)
-def test_a_write_to_one_expert_is_refused(how: str) -> None:
-    """It would be lost: the dense values have no place in the whole."""
+def test_write_to_one_expert_raises(how: str) -> None:
+    """The write would be lost: the stack has no dense storage for one expert."""
     weight = pk.NF4Weight.quantize(dense(), 32, name="layer.experts.up")
     before = {name: tensor.clone() for name, tensor in parts(weight).items()}
     with pytest.raises(RuntimeError, match=r"^layer\.experts\.up: one expert of it was written to, expected"):
@@ -144,7 +144,7 @@ def test_a_write_to_one_expert_is_refused(how: str) -> None:
 
 
 @pytest.mark.parametrize("index", [slice(0, 2), [0, 2], (1, 2), None], ids=str)
-def test_other_reads_are_dense(index: Any) -> None:
+def test_other_indexing_is_dense(index: Any) -> None:
     weight = make()
     got = weight[index]
     assert not isinstance(got, pk.NF4Weight) and torch.equal(got, weight.dequantize()[index])
@@ -159,10 +159,10 @@ def test_an_expert_of_a_dense_weight_is_plain() -> None:
     assert torch.equal(weight.dequantize()[1], want[1] + 1)
 
 
-# Merges, of the whole
+# Merges of the whole stack
 
 
-def test_a_merge_is_kept_and_taken_back() -> None:
+def test_merge_and_unmerge_of_the_stack() -> None:
     weight = make(dtype=torch.bfloat16)
     packed = weight.packed
     before = {name: tensor.clone() for name, tensor in parts(weight).items()}
@@ -186,7 +186,7 @@ def test_merging_and_unmerging() -> None:
     assert not weight.is_dense and torch.equal(weight.packed, packed)
 
 
-def test_writing_what_it_holds_changes_nothing() -> None:
+def test_writing_the_same_values_stays_packed() -> None:
     weight = make(dtype=torch.bfloat16)
     packed = weight.packed
     weight.copy_(weight.dequantize())
@@ -241,7 +241,7 @@ def test_copy(how: str, shape: tuple[int, int, int], nested: bool) -> None:
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save-weights-only", "clone"])
-def test_copy_of_a_dense_one(how: str) -> None:
+def test_copy_of_a_dense_weight(how: str) -> None:
     weight = make()
     weight.mul_(2.0)
     got = COPIES[how](weight)
@@ -249,8 +249,8 @@ def test_copy_of_a_dense_one(how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "clone"])
-def test_a_copy_of_one_expert_is_its_own(how: str) -> None:
-    """It is part of no whole: what is written to it is kept."""
+def test_copy_of_one_expert_is_independent(how: str) -> None:
+    """The copy is detached from the stack, so writes to it are kept."""
     weight = make()
     got = COPIES[how](weight[1])
     assert_equal_weights(got, weight[1])
@@ -281,11 +281,11 @@ def test_in_a_module() -> None:
     assert_equal_weights(copy.deepcopy(module).experts, module.experts)
 
 
-# In products
+# In matmuls
 
 
 @each_nesting
-def test_a_layer_of_experts_runs_its_op(nested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expert_linear_runs_its_op(nested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from peft_kernels.core import dispatch
 
     calls = []
@@ -308,7 +308,7 @@ def test_the_adapter_op_takes_a_merged_weight() -> None:
     assert torch.equal(pk.experts_lora_linear(x, ends, weight, a, b, 0.5), want)
 
 
-def test_it_cannot_be_trained() -> None:
+def test_requires_grad_raises() -> None:
     weight = pk.NF4Weight.quantize(dense(), 32, name="layer.experts.up")
     with pytest.raises(ValueError, match=r"^layer\.experts\.up: NF4 weights are frozen"):
         weight.requires_grad_()

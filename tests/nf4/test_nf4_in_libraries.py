@@ -1,4 +1,4 @@
-"""NF4 models in the hands of transformers, PEFT, TRL, Trainer and accelerate; heads, Conv1D, FalconLinear."""
+"""NF4 models in transformers, PEFT, TRL, Trainer and accelerate; heads, Conv1D, FalconLinear."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def packed_layers(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if isinstance(m, NF4Linear)]
 
 
-# What they look at
+# Attributes that libraries read
 
 
 def test_kbit_preparation_checkpoints_and_widens_no_nf4() -> None:
@@ -95,7 +95,7 @@ def test_kbit_preparation_checkpoints_and_widens_no_nf4() -> None:
     assert len(grads) == 28 and all(g is not None for g in grads)
 
 
-def test_numbers_and_bytes() -> None:
+def test_parameter_counts_and_memory_footprint() -> None:
     model, dense = llama(), models.tiny_llama()
     assert model.num_parameters() == dense.num_parameters()
     exact = sum(p.nbytes for p in model.parameters())
@@ -124,7 +124,7 @@ def test_counting_parameters_does_not_need_bitsandbytes(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("where", ["model", "peft", "wrapper"])
-def test_the_flags_come_and_go_with_the_layers(where: str) -> None:
+def test_quantisation_flags_follow_the_layers(where: str) -> None:
     model: Any = models.tiny_llama()
     outer = model
     if where == "wrapper":
@@ -183,7 +183,7 @@ def test_accelerate() -> None:
 
 
 @pytest.mark.slow
-def test_trl_prepares_it_as_a_quantised_model(tmp_path: Path) -> None:
+def test_trl_prepares_a_quantised_model(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl", reason="TRL is not installed")
     utils = pytest.importorskip("trl.experimental.utils", reason="this TRL has no prepare_peft_model there")
     args = trl.SFTConfig(**arguments(tmp_path, bf16=True, gradient_checkpointing=True))
@@ -197,7 +197,7 @@ def test_trl_prepares_it_as_a_quantised_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arch", CONFIGS)
-def test_classification_heads_stay_and_train(arch: str) -> None:
+def test_classification_heads_stay_dense_and_train(arch: str) -> None:
     auto = "AutoModelForImageClassification" if arch == "vit" else "AutoModelForSequenceClassification"
     model = pk.quantize_model(build(arch, auto))
     inside = set(model.base_model.modules()) if model.base_model is not model else set()
@@ -213,7 +213,7 @@ def test_classification_heads_stay_and_train(arch: str) -> None:
     before = {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
     assert any("modules_to_save" in n for n in before)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(2):  # B starts at zero, so that A moves in the second step
+    for _ in range(2):  # B starts at zero, so A changes only in the second step
         model.zero_grad()
         model(**batch(arch)).loss.backward()
         optimizer.step()
@@ -227,13 +227,13 @@ def test_classification_heads_stay_and_train(arch: str) -> None:
 
 @pytest.mark.parametrize("auto", ["AutoModelForTokenClassification", "AutoModelForQuestionAnswering"])
 @pytest.mark.parametrize("arch", ["bert", "llama", "gpt2"])
-def test_other_heads_stay(arch: str, auto: str) -> None:
+def test_other_heads_stay_dense(arch: str, auto: str) -> None:
     model = pk.quantize_model(build(arch, auto))
     names = packed_layers(model)
     assert names and not any(part in name for name in names for part in ("classifier", "qa_outputs", "score"))
 
 
-def test_heads_by_structure_and_what_classes_name() -> None:
+def test_heads_by_structure_and_by_class_attributes() -> None:
     model = pk.quantize_model(build("t5"))
     left = report_of(model).left  # type: ignore[union-attr]
     assert {k: v for k, v in left.items() if "head" in k} == dict.fromkeys(
@@ -247,7 +247,7 @@ def test_heads_by_structure_and_what_classes_name() -> None:
 
 @pytest.mark.slow
 def test_reward_trainer(tmp_path: Path) -> None:
-    """In bf16: TRL gives the adapters of every 4-bit model that type."""
+    """In bf16: TRL casts the adapters of every 4-bit model to it."""
     trl = pytest.importorskip("trl", reason="TRL is not installed")
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")

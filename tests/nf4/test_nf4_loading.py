@@ -1,4 +1,4 @@
-"""Models load what they save: while weights are dense, and onto the meta device."""
+"""Models load their own state dicts, while weights are dense and from the meta device too."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_dense_weights_load(init: str, assign: bool) -> None:
 
 
 @pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
-def test_a_merged_model_loads_its_own_and_unmerges_to_4_bits(assign: bool) -> None:
+def test_merged_model_loads_and_unmerges_to_nf4(assign: bool) -> None:
     model = peft.get_peft_model(models.base_model("nf4"), config())
     stir(model)
     before = copy.deepcopy(model.base_model.model.q.base_layer.weight)
@@ -56,7 +56,7 @@ def test_a_merged_model_loads_its_own_and_unmerges_to_4_bits(assign: bool) -> No
 
 
 @pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
-def test_other_values_into_a_merged_weight_stay(assign: bool) -> None:
+def test_other_values_loaded_into_a_merged_weight(assign: bool) -> None:
     layer = models.base_model("nf4").q
     layer.weight.data += 1
     other = testing.tensor(128, 64)
@@ -71,7 +71,7 @@ def test_packed_items_into_a_dense_weight() -> None:
     assert_equal_weights(layer.weight, other.weight)
 
 
-def test_what_does_not_fit() -> None:
+def test_mismatched_state_dicts() -> None:
     layer = models.base_model("nf4").q
     before = copy.deepcopy(layer)
     dense = {"weight": torch.zeros(128, 64), "bias": torch.ones(128)}
@@ -95,8 +95,8 @@ def tiny_gpt2(seed: int = 0) -> Any:
     ).eval()
 
 
-def test_dense_values_have_the_layout_of_the_class(tmp_path: Path) -> None:
-    """A Conv1D holds its weight transposed, and a square one would load so in silence."""
+def test_conv1d_layout_of_dense_values(tmp_path: Path) -> None:
+    """A Conv1D stores its weight transposed, and a square one would load wrongly without an error."""
     model, ids = pk.quantize_model(tiny_gpt2()), torch.arange(8)[None]
     for weight in model.parameters():
         if isinstance(weight, pk.NF4Weight):
@@ -148,7 +148,7 @@ def filled(model: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
 
 
 @pytest.mark.parametrize("double_quant", [True, False], ids=["nested", "plain"])
-def test_an_empty_model_is_loaded(double_quant: bool) -> None:
+def test_load_into_a_meta_model(double_quant: bool) -> None:
     options: Any = {"blocksize": 32, "double_quant": double_quant}
     model, x = pk.quantize_model(models.Net(), **options), models.inputs()
     empty = skeleton(models.Net, **options)
@@ -160,7 +160,7 @@ def test_an_empty_model_is_loaded(double_quant: bool) -> None:
     assert torch.equal(filled(empty, model.state_dict())(x), model(x))
 
 
-def test_an_empty_model_is_made_somewhere() -> None:
+def test_to_empty_of_a_meta_model() -> None:
     model, x = pk.quantize_model(models.Net()), models.inputs()
     empty = skeleton(models.Net)
     with pytest.warns(UserWarning, match=r"q\.weight: loaded into a weight on the meta device.*assign=True"):
@@ -170,7 +170,7 @@ def test_an_empty_model_is_made_somewhere() -> None:
     assert torch.equal(empty(x), model(x))
 
 
-def test_empty_transformers_models() -> None:
+def test_transformers_models_on_meta() -> None:
     """Of transposed layers, and of experts."""
     ids = torch.arange(3, 11)[None]
     for make, options in ((tiny_gpt2, {}), (lambda: moe_models.model("mixtral"), {"experts": True})):
@@ -182,14 +182,14 @@ def test_empty_transformers_models() -> None:
         for name, want in model.named_parameters():
             if isinstance(want, pk.NF4Weight):
                 assert_equal_weights(empty.get_parameter(name), want)
-        for name, buffer in model.named_buffers():  # those that no state dict has
+        for name, buffer in model.named_buffers():  # buffers that are in no state dict
             parent, _, own = name.rpartition(".")
             setattr(empty.get_submodule(parent), own, buffer)
         empty.eval(), model.eval()
         assert torch.equal(empty(ids).logits, model(ids).logits)
 
 
-def test_half_of_a_model_on_the_meta_device() -> None:
+def test_partly_meta_model() -> None:
     model = models.Net()
     model.o.to("meta")
     with pytest.raises(ValueError, match=r"o\.weight: expected all weights loaded, or all on.*, got 1 of 2"):
@@ -197,7 +197,7 @@ def test_half_of_a_model_on_the_meta_device() -> None:
     assert type(model.q) is nn.Linear
 
 
-def test_what_accelerate_offloads_is_no_empty_model() -> None:
+def test_accelerate_offload_is_not_a_meta_model() -> None:
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     model = accelerate.cpu_offload(models.Net(), "cpu")
     assert model.q.weight.is_meta

@@ -1,4 +1,4 @@
-"""NF4 models that are saved, loaded, moved and shared."""
+"""NF4 models that are saved, loaded, moved and shared between processes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def answer(net: nn.Module, queue: Any) -> None:
     queue.put(net(x()).detach().float().numpy())
 
 
-def test_another_process_uses_the_shared_bytes() -> None:
+def test_other_process_reads_shared_memory() -> None:
     context = mp.get_context("spawn")
     net, queue = model().share_memory(), context.Queue()
     process = context.Process(target=answer, args=(net, queue))
@@ -75,7 +75,7 @@ def test_weights_only(merged: bool) -> None:
     assert torch.equal(fresh(x()), model()(x()))
 
 
-def test_a_whole_model() -> None:
+def test_pickled_model() -> None:
     net = model()
     assert torch.equal(saved(net, weights_only=False)(x()), net(x()))
 
@@ -103,7 +103,7 @@ def test_from_the_meta_device(assign: bool) -> None:
 
 
 @pytest.mark.parametrize("how", ["half", "bfloat16", "float"])
-def test_a_new_nominal_dtype(how: str) -> None:
+def test_nominal_dtype_changes(how: str) -> None:
     net = model()
     packed = net.q.weight.packed.clone()
     getattr(net, how)()
@@ -122,8 +122,8 @@ def test_fp64_is_computed_densely() -> None:
     assert net(x().double()).dtype == torch.float64
 
 
-def test_a_cast_assigned_back_is_no_new_dtype() -> None:
-    """PEFT's kbit preparation: `param.data = param.data.to(torch.float32)`; there is nothing to widen."""
+def test_assigning_a_cast_keeps_the_dtype() -> None:
+    """PEFT's kbit preparation runs `param.data = param.data.to(torch.float32)`; it widens nothing."""
     weight = model().q.weight
     packed = weight.packed
     weight.data = weight.data.to(torch.float32)
@@ -145,7 +145,7 @@ def test_a_cast_assigned_back_is_no_new_dtype() -> None:
 @pytest.mark.parametrize(
     "copying", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
 )
-def test_copies_of_a_model_tell_of_themselves(copying: Any) -> None:
+def test_copied_model_reports_itself(copying: Any) -> None:
     net = model()
     twin = copying(net)
     for layer in (twin.q, twin.o):
@@ -159,7 +159,7 @@ def test_copies_of_a_model_tell_of_themselves(copying: Any) -> None:
     assert len(pickle.dumps(net.q)) < len(pickle.dumps(net)) - 1000, "a layer does not take its model along"
 
 
-def test_bytes_and_numbers() -> None:
+def test_memory_and_parameter_counts() -> None:
     weight = model().q.weight
     assert weight.numel() == 128 * 64
     assert 0 <= weight.nelement() * weight.element_size() - weight.nbytes < weight.element_size()

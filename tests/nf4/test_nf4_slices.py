@@ -1,4 +1,4 @@
-"""Rows and columns of an NF4 weight as weights of their own."""
+"""Row and column slices of an NF4 weight."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ WHOLE = [
 @pytest.mark.parametrize("shape", [(128, 128), (8, 16384), (7, 256), (5, 320), (8, 96), (9, 63)])
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_a_slice_has_the_bits_of_the_whole(
-    shape: tuple[int, int], nested: bool, dim: int, count: int
-) -> None:
+def test_slice_equals_the_dense_slice(shape: tuple[int, int], nested: bool, dim: int, count: int) -> None:
     weight = pk.NF4Weight.quantize(testing.tensor(*shape, seed=1), 64, nested)
     if unsliceable_reason(shape, 64, dim, count):
         assert shape[1] % 64 or (dim == 1 and slice_size(shape[1], count) % 64)
@@ -60,7 +58,7 @@ def test_unsliceable_weights_are_refused(
     assert reason in unsliceable_reason(shape, blocksize, dim, count)
 
 
-def test_scales_find_their_codes_again() -> None:
+def test_nested_scale_codes_round_trip() -> None:
     state = pk.NF4Weight.quantize(testing.tensor(300, 192, seed=3), 64)._state
     assert state.absmax is not None and state.absmax2 is not None and state.offset is not None
     second = state.absmax2, state.offset

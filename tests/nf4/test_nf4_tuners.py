@@ -1,4 +1,4 @@
-"""Every tuner of PEFT over NF4: what it does over the same values in dense layers, or one sentence."""
+"""Every PEFT tuner over NF4 equals the tuner over dense layers of the same values, or raises one sentence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# Models of task ids, or of several adapters, and layers that are not linear ones.
+# Models with task ids or several adapters, and layers that are not linear.
 OPTIONS: dict[str, dict[str, Any]] = {
     "ADALORA": {"total_step": 10},
     "ADAPTION_PROMPT": {"adapter_layers": 2, "adapter_len": 4, "target_modules": None},
@@ -40,14 +40,14 @@ NOT_ALONE = {"XLORA": "it is made of saved LoRA adapters", "POLY": "it asks for 
     "ADAMSS": "it asks for scikit-learn",
     "CPT": "its loss is NaN without a prompt that has labels",
 }
-# Where NF4 answers with a sentence, and dense layers do not.
+# Tuners that raise over NF4 and work over dense layers.
 SENTENCES = {
     ("GLORA", "make"): "is not a plain torch.nn.Linear",
     ("IA3", "unload"): "Cannot merge ia3 layers when the model is loaded in 4-bit mode",
     ("SUPERTUNING", "cycle"): "an NF4 weight has no writable views of its values",
     ("SUPERTUNING", "unload"): "an NF4 weight has no writable views of its values",
 }
-# Merging that only adds: unmerging brings back the 4 bits.
+# Merging only adds: unmerging restores the 4 bits.
 ADDS = {"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "FOURIERFT", "VBLORA", "WAVEFT", "RANDLORA"}
 
 TUNERS = sorted(kind.value for kind in peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING)
@@ -71,7 +71,7 @@ def adapt(base: nn.Module, tuner: str) -> Any:
     options = {k: v for k, v in defaults.items() if k in known} | OPTIONS.get(tuner, {})
     torch.manual_seed(0)
     model = peft.get_peft_model(base, config(**options))
-    for name, p in model.named_parameters():  # not the identity that tuners start from
+    for name, p in model.named_parameters():  # tuners start as the identity
         if p.requires_grad and p.is_floating_point():
             p.data += testing.tensor(*p.shape, dtype=p.dtype, seed=len(name), scale=0.02)
     return model
@@ -102,8 +102,8 @@ def unload(model: Any) -> dict[str, torch.Tensor]:
     return {"unloaded": logits(model.merge_and_unload())}
 
 
-def both(step: str, tuner: str, call: Callable[[Any], Any], nf4: Any, dense: Any) -> tuple[Any, Any]:
-    """The results over both bases; None when it is the same error, or an expected one, over NF4."""
+def run_both(step: str, tuner: str, call: Callable[[Any], Any], nf4: Any, dense: Any) -> tuple[Any, Any]:
+    """Results over both bases, or (None, None) if NF4 raises the same error or an expected one."""
     outcomes: list[Any] = []
     for model in (nf4, dense):
         try:
@@ -127,11 +127,11 @@ def test_tuner(tuner: str) -> None:
     if tuner in NOT_ALONE:
         pytest.skip(NOT_ALONE[tuner])
     base = pk.quantize_model(models.tiny_llama())
-    nf4, dense = both("make", tuner, lambda b: adapt(b, tuner), base, dense_twin(base))
+    nf4, dense = run_both("make", tuner, lambda b: adapt(b, tuner), base, dense_twin(base))
     if nf4 is None:
         return
     for step, call in {"train": train, "cycle": cycle, "unload": unload}.items():
-        got, want = both(step, tuner, call, nf4, dense)
+        got, want = run_both(step, tuner, call, nf4, dense)
         if got is None:
             continue
         assert got.keys() == want.keys() and len(got) > (2 if step == "train" else 0)
@@ -144,7 +144,7 @@ def test_tuner(tuner: str) -> None:
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "orthogonal", "gaussian", "mica"])
 def test_initialisations_of_lora(init: str) -> None:
-    """Those that take the adapter out of the weight make it dense; the model computes the same as before."""
+    """Initialisations that subtract the adapter make the weight dense; the model's output stays the same."""
     base = pk.quantize_model(models.tiny_llama())
     before = logits(base)
     try:

@@ -1,4 +1,4 @@
-"""Reads of an NF4Weight, and views of it, which nobody can write to."""
+"""Reads of an NF4Weight, and its views, which are read-only."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ VIEWS: dict[str, Callable[[Tensor], object]] = {
 }
 
 
-def first_of(value: object) -> Tensor:
+def first(value: object) -> Tensor:
     return value[0] if isinstance(value, (tuple, list)) else value  # type: ignore[return-value]
 
 
@@ -66,14 +66,14 @@ def test_assigning_to_an_index_raises() -> None:
 
 @pytest.mark.parametrize("merged", [False, True], ids=["packed", "merged"])
 @pytest.mark.parametrize("how", VIEWS)
-def test_a_view_can_be_read_and_not_written_to(how: str, merged: bool) -> None:
-    """A write to a view of a temporary would be lost without a word, and so would one beneath a merge."""
+def test_views_are_read_only(how: str, merged: bool) -> None:
+    """A write to a view of a temporary would be lost silently, and so would one beneath a merge."""
     weight = make()
     if merged:
         weight.add_(1.0)
     before = weight.dequantize()
-    view, want = first_of(VIEWS[how](weight)), first_of(VIEWS[how](before.clone()))
-    rows = how in ("chunk", "split") and not merged  # still in 4 bits: what FSDP2 takes (NF4Shard)
+    view, want = first(VIEWS[how](weight)), first(VIEWS[how](before.clone()))
+    rows = how in ("chunk", "split") and not merged  # still packed: FSDP2 uses them (NF4Shard)
     assert torch.equal(view, want) and torch.equal(view + 1, want + 1) and view.tolist() == want.tolist()
     assert type(view + 1) is Tensor and (view.numpy() == want.numpy()).all()
     assert (type(view.clone()) is Tensor) != rows
@@ -95,7 +95,7 @@ def test_a_view_can_be_read_and_not_written_to(how: str, merged: bool) -> None:
     assert weight.is_merged == merged and torch.equal(weight.dequantize(), before)
 
 
-def test_decompositions_and_gradients_run_on_views() -> None:
+def test_decompositions_and_autograd_on_views() -> None:
     weight, x = make(), testing.tensor(5, 12).requires_grad_()
     dense = weight.dequantize()
     torch.manual_seed(0)
@@ -113,7 +113,7 @@ def test_decompositions_and_gradients_run_on_views() -> None:
 def test_a_view_of_a_dense_weight_is_a_view(how: str) -> None:
     weight = make()
     weight.mul_(2.0)
-    first_of(VIEWS[how](weight)).fill_(5.0)
+    first(VIEWS[how](weight)).fill_(5.0)
     assert (weight.dense == 5.0).any()
     weight[1] = 7.0
     assert (weight.dense[1] == 7.0).all()

@@ -1,4 +1,4 @@
-"""NF4Weight in other people's hands: what a library does to an ordinary frozen weight works, or raises."""
+"""NF4Weight behaves as a frozen tensor: what libraries do to one works or raises."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from torch import Tensor, nn
 import peft_kernels as pk
 import testing
 
-# What it says of itself
+# Attributes
 
 
 @each_nesting
 @each_shape
 @each_dtype
-def test_looks_like_the_tensor_it_was(dtype: torch.dtype, shape: tuple[int, int], nested: bool) -> None:
+def test_tensor_attributes(dtype: torch.dtype, shape: tuple[int, int], nested: bool) -> None:
     weight = make(shape, nested, dtype)
     assert isinstance(weight, Tensor) and weight.shape == shape and weight.dtype == dtype
     assert weight.numel() == shape[0] * shape[1] and weight.device.type == "cpu" and not weight.requires_grad
@@ -80,7 +80,7 @@ def test_quantize_refuses(message: str, call: Callable[[], object]) -> None:
         call()
 
 
-def test_quantize_leaves_its_input() -> None:
+def test_quantize_does_not_change_its_input() -> None:
     dense = testing.tensor(5, 64).requires_grad_()
     before = dense.detach().clone()
     weight = pk.NF4Weight.quantize(dense)
@@ -192,7 +192,7 @@ def test_module_to(dtype: torch.dtype) -> None:
 
 
 def test_copy_between_nf4_weights() -> None:
-    """copy_ of one NF4 weight into another copies the bytes, whatever form either was in."""
+    """copy_ between NF4 weights copies the bytes, whether either was packed or dense."""
     target, source = make(seed=1), make(seed=2)
     alias = target.detach()
     assert target.copy_(source) is target
@@ -207,7 +207,7 @@ def test_copy_between_nf4_weights() -> None:
     assert target.is_dense and torch.equal(target.dense, source.dense)
 
 
-# In products
+# In matmuls
 
 
 @each_nesting
@@ -230,13 +230,13 @@ def test_f_linear_runs_the_kernel(nested: bool, bias: bool, monkeypatch: pytest.
     assert calls == ["nf4_linear"] * 6
 
 
-def test_an_nf4_activation_is_only_a_tensor() -> None:
+def test_nf4_activation_is_dequantised() -> None:
     weight, dense = make((12, 64)), testing.tensor(5, 64)
     assert torch.equal(F.linear(weight, dense), weight.dequantize() @ dense.t())
     assert torch.equal(F.linear(weight, weight), weight.dequantize() @ weight.dequantize().t())
 
 
-def test_an_nf4_weight_cannot_be_trained() -> None:
+def test_requires_grad_raises() -> None:
     layer = pk.nn.NF4Linear.from_linear(nn.Linear(64, 12), name="mlp.up_proj.weight")
     message = (
         r"^mlp\.up_proj: NF4 weights are frozen; for full fine-tuning load the model without quantize_model$"
@@ -266,7 +266,7 @@ def test_autograd_through_f_linear() -> None:
 # Layers
 
 
-def test_a_dense_layer_settles_when_its_weight_is_assigned() -> None:
+def test_dense_layer_becomes_nn_linear_when_its_weight_is_assigned() -> None:
     layer = pk.nn.NF4Linear.from_linear(nn.Linear(64, 12))
     want = layer.weight.dequantize() + 0.125
     layer.weight.data += 0.125

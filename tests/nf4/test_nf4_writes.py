@@ -1,4 +1,4 @@
-"""Writes to an NF4Weight are kept in full and reach every alias of it."""
+"""Writes to an NF4Weight keep full precision and reach every alias."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
 @each_shape
 @pytest.mark.parametrize("wrap", ["tensor", "parameter"])
 @pytest.mark.parametrize("how", WRITES)
-def test_a_write_is_kept_in_full(how: str, wrap: str, shape: tuple[int, int]) -> None:
+def test_write_keeps_full_precision(how: str, wrap: str, shape: tuple[int, int]) -> None:
     weight: Tensor = make(shape)
     if wrap == "parameter":
         weight = nn.Parameter(weight, requires_grad=False)
-    delta = testing.tensor(*shape, seed=9, scale=1e-3)  # far below the 4-bit grid
+    delta = testing.tensor(*shape, seed=9, scale=1e-3)  # far below the step of the 4-bit grid
     want = weight.dequantize() + delta
     with torch.no_grad():
         WRITES[how](weight, delta)
@@ -72,7 +72,7 @@ def test_a_write_reaches_every_alias(how: str) -> None:
         WRITES[how](parameter, delta)
     for alias in aliases:
         assert alias.is_dense and torch.equal(alias.dequantize(), want)
-    if how in ("copy_", "out"):  # no merge that could be taken back
+    if how in ("copy_", "out"):  # not a merge, so it cannot be undone
         assert parts(weight).keys() == {"dense"}, "the packed bytes must be freed"
     else:
         assert weight.is_merged
@@ -85,7 +85,7 @@ def test_a_write_to_a_wrapped_dtype_rounds_to_that_dtype() -> None:
     assert weight.dense.dtype == torch.bfloat16 and torch.equal(weight.dense, want)
 
 
-def test_growth_warns_once_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_growth_warns_once_per_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nf4_state, "_warned", set())
     weight = pk.NF4Weight.quantize(testing.tensor(12, 64), name="model.q.weight")
     with pytest.warns(
@@ -99,7 +99,7 @@ def test_growth_warns_once_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None
         make().add_(1).mul_(2)
 
 
-def test_writing_what_a_weight_holds_changes_nothing() -> None:
+def test_writing_the_same_values_stays_packed() -> None:
     weight = make(dtype=torch.bfloat16)
     packed = weight.packed
     weight.copy_(weight.dequantize())
@@ -138,7 +138,7 @@ def test_assigning_another_nf4_weight() -> None:
 
 @pytest.mark.parametrize("read", ["data", "detach", "float", "contiguous", "to", "cpu"])
 def test_a_dense_weight_reads_as_the_plain_tensor(read: str) -> None:
-    """A subclass on the right of `ordinary.data = ...` crashes torch, and a dense weight can be plain."""
+    """A subclass on the right of `dense.data = ...` crashes torch, and a dense weight can be plain."""
     weight = nn.Parameter(make(), requires_grad=False)
     weight.data.abs_()
     value = getattr(weight, read)

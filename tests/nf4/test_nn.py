@@ -62,8 +62,8 @@ def test_lora_linear_forward_and_backward(backend: str, kind: str, dtype: torch.
     y.backward(dy)
     assert layer.base_layer.weight.grad is None and layer.base_layer.bias.grad is None
 
-    def plainly(cast: torch.dtype, weight: torch.Tensor) -> list[torch.Tensor]:
-        """PEFT's order of operations: base product, then the delta in the adapter's type."""
+    def peft_reference(cast: torch.dtype, weight: torch.Tensor) -> list[torch.Tensor]:
+        """PEFT's order of operations: base matmul, then the delta in the adapter's dtype."""
         acc = torch.float64 if cast == torch.float64 else torch.float32
         xs, a, b = (
             t.detach().to(kind_).requires_grad_()
@@ -75,7 +75,7 @@ def test_lora_linear_forward_and_backward(backend: str, kind: str, dtype: torch.
 
     base = layer.base_layer.weight
     exact = base.dequantize(torch.float32) if kind == "nf4" else base
-    plain, truth = plainly(dtype, exact.detach()), plainly(torch.float64, exact.detach())
+    plain, truth = peft_reference(dtype, exact.detach()), peft_reference(torch.float64, exact.detach())
     for what, got, p, t in zip(
         ("y", "x.grad", "A.grad", "B.grad"), (y, x.grad, layer.lora_A.grad, layer.lora_B.grad), plain, truth,
         strict=True,
@@ -83,7 +83,7 @@ def test_lora_linear_forward_and_backward(backend: str, kind: str, dtype: torch.
         testing.assert_close(got, p, t, what)
 
 
-def test_lora_starts_as_its_base() -> None:
+def test_new_lora_equals_its_base() -> None:
     layer, x = LoRALinear(linear(), r=4), testing.tensor(3, 100)
     assert torch.equal(layer(x), layer.base_layer(x))
 
@@ -99,7 +99,7 @@ def test_merge_gives_a_dense_layer_with_the_same_output(kind: str) -> None:
     merged = layer.merge()
     assert type(merged) is nn.Linear and merged.weight.dtype == torch.float32
     assert testing.relative_error(merged(x), layer(x)) < 1e-6
-    assert testing.relative_error(layer.base_layer(x), layer(x)) > 1e-2  # the delta is no rounding error
+    assert testing.relative_error(layer.base_layer(x), layer(x)) > 1e-2  # the delta exceeds rounding
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_constructor_errors(make: object, message: str) -> None:
         make()  # type: ignore[operator]
 
 
-def test_from_linear_leaves_the_dense_layer_alone_and_shares_its_bias() -> None:
+def test_from_linear_keeps_the_dense_layer_and_shares_its_bias() -> None:
     dense = linear().eval()
     before = dense.weight.clone()
     layer = NF4Linear.from_linear(dense)
@@ -166,7 +166,7 @@ def test_failed_load_names_the_item_and_changes_nothing(spoil: object, message: 
         assert torch.equal(value, before[key]), key
 
 
-def test_a_partial_load_works_as_for_any_linear_layer() -> None:
+def test_partial_load() -> None:
     layer = NF4Linear.from_linear(linear())
     packed, bias = layer.weight.packed.clone(), torch.ones(48)
     with pytest.raises(RuntimeError, match=r"Missing key.*weight"):
@@ -175,7 +175,7 @@ def test_a_partial_load_works_as_for_any_linear_layer() -> None:
     assert torch.equal(layer.weight.packed, packed) and torch.equal(layer.bias, bias)
 
 
-def test_loading_brings_the_saved_dtype_blocksize_and_scales() -> None:
+def test_loading_restores_dtype_blocksize_and_scales() -> None:
     saved = NF4Linear.from_linear(linear(torch.bfloat16), blocksize=128, double_quant=False)
     layer = NF4Linear.from_linear(linear())
     layer.load_state_dict(saved.state_dict())
@@ -202,11 +202,11 @@ def test_loading_another_shape_is_refused() -> None:
 def test_copies_are_independent(kind: str, copying: object) -> None:
     layer, x = adapted(kind, torch.float32), testing.tensor(2, 100)
     y = layer(x)
-    twin = copying(layer)  # type: ignore[operator]
+    copied = copying(layer)  # type: ignore[operator]
     with torch.no_grad():
         layer.lora_B.zero_()
         layer.base_layer.weight.data.zero_()
-    assert torch.equal(twin(x), y)
+    assert torch.equal(copied(x), y)
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
@@ -250,7 +250,7 @@ def test_lora_under_autocast(kind: str, dtype: torch.dtype) -> None:
     y.sum().backward()
     assert layer.lora_A.grad.dtype == torch.float32 and bool((layer.lora_A.grad != 0).any())
     for parameter in (layer.lora_A, layer.lora_B):
-        parameter.data.copy_(parameter.bfloat16())  # as autocast did
+        parameter.data.copy_(parameter.bfloat16())  # as autocast casts them
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(layer(x.to(dtype)), y)
 
@@ -259,11 +259,11 @@ def test_quantisation_options_reach_the_weight() -> None:
     layer = NF4LoRALinear(linear(), blocksize=128, double_quant=False)
     assert layer.base_layer.weight.blocksize == 128 and layer.base_layer.weight.absmax.dtype == torch.float32
     base = NF4Linear.from_linear(linear())
-    assert NF4LoRALinear(base, blocksize=128).base_layer is base  # quantised already: taken as it is
+    assert NF4LoRALinear(base, blocksize=128).base_layer is base  # quantised already: used as is
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["packed", "merged"])
-def test_fp32_activations_are_multiplied_in_compute_dtype(backend: str, merged: bool) -> None:
+def test_fp32_activations_use_compute_dtype(backend: str, merged: bool) -> None:
     layer, x = NF4Linear.from_linear(linear(torch.bfloat16)), testing.tensor(7, 100).requires_grad_()
     if merged:
         layer.weight.data += testing.tensor(48, 100, seed=4)
@@ -289,7 +289,7 @@ def test_compute_dtype_is_kept() -> None:
         layer.float(),
         NF4Linear.from_linear(layer, compute_dtype=torch.float16),
     ]
-    assert [twin.compute_dtype for twin in kept] == [torch.float16] * 4
+    assert [copied.compute_dtype for copied in kept] == [torch.float16] * 4
     assert "compute_dtype=torch.float16" in repr(layer)
 
 
@@ -314,7 +314,7 @@ def test_dropout_in_training_only(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
-def test_dora_starts_as_its_base_trains_its_magnitudes_and_merges(kind: str) -> None:
+def test_dora_init_training_and_merge(kind: str) -> None:
     make = NF4LoRALinear if kind == "nf4" else LoRALinear
     layer, x = make(linear(), r=4, use_dora=True), testing.tensor(7, 100)
     base = layer.base_layer(x)
@@ -336,7 +336,7 @@ def test_dora_starts_as_its_base_trains_its_magnitudes_and_merges(kind: str) -> 
     }
 
 
-def test_a_dropout_that_is_no_probability_is_refused() -> None:
+def test_invalid_dropout_raises() -> None:
     with pytest.raises(ValueError, match=r"lora_dropout: expected 0 to 1, got 1\.5"):
         LoRALinear(linear(), lora_dropout=1.5)
 

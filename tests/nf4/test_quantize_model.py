@@ -1,4 +1,4 @@
-"""quantize_model: which layers, how errors leave the model, how much memory."""
+"""quantize_model: which layers, errors, and peak memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def kinds(model: nn.Module) -> dict[str, type]:
     return {name: type(m) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
-def test_replaces_linear_layers_and_skips_by_last_part_or_full_name() -> None:
+def test_skip_matches_last_part_or_full_name() -> None:
     model = models.Net()
     x = torch.randn(4, 64)
     dense = model(x)
@@ -35,7 +35,7 @@ def test_replaces_linear_layers_and_skips_by_last_part_or_full_name() -> None:
     assert [name for name, kind in kinds(model).items() if kind is nn.Linear] == ["0.q", "0.o", "1.o"]
 
 
-def test_subclasses_of_linear_are_left_alone() -> None:
+def test_linear_subclasses_stay_dense() -> None:
     class Special(nn.Linear):
         pass
 
@@ -44,20 +44,20 @@ def test_subclasses_of_linear_are_left_alone() -> None:
     assert kinds(model) == {"0": Special, "1": NF4Linear}
 
 
-def test_tied_weights_are_left_alone() -> None:
+def test_tied_weights_stay_dense() -> None:
     model = models.tiny_llama(tie_word_embeddings=True)
     pk.quantize_model(model, skip=())
     assert type(model.lm_head) is nn.Linear and model.lm_head.weight is model.model.embed_tokens.weight
     assert isinstance(model.model.layers[1].mlp.down_proj, NF4Linear)
 
 
-def test_a_module_that_stands_in_two_places_stays_one() -> None:
+def test_shared_module_stays_shared() -> None:
     shared = nn.Linear(64, 64)
     model = nn.Sequential(shared, nn.Linear(64, 64), shared)
     pk.quantize_model(model)
     assert model[0] is model[2] and type(model[0]) is nn.Linear and isinstance(model[1], NF4Linear)
 
-    block = nn.Sequential(nn.Linear(64, 64))  # a shared block is one block: its layer stands in one place
+    block = nn.Sequential(nn.Linear(64, 64))  # a shared block is registered once, and so is its layer
     model = pk.quantize_model(nn.Sequential(block, block))
     assert model[0] is model[1] and isinstance(model[0][0], NF4Linear)
 
@@ -70,7 +70,7 @@ def test_options_reach_every_weight() -> None:
 
 
 def test_adapters_are_never_quantised() -> None:
-    """A PEFT model's adapters are plain nn.Linear, and so is its trained copy of the head."""
+    """A PEFT model's adapters are plain nn.Linear, and so is the trained copy of its head."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
     config = peft.LoraConfig(
         r=4, target_modules=["q", "o"], modules_to_save=["lm_head"], init_lora_weights=False
@@ -85,7 +85,7 @@ def test_adapters_are_never_quantised() -> None:
     assert after.keys() == trained.keys() and all(torch.equal(after[name], trained[name]) for name in after)
     assert 0 < (model(x) - before).norm() / before.norm() < 0.3
 
-    pk.quantize_model(model, skip=())  # the head that PEFT put aside is the base's, the copy is trained
+    pk.quantize_model(model, skip=())  # the head that PEFT keeps is the base's, its copy is trained
     assert isinstance(model.base_model.model.lm_head.original_module, NF4Linear)
     assert type(model.base_model.model.lm_head.modules_to_save["default"]) is nn.Linear
 
@@ -149,7 +149,7 @@ def test_progress_bar_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
 
 
-def test_each_dense_weight_is_freed_before_the_next_layer_but_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dense_weights_are_freed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
     dense = [weakref.ref(layer.weight) for layer in model]
     alive: list[int] = []
@@ -165,7 +165,7 @@ def test_each_dense_weight_is_freed_before_the_next_layer_but_one(monkeypatch: p
     assert alive == [6, 5, 4, 3, 2, 1]
 
 
-# Names in skip, and the report.
+# Names in skip, and the report
 
 
 def deep() -> nn.Module:
@@ -191,12 +191,12 @@ def packed(model: nn.Module) -> list[str]:
     ],
     ids=["container", "full", "parts", "default"],
 )
-def test_names_to_skip_in_two_spellings(skip: object, expected: list[str]) -> None:
+def test_skip_accepts_both_spellings(skip: object, expected: list[str]) -> None:
     assert packed(pk.quantize_model(deep(), skip=skip)) == expected
     assert packed(pk.quantize_model(deep(), modules_to_not_convert=skip)) == expected
 
 
-def test_a_name_that_fits_nothing_is_refused() -> None:
+def test_unmatched_skip_name_raises() -> None:
     model = deep()
     message = r"^skip: expected names of modules of the model, got 'vision_towr', .*near it are vision_tower"
     with pytest.raises(ValueError, match=message):
@@ -210,7 +210,7 @@ def test_a_name_that_fits_nothing_is_refused() -> None:
     ):
         pk.quantize_model(model, compute_dtype=torch.int8)
     assert not packed(model)
-    pk.quantize_model(nn.Sequential(nn.Linear(64, 64)))  # the default names need not be there
+    pk.quantize_model(nn.Sequential(nn.Linear(64, 64)))  # default names need not match
 
 
 def test_compute_dtype_reaches_every_layer() -> None:
@@ -249,7 +249,7 @@ def test_report() -> None:
     assert len(pickle.dumps(report)) < 2000
 
 
-def test_quantising_the_rest_later_adds_to_the_report() -> None:
+def test_second_call_adds_to_the_report() -> None:
     model = models.Net()
     before = sum(p.nbytes for p in model.parameters())
     pk.quantize_model(model, skip=["o", "lm_head"])
@@ -259,7 +259,7 @@ def test_quantising_the_rest_later_adds_to_the_report() -> None:
 
 
 @pytest.mark.parametrize("call", ["model", "layer"])
-def test_full_fine_tuning_is_refused_by_name(call: str) -> None:
+def test_full_fine_tuning_raises(call: str) -> None:
     model = nn.ModuleDict({"mlp": models.Net()})
     pk.quantize_model(model)
     with pytest.raises(

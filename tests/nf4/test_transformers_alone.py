@@ -1,4 +1,4 @@
-"""In processes of their own: without bitsandbytes, and what importing does not do."""
+"""In separate processes: importing has no side effects, and nothing needs bitsandbytes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_importing_imports_no_transformers_and_replaces_nothing(python: Python) 
     )
 
 
-def test_an_older_transformers_is_named_and_quantize_model_works(python: Python) -> None:
+def test_old_transformers_is_named_and_quantize_model_works(python: Python) -> None:
     python(
         f"import sys; sys.path.append({str(TESTS)!r})\n"
         "import transformers\n"
@@ -92,7 +92,7 @@ model.dequantize()
 
 @pytest.mark.parametrize("device_map", ["None", '"auto"', '{"": "cpu"}'])
 def test_trains_without_bitsandbytes(device_map: str, python: Python, tmp_path: Path) -> None:
-    """accelerate asks bitsandbytes whether a model in 4 bits may be trained on a CPU."""
+    """accelerate asks bitsandbytes whether a 4-bit model may be trained on a CPU."""
     for name in ("accelerate", "peft"):
         pytest.importorskip(name, reason=f"{name} is not installed")
     saved(tmp_path / "dense")

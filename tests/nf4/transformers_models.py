@@ -1,4 +1,4 @@
-"""Tiny checkpoints on disk, and loading them: for the tests of transformers' quantiser."""
+"""Tiny checkpoints and how to load them, for the tests of transformers' quantiser."""
 
 from __future__ import annotations
 
@@ -75,18 +75,18 @@ def auto(kind: str) -> Any:
 
 
 def loaded(folder: Path, kind: str = "llama", **options: Any) -> Any:
-    """Quantised as it is read."""
+    """Loads a dense checkpoint, quantising it."""
     config = NF4Config(**options.pop("nf4", {}))
     return auto(kind).from_pretrained(folder, quantization_config=config, **options)
 
 
 def read(folder: Path, kind: str = "llama", **options: Any) -> Any:
-    """Out of a checkpoint that is in 4 bits, without bitsandbytes."""
+    """Loads a checkpoint in 4 bits without bitsandbytes."""
     return auto(kind).from_pretrained(folder, config=read_config(folder), **options)
 
 
 def bnb_config(**options: Any) -> Any:
-    """What tutorials use."""
+    """The configuration that tutorials use."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     usual = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     compute = {"bnb_4bit_compute_dtype": torch.bfloat16}
@@ -103,7 +103,7 @@ def logits(model: Any) -> Tensor:
 
 
 def assert_same_state(one: nn.Module, other: nn.Module) -> None:
-    """Every key and every bit."""
+    """Same keys, equal bits."""
     first, second = one.state_dict(), other.state_dict()
     assert first.keys() == second.keys(), first.keys() ^ second.keys()
     different = [key for key in first if not torch.equal(first[key], second[key])]
