@@ -1,4 +1,4 @@
-"""Small checkpoints with all kinds of tensors, and ways to damage them at random."""
+"""Small checkpoints with all kinds of tensors, and functions that damage them at random."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ STATE = "quant_state.bitsandbytes__nf4"
 
 
 class Net(nn.Module):
-    """Small, with all kinds of tensors: NF4 with and without a second level, even, odd and blocks that cross
-    rows, and plain ones."""
+    """NF4 weights, nested and not, of even and odd sizes, with blocks that cross rows, and plain tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +44,7 @@ class Net(nn.Module):
 
 
 class Experts(nn.Module):
-    """Weights of four experts, saved as a module of transformers saves them."""
+    """Weights of four experts, in the state dict format of transformers' modules."""
 
     def __init__(self, dense: Tensor, nested: bool) -> None:
         super().__init__()
@@ -57,14 +56,14 @@ class Experts(nn.Module):
         destination.update(weight.state_dict(prefix))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Half of the rows are the second expert's, the others the last one's."""
+        """Sends half of the rows to the second expert and the others to the last one."""
         weight: Any = self.weight
         ends = torch.tensor([0, len(x) // 2, len(x) // 2, len(x)], dtype=torch.int32)
         return pk.ops.experts.experts_linear(x, ends, weight)
 
 
 class Mixture(nn.Module):
-    """As `Net`, with many experts in each weight."""
+    """Like `Net`, with several experts in each weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,8 +87,8 @@ def write(path: Path, state: dict[str, Tensor]) -> None:
             writer.write(name, tensor)
 
 
-def sound(folder: Path, model: nn.Module | None = None) -> Path:
-    """A new folder with two shards, an index and a configuration; of a `Net` by default."""
+def write_checkpoint(folder: Path, model: nn.Module | None = None) -> Path:
+    """Writes two shards, an index and a configuration to a new folder; of a `Net` by default."""
     folder.mkdir()
     state = tensors(model or Net())
     first = {name: t for name, t in state.items() if name.startswith(("up.", "norm."))}
@@ -105,7 +104,7 @@ def sound(folder: Path, model: nn.Module | None = None) -> Path:
     return folder
 
 
-# Damage. Each takes the folder of a sound checkpoint.
+# Damage: each function takes the folder of a valid checkpoint.
 
 
 def _shard(folder: Path, rng: random.Random) -> Path:
@@ -113,7 +112,7 @@ def _shard(folder: Path, rng: random.Random) -> Path:
 
 
 def _dumps(value: Any) -> str:
-    """With integers of any length, which Python by itself does not print."""
+    """JSON with integers of any length, which `json.dumps` refuses."""
     limit = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(0)
     try:
@@ -136,7 +135,7 @@ def _join(path: Path, header: Any, data: bytes, length: int | None = None) -> No
 def flip_bytes(folder: Path, rng: random.Random) -> None:
     path = rng.choice(sorted(folder.iterdir()))
     data = bytearray(path.read_bytes())
-    # Half of them in the header, where they do the most.
+    # Half of them in the header, where they do most damage.
     end = len(data) if rng.random() < 0.5 else min(len(data), 2000)
     for _ in range(rng.choice((1, 1, 2, 8, 64))):
         data[rng.randrange(end)] = rng.randrange(256)

@@ -1,7 +1,7 @@
-"""Checkpoints damaged at random: each is either refused in one sentence or can be used, and nothing else.
+"""Checkpoints damaged at random: each is either refused in one sentence or can be used.
 
-`python tests/checkpoints/fuzz_checkpoints.py --cases 10000` (`make fuzz`); a case that fails is named by its
-number, and `--only NUMBER` runs it again.
+`python tests/checkpoints/fuzz_checkpoints.py --cases 10000` (`make fuzz`). A failure names its case;
+`--only NUMBER` runs that one again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint_damage import DAMAGE, Mixture, Net, sound, tensors
+from checkpoint_damage import DAMAGE, Mixture, Net, tensors, write_checkpoint
 from torch import Tensor, nn
 
 from peft_kernels.checkpoints.checks import faults
@@ -29,15 +29,15 @@ LONGEST_SENTENCE = 700
 
 
 class Sample:
-    """A model and a sound checkpoint of it."""
+    """A model and a valid checkpoint of it."""
 
     def __init__(self, folder: Path, model: nn.Module) -> None:
-        self.model, self.sound = model, sound(folder, model)
+        self.model, self.sound = model, write_checkpoint(folder, model)
         self.files = {path.name: path.read_bytes() for path in self.sound.iterdir()}
 
 
 class Fuzzer:
-    """Sound checkpoints and models, made once; every case damages a copy. Each third is of packed experts."""
+    """Damages a copy of a valid checkpoint in every case; each third has packed experts."""
 
     def __init__(self, folder: Path) -> None:
         layers, experts = Sample(folder / "layers", Net()), Sample(folder / "experts", Mixture())
@@ -45,7 +45,7 @@ class Fuzzer:
         self.outcomes: Counter[str] = Counter()
 
     def case(self, number: int) -> None:
-        """AssertionError, or whatever the reader raised, when a damaged checkpoint does what none may do."""
+        """Raises AssertionError or the reader's own error if the reader mishandles a damaged checkpoint."""
         rng = random.Random(number)
         shutil.rmtree(self.broken, ignore_errors=True)
         self.broken.mkdir()
@@ -81,7 +81,7 @@ class Fuzzer:
 
 
 def use(model: Any) -> None:
-    """What was accepted computes, and reads nothing beyond its memory."""
+    """Runs an accepted model and checks that it reads nothing beyond its memory."""
     for layer in (model.up, model.odd, model.down):
         weight = layer.weight.dequantize(torch.float32)
         assert weight.shape[-2:] == (layer.out_features, layer.in_features)

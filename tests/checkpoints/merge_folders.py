@@ -1,4 +1,4 @@
-"""Folders of tiny bases and adapters to merge, and what PEFT makes of them."""
+"""Folders of tiny bases and adapters to merge, and PEFT's own merge of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def saved(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path
 
 
 def adapt(model: Any, folder: Path, **options: Any) -> Any:
-    """A PEFT model whose adapter does something, saved to a folder."""
+    """A PEFT model with an adapter that changes its outputs, saved to a folder."""
     defaults = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
     adapted = peft.get_peft_model(model, peft.LoraConfig(**defaults | options))
     trained = ("lora_", "modules_to_save") + ((".bias",) if options.get("bias") else ())

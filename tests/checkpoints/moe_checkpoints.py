@@ -1,4 +1,4 @@
-"""Checkpoints of tiny mixtures of experts: for the tests of loading and saving them in 4 bits."""
+"""Checkpoints of tiny mixture-of-experts models, for the tests of loading and saving them in 4 bits."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def saved(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **options
 
 
 def loaded(folder: Path, **options: Any) -> Any:
-    """Quantised as it is read."""
+    """Loads a dense checkpoint, quantising it."""
     config = NF4Config(**{"experts": True} | options.pop("nf4", {}))
     return Auto.from_pretrained(folder, quantization_config=config, **options)
 
 
-def sets_of(model: nn.Module) -> dict[str, Any]:
+def expert_modules(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, NF4Experts)}
 
 

@@ -1,4 +1,4 @@
-"""What a small model takes in training, for the tests of `peft-kernels plan`."""
+"""Measures the memory of training a small model, for the tests of `peft-kernels plan`."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def loss_of(model: Any, batch: int = BATCH, seq: int = SEQ) -> Any:
 
 
 def measured_activations(model: Any, vocabulary: int = SIZES["vocab_size"]) -> int:
-    """Without the log-softmax that the loss saves."""
+    """Bytes saved for backward, without the log-softmax of the loss."""
     total = testing.saved_bytes(lambda: loss_of(model), [*model.parameters(), *model.buffers()])
     return total - BATCH * SEQ * vocabulary * 4
 
 
-def off(planned: float, measured: float) -> float:
+def relative_difference(planned: float, measured: float) -> float:
     return abs(planned / measured - 1)
 
 
 class Live(TorchDispatchMode):
-    """Bytes of storages that ops have made and that are still there, and the most there have been."""
+    """Counts the bytes of live storages that ops allocated, and their peak."""
 
     def __init__(self, there: list[Tensor]) -> None:
         super().__init__()
@@ -66,8 +66,8 @@ class Live(TorchDispatchMode):
         self.now -= nbytes
 
 
-def most_planned_by_measured(real: Any, model: Model, run: Run, checkpointing: bool) -> float:
-    """Of a step's backward: what is alive at most beside weights, adapters and the optimiser's states."""
+def planned_to_measured_peak(real: Any, model: Model, run: Run, checkpointing: bool) -> float:
+    """Planned / measured peak of a step's backward, without weights, adapters and optimizer states."""
     loss_of(real, run.batch, run.seq).loss.backward()
     gradients = [p.grad for p in real.parameters() if p.grad is not None]
     with Live([*real.parameters(), *real.buffers(), *gradients]) as live:

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint is told in a sentence with the tensor's name; the model stays as it was."""
+"""A fault in a checkpoint is reported in a sentence with the tensor's name; the model stays unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_damage import INDEX, STATE, Net, sound, tensors, write
+from checkpoint_damage import INDEX, STATE, Net, tensors, write, write_checkpoint
 from fuzz_checkpoints import check_sentence, same, use
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return sound(tmp_path / "model")
+    return write_checkpoint(tmp_path / "model")
 
 
 def trained() -> Net:
@@ -43,7 +43,7 @@ def trained() -> Net:
 
 
 def refused(folder: Path, message: str, model: Any = None) -> None:
-    """With that message, and nothing half-loaded."""
+    """Asserts that loading raises `message` and changes nothing in the model."""
     model = model or trained()
     before = tensors(model)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -53,7 +53,7 @@ def refused(folder: Path, message: str, model: Any = None) -> None:
     assert before.keys() == after.keys() and all(same(before[name], after[name]) for name in before)
 
 
-def test_a_sound_checkpoint_is_loaded_whole(folder: Path) -> None:
+def test_valid_checkpoint_loads(folder: Path) -> None:
     model = trained()
     pk.load_checkpoint(model, folder)
     got, want = tensors(model), tensors(Net())
@@ -82,8 +82,8 @@ def first_is(value: float) -> Callable[[Tensor], Tensor]:
     return change
 
 
-def numbers(**changes: Any) -> Callable[[Path], None]:
-    """Of the JSON of up.weight."""
+def blob(**changes: Any) -> Callable[[Path], None]:
+    """Changes fields of up.weight's quant_state JSON."""
 
     def change(state: dict[str, Tensor]) -> None:
         name = f"up.weight.{STATE}"
@@ -94,7 +94,7 @@ def numbers(**changes: Any) -> Callable[[Path], None]:
 
 
 def header(change: Callable[[dict[str, Any]], Any], length: Callable[[int], int] | None = None) -> Any:
-    """Of the first shard."""
+    """Changes the header of the first shard."""
 
     def damage(folder: Path) -> None:
         path = folder / FIRST
@@ -125,8 +125,8 @@ def index(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
     return damage
 
 
-def moved(found: dict[str, Any]) -> None:
-    """The last tensor begins inside the one before."""
+def overlapping(found: dict[str, Any]) -> None:
+    """Makes the last tensor begin inside the one before it."""
     entries = (entry for name, entry in found.items() if name != "__metadata__")
     entry = max(entries, key=lambda entry: entry["data_offsets"])
     entry["data_offsets"] = [place - 4 for place in entry["data_offsets"]]
@@ -147,7 +147,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "header huge": (header(lambda h: None, lambda size: 2**64 - 1), "got one of 18446744073709551615"),
     "header too short": (header(lambda h: None, lambda size: 20), "expected a header in JSON"),
     "header deep": (raw(lambda data: struct.pack("<Q", 90_000) + b"[" * 90_000), "expected a header in JSON"),
-    "offsets overlap": (header(moved), r"up\.weight\.quant_state\S+ overlaps"),
+    "offsets overlap": (header(overlapping), r"up\.weight\.quant_state\S+ overlaps"),
     "offsets beyond": (
         header(lambda h: h["norm.bias"].update(data_offsets=[2**40, 2**40 + 192])),
         r"norm\.bias leaves a hole after|leaves a hole",
@@ -239,23 +239,23 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
         UP + r"\.nested_absmax: expected finite scales",
     ),
     "second scales overflow": (
-        edit(lambda state: (first_is(3.4e38)(state["up.weight.nested_absmax"]), numbers_of(state, 3e38))),
+        edit(lambda state: (first_is(3.4e38)(state["up.weight.nested_absmax"]), set_offset(state, 3e38))),
         UP + r"\.nested_absmax: expected scales in the range of float32",
     ),
-    "blocksize negative": (numbers(blocksize=-64), UP + ": expected blocksize one of .* got -64"),
-    "blocksize a fraction": (numbers(blocksize=32.5), BLOB + ".*not integers"),
-    "blocksize true": (numbers(blocksize=True), BLOB + ".*not integers"),
-    "sizes overflow": (numbers(shape=[2**40, 2**40]), UP + r": expected 604462909807314587353088 bytes"),
-    "size beyond any": (numbers(shape=[0, 2**70]), UP + ": expected a shape"),
-    "size of digits": (numbers(shape=[0, 10**4000]), UP + ": expected a shape"),
-    "shape no list": (numbers(shape="40x48"), BLOB),
-    "offset NaN": (numbers(nested_offset=math.nan), BLOB + "expected a finite nested_offset .* got nan"),
-    "offset infinite": (numbers(nested_offset=math.inf), BLOB + "expected a finite nested_offset .* got inf"),
-    "offset negative": (numbers(nested_offset=-1e-3), BLOB + "expected a finite nested_offset"),
-    "offset huge": (numbers(nested_offset=10**4000), BLOB + "expected a finite nested_offset"),
-    "offset true": (numbers(nested_offset=True), BLOB + "expected a number nested_offset"),
-    "nested_dtype": (numbers(nested_dtype="int8"), BLOB + "expected nested_dtype"),
-    "dtype a module": (numbers(dtype="nn"), UP + ": expected dtype float32, bfloat16 or float16"),
+    "blocksize negative": (blob(blocksize=-64), UP + ": expected blocksize one of .* got -64"),
+    "blocksize a fraction": (blob(blocksize=32.5), BLOB + ".*not integers"),
+    "blocksize true": (blob(blocksize=True), BLOB + ".*not integers"),
+    "sizes overflow": (blob(shape=[2**40, 2**40]), UP + r": expected 604462909807314587353088 bytes"),
+    "size beyond any": (blob(shape=[0, 2**70]), UP + ": expected a shape"),
+    "size of digits": (blob(shape=[0, 10**4000]), UP + ": expected a shape"),
+    "shape no list": (blob(shape="40x48"), BLOB),
+    "offset NaN": (blob(nested_offset=math.nan), BLOB + "expected a finite nested_offset .* got nan"),
+    "offset infinite": (blob(nested_offset=math.inf), BLOB + "expected a finite nested_offset .* got inf"),
+    "offset negative": (blob(nested_offset=-1e-3), BLOB + "expected a finite nested_offset"),
+    "offset huge": (blob(nested_offset=10**4000), BLOB + "expected a finite nested_offset"),
+    "offset true": (blob(nested_offset=True), BLOB + "expected a number nested_offset"),
+    "nested_dtype": (blob(nested_dtype="int8"), BLOB + "expected nested_dtype"),
+    "dtype a module": (blob(dtype="nn"), UP + ": expected dtype float32, bfloat16 or float16"),
     "foreign item": (
         edit(lambda state: state.update({"up.weight.more": torch.zeros(1)})),
         "more: (it is in|expected the items)",
@@ -263,20 +263,20 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
 }  # fmt: skip
 
 
-def numbers_of(state: dict[str, Tensor], offset: float) -> None:
+def set_offset(state: dict[str, Tensor], offset: float) -> None:
     name = f"up.weight.{STATE}"
     text = json.dumps(json.loads(bytes(state[name].tolist())) | {"nested_offset": offset})
     state[name] = torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_fault_is_named(case: str, folder: Path) -> None:
+def test_fault_is_named(case: str, folder: Path) -> None:
     damage, message = CASES[case]
     damage(folder)
     refused(folder, message)
 
 
-def test_a_model_with_other_names(folder: Path) -> None:
+def test_other_parameter_names(folder: Path) -> None:
     model = trained()
     model.extra = nn.Linear(2, 2)
     refused(folder, r"^extra\.weight: the checkpoint has no tensor of this name", model)
@@ -287,7 +287,7 @@ def test_a_model_with_other_names(folder: Path) -> None:
     assert same(tensors(model)["up.weight"], tensors(Net())["up.weight"])
 
 
-def test_a_model_of_another_kind(folder: Path) -> None:
+def test_other_layer_types(folder: Path) -> None:
     model = trained()
     model.up = nn.Linear(48, 40)
     refused(
@@ -312,8 +312,8 @@ def test_tied_weights_may_be_saved_once(tmp_path: Path) -> None:
     assert model["a"].weight.dtype == torch.float32
 
 
-def test_a_file_that_shrinks_while_it_is_read(folder: Path) -> None:
-    """After its header was found sound. Still nothing is loaded."""
+def test_file_truncated_while_it_is_read(folder: Path) -> None:
+    """After its header was checked. Nothing is loaded."""
     checkpoint = Checkpoint.open(folder)
     raw(lambda data: data[:-2000])(folder)
     with pytest.raises(CheckpointError, match=r"up\.weight.*: expected \d+ bytes, got \d+"):
@@ -325,8 +325,9 @@ def test_a_file_that_shrinks_while_it_is_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1000, 100_000])
-def test_a_disk_that_is_full(size: int, tmp_path: Path) -> None:
-    """Here a limit on files. It may show when the buffer is written, be that after another error."""
+def test_full_disk(size: int, tmp_path: Path) -> None:
+    """Uses a limit on file sizes. The write may fail only when the buffer is flushed, while another error is
+    being raised."""
     path, limits = tmp_path / "a.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
     tensor = torch.zeros(size, dtype=torch.uint8)
 

@@ -1,4 +1,4 @@
-"""`peft-kernels doctor` and `info`: what works here, found out by trying."""
+"""`peft-kernels doctor` and `info` report what works on this machine, by running it."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ BREAKS = {
 
 
 @pytest.fixture(autouse=True)
-def _users_back_ends(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    """Without the one that tests alone have."""
+def _user_back_ends(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """Only the back ends that users have, without the one for tests."""
     if "ptx" in BACKENDS:
         monkeypatch.setattr(BACKENDS["ptx"], "probe", lambda: "for tests")
 
@@ -46,7 +46,7 @@ def diagnosed(capsys: pytest.CaptureFixture[str]) -> tuple[int, Any]:
 
 
 @needs_cpu
-def test_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_faults(capsys: pytest.CaptureFixture[str]) -> None:
     code, report = diagnosed(capsys)
     assert code == 0 and report["problems"] == []
     cases = {(check["what"], check["dtype"]) for check in report["checks"] if check["backend"] == "cpu"}
@@ -60,7 +60,7 @@ def test_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
 
 @needs_cpu
 @pytest.mark.parametrize("what", BREAKS)
-def test_a_wrong_kernel_is_found(
+def test_wrong_kernel_is_reported(
     what: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = doctor._compute
@@ -79,7 +79,7 @@ def test_a_wrong_kernel_is_found(
 
 
 @needs_cpu
-def test_a_kernel_that_raises_is_found(
+def test_raising_kernel_is_reported(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: Any) -> Any:
@@ -91,7 +91,7 @@ def test_a_kernel_that_raises_is_found(
     assert "WRONG" in text and "RuntimeError: no such instruction" in text
 
 
-def test_what_is_not_built_or_too_old(
+def test_missing_or_outdated_parts_are_reported(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(BACKENDS["cpu"], "probe", lambda: "not built: reinstall with g++")
@@ -110,8 +110,8 @@ def test_what_is_not_built_or_too_old(
     ]
 
 
-def test_the_time_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When it is up, one shape for each dtype is left."""
+def test_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the time limit is reached, one shape per dtype is still checked."""
     monkeypatch.setattr(doctor, "_compare", lambda backend, dtype, *shape: [(dtype, shape)])
     found = doctor.self_test(BACKENDS["reference"], until=0.0)
     assert found == [(torch.float32, doctor._SHAPES[0]), (torch.bfloat16, doctor._SHAPES[0])]
@@ -127,7 +127,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["libraries"]["safetensors"]
 
 
-def test_as_a_module_and_its_exit_codes() -> None:
+def test_exit_codes_as_a_module() -> None:
     root = Path(pk.__file__).parent.parent
 
     def call(*arguments: str) -> Any:
@@ -139,10 +139,8 @@ def test_as_a_module_and_its_exit_codes() -> None:
     assert found.stderr.startswith("peft-kernels: /no/such/place: ")
 
 
-def test_a_reader_that_has_seen_enough(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`peft-kernels info --json | head -1`; without JSON, rich sees to it."""
+def test_closed_pipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`peft-kernels info --json | head -1`; without --json, rich handles a closed pipe."""
     out, into = os.pipe()
     os.close(out)
     with os.fdopen(into, "w") as stdout:
@@ -151,7 +149,7 @@ def test_a_reader_that_has_seen_enough(
     assert not capsys.readouterr().err
 
 
-def test_wrong_arguments_and_what_the_system_refuses(
+def test_wrong_arguments_and_system_errors(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for wrong in ([], ["frob"], ["quantize", "a"], ["quantize", "a", "b", "--blocksize", "48"]):

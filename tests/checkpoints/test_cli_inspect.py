@@ -1,4 +1,4 @@
-"""`peft-kernels inspect`: what is in a checkpoint, and each fault in a sentence."""
+"""`peft-kernels inspect` lists a checkpoint's contents, and each fault in a sentence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_damage import INDEX, sound, write
+from checkpoint_damage import INDEX, write, write_checkpoint
 
 import testing
 from peft_kernels.checkpoints.folder import Checkpoint
@@ -20,7 +20,7 @@ from peft_kernels.cli.output import Output, size
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return sound(tmp_path / "model")
+    return write_checkpoint(tmp_path / "model")
 
 
 def inspected(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, Any]:
@@ -28,7 +28,7 @@ def inspected(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> 
     return code, json.loads(capsys.readouterr().out)
 
 
-def test_a_sound_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_valid_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, report = inspected(folder, capsys)
     assert code == 0 and report["faults"] == []
     assert report["files"] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -90,8 +90,8 @@ def test_every_fault_is_reported(folder: Path, capsys: pytest.CaptureFixture[str
     assert code == 1 and len(report["faults"]) == 3
 
 
-def test_one_shard_that_cannot_be_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The rest of the folder is still shown."""
+def test_one_unreadable_shard(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rest of the folder is still listed."""
     path = folder / "model-00002-of-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-40])
     code, report = inspected(folder, capsys)
@@ -99,7 +99,7 @@ def test_one_shard_that_cannot_be_read(folder: Path, capsys: pytest.CaptureFixtu
     assert any(tensor["name"] == "up.weight" for tensor in report["tensors"])
 
 
-def test_a_name_alone_makes_no_nf4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nf4_needs_more_than_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "model.safetensors"
     write(path, {"observer.absmax": torch.ones(3)})
     code, report = inspected(path, capsys)
@@ -109,7 +109,7 @@ def test_a_name_alone_makes_no_nf4(tmp_path: Path, capsys: pytest.CaptureFixture
     assert faults == ["up.weight: expected a tensor in the state dict, got NoneType"]
 
 
-def test_no_checkpoint_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, report = inspected(tmp_path / "nothing", capsys)
     assert code == 1 and "got nothing there" in report["error"]
     (tmp_path / "pytorch_model.bin").write_text("x")
@@ -119,8 +119,8 @@ def test_no_checkpoint_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     )
 
 
-def test_values_beyond_what_fits_in_one_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Sums that overflow are no fault; a NaN in the last of several pieces is."""
+def test_tensor_larger_than_one_chunk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Overflowing sums are no fault; a NaN in the last chunk is."""
     path = tmp_path / "model.safetensors"
     large = torch.full((3 << 22,), 3e38)
     write(path, {"large": large})
@@ -143,7 +143,7 @@ def test_bitsandbytes_own_weights_have_no_faults(tmp_path: Path, capsys: pytest.
 def test_without_rich(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same text but for colours."""
+    """The same text without colours."""
     assert main(["inspect", str(folder)]) == 0
     with_rich = capsys.readouterr().out
     for name in ("rich", "rich.console", "rich.table", "rich.progress"):
@@ -155,7 +155,7 @@ def test_without_rich(
 def test_in_a_terminal(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Colours, and a bar on stderr; no name is markup, in the table or a sentence."""
+    """Colours, and a progress bar on stderr; brackets in names are not read as rich markup."""
     pytest.importorskip("rich", reason="rich is not installed")
     for name, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "200"}.items():
         monkeypatch.setenv(name, value)
@@ -175,7 +175,7 @@ def test_progress_without_a_terminal_is_silent(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr() == ("", "")
 
 
-def test_sizes_in_words() -> None:
+def test_size_text() -> None:
     assert [size(n) for n in (0, 999, 1500, 156_288, 8_030_261_248)] == [
         "0 B",
         "999 B",

@@ -1,4 +1,4 @@
-"""`peft-kernels merge`: to the bit what merge_and_unload and save_pretrained make of the dense model."""
+"""`peft-kernels merge` equals merge_and_unload and save_pretrained of the dense model, bit for bit."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ OTHER_DTYPES = [(case, dtype) for case in ("lora", "dora") for dtype in (torch.f
 @pytest.mark.parametrize(
     ("case", "dtype"), [*((case, torch.bfloat16) for case in CASES), *OTHER_DTYPES], ids=str
 )
-def test_it_is_what_peft_merges_and_saves(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_equals_peft_merge(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
     make, options = CASES[case]
     base, adapter, out = saved(make(), tmp_path / "base", dtype), tmp_path / "adapter", tmp_path / "out"
     adapt(CAUSAL.from_pretrained(base), adapter, **options)
@@ -92,7 +92,7 @@ def test_it_is_what_peft_merges_and_saves(case: str, dtype: torch.dtype, tmp_pat
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "granitemoe"])
 def test_experts(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """In parts in the files; transposed; as the model has them."""
+    """One tensor per expert in the files, transposed, or stacked as in the model."""
     base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
     saved(moe.model(kind), base, dtype)
     model = CAUSAL.from_pretrained(base)
@@ -108,8 +108,8 @@ def experts_of(model: Any) -> list[str]:
     return sorted(name for name, p in model.named_parameters() if p.dim() == 3 and name.endswith("_proj"))
 
 
-def test_tied_weights_that_the_files_have_twice_are_untied(tmp_path: Path) -> None:
-    """Else the head that was trained would be passed over for the embedding."""
+def test_tied_weights_stored_twice_are_untied(tmp_path: Path) -> None:
+    """Otherwise the trained head would be skipped in favour of the embedding."""
     base, adapter = saved(tiny_llama(), tmp_path / "base"), tmp_path / "adapter"
     edit_config(base, tie_word_embeddings=True)
     adapt(CAUSAL.from_pretrained(base), adapter, modules_to_save=["lm_head"])
@@ -121,7 +121,7 @@ def test_tied_weights_that_the_files_have_twice_are_untied(tmp_path: Path) -> No
     assert torch.equal(CAUSAL.from_pretrained(tmp_path / "out").lm_head.weight, head)
 
 
-def test_a_classifier_with_its_head(tmp_path: Path) -> None:
+def test_classifier_with_its_head(tmp_path: Path) -> None:
     config = tiny_llama().config
     config.num_labels = 3
     base, adapter = tmp_path / "base", tmp_path / "adapter"
@@ -134,7 +134,7 @@ def test_a_classifier_with_its_head(tmp_path: Path) -> None:
     assert "score.weight" in done.plan.changes
 
 
-def test_without_a_known_architecture_names_tell(tmp_path: Path) -> None:
+def test_unknown_architecture_is_merged_by_names(tmp_path: Path) -> None:
     base, adapter = saved(tiny_llama(), tmp_path / "base"), tmp_path / "adapter"
     adapt(CAUSAL.from_pretrained(base), adapter)
     expected = merged_by_peft(base, adapter, tmp_path / "expected")
@@ -147,7 +147,7 @@ def test_without_a_known_architecture_names_tell(tmp_path: Path) -> None:
     assert_same_tensors(Checkpoint.open(tmp_path / "out"), expected)
 
 
-# Bases in NF4.
+# Bases in NF4
 
 PACKED = {
     "llama": (tiny_llama, {}, {}),
@@ -159,12 +159,12 @@ PACKED = {
 
 
 @pytest.mark.parametrize("case", PACKED)
-def test_a_base_in_nf4(case: str, tmp_path: Path) -> None:
-    """Dense, it is what PEFT merges into the dense twin of the base; packed again, that in 4 bits."""
+def test_nf4_base(case: str, tmp_path: Path) -> None:
+    """The dense result equals PEFT's merge into the dequantised base; packed again, that merge in 4 bits."""
     make, options, how = PACKED[case]
     dense_base, base, adapter = saved(make(), tmp_path / "dense"), tmp_path / "base", tmp_path / "adapter"
     quantize_checkpoint(dense_base, base, **how)
-    twin = dense_twin(base, dense_base, bool(how.get("experts")))
+    twin = dense_base_of(base, dense_base, bool(how.get("experts")))
     parameters = experts_of(twin) if how.get("experts") else None
     model = adapt(twin, adapter, **options, target_parameters=parameters)
     expected = copy.deepcopy(model).merge_and_unload().state_dict()
@@ -195,8 +195,8 @@ def test_a_base_in_nf4(case: str, tmp_path: Path) -> None:
     assert again.rounding.share == pytest.approx((error / change) ** 0.5, rel=1e-4)
 
 
-def dense_twin(base: Path, dense_base: Path, experts: bool) -> Any:
-    """The base as its 4 bits have it, without any."""
+def dense_base_of(base: Path, dense_base: Path, experts: bool) -> Any:
+    """The base with its dequantised weights."""
     if experts:
         model = CAUSAL.from_pretrained(base)
         for module in list(model.modules()):
@@ -215,12 +215,12 @@ def dense_twin(base: Path, dense_base: Path, experts: bool) -> Any:
     return model
 
 
-# The command, and the run.
+# The command line and interrupted runs
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base in two files, and an adapter; not to be written to."""
+    """A base in two files, and an adapter. Tests must not write to them."""
     here = tmp_path_factory.mktemp("folders")
     base = saved(tiny_llama(), here / "base")
     (base / "tokenizer.json").write_text("{}")
@@ -241,7 +241,7 @@ def test_command(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.Capt
     assert main(["inspect", str(tmp_path / "out")]) == 0
 
 
-def test_the_loss_of_4_bits_is_reported(
+def test_rounding_to_4_bits_is_reported(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, adapter = tmp_path / "base", folders[1]
@@ -253,7 +253,7 @@ def test_the_loss_of_4_bits_is_reported(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_after_an_error_nothing_is_left(folders: tuple[Path, Path], tmp_path: Path, error: Any) -> None:
+def test_error_leaves_no_files(folders: tuple[Path, Path], tmp_path: Path, error: Any) -> None:
     names: list[str] = []
 
     def stop(name: str, nbytes: int) -> None:
@@ -266,7 +266,7 @@ def test_after_an_error_nothing_is_left(folders: tuple[Path, Path], tmp_path: Pa
     assert len(names) == 20 and not list(tmp_path.iterdir())
 
 
-def test_a_killed_run_is_begun_anew(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_killed_run_is_restarted(folders: tuple[Path, Path], tmp_path: Path) -> None:
     work = tmp_path / ".out.merging" / "model"
     work.mkdir(parents=True)
     (work / "model-00001-of-00002.safetensors").write_text("half")
@@ -277,7 +277,7 @@ def test_a_killed_run_is_begun_anew(folders: tuple[Path, Path], tmp_path: Path) 
 
 
 def test_one_tensor_of_the_base_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of experts one, or a part of one."""
+    """Of experts, one at a time, or one part of one."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     saved(moe.model("granitemoe"), base)
     model = CAUSAL.from_pretrained(base)
@@ -338,6 +338,6 @@ print(json.dumps([peak() - before, shape[0] * shape[1] * 2, layers]))
 
 
 def test_peak_memory_is_that_of_one_tensor(tmp_path: Path, python: Python) -> None:
-    """bf16 and its delta in fp32: three times the tensor, and what the check for NaN takes; not the model."""
+    """bf16 and its delta in fp32: three times the tensor plus the check for NaN, not the whole model."""
     grown, tensor, layers = json.loads(python(PEAK.format(here=str(tmp_path))).stdout)
     assert grown < 5 * tensor < layers * tensor / 2

@@ -1,4 +1,4 @@
-"""`peft-kernels merge` on folders that it does not merge: a sentence that names what is wrong, no result."""
+"""`peft-kernels merge` refuses invalid folders with a sentence that names the fault, and writes nothing."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def base_tensor(name: str, edit: Callable[[Any], Any]) -> Callable[[Folders], No
     return change
 
 
-def spoilt(value: float) -> Callable[[Any], Any]:
+def set_last(value: float) -> Callable[[Any], Any]:
     def edit(tensor: Any) -> Any:
         tensor.view(-1)[-1] = value
         return tensor
@@ -101,7 +101,7 @@ def without_base_tensor(folders: Folders) -> None:
 UP = "model.layers.1.mlp.up_proj.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
 REFUSED: dict[str, tuple[Callable[[Folders], Any], str]] = {
-    # What is not merged, and why.
+    # Adapters that cannot be merged
     "other-method": (config(peft_type="IA3"), r"expected peft_type 'LORA', got IA3; merge it with PEFT's"),
     "alora": (config(alora_invocation_tokens=[1]), r"alora_invocation_tokens: .* some tokens of a sequence"),
     "arrow": (config(arrow_config={"top_k": 2}), r"arrow_config: .* token by token"),
@@ -111,7 +111,7 @@ REFUSED: dict[str, tuple[Callable[[Folders], Any], str]] = {
     "bias": (config(bias="some"), r"bias: expected 'none', 'all' or 'lora_only', got some"),
     "names": (config(modules_to_save=[1]), r"modules_to_save: expected a list of names, got \[1\]"),
     "pattern": (config(alpha_pattern={"(a|a)*b\\1": 2}), r"alpha_pattern: "),
-    # The adapter's tensors.
+    # The adapter's tensors
     "no-safetensors": (only_bin, r"expected a adapter_model.safetensors, got none; save_pretrained"),
     "rank": (
         config(r=8),
@@ -124,7 +124,7 @@ REFUSED: dict[str, tuple[Callable[[Folders], Any], str]] = {
     ),
     "no-magnitude": (config(use_dora=True), r"expected a, b, magnitude, got a, b"),
     "nan": (
-        tensors(lambda found: found.update({B: spoilt(NAN)(found[B])})),
+        tensors(lambda found: found.update({B: set_last(NAN)(found[B])})),
         r"q_proj\.lora_B\.weight: .*finite",
     ),
     "shape": (
@@ -192,7 +192,7 @@ REFUSED: dict[str, tuple[Callable[[Folders], Any], str]] = {
         ),
         r"down_proj\.bias: expected a tensor of this name in LlamaForCausalLM, got none",
     ),
-    # The base.
+    # The base
     "no-weight": (
         without_base_tensor,
         r"q_proj\.weight: expected a tensor of this name in LlamaForCausalLM, got none",
@@ -209,9 +209,9 @@ REFUSED: dict[str, tuple[Callable[[Folders], Any], str]] = {
         base_tensor(DOWN, lambda found: found.to(torch.float8_e4m3fn)),
         r"down_proj\.weight: expected float32, bfloat16 or float16, got torch\.float8_e4m3fn",
     ),
-    "base-nan": (base_tensor(UP, spoilt(NAN)), r"up_proj\.weight: 1 of 6144 values are NaN or Inf"),
+    "base-nan": (base_tensor(UP, set_last(NAN)), r"up_proj\.weight: 1 of 6144 values are NaN or Inf"),
     "base-inf": (
-        base_tensor(DOWN, spoilt(float("inf"))),
+        base_tensor(DOWN, set_last(float("inf"))),
         r"down_proj\.weight: expected finite values after merging, got NaN or Inf",
     ),
     "no-config": (
@@ -222,7 +222,7 @@ REFUSED: dict[str, tuple[Callable[[Folders], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_it_is_refused_by_name(case: str, folders: Folders, tmp_path: Path) -> None:
+def test_refused(case: str, folders: Folders, tmp_path: Path) -> None:
     spoil, message = REFUSED[case]
     spoil(folders)
     with pytest.raises(CheckpointError, match=message):
@@ -230,8 +230,8 @@ def test_it_is_refused_by_name(case: str, folders: Folders, tmp_path: Path) -> N
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
 
 
-def test_a_base_that_lacks_a_tensor(folders: Folders, tmp_path: Path) -> None:
-    """One that the adapter leaves alone."""
+def test_base_without_a_tensor(folders: Folders, tmp_path: Path) -> None:
+    """A tensor that the adapter does not change."""
     file = folders.of_base(UP)
     (folders.base / "model.safetensors.index.json").unlink()
     edit_tensors(file, lambda found: found.pop(UP))
@@ -243,7 +243,7 @@ def test_a_base_that_lacks_a_tensor(folders: Folders, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_lora_on_one_of_two_tied_weights(target: str, tmp_path: Path) -> None:
-    """Merged, it would change the other, too: PEFT merges it so, with a warning."""
+    """A merge would change the other weight too; PEFT merges here, with a warning."""
     base = saved(tiny_llama(tie_word_embeddings=True), tmp_path / "base")
     adapt(CAUSAL.from_pretrained(base), tmp_path / "adapter", target_modules=["q_proj", target])
     with pytest.raises(
@@ -252,7 +252,7 @@ def test_lora_on_one_of_two_tied_weights(target: str, tmp_path: Path) -> None:
         merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
 
 
-def test_a_sum_beyond_fp16(tmp_path: Path) -> None:
+def test_fp16_overflow(tmp_path: Path) -> None:
     base = saved(tiny_llama(), tmp_path / "base", torch.float16)
     model = adapt(CAUSAL.from_pretrained(base), tmp_path / "adapter")
     with torch.no_grad():
@@ -265,7 +265,7 @@ def test_a_sum_beyond_fp16(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
 
 
-def test_what_the_result_may_be(folders: Folders, tmp_path: Path, capsys: Any) -> None:
+def test_output_options(folders: Folders, tmp_path: Path, capsys: Any) -> None:
     paths = [str(folders.base), str(folders.adapter)]
     assert main(["merge", *paths, str(tmp_path / "out"), "--format", "nf4"]) == 1
     assert "expected a base in NF4 to merge into NF4, got a dense one" in capsys.readouterr().err
@@ -279,7 +279,7 @@ def test_what_the_result_may_be(folders: Folders, tmp_path: Path, capsys: Any) -
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "out"}
 
 
-def test_a_second_run_at_the_same_time(folders: Folders, tmp_path: Path) -> None:
+def test_concurrent_run(folders: Folders, tmp_path: Path) -> None:
     tried = []
 
     def second(name: str, nbytes: int) -> None:
@@ -300,7 +300,7 @@ def test_too_little_space(folders: Folders, tmp_path: Path, monkeypatch: pytest.
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
 
 
-def test_a_damaged_packed_weight(folders: Folders, tmp_path: Path) -> None:
+def test_damaged_packed_weight(folders: Folders, tmp_path: Path) -> None:
     base = tmp_path / "nf4"
     quantize_checkpoint(folders.base, base, double_quant=False)
     name = f"{DOWN}.absmax"
@@ -310,7 +310,7 @@ def test_a_damaged_packed_weight(folders: Folders, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
-def test_a_saved_module_that_the_base_has_in_4_bits(folders: Folders, tmp_path: Path) -> None:
+def test_saved_module_that_is_packed_in_the_base(folders: Folders, tmp_path: Path) -> None:
     base = tmp_path / "nf4"
     quantize_checkpoint(folders.base, base)
     edit_config(folders.adapter, modules_to_save=["1.mlp.up_proj"])
@@ -321,7 +321,7 @@ def test_a_saved_module_that_the_base_has_in_4_bits(folders: Folders, tmp_path: 
         merge_checkpoint(base, folders.adapter, tmp_path / "out")
 
 
-def test_experts_without_a_known_architecture(folders: Folders, tmp_path: Path) -> None:
+def test_experts_of_an_unknown_architecture(folders: Folders, tmp_path: Path) -> None:
     edit_config(folders.base, model_type="its_own", architectures=["Own"])
     edit_tensors(folders.weights, renamed(A.replace("q_proj", "experts")))
     with pytest.raises(CheckpointError, match=r"experts: expected a"):

@@ -1,4 +1,4 @@
-"""`peft-kernels plan` against what small models are measured to take."""
+"""`peft-kernels plan` against the measured memory of small models."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from plan_measures import (
     SIZES,
     loss_of,
     measured_activations,
-    most_planned_by_measured,
-    off,
+    planned_to_measured_peak,
+    relative_difference,
 )
 from torch import Tensor, nn
 
@@ -51,7 +51,7 @@ def config_of(kind: str, **changes: Any) -> Any:
     return getattr(transformers, f"{family}Config")(**SIZES | options | changes)
 
 
-def described(kind: str, dtype: torch.dtype = torch.bfloat16, targets: Any = None, **changes: Any) -> Model:
+def plan_model(kind: str, dtype: torch.dtype = torch.bfloat16, targets: Any = None, **changes: Any) -> Model:
     config = config_of(kind, **changes)
     with torch.device("meta"):
         return describe(transformers.AutoModelForCausalLM.from_config(config), dtype, targets)
@@ -72,7 +72,7 @@ class Bottleneck(nn.Module):
 def trainable(
     kind: str, method: str, dtype: torch.dtype = torch.bfloat16, targets: Any = None, **changes: Any
 ) -> Any:
-    """A model that is set up as a user would."""
+    """A model set up for training as a user would."""
     torch.manual_seed(0)
     config = config_of(kind, **changes)
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
@@ -106,7 +106,7 @@ def trainable(
 
 
 def insert(part: Any, adapter: nn.Module) -> None:
-    """After a part of a layer, whose forward gives a tensor or a tuple that begins with one."""
+    """Adds an adapter after a module whose forward returns a tensor, or a tuple that begins with one."""
     part.adapter = adapter
 
     def hook(module: Any, args: Any, output: Any) -> Any:
@@ -118,30 +118,30 @@ def insert(part: Any, adapter: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(("kind", "method"), CASES)
-def test_against_measured_models(kind: str, method: str) -> None:
-    """To 1% for activations, as a term that is missing could hide in more; 5% for the rest."""
-    model, run = described(kind), Run(method, BATCH, SEQ, **OPTIONS)
+def test_measured_memory(kind: str, method: str) -> None:
+    """Activations to 1%, so that a missing term shows; the rest to 5%."""
+    model, run = plan_model(kind), Run(method, BATCH, SEQ, **OPTIONS)
     real = trainable(kind, method)
-    assert off(memory.activations(model, run), measured_activations(real)) < 0.01
+    assert relative_difference(memory.activations(model, run), measured_activations(real)) < 0.01
     added = ("lora_", "prompt_encoder", "adapter.")
     base = [p for n, p in real.named_parameters() if not any(part in n for part in added)]
     extra = [p for n, p in real.named_parameters() if any(part in n for part in added)]
-    assert off(memory.weights(model, run), sum(p.nbytes for p in base)) < 0.05
-    factor = 2 if method == "adapter" else 1  # the stand-in's are in bf16
+    assert relative_difference(memory.weights(model, run), sum(p.nbytes for p in base)) < 0.05
+    factor = 2 if method == "adapter" else 1  # the measured adapters are in bf16
     if method != "full":
-        assert off(memory.adapters(model, run), factor * sum(p.nbytes for p in extra)) < 0.05
+        assert relative_difference(memory.adapters(model, run), factor * sum(p.nbytes for p in extra)) < 0.05
     loss_of(real).loss.backward()
     gradients = sum(p.grad.nbytes for p in real.parameters() if p.grad is not None)
-    assert off(memory.gradients(model, run), factor * gradients) < 0.05
+    assert relative_difference(memory.gradients(model, run), factor * gradients) < 0.05
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_other_dtypes(method: str, dtype: torch.dtype) -> None:
-    model, run = described("llama", dtype), Run(method, BATCH, SEQ, **OPTIONS)
+    model, run = plan_model("llama", dtype), Run(method, BATCH, SEQ, **OPTIONS)
     real = trainable("llama", method, dtype)
-    assert off(memory.weights(model, run) + memory.adapters(model, run), _nbytes(real)) < 0.05
-    assert off(memory.activations(model, run), measured_activations(real)) < 0.01
+    assert relative_difference(memory.weights(model, run) + memory.adapters(model, run), _nbytes(real)) < 0.05
+    assert relative_difference(memory.activations(model, run), measured_activations(real)) < 0.01
 
 
 def _nbytes(model: nn.Module) -> int:
@@ -151,22 +151,22 @@ def _nbytes(model: nn.Module) -> int:
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["o_proj", "down_proj"], ["gate_proj"]], ids=str)
 @pytest.mark.parametrize("method", ["lora", "qlora", "dora"])
 def test_adapters_on_some_layers(method: str, targets: list[str]) -> None:
-    model, run = described("qwen3", targets=targets), Run(method, BATCH, SEQ, **OPTIONS)
+    model, run = plan_model("qwen3", targets=targets), Run(method, BATCH, SEQ, **OPTIONS)
     real = trainable("qwen3", method, targets=targets)
-    assert off(memory.activations(model, run), measured_activations(real)) < 0.05
+    assert relative_difference(memory.activations(model, run), measured_activations(real)) < 0.05
     trained = sum(p.nbytes for p in real.parameters() if p.requires_grad)
-    assert off(memory.adapters(model, run), trained) < 0.05
+    assert relative_difference(memory.adapters(model, run), trained) < 0.05
 
 
 @pytest.mark.parametrize("targets", [None, ["q_proj", "v_proj"]], ids=["all", "q and v"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_after_kbit_preparation(kind: str, targets: Any) -> None:
-    """PEFT makes fp32 of all that is not quantised, and the products stay in bf16."""
-    model = described(kind, targets=targets)
+    """PEFT casts all that is not quantised to fp32; matmuls stay in bf16."""
+    model = plan_model(kind, targets=targets)
     run = Run("qlora", BATCH, SEQ, **OPTIONS, prepared=True)
     real = trainable(kind, "prepared", targets=targets)
-    assert off(memory.activations(model, run), measured_activations(real)) < 0.01
-    assert off(memory.weights(model, run) + memory.adapters(model, run), _nbytes(real)) < 0.05
+    assert relative_difference(memory.activations(model, run), measured_activations(real)) < 0.01
+    assert relative_difference(memory.weights(model, run) + memory.adapters(model, run), _nbytes(real)) < 0.05
     logits = loss_of(real).logits
     assert memory.logits(model, run) == 2 * logits.nbytes and logits.dtype == torch.float32
 
@@ -181,7 +181,7 @@ OURS = {
 OTHERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "adafactor": transformers.Adafactor}
 
 
-def optimiser_of(optim: str, parameters: Any) -> Any:
+def make_optimizer(optim: str, parameters: Any) -> Any:
     if optim == "bitsandbytes":
         bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
         return bnb.optim.AdamW8bit(parameters)
@@ -189,8 +189,8 @@ def optimiser_of(optim: str, parameters: Any) -> Any:
 
 
 def step(model: nn.Module, optim: str) -> int:
-    """Bytes of the optimiser's state after a step."""
-    optimiser = optimiser_of(optim, [p for p in model.parameters() if p.requires_grad])
+    """Bytes of the optimizer's state after a step."""
+    optimiser = make_optimizer(optim, [p for p in model.parameters() if p.requires_grad])
     optimiser.step()
     found: dict[int, int] = {}
     for state in optimiser.state.values():
@@ -200,13 +200,13 @@ def step(model: nn.Module, optim: str) -> int:
     return sum(found.values())
 
 
-@pytest.mark.filterwarnings("ignore:.*[Pp]ag")  # there is nothing to page to on a CPU
+@pytest.mark.filterwarnings("ignore:.*[Pp]ag")  # a CPU has no memory to page to
 @pytest.mark.parametrize("optim", [*OPTIMISERS, "bitsandbytes"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_optimiser_state(method: str, optim: str) -> None:
-    changes = {"hidden_size": 128, "num_hidden_layers": 1}  # some of it above bitsandbytes' 4096 numbers
+    changes = {"hidden_size": 128, "num_hidden_layers": 1}  # some tensors exceed bitsandbytes' 4096 elements
     planned = "adamw8bit" if optim == "bitsandbytes" else optim
-    model, run = described("llama", **changes), Run(method, BATCH, SEQ, 40, planned)
+    model, run = plan_model("llama", **changes), Run(method, BATCH, SEQ, 40, planned)
     if method == "full":
         real = trainable("llama", "full", **changes)
     else:
@@ -217,47 +217,47 @@ def test_optimiser_state(method: str, optim: str) -> None:
     assert (
         memory.optimiser(model, run) == expected
         if not expected
-        else (off(memory.optimiser(model, run), expected) < 0.05)
+        else (relative_difference(memory.optimiser(model, run), expected) < 0.05)
     )
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "dora", "full"])
 def test_checkpointing(method: str) -> None:
-    """What the forward leaves; and what a layer saves, as the difference of two depths."""
-    model, run = described("llama"), Run(method, BATCH, SEQ, **OPTIONS)
+    """Checkpoints of the forward, and activations of one layer as the difference between two depths."""
+    model, run = plan_model("llama"), Run(method, BATCH, SEQ, **OPTIONS)
     real = trainable("llama", method)
     base = real if method == "full" else real.get_base_model()
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if method != "full":
         real.enable_input_require_grads()
-    # cos and sin live in a closure, where no hook sees them.
+    # cos and sin live in a closure, which hooks cannot see.
     rotary = 2 * SEQ * (SIZES["hidden_size"] // SIZES["num_attention_heads"]) * 2
-    assert off(memory.checkpoints(model, run), measured_activations(real) + rotary) < 0.1
+    assert relative_difference(memory.checkpoints(model, run), measured_activations(real) + rotary) < 0.1
     deeper = measured_activations(trainable("llama", method, num_hidden_layers=4))
     layer = deeper - measured_activations(trainable("llama", method))
-    assert off(memory.layer(model, run), layer) < 0.05
+    assert relative_difference(memory.layer(model, run), layer) < 0.05
     assert memory.checkpointed(model, run) == memory.checkpoints(model, run) + memory.layer(model, run)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("vocabulary", [96, 3000])
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_most_at_any_time(method: str, vocabulary: int, checkpointing: bool) -> None:
-    """Of a step beside gradients that are there: whether the logits are most of it, or the layers."""
+def test_peak(method: str, vocabulary: int, checkpointing: bool) -> None:
+    """Peak of a step, where logits dominate and where layers do."""
     batch, seq = 2, 192
     changes = {"vocab_size": vocabulary}
-    model, run = described("llama", **changes), Run(method, batch, seq, **OPTIONS)
+    model, run = plan_model("llama", **changes), Run(method, batch, seq, **OPTIONS)
     real = trainable("llama", method, **changes)
     if checkpointing:
         base = real if method == "full" else real.get_base_model()
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if method != "full":
             real.enable_input_require_grads()
-    assert 0.9 < most_planned_by_measured(real, model, run, checkpointing) < 1.2
+    assert 0.9 < planned_to_measured_peak(real, model, run, checkpointing) < 1.2
 
 
-def test_the_largest_batch_is_the_largest() -> None:
-    model = described("llama")
+def test_largest_batch() -> None:
+    model = plan_model("llama")
     limit = 10_000_000
     for checkpointing in (False, True):
 
@@ -270,8 +270,8 @@ def test_the_largest_batch_is_the_largest() -> None:
     assert memory.largest_batch(lambda batch: batch <= 1) == 1
 
 
-def test_command_on_a_known_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Llama 3.1 8B from its configuration: sizes that everybody knows."""
+def test_command_on_llama(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Llama 3.1 8B from its configuration: well-known sizes."""
     config = transformers.LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=8, dtype="bfloat16", architectures=["LlamaForCausalLM"],
@@ -295,7 +295,7 @@ def test_command_on_a_known_model(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "largest batch, with checkpointing" in text and "assumed: layers fused" in text
 
 
-def test_some_memory_is_kept_in_reserve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reserve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config_of("llama").save_pretrained(tmp_path)
 
     def planned(*options: str) -> Any:
@@ -309,9 +309,7 @@ def test_some_memory_is_kept_in_reserve(tmp_path: Path, capsys: pytest.CaptureFi
     assert planned("--memory", str(total + 10**9))["largest_batch"] == 1
 
 
-def test_an_architecture_with_other_layers_is_not_guessed_at(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_layers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     transformers.GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=96).save_pretrained(tmp_path)
     assert main(["plan", str(tmp_path), "--memory", "24GB", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -321,7 +319,7 @@ def test_an_architecture_with_other_layers_is_not_guessed_at(
 
 
 def test_from_the_configuration_alone(tmp_path: Path) -> None:
-    """A model of 400 billion parameters is described in a moment, and takes no memory."""
+    """A model of 400 billion parameters is described at once, without allocating it."""
     changes = {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 3, "head_dim": 128}
     config_of("llama", **changes, num_attention_heads=128, num_key_value_heads=8).save_pretrained(tmp_path)
     model = build(tmp_path)
@@ -340,6 +338,6 @@ def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "expected names of linear layers, got 'q_prj'" in capsys.readouterr().err
 
 
-def test_sizes_with_units() -> None:
+def test_size_units() -> None:
     assert byte_count("24GB") == 24 * 10**9 and byte_count("80GiB") == 80 * 2**30
     assert byte_count("1.5 tb") == 15 * 10**11 and byte_count("512") == 512

@@ -1,4 +1,4 @@
-"""`peft-kernels plan` for mixtures of experts, against what small models are measured to take."""
+"""`peft-kernels plan` for mixture-of-experts models, against the measured memory of small ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from plan_measures import BATCH, RANK, SEQ, SIZES, measured_activations, most_planned_by_measured, off
+from plan_measures import (
+    BATCH,
+    RANK,
+    SEQ,
+    SIZES,
+    measured_activations,
+    planned_to_measured_peak,
+    relative_difference,
+)
 from torch import nn
 
 import peft_kernels as pk
@@ -39,14 +47,14 @@ def config_of(kind: str) -> Any:
     return getattr(transformers, f"{family}Config")(**sizes)
 
 
-def described(kind: str, parameters: Any = ()) -> Model:
+def plan_model(kind: str, parameters: Any = ()) -> Model:
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config_of(kind))
     return describe(model, torch.bfloat16, ATTENTION, parameters)
 
 
 def trainable(kind: str, experts: bool | None, parameters: Any = (), prepared: bool = False) -> Any:
-    """`experts`: packed or not; None: nothing is."""
+    """experts: True packs them, False leaves them dense, None quantises nothing."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config_of(kind)).to(torch.bfloat16)
     model.config.use_cache = False
@@ -67,12 +75,12 @@ def nbytes(model: nn.Module, adapters: bool) -> int:
 @pytest.mark.parametrize("experts", [None, False, True], ids=["bf16", "dense experts", "packed experts"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_and_adapters(kind: str, experts: bool | None) -> None:
-    model = described(kind, [UP, DOWN])
+    model = plan_model(kind, [UP, DOWN])
     run = Run("lora" if experts is None else "qlora", BATCH, SEQ, RANK, experts=bool(experts))
     real = trainable(kind, experts, [UP, DOWN])
-    assert off(memory.weights(model, run), nbytes(real, False)) < 0.001
+    assert relative_difference(memory.weights(model, run), nbytes(real, False)) < 0.001
     assert memory.adapters(model, run) == memory.gradients(model, run) == nbytes(real, True)
-    of_attention = memory.adapters(described(kind), run)
+    of_attention = memory.adapters(plan_model(kind), run)
     assert of_attention == nbytes(trainable(kind, experts), True) < memory.adapters(model, run)
 
 
@@ -80,24 +88,24 @@ def test_weights_and_adapters(kind: str, experts: bool | None) -> None:
 @pytest.mark.parametrize("parameters", [[], [DOWN], [UP, DOWN]], ids=str)
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_activations_of_packed_experts(kind: str, parameters: list[str], prepared: bool) -> None:
-    """To 1%, as a term that is missing could hide in more."""
-    model = described(kind, parameters)
+    """To 1%, so that a missing term shows."""
+    model = plan_model(kind, parameters)
     run = Run("qlora", BATCH, SEQ, RANK, experts=True, prepared=prepared)
     real = trainable(kind, True, parameters, prepared)
-    assert off(memory.activations(model, run), measured_activations(real)) < 0.01
-    assert off(memory.weights(model, run), nbytes(real, False)) < 0.001
+    assert relative_difference(memory.activations(model, run), measured_activations(real)) < 0.01
+    assert relative_difference(memory.weights(model, run), nbytes(real, False)) < 0.001
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-def test_the_most_at_any_time(checkpointing: bool) -> None:
+def test_peak(checkpointing: bool) -> None:
     batch, seq = 1, 96
-    model, run = described("qwen3_moe"), Run("qlora", batch, seq, RANK, experts=True)
+    model, run = plan_model("qwen3_moe"), Run("qlora", batch, seq, RANK, experts=True)
     real = trainable("qwen3_moe", True)
     if checkpointing:
         options = {"use_reentrant": False}
         real.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         real.enable_input_require_grads()
-    assert 0.9 < most_planned_by_measured(real, model, run, checkpointing) < 1.2
+    assert 0.9 < planned_to_measured_peak(real, model, run, checkpointing) < 1.2
 
 
 def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
@@ -107,7 +115,7 @@ def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 
 @pytest.fixture
 def mixtral(tmp_path: Path) -> str:
-    """Mixtral 8x7B from its configuration: sizes that everybody knows."""
+    """Mixtral 8x7B from its configuration: well-known sizes."""
     config = transformers.MixtralConfig(
         vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2,
@@ -117,7 +125,7 @@ def mixtral(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def test_command_on_a_known_model(mixtral: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_on_mixtral(mixtral: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = [mixtral, "--method", "lora,qlora", "--memory", "48GB", "--target-modules", *ATTENTION]
     dense = planned(capsys, *options)
     packed = planned(capsys, *options, "--experts")
@@ -141,8 +149,8 @@ def test_command_on_a_known_model(mixtral: str, capsys: pytest.CaptureFixture[st
     assert row[1] == "?" and float(row[2]) > 0
 
 
-def test_all_of_them_packed(mixtral: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Adapters on experts too, and our own optimiser by its class."""
+def test_all_experts_packed(mixtral: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With adapters on experts too, and our own optimizer by its class."""
     options = [mixtral, "--method", "qlora", "--experts", "--rank", "4", "--target-parameters", UP, DOWN]
     report = planned(capsys, *options, "--optim", "AdamW8bit")
     rows = {"gate_up_proj": 4096 + 2 * 14336, "down_proj": 14336 + 4096}
@@ -153,7 +161,7 @@ def test_all_of_them_packed(mixtral: str, capsys: pytest.CaptureFixture[str]) ->
     assert not any("activations of dense" in note or "all-linear" in note for note in report["notes"])
 
 
-def test_a_family_whose_activations_are_not_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_expert_activations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config_of("gpt_oss").save_pretrained(tmp_path)
     report = planned(capsys, str(tmp_path), "--experts", "--memory", "1GB")
     assert report["methods"]["qlora"]["weights"] < report["methods"]["lora"]["weights"]

@@ -1,4 +1,4 @@
-"""`peft-kernels plan` of folders that are quantised already."""
+"""`peft-kernels plan` of folders that are already quantised."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def config(folder: Path, quantization: Any) -> Path:
 
 
 @pytest.mark.parametrize("method", OTHERS)
-def test_no_qlora_of_what_quantize_refuses(
+def test_no_qlora_where_quantize_refuses(
     method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = config(tmp_path, OTHERS[method])
@@ -48,7 +48,7 @@ def test_no_qlora_of_what_quantize_refuses(
 @pytest.mark.parametrize(
     "quantization", [NF4 | {"quant_method": "bitsandbytes"}, {"quant_method": METHOD}, {}]
 )
-def test_what_is_nf4_or_dense_has_its_qlora(
+def test_qlora_of_nf4_or_dense_folders(
     quantization: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", str(config(tmp_path, quantization)), "--method", "qlora", "--json"]) == 0

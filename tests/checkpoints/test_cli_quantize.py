@@ -1,4 +1,4 @@
-"""`peft-kernels quantize`: the folder that bitsandbytes would write, whole or not at all."""
+"""`peft-kernels quantize` writes the folder that bitsandbytes would, completely or not at all."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def saved(model: Any, folder: Path, **options: Any) -> Path:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A Llama in two shards, with the other files that a model has."""
+    """A Llama in two shards, with the other files of a model."""
     folder = saved(tiny_llama(), tmp_path / "source", max_shard_size=SHARD)
     (folder / "tokenizer.json").write_text("{}")
     (folder / "chat_templates").mkdir()
@@ -56,7 +56,7 @@ def tiny_qwen2(**_: Any) -> Any:
 
 
 def tiny_mixtral(**_: Any) -> Any:
-    """Experts are single weights in the file, and one parameter in the model, which stays."""
+    """Experts are separate weights in the file and one parameter in the model, which stays dense."""
     config = transformers.MixtralConfig(
         vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
@@ -70,14 +70,14 @@ def tiny_classifier(**_: Any) -> Any:
     return transformers.LlamaForSequenceClassification(config)
 
 
-def their_config(**changes: Any) -> Any:
+def bnb_config(**changes: Any) -> Any:
     options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
                "bnb_4bit_compute_dtype": torch.bfloat16}  # fmt: skip
     return transformers.BitsAndBytesConfig(**options | changes)
 
 
 def same_tensors(ours: Path, theirs: Path) -> None:
-    """To the bit. Their CPU kernel takes the second-nearest code for one scale in a thousand (nf4-format)."""
+    """Bit for bit, but bitsandbytes' CPU kernel picks the second-nearest code for a scale in a thousand."""
     a, b = Checkpoint.open(ours), Checkpoint.open(theirs)
     assert a.keys() == b.keys()
     scales = wrong = 0
@@ -93,15 +93,15 @@ def same_tensors(ours: Path, theirs: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_qwen2, tiny_mixtral, tiny_classifier])
-def test_it_is_what_transformers_with_bitsandbytes_saves(make: Any, tmp_path: Path) -> None:
+def test_equals_transformers_with_bitsandbytes(make: Any, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     source = saved(make(), tmp_path / "source", max_shard_size=SHARD)
     quantize_checkpoint(source, tmp_path / "ours")
     Auto = transformers.AutoModelForCausalLM
     skipped = {}
-    if make is tiny_classifier:  # bitsandbytes packs the last module, ours leaves all of the head
+    if make is tiny_classifier:  # bitsandbytes packs the last module of the head, we pack none
         Auto, skipped = transformers.AutoModelForSequenceClassification, {"llm_int8_skip_modules": ["score"]}
-    theirs = Auto.from_pretrained(source, quantization_config=their_config(**skipped))
+    theirs = Auto.from_pretrained(source, quantization_config=bnb_config(**skipped))
     theirs.save_pretrained(tmp_path / "theirs")
     same_tensors(tmp_path / "ours", tmp_path / "theirs")
     written, expected = (
@@ -122,7 +122,7 @@ def test_it_is_what_transformers_with_bitsandbytes_saves(make: Any, tmp_path: Pa
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_other_blocks_load_there_too(double_quant: bool, source: Path, tmp_path: Path) -> None:
+def test_other_blocksizes_load_in_bitsandbytes(double_quant: bool, source: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     quantize_checkpoint(source, tmp_path / "ours", 128, double_quant)
     config = json.loads((tmp_path / "ours" / "config.json").read_text())["quantization_config"]
@@ -174,7 +174,7 @@ quantize_checkpoint({source!r}, {target!r}, progress=progress)
 """
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, python: Python) -> None:
+def test_killed_run_resumes(tmp_path: Path, python: Python) -> None:
     model = tiny_llama(num_key_value_heads=4)
     source = saved(model, tmp_path / "source", max_shard_size=SHARD)
     whole, target = tmp_path / "whole", tmp_path / "target"
@@ -203,7 +203,7 @@ class Stopped(Exception):
 
 
 def interrupted(source: Path, target: Path, after: int = 1, **options: Any) -> None:
-    """A run that ends when it has finished so many shards."""
+    """Interrupts a run after this many shards."""
     checkpoint = Checkpoint.open(source)
     last = next(iter(checkpoint.of_file(checkpoint.files[after])))
 
@@ -225,19 +225,19 @@ def test_other_settings_do_not_mix_with_an_interrupted_run(source: Path, tmp_pat
     assert len(Checkpoint.open(target)["model.layers.0.mlp.up_proj.weight.absmax"]) == 96 * 64 // 128
 
 
-def test_a_changed_source_is_another(source: Path, tmp_path: Path) -> None:
+def test_changed_source_is_refused(source: Path, tmp_path: Path) -> None:
     interrupted(source, tmp_path / "target")
     saved(tiny_llama(), source, max_shard_size=SHARD)
     with pytest.raises(CheckpointError, match="another source"):
         quantize_checkpoint(source, tmp_path / "target")
 
 
-def test_a_run_that_failed_before_its_first_shard_leaves_nothing(source: Path, tmp_path: Path) -> None:
+def test_run_that_failed_before_its_first_shard_leaves_nothing(source: Path, tmp_path: Path) -> None:
     interrupted(source, tmp_path / "target", after=0)
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
-def test_two_runs_at_once(source: Path, tmp_path: Path) -> None:
+def test_concurrent_runs(source: Path, tmp_path: Path) -> None:
     errors = []
 
     def second(name: str, nbytes: int) -> None:
@@ -251,7 +251,7 @@ def test_two_runs_at_once(source: Path, tmp_path: Path) -> None:
 
 
 def test_one_dense_tensor_at_a_time(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And those that are not quantised are never tensors: they go over in pieces."""
+    """Tensors that are not quantised are copied in chunks and never become tensors."""
     alive: list[weakref.ref[Any]] = []
     names, read = [], Entry.read
 
@@ -267,7 +267,7 @@ def test_one_dense_tensor_at_a_time(source: Path, tmp_path: Path, monkeypatch: p
     assert sorted(names) == sorted(done.choice.quantise)
 
 
-def test_an_existing_destination_is_left_alone(
+def test_existing_destination_is_not_changed(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "target"
@@ -279,7 +279,7 @@ def test_an_existing_destination_is_left_alone(
         quantize_checkpoint(source, tmp_path / "no" / "target")
 
 
-def test_a_quantised_source_is_refused(source: Path, tmp_path: Path) -> None:
+def test_quantised_source_is_refused(source: Path, tmp_path: Path) -> None:
     quantize_checkpoint(source, tmp_path / "once")
     with pytest.raises(CheckpointError, match=r"once: expected a dense model.*bitsandbytes"):
         quantize_checkpoint(tmp_path / "once", tmp_path / "twice")
@@ -291,7 +291,7 @@ def test_a_quantised_source_is_refused(source: Path, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"source", "once"}
 
 
-def test_too_little_space_is_reported_before_anything_is_written(
+def test_too_little_space_is_reported_before_writing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
@@ -313,13 +313,13 @@ def test_nan_is_refused_by_name(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
-def test_a_name_that_fits_nothing_is_refused(source: Path, tmp_path: Path) -> None:
+def test_unmatched_skip_name_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"'dwn_proj', which fits none; near it .*down_proj"):
         quantize_checkpoint(source, tmp_path / "target", skip=["dwn_proj"])
 
 
-def test_without_a_known_architecture_names_and_shapes_decide(source: Path, tmp_path: Path) -> None:
-    """The same choice as by the classes, for a Llama that calls itself something else; and it is told."""
+def test_unknown_architecture_by_names_and_shapes(source: Path, tmp_path: Path) -> None:
+    """A Llama under another name: the same choice as by classes, and a note says so."""
     known = quantize_checkpoint(source, tmp_path / "known")
     unknown = tmp_path / "unknown"
     shutil.copytree(source, unknown)
@@ -328,7 +328,7 @@ def test_without_a_known_architecture_names_and_shapes_decide(source: Path, tmp_
         json.dumps(config | {"model_type": "its_own", "architectures": ["ItsOwnForCausalLM"]})
     )
     done = quantize_checkpoint(unknown, tmp_path / "target")
-    # k_proj and v_proj of this tiny model, (32, 64), are too small to be told from something else.
+    # k_proj and v_proj of this tiny model, (32, 64), are too small to be recognised.
     small = {name for name in known.choice.quantise if "k_proj" in name or "v_proj" in name}
     assert done.choice.quantise.keys() == known.choice.quantise.keys() - small
     assert "names and shapes" in done.choice.source and "its_own" in done.choice.source
@@ -338,10 +338,10 @@ def test_without_a_known_architecture_names_and_shapes_decide(source: Path, tmp_
 
 
 @pytest.mark.parametrize("architectures", [None, ["LlamaWithMore"]])
-def test_a_head_is_left_where_only_the_base_is_known(
+def test_head_stays_dense_where_only_the_base_is_known(
     architectures: Any, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Else bitsandbytes' loaders make a 4-bit layer of it, which cannot compute."""
+    """Otherwise bitsandbytes' loaders make a 4-bit layer of it, which cannot compute."""
     config = json.loads((source / "config.json").read_text()) | {"architectures": architectures}
     (source / "config.json").write_text(json.dumps(config))
     assert main(["quantize", str(source), str(tmp_path / "target")]) == 0
@@ -354,8 +354,8 @@ def test_a_head_is_left_where_only_the_base_is_known(
     assert type(model.lm_head) is torch.nn.Linear
 
 
-def test_files_behind_links_are_copied(source: Path, tmp_path: Path) -> None:
-    """The Hub's cache is made of links."""
+def test_symbolic_links_are_copied_as_files(source: Path, tmp_path: Path) -> None:
+    """The Hub's cache consists of symbolic links."""
     linked = tmp_path / "linked"
     linked.mkdir()
     for path in source.iterdir():
@@ -369,8 +369,8 @@ def test_files_behind_links_are_copied(source: Path, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"source", "linked", "target"}
 
 
-def test_the_writer_keeps_to_the_format(source: Path, tmp_path: Path) -> None:
-    """As the safetensors library reads it, and with every tensor aligned to its type."""
+def test_safetensors_format(source: Path, tmp_path: Path) -> None:
+    """As read by the safetensors library, with every tensor aligned to its dtype."""
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     quantize_checkpoint(source, tmp_path / "target")
     checkpoint = Checkpoint.open(tmp_path / "target")

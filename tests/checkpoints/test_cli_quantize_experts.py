@@ -1,4 +1,4 @@
-"""`peft-kernels quantize --experts`: what a model saves that was loaded with NF4Config(experts=True)."""
+"""`peft-kernels quantize --experts` writes what a model loaded with NF4Config(experts=True) saves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from models import tiny_llama
-from moe_checkpoints import items_of, loaded, saved, sets_of, stored
+from moe_checkpoints import expert_modules, items_of, loaded, saved, stored
 from transformers_models import NF4Config, assert_same_state, read, transformers
 
 from peft_kernels.checkpoints.convert import quantize_checkpoint
@@ -27,7 +27,7 @@ EXPERTS = "model.layers.1.mlp.experts"
 
 
 def same_folder(ours: Path, theirs: Path) -> None:
-    """To the bit."""
+    """Bit for bit."""
     got, expected = items_of(ours), items_of(theirs)
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -36,7 +36,7 @@ def same_folder(ours: Path, theirs: Path) -> None:
 
 
 def many_experts() -> Any:
-    """Whose names have numbers of two digits."""
+    """Enough experts that their names have two digits."""
     torch.manual_seed(0)
     config = moe.MODELS["qwen3_moe"]()
     config.num_experts = 12
@@ -44,7 +44,7 @@ def many_experts() -> Any:
 
 
 @pytest.mark.parametrize("kind", [*moe.MODELS, "many"])
-def test_it_is_what_a_model_saves_that_was_packed_while_read(kind: str, tmp_path: Path) -> None:
+def test_equals_save_pretrained_of_a_packed_model(kind: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     if kind == "many":
         many_experts().save_pretrained(source, max_shard_size=SHARD)
@@ -58,12 +58,12 @@ def test_it_is_what_a_model_saves_that_was_packed_while_read(kind: str, tmp_path
     model.save_pretrained(tmp_path / "theirs")
     same_folder(tmp_path / "ours", tmp_path / "theirs")
     again = read(tmp_path / "ours")
-    assert sets_of(again).keys() == sets_of(model).keys() != set()
+    assert expert_modules(again).keys() == expert_modules(model).keys() != set()
     assert_same_state(again, model)
 
 
-def test_shards_that_are_left_are_numbered_anew(tmp_path: Path) -> None:
-    """Experts of one layer lie in several files, some of which hold nothing else."""
+def test_remaining_shards_are_renumbered(tmp_path: Path) -> None:
+    """Experts of one layer are spread over several files, some of which hold nothing else."""
     many_experts().save_pretrained(tmp_path / "source", max_shard_size=SHARD)
     quantize_checkpoint(tmp_path / "source", tmp_path / "ours", experts=True)
     files = sorted(path.name for path in (tmp_path / "ours").glob("*.safetensors"))
@@ -72,7 +72,7 @@ def test_shards_that_are_left_are_numbered_anew(tmp_path: Path) -> None:
     assert not Checkpoint.examine(tmp_path / "ours").faults
 
 
-def test_other_blocks_and_names_to_skip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_blocksize_and_skip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(tmp_path / "source", "gpt_oss", torch.bfloat16)
     options = [
         "--experts",
@@ -96,8 +96,8 @@ def test_other_blocks_and_names_to_skip(tmp_path: Path, capsys: pytest.CaptureFi
     same_folder(tmp_path / "ours", tmp_path / "theirs")
 
 
-def test_experts_that_transformers_converts(tmp_path: Path) -> None:
-    """Qwen3-VL's files have them the other way round."""
+def test_experts_in_another_layout(tmp_path: Path) -> None:
+    """Qwen3-VL's files have them transposed."""
     text = moe.SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "intermediate_size": 64}
     text["moe_intermediate_size"] = 64
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
@@ -117,7 +117,7 @@ def test_experts_that_transformers_converts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "most"), [("qwen3_moe", 2), ("gpt_oss", 1)])
 def test_one_expert_at_a_time(kind: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But gate and up of one together, where a file has them apart."""
+    """Gate and up of one expert together, where a file stores them separately."""
     saved(tmp_path / "source", kind)
     alive: list[weakref.ref[Any]] = []
     reads, read_entry = [], Entry.read
@@ -140,7 +140,7 @@ def test_one_expert_at_a_time(kind: str, most: int, tmp_path: Path, monkeypatch:
     )
 
 
-def test_without_it_the_report_says_what_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_without_the_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = saved(tmp_path / "source", "mixtral", torch.bfloat16)
     experts = sum(t.nbytes for name, t in items_of(source).items() if ".experts." in name)
     assert main(["quantize", str(source), str(tmp_path / "a")]) == 0
@@ -155,7 +155,7 @@ def test_without_it_the_report_says_what_stays(tmp_path: Path, capsys: pytest.Ca
     assert "8 linear layers and 4 weights of experts become NF4" in text and "stay dense" not in text
 
 
-def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+def test_interrupted_run_resumes(tmp_path: Path) -> None:
     source = saved(tmp_path / "source", "olmoe", max_shard_size=SHARD)
     quantize_checkpoint(source, tmp_path / "whole", experts=True)
     names: list[str] = []
@@ -176,7 +176,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "target" / path.name).read_bytes(), path.name
 
 
-# What is refused, before anything is written.
+# Refused before anything is written
 
 
 def changed(source: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -209,14 +209,14 @@ PART = f"{EXPERTS}.2.down_proj.weight"
     ],
     ids=["missing", "shape", "dtype", "none", "no up", "twice"],
 )  # fmt: skip
-def test_parts_that_do_not_fit(change: Any, sentence: str, tmp_path: Path) -> None:
+def test_mismatched_expert_tensors(change: Any, sentence: str, tmp_path: Path) -> None:
     changed(saved(tmp_path / "source", "qwen3_moe"), change)
     with pytest.raises(CheckpointError, match=sentence):
         quantize_checkpoint(tmp_path / "source", tmp_path / "target", experts=True)
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
-def test_a_weight_that_is_not_finite(tmp_path: Path) -> None:
+def test_non_finite_weight(tmp_path: Path) -> None:
     def change(items: dict[str, Any]) -> None:
         items[PART][3, 4] = float("nan")
 
@@ -236,7 +236,7 @@ def llama4() -> Any:
     ("make", "sentence"),
     [(tiny_llama, "got none in LlamaForCausalLM"), (llama4, r"got none in Llama4.*feed_forward.* none of")],
 )
-def test_models_without_experts_of_the_kind(
+def test_models_without_supported_experts(
     make: Any, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make().save_pretrained(tmp_path / "source")
@@ -249,7 +249,7 @@ def test_models_without_experts_of_the_kind(
     assert ("of experts stay dense: they cannot be packed" in capsys.readouterr().out) == (make is llama4)
 
 
-def test_an_architecture_that_transformers_does_not_know(tmp_path: Path) -> None:
+def test_unknown_architecture(tmp_path: Path) -> None:
     source = saved(tmp_path / "source", "qwen3_moe")
     config = json.loads((source / "config.json").read_text())
     unknown = {"model_type": "its_own", "architectures": ["ItsOwn"]}
@@ -260,8 +260,8 @@ def test_an_architecture_that_transformers_does_not_know(tmp_path: Path) -> None
         quantize_checkpoint(source, tmp_path / "target", experts=True)
 
 
-def test_experts_that_are_made_together_with_others(tmp_path: Path) -> None:
-    """Ernie's of text and of images stand in one list."""
+def test_experts_in_a_shared_list(tmp_path: Path) -> None:
+    """Ernie's text and image experts are in one list."""
     text = moe.SIZES | {"intermediate_size": 64, "moe_num_experts": 4, "moe_k": 2, "head_dim": 16}
     text |= {"moe_intermediate_size": [64, 32]}
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 4]}

@@ -1,4 +1,4 @@
-"""Checkpoints with packed experts: what the command line says of them, and what is wrong with bad ones."""
+"""Checkpoints with packed experts: what the command line reports, and faults."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ import peft_kernels as pk
 from peft_kernels.cli.main import main
 
 
-def test_inspected_and_loaded_from_the_command_line_and_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_and_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = loaded(saved(tmp_path / "dense", "qwen3_moe"))
     model.save_pretrained(tmp_path / "4bit")
     assert main(["inspect", str(tmp_path / "4bit"), "--json"]) == 0
@@ -47,8 +45,8 @@ def test_inspected_and_loaded_from_the_command_line_and_by_name(
     assert [layer["faults"] for layer in report["experts"]] == [0, 1]
 
 
-def test_layers_that_are_alike_are_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Under the names that a file has, which are no module's in Granite's."""
+def test_equal_layers_are_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under the names in the file, which in Granite differ from the modules'."""
     loaded(saved(tmp_path / "dense", "granitemoe")).save_pretrained(tmp_path / "4bit")
     assert main(["inspect", str(tmp_path / "4bit")]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "model.layers.0-1 " in line]
@@ -65,7 +63,7 @@ def test_layers_that_are_alike_are_one_row(tmp_path: Path, capsys: pytest.Captur
         (None, "expected a quantization_config of peft_kernels"),
     ],
 )
-def test_a_configuration_that_hides_packed_experts(
+def test_configuration_without_packed_experts(
     config: Any, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loaded(saved(tmp_path / "dense", "olmoe")).save_pretrained(tmp_path / "4bit")
@@ -77,7 +75,7 @@ def test_a_configuration_that_hides_packed_experts(
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_weight_that_is_not_finite(bad: float, tmp_path: Path) -> None:
+def test_non_finite_weight(bad: float, tmp_path: Path) -> None:
     model = moe.model("qwen3_moe")
     model.model.layers[1].mlp.experts.down_proj.data[2, 3, 4] = bad
     model.save_pretrained(tmp_path)
@@ -97,7 +95,7 @@ def test_experts_of_different_shapes(tmp_path: Path) -> None:
         loaded(tmp_path)
 
 
-def test_a_weight_of_another_shape(tmp_path: Path) -> None:
+def test_weight_of_another_shape(tmp_path: Path) -> None:
     saved(tmp_path, "gpt_oss")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_local_experts": 3}))
@@ -116,7 +114,7 @@ def test_a_weight_of_another_shape(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_broken_checkpoint(change: Any, sentence: str, tmp_path: Path) -> None:
+def test_broken_checkpoint(change: Any, sentence: str, tmp_path: Path) -> None:
     loaded(saved(tmp_path / "dense", "qwen3_moe")).save_pretrained(tmp_path)
     items = safetensors.torch.load_file(tmp_path / "model.safetensors")
     key = "model.layers.1.mlp.experts.down_proj"

@@ -1,4 +1,4 @@
-"""Modules of experts in 4 bits: how they are packed, copied, saved, merged into and unpacked."""
+"""Modules of experts in 4 bits: packing, copying, saving, merging and unpacking."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from peft_kernels.quantize.model import report_of
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_packing_and_undoing_it(kind: str) -> None:
+def test_pack_and_unpack(kind: str) -> None:
     before = moe.experts(kind, torch.bfloat16)
     module = copy.deepcopy(before)
     cls, keys = type(module), list(module.state_dict())
@@ -48,7 +48,7 @@ def test_packing_and_undoing_it(kind: str) -> None:
 
 
 class Mixture(nn.Module):
-    """A linear layer, and experts of which token t goes to t and t + 1."""
+    """A linear layer, and experts that send token t to t and t + 1."""
 
     def __init__(self, kind: str = "qwen3_moe", dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Mixture(nn.Module):
         return self.experts(self.proj(x), index, torch.full(index.shape, 0.5))
 
 
-def test_quantize_model_leaves_experts_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_quantize_model_reports_dense_experts(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="peft_kernels"):
         model = pk.quantize_model(Mixture())
     nbytes = sum(p.nbytes for p in model.experts.parameters())
@@ -88,7 +88,7 @@ def test_quantize_model_packs_experts(kind: str, caplog: pytest.LogCaptureFixtur
     assert model.experts.down_proj.blocksize == 128, "it was packed anew"
 
 
-def test_experts_that_were_left_can_be_packed_later() -> None:
+def test_dense_experts_can_be_packed_later() -> None:
     model = pk.quantize_model(Mixture())
     expected = model.experts(*sample())
     pk.quantize_model(model, experts=True)
@@ -105,7 +105,7 @@ def test_names_to_skip() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_bad_weight_is_named_and_nothing_is_changed(bad: float) -> None:
+def test_bad_weight_is_named_and_changes_nothing(bad: float) -> None:
     model = Mixture()
     model.experts.down_proj.data[3, 5, 7] = bad
     with pytest.raises(ValueError, match=r"experts\.down_proj: .* got 1 NaN or Inf"):
@@ -123,8 +123,8 @@ def test_shared_experts_stay_dense() -> None:
     assert "shares" in report.left["experts"]
 
 
-def test_other_experts_stay_dense_with_a_reason(caplog: pytest.LogCaptureFixture) -> None:
-    """A subclass with a forward of its own, and Llama 4's experts, which all see all tokens."""
+def test_unsupported_experts_stay_dense_with_a_reason(caplog: pytest.LogCaptureFixture) -> None:
+    """A subclass with its own forward, and Llama 4's experts, which all see every token."""
     cls = type(moe.experts("qwen3_moe"))
 
     class Own(cls):  # type: ignore[misc, valid-type]
@@ -146,7 +146,7 @@ def test_other_experts_stay_dense_with_a_reason(caplog: pytest.LogCaptureFixture
     assert "3 three-dimensional parameters" in caplog.text and "nothing packs them" in caplog.text
 
 
-# In other people's hands.
+# Copies, state dicts, merges
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
@@ -244,7 +244,7 @@ def test_a_dense_state_dict_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
-def test_a_merge_and_its_unmerge(kind: str) -> None:
+def test_merge_and_unmerge(kind: str) -> None:
     model = pk.quantize_model(Mixture(kind), experts=True)
     x = testing.tensor(7, HIDDEN)
     before, bits = model(x), {key: t.clone() for key, t in model.experts.state_dict().items()}
@@ -264,8 +264,8 @@ def test_a_merge_and_its_unmerge(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
-def test_all_merged_it_becomes_what_it_was(kind: str) -> None:
-    """As `nn.NF4Linear`, when somebody goes over the model, as PEFT does after it has unloaded."""
+def test_fully_merged_module_becomes_dense(kind: str) -> None:
+    """Like `nn.NF4Linear`: when the modules are listed, as PEFT does after unloading."""
     model = pk.quantize_model(Mixture(kind), experts=True)
     for weight in (model.proj.weight, model.experts.gate_up_proj, model.experts.down_proj):
         weight.data += torch.full_like(weight.dequantize(), 0.05)
@@ -295,8 +295,8 @@ def test_repr() -> None:
     assert expected in repr(packed())
 
 
-def test_memory_of_the_shape_of_qwen3_moe() -> None:
-    """Of Qwen3-30B-A3B, all sizes by 16, and fewer layers: what the model takes, in bytes."""
+def test_memory_of_scaled_down_qwen3_moe() -> None:
+    """Bytes of Qwen3-30B-A3B with all sizes divided by 16 and fewer layers."""
     sizes = {"hidden_size": 128, "moe_intermediate_size": 48, "intermediate_size": 384, "head_dim": 8}
     heads = {"num_attention_heads": 32, "num_key_value_heads": 4, "num_hidden_layers": 3}
     experts = {"num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936 // 16 * 3 // 48}

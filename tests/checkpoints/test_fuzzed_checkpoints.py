@@ -1,4 +1,4 @@
-"""Checkpoints that chance has made: refused in a sentence, or usable."""
+"""Random checkpoints are refused in a sentence, or usable."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import peft_kernels as pk
 from peft_kernels.checkpoints.header import CheckpointError, read_header
 from peft_kernels.nf4 import bitsandbytes_format, experts_format
 
-TAME = [value for value in WILD if value != 10**5000]  # which hypothesis could not print
+PRINTABLE = [value for value in WILD if value != 10**5000]  # hypothesis cannot print it
 JSON: Any = st.recursive(
     st.one_of(
-        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.sampled_from(TAME)
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.sampled_from(PRINTABLE)
     ),
     lambda inner: st.one_of(
         st.lists(inner, max_size=3),
@@ -36,11 +36,11 @@ JSON: Any = st.recursive(
 
 
 @given(header=JSON, data=st.binary(max_size=24))
-def test_any_header_is_read_or_refused(header: Any, data: bytes, tmp_path_factory: Any) -> None:
+def test_random_header(header: Any, data: bytes, tmp_path_factory: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     try:
         text = json.dumps(header).encode()
-    except ValueError:  # an integer that Python does not print
+    except ValueError:  # an integer too long for Python to print
         return
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     try:
@@ -51,11 +51,11 @@ def test_any_header_is_read_or_refused(header: Any, data: bytes, tmp_path_factor
         assert sum(entry.read().nbytes for entry in entries.values()) == len(data)
 
 
-@given(numbers=JSON)
-def test_any_json_of_a_weight_is_read_or_refused(numbers: Any) -> None:
+@given(fields=JSON)
+def test_random_quant_state(fields: Any) -> None:
     state = pk.NF4Weight.quantize(torch.ones(2, 32), 32).state_dict()
     try:
-        text = json.dumps(numbers).encode()
+        text = json.dumps(fields).encode()
     except ValueError:
         return
     state[f"weight.{STATE}"] = torch.tensor(list(text), dtype=torch.uint8)
@@ -64,24 +64,21 @@ def test_any_json_of_a_weight_is_read_or_refused(numbers: Any) -> None:
     check_sentence(str(caught.value))
 
 
-def test_some_cases_of_the_fuzzer(tmp_path: Path) -> None:
-    """`make fuzz` runs 10,000."""
+def test_fuzzer(tmp_path: Path) -> None:
     outcomes = run(range(300), tmp_path)
     kinds = {outcome.rpartition(" ")[0] for outcome in outcomes}
     assert kinds == set(DAMAGE) and sum(outcomes.values()) == 300
     assert any(outcome.endswith("accepted") for outcome in outcomes)
 
 
-def test_the_fuzzer_finds_a_reader_that_believes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the check of scales, it does not get through."""
+def test_fuzzer_finds_a_missing_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fuzzer fails when the check of scales is removed."""
     monkeypatch.setattr(bitsandbytes_format, "check_scales", lambda *_: None)
     with pytest.raises(AssertionError, match=r"case \d+: AssertionError: scales that no weight has"):
         run(range(1000), tmp_path)
 
 
-def test_the_fuzzer_finds_a_reader_of_experts_that_believes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fuzzer_finds_a_missing_check_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts_format, "expect", lambda *_: None)
     with pytest.raises(AssertionError, match=r"case \d+: "):
         run(range(1000), tmp_path)

@@ -1,4 +1,4 @@
-"""What a folder makes us do is bounded: it cannot hold a process up, nor take its memory."""
+"""Time and memory spent on an untrusted folder are bounded."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 @contextmanager
-def seconds(most: float, timer: int = signal.ITIMER_VIRTUAL) -> Iterator[None]:
-    """Of this process on the CPU, or on the clock; what takes a tenth of them otherwise took minutes."""
+def time_limit(most: float, timer: int = signal.ITIMER_VIRTUAL) -> Iterator[None]:
+    """Limits CPU or wall time. The code needs a tenth of it, and took minutes before it was bounded."""
 
-    def late(*_: Any) -> None:
+    def raise_timeout(*_: Any) -> None:
         raise AssertionError(f"not done after {most} seconds")
 
     which = signal.SIGALRM if timer == signal.ITIMER_REAL else signal.SIGVTALRM
-    before = signal.signal(which, late)
+    before = signal.signal(which, raise_timeout)
     signal.setitimer(timer, most)
     try:
         yield
@@ -60,45 +60,45 @@ def configured(folder: Path, **values: Any) -> None:
 
 
 def refused(engine: Engine, folder: Path, message: str) -> None:
-    """By itself; others are served."""
-    with seconds(10), pytest.raises(ValueError, match=message):
+    """Loading fails; other adapters are still served."""
+    with time_limit(10), pytest.raises(ValueError, match=message):
         engine.load("bad", folder)
     assert engine.adapters == [] and len(engine.generate([prompt(0, 3)], max_new_tokens=2)[0]) <= 2
 
 
-def test_a_name_that_stands_twice_among_many(tmp_path: Path) -> None:
+def test_duplicate_name_among_many(tmp_path: Path) -> None:
     item = '"{}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
     names = [item.format(f"{i:05}") for i in range(40_000)]
     text = ("{" + ",".join([*names, names[-1]]) + "}").encode()
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text)
-    with seconds(8), pytest.raises(CheckpointError, match="39999 stands twice in the header"):
+    with time_limit(8), pytest.raises(CheckpointError, match="39999 stands twice in the header"):
         read_header(path)
 
 
-def test_a_sentence_shows_little_of_a_large_header() -> None:
-    with seconds(2):
+def test_error_quotes_little_of_a_large_header() -> None:
+    with time_limit(2):
         assert len(shown("x\n" * 30_000_000)) < 150
 
 
-def test_many_keys_beneath_one_weight() -> None:
+def test_many_keys_under_one_weight() -> None:
     names = {f"w.weight.{i}": None for i in range(60_000)} | {"w.weight": None, "w.weight.absmax": None}
-    with seconds(8):
+    with time_limit(8):
         found = nf4_weights(names)
     assert list(found) == ["w.weight"] and found["w.weight"][:2] == ["w.weight", "w.weight.absmax"]
     assert len(found["w.weight"]) == 60_002
 
 
-def test_a_pattern_that_backtracks(engine: Engine, folder: Path) -> None:
+def test_backtracking_pattern(engine: Engine, folder: Path) -> None:
     configured(folder, alpha_pattern={"(.*.*)*.*.*(.*.*)*x": 1})
-    with seconds(10):
-        engine.load("good", folder)  # it is matched, and fits no layer
+    with time_limit(10):
+        engine.load("good", folder)  # matched in time, and matches no layer
     engine.unload("good")
     configured(folder, alpha_pattern={r"(.)\1": 1})
     refused(engine, folder, r"alpha_pattern: expected names of layers, or patterns of .* got \(.\)")
 
 
-def test_patterns_that_are_matched_too_often(engine: Engine, folder: Path) -> None:
+def test_too_many_pattern_steps(engine: Engine, folder: Path) -> None:
     configured(folder, alpha_pattern={f"((.*)*)*{i}": i for i in range(2000)})
     refused(
         engine,
@@ -110,26 +110,26 @@ def test_patterns_that_are_matched_too_often(engine: Engine, folder: Path) -> No
 @pytest.mark.parametrize(
     "name", ["adapter_config.json", "adapter_model.safetensors", "bottleneck_adapter.json"]
 )
-def test_a_pipe_or_a_device_is_not_read(name: str, engine: Engine, folder: Path) -> None:
+def test_pipes_and_devices_are_not_read(name: str, engine: Engine, folder: Path) -> None:
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    with seconds(10, signal.ITIMER_REAL):
+    with time_limit(10, signal.ITIMER_REAL):
         refused(engine, folder, f"{name}, got none|{name}: expected a regular file")
     (folder / name).unlink()
-    (folder / name).symlink_to("/dev/null")  # as harmless as /dev/zero is not
+    (folder / name).symlink_to("/dev/null")  # harmless, unlike /dev/zero
     refused(engine, folder, f"{name}, got none|{name}: expected a regular file")
 
 
-def test_a_model_whose_configuration_is_a_pipe(tmp_path: Path) -> None:
+def test_configuration_that_is_a_pipe(tmp_path: Path) -> None:
     write(tmp_path / "model.safetensors", {"x": torch.zeros(3)})
     os.mkfifo(tmp_path / "config.json")
-    with seconds(10, signal.ITIMER_REAL):
+    with time_limit(10, signal.ITIMER_REAL):
         assert Checkpoint.examine(tmp_path).faults == [
             "config.json: expected a regular file, got something else"
         ]
 
 
-def test_a_header_beyond_what_adapters_have(engine: Engine, folder: Path) -> None:
+def test_oversized_adapter_header(engine: Engine, folder: Path) -> None:
     path = folder / "adapter_model.safetensors"
     path.write_bytes(struct.pack("<Q", 11_000_000) + b" " * 11_000_000)
     refused(engine, folder, "expected a header of at most 10000000 bytes, got one of 11000000")
@@ -137,7 +137,7 @@ def test_a_header_beyond_what_adapters_have(engine: Engine, folder: Path) -> Non
     refused(engine, folder, "adapter_config.json: expected at most 10000000 bytes of JSON, got more")
 
 
-def test_a_layer_by_another_way_is_not_another_layer(engine: Engine, folder: Path) -> None:
+def test_layer_under_an_alias(engine: Engine, folder: Path) -> None:
     """`model.base_model.x` is `model.x`."""
     path = folder / "adapter_model.safetensors"
     state = dict(Checkpoint.open(path))
@@ -157,7 +157,7 @@ def test_weights_beyond_the_budget_are_not_read(
     engine.close()
 
 
-def test_our_adapters_beyond_any_size(tmp_path: Path) -> None:
+def test_oversized_bottleneck_adapters(tmp_path: Path) -> None:
     model = llama()
     folder = save_bottleneck(model, tmp_path / "adapter", "houlsby")
     (folder / "bottleneck_adapter.json").write_bytes(b" " * 1_000_001)

@@ -1,4 +1,4 @@
-"""Folders that are no whole model, or not what an interrupted run left: inspect tells, quantize refuses."""
+"""`inspect` reports incomplete models and changed files of interrupted runs, `quantize` refuses them."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ SIZES: dict[str, Any] = {
 Q = "model.layers.1.self_attn.q_proj.weight"
 
 
-def small(kind: str, **sizes: Any) -> Any:
+def tiny_model(kind: str, **sizes: Any) -> Any:
     config = getattr(transformers, kind.removesuffix("ForCausalLM").removesuffix("ForMaskedLM") + "Config")
     return getattr(transformers, kind)(config(**SIZES | sizes))
 
 
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": tiny_llama,
-    "tied": lambda: small("Qwen2ForCausalLM", tie_word_embeddings=True),
-    "mixture": lambda: small("MixtralForCausalLM", num_local_experts=4),
+    "tied": lambda: tiny_model("Qwen2ForCausalLM", tie_word_embeddings=True),
+    "mixture": lambda: tiny_model("MixtralForCausalLM", num_local_experts=4),
     "base": lambda: tiny_llama().model,
-    "bert": lambda: small("BertForMaskedLM"),
+    "bert": lambda: tiny_model("BertForMaskedLM"),
     "gpt2": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=128, n_positions=64, n_embd=64, n_layer=2, n_head=4)
     ),
@@ -69,7 +69,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_models_have_no_faults(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Before and after they are quantised."""
+    """Before and after quantising."""
     model = MODELS[name]()
     source = saved(tmp_path / "source", model)
     quantize_checkpoint(source, tmp_path / "target", experts=name == "mixture")
@@ -110,7 +110,7 @@ DAMAGES: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_what_the_architecture_has_and_the_files_lack(
+def test_missing_tensors_of_the_architecture(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kind, damage, message = DAMAGES[name]
@@ -125,7 +125,7 @@ def test_what_the_architecture_has_and_the_files_lack(
     quantize_checkpoint(source, tmp_path / "target", partial=True)
 
 
-def test_a_packed_folder_that_lacks_a_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_packed_folder_without_a_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quantize_checkpoint(saved(tmp_path / "source"), tmp_path / "target")
     edit(tmp_path / "target", lambda state: [state.pop(name) for name in [*state] if name.startswith(Q)])
     assert inspected(tmp_path / "target", capsys)["faults"] == [
@@ -133,8 +133,8 @@ def test_a_packed_folder_that_lacks_a_layer(tmp_path: Path, capsys: pytest.Captu
     ]
 
 
-def test_a_shard_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With an index it is named there; without, its neighbours' names tell, whatever the model."""
+def test_missing_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An index names the missing shard; without one, the names of the other files do, for any model."""
     source = saved(tmp_path / "source", max_shard_size="60KB")
     (source / INDEX).unlink()
     first, second, *_ = sorted(source.glob("*.safetensors"))
@@ -147,7 +147,7 @@ def test_a_shard_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
         quantize_checkpoint(source, tmp_path / "target")
 
 
-def test_what_cannot_be_compared_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_incomparable_models_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = saved(tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     for changes, words in (
@@ -162,7 +162,7 @@ def test_what_cannot_be_compared_is_reported(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf"])
-def test_a_norm_that_is_not_finite_is_not_copied(bad: str, tmp_path: Path) -> None:
+def test_non_finite_norm_is_refused(bad: str, tmp_path: Path) -> None:
     model = tiny_llama()
     with torch.no_grad():
         model.model.norm.weight[3] = float(bad)
@@ -193,7 +193,7 @@ def test_configurations_are_not_copied_without_their_weights(tmp_path: Path) -> 
     assert (tmp_path / "target" / "2_Dense" / "model.safetensors").read_text() == "dense"
 
 
-def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_synced_before_renaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = saved(tmp_path / "source", max_shard_size="100KB")
     (source / "chat_templates").mkdir()
     (source / "chat_templates" / "tool.jinja").write_text("x")
@@ -217,7 +217,7 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "target" / INDEX).exists()
 
 
-# Interrupted runs.
+# Interrupted runs
 
 
 class Stopped(Exception):
@@ -231,7 +231,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def partial(source: Path, tmp_path: Path) -> Path:
-    """Where an interrupted run left its first shard, of two."""
+    """The destination of a run that was interrupted after the first of two shards."""
     last = next(iter(Checkpoint.open(source).of_file(sorted(source.glob("*.safetensors"))[1])))
 
     def progress(name: str, nbytes: int) -> None:
@@ -247,10 +247,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_run_goes_on_and_strangers_files_do_not_come_along(
-    source: Path, partial: Path, tmp_path: Path
-) -> None:
-    """Nor does a shard that no run has noted as done."""
+def test_resumed_run_drops_foreign_files(source: Path, partial: Path, tmp_path: Path) -> None:
+    """Nor is a shard that no run has recorded as done."""
     (partial / "evil.py").write_text("x")
     (partial / "more").mkdir()
     second = sorted(source.glob("*.safetensors"))[1].name
@@ -267,16 +265,14 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def other_form(path: Path) -> None:
+def reformat(path: Path) -> None:
     state = dict(Checkpoint.open(path))
     name = next(name for name in state if state[name].dtype == torch.bfloat16)
     write(path, state | {name: state[name].half()})
 
 
-@pytest.mark.parametrize("damage", [flip, other_form])
-def test_a_shard_that_somebody_has_changed(
-    damage: Callable[[Path], None], source: Path, partial: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("damage", [flip, reformat])
+def test_changed_shard(damage: Callable[[Path], None], source: Path, partial: Path, tmp_path: Path) -> None:
     damage(next(partial.glob("*.safetensors")))
     with pytest.raises(CheckpointError, match=r"expected the shard that an earlier run made.*--restart"):
         quantize_checkpoint(source, tmp_path / "target")
@@ -285,7 +281,7 @@ def test_a_shard_that_somebody_has_changed(
     assert contents(tmp_path / "target") == contents(tmp_path / "whole")
 
 
-def test_a_source_that_changes_while_it_is_read(source: Path, tmp_path: Path) -> None:
+def test_source_changed_while_it_is_read(source: Path, tmp_path: Path) -> None:
     def progress(name: str, nbytes: int) -> None:
         os.utime(sorted(source.glob("*.safetensors"))[0], ns=(1, 1))
 

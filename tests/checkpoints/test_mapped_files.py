@@ -1,4 +1,4 @@
-"""Pages of a checkpoint's file are given back, and never anything else."""
+"""Releasing the memory-mapped pages of a checkpoint, and never other memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE = 1 << 20
 
 
 def resident(tensor: Tensor) -> int:
-    """Bytes of the mapping that holds a tensor which are in memory."""
+    """Resident bytes of the mapping that holds a tensor."""
     inside, found = False, 0
     for line in Path("/proc/self/smaps").read_text().splitlines():
         head = line.split()[0]
@@ -38,7 +38,7 @@ def file(tmp_path: Path) -> str:
     return str(tmp_path / "some.safetensors")
 
 
-def test_what_was_read_is_given_back_and_can_be_read_again(file: str) -> None:
+def test_released_pages_can_be_read_again(file: str) -> None:
     with safe_open(file, "pt", backend="mmap") as opened:
         a, b = (opened.get_slice(name)[...] for name in "ab")
         files, total = MappedFiles([file]), float(a.double().sum())
@@ -51,22 +51,22 @@ def test_what_was_read_is_given_back_and_can_be_read_again(file: str) -> None:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_nothing_else_is_touched(known: bool, file: str, tmp_path: Path) -> None:
-    """To give back memory that is no file's would be to clear it."""
+def test_other_memory_is_kept(known: bool, file: str, tmp_path: Path) -> None:
+    """Releasing anonymous memory would clear it."""
     files = MappedFiles([file] if known else [])
     other = str(tmp_path / "other.safetensors")
     save_file({"a": torch.ones(SIZE)}, other)
     with safe_open(file, "pt", backend="mmap") as opened, safe_open(other, "pt", backend="mmap") as others:
-        mine, theirs = torch.ones(SIZE), others.get_slice("a")[...]
-        theirs.add_(1)  # a private copy of the page, which the file has not
+        anonymous, foreign = torch.ones(SIZE), others.get_slice("a")[...]
+        foreign.add_(1)  # a private copy of the page, which differs from the file
         written = opened.get_slice("a")[...]
-        for tensor in (mine, theirs, mine[:10], torch.empty(0), torch.empty(3, device="meta")):
+        for tensor in (anonymous, foreign, anonymous[:10], torch.empty(0), torch.empty(3, device="meta")):
             files.release(tensor)
-        assert bool((mine == 1).all()) and bool((theirs == 2).all())
+        assert bool((anonymous == 1).all()) and bool((foreign == 2).all())
         assert torch.equal(written, torch.arange(SIZE, dtype=torch.float32))
 
 
-def test_a_neighbour_that_was_written_to_keeps_what_was_written(file: str) -> None:
+def test_modified_neighbour_is_kept(file: str) -> None:
     with safe_open(file, "pt", backend="mmap") as opened:
         a, b = (opened.get_slice(name)[...] for name in "ab")
         b.fill_(7)
@@ -75,7 +75,7 @@ def test_a_neighbour_that_was_written_to_keeps_what_was_written(file: str) -> No
         assert torch.equal(a, torch.arange(SIZE, dtype=torch.float32))
 
 
-def test_a_file_that_is_not_mapped(file: str) -> None:
+def test_tensor_outside_a_mapping(file: str) -> None:
     tensor = torch.ones(SIZE)
     MappedFiles([file]).release(tensor)
     assert bool((tensor == 1).all())

@@ -1,4 +1,4 @@
-"""bitsandbytes and this project read and write each other's checkpoints; what cannot be read is refused."""
+"""bitsandbytes and this package read and write each other's checkpoints; unreadable ones are refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BLOB = "weight.quant_state.bitsandbytes__nf4"
 @each_dtype
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("blocksize", [32, 64, 4096])
-def test_their_state_dict_loads_here(
+def test_bitsandbytes_state_dict_loads_here(
     blocksize: int, shape: tuple[int, int], dtype: torch.dtype, nested: bool
 ) -> None:
     theirs = their_layer(testing.tensor(*shape, dtype=dtype), nested=nested, blocksize=blocksize)
@@ -46,7 +46,9 @@ def test_their_state_dict_loads_here(
 @each_nesting
 @each_dtype
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_our_state_dict_loads_there(shape: tuple[int, int], dtype: torch.dtype, nested: bool) -> None:
+def test_our_state_dict_loads_in_bitsandbytes(
+    shape: tuple[int, int], dtype: torch.dtype, nested: bool
+) -> None:
     dense = testing.tensor(*shape, dtype=dtype)
     state = pk.NF4Weight.quantize(dense, 64, nested).state_dict()
     stats = {name.removeprefix("weight."): t for name, t in state.items() if name != "weight"}
@@ -58,7 +60,7 @@ def test_our_state_dict_loads_there(shape: tuple[int, int], dtype: torch.dtype, 
 
 
 @each_nesting
-def test_safetensors_file_both_ways(tmp_path: Path, nested: bool) -> None:
+def test_safetensors_round_trips(tmp_path: Path, nested: bool) -> None:
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     theirs = their_layer(testing.tensor(40, 96), nested=nested)
     safetensors.save_file(theirs.state_dict(), tmp_path / "theirs.safetensors")
@@ -73,7 +75,7 @@ def test_safetensors_file_both_ways(tmp_path: Path, nested: bool) -> None:
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32], ids=dtype_id)
 @pytest.mark.parametrize("shape", [(40, 64), (7, 32)], ids=str)
 def test_float_storage(shape: tuple[int, int], storage: torch.dtype, nested: bool) -> None:
-    """FSDP asks for it: the packed bytes under a float type."""
+    """FSDP asks for it: packed bytes viewed as a float dtype."""
     dense = testing.tensor(*shape)
     theirs = their_layer(dense, bias=False, nested=nested, storage=storage)
     assert theirs.weight.data.dtype == storage
@@ -176,7 +178,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_checkpoint(case: str) -> None:
-    """The error names the item, and the layer stays as it was."""
+    """The error names the item, and the layer stays unchanged."""
     change, message = BROKEN[case]
     layer = our_layer(40, 64)
     before = {name: t.clone() for name, t in layer.state_dict().items()}
@@ -186,12 +188,12 @@ def test_broken_checkpoint(case: str) -> None:
         layer.load_state_dict(state)
     assert isinstance(layer.weight, pk.NF4Weight)
     same_state(layer.state_dict(), before)
-    if case != "shape transposed":  # a weight by itself has no shape to disagree with
+    if case != "shape transposed":  # a weight without a layer has no expected shape
         with pytest.raises(ValueError, match=message):
             pk.NF4Weight.from_state_dict(state)
 
 
-def test_bias_that_does_not_fit_leaves_the_weight_too() -> None:
+def test_mismatched_bias_changes_nothing() -> None:
     layer, state = our_layer(40, 64), our_layer(40, 64).state_dict()
     before = {name: t.clone() for name, t in layer.state_dict().items()}
     state["bias"] = torch.zeros(39)
@@ -218,7 +220,7 @@ def test_fp4_checkpoint_is_refused_by_name() -> None:
         pk.NF4Weight.from_state_dict(theirs.state_dict())
 
 
-def test_names_carry_the_prefix() -> None:
+def test_prefixed_names() -> None:
     state = our_layer(40, 64, bias=False).state_dict(prefix="model.layers.0.up_proj.")
     assert "model.layers.0.up_proj.weight.absmax" in state
     pk.NF4Weight.from_state_dict(state, "model.layers.0.up_proj.")
@@ -227,8 +229,8 @@ def test_names_carry_the_prefix() -> None:
         pk.NF4Weight.from_state_dict(state, "model.layers.0.up_proj.")
 
 
-def test_loading_does_not_take_over_the_checkpoint() -> None:
-    """What is loaded is a copy: writing to the layer must not reach the state dict it came from, nor back."""
+def test_loading_copies_the_checkpoint() -> None:
+    """Loading copies: writes to the layer do not reach the state dict, nor the reverse."""
     state = our_layer(40, 64, bias=False).state_dict()
     saved = copy.deepcopy(state)
     layer = our_layer(40, 64, bias=False)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fresh_process import Python
-from moe_checkpoints import items_of, loaded, saved, sets_of, stored
+from moe_checkpoints import expert_modules, items_of, loaded, saved, stored
 from moe_models import IMPLEMENTATIONS, MODELS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,7 +39,7 @@ def model(dense: Path) -> Any:
     return loaded(dense)
 
 
-# Loaded models.
+# Loaded models
 
 
 def losses(model: Any) -> dict[str, Tensor]:
@@ -47,17 +47,17 @@ def losses(model: Any) -> dict[str, Tensor]:
     embeddings, tokens = model.get_input_embeddings().weight, ids(8, 16)
     out = model(input_ids=tokens, labels=tokens)
     (grad,) = torch.autograd.grad(out.loss, embeddings)
-    # A single loss would be compared by the rounding of one sum of torch.
+    # One loss would also compare the rounding of one of torch's sums.
     predicted, wanted = out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
     by_token = nn.functional.cross_entropy(predicted, wanted, reduction="none")
     return {"logits": out.logits.detach(), "loss": by_token.detach(), "gradient": grad}
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_is_the_model_of_the_dequantised_weights(model: Any, implementation: str) -> None:
+def test_equals_the_model_of_dequantised_weights(model: Any, implementation: str) -> None:
     model.set_experts_implementation(implementation)
     plain = copy.deepcopy(model).dequantize()
-    assert not sets_of(plain) and any(is_experts(module) for module in plain.modules())
+    assert not expert_modules(plain) and any(is_experts(module) for module in plain.modules())
     wide = copy.deepcopy(plain).double()
     wide.set_experts_implementation("eager")
     expected, truth = losses(plain), losses(wide)
@@ -72,25 +72,25 @@ def test_generates(model: Any) -> None:
     assert got.shape[1] == ids().shape[1] + 8 and torch.equal(got, expected)
 
 
-def test_is_what_quantize_model_makes(model: Any, dense: Path) -> None:
+def test_equals_quantize_model(model: Any, dense: Path) -> None:
     other = pk.quantize_model(Auto.from_pretrained(dense), experts=True)
-    assert sets_of(model).keys() == sets_of(other).keys() != set()
+    assert expert_modules(model).keys() == expert_modules(other).keys() != set()
     assert_same_state(model, other)
     assert torch.equal(model(ids()).logits, other(ids()).logits)
     ours, theirs = report_of(model), report_of(other)
-    assert ours is not None and ours == theirs and set(ours.layers) >= sets_of(model).keys()
+    assert ours is not None and ours == theirs and set(ours.layers) >= expert_modules(model).keys()
     assert model.get_memory_footprint() == other.get_memory_footprint() < 0.35 * ours.bytes_before
 
 
-# Checkpoints.
+# Checkpoints
 
 
 @pytest.mark.parametrize("how", ["read_config", "plain"])
 @pytest.mark.parametrize("shards", ["50GB", "30kB"])
-def test_read_again_it_is_the_same(model: Any, shards: str, how: str, tmp_path: Path) -> None:
+def test_round_trip(model: Any, shards: str, how: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "4bit", max_shard_size=shards)
     again = read(tmp_path / "4bit") if how == "read_config" else Auto.from_pretrained(tmp_path / "4bit")
-    assert sets_of(model).keys() == sets_of(again).keys()
+    assert expert_modules(model).keys() == expert_modules(again).keys()
     assert_same_state(model, again)
     assert torch.equal(model(ids()).logits, again(ids()).logits)
     again.save_pretrained(tmp_path / "again", max_shard_size=shards)
@@ -98,7 +98,7 @@ def test_read_again_it_is_the_same(model: Any, shards: str, how: str, tmp_path: 
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
 
 
-def test_a_model_of_quantize_model(dense: Path, tmp_path: Path) -> None:
+def test_save_after_quantize_model(dense: Path, tmp_path: Path) -> None:
     options = {"blocksize": 32, "double_quant": False, "compute_dtype": torch.bfloat16}
     model = pk.quantize_model(Auto.from_pretrained(dense), experts=True, **options)
     model.save_pretrained(tmp_path)
@@ -113,22 +113,22 @@ def test_a_model_of_quantize_model(dense: Path, tmp_path: Path) -> None:
     assert not hasattr(model.config, "quantization_config"), "it tells of 4 bits while it is written only"
     again = read(tmp_path)
     assert_same_state(model, again)
-    assert {module.compute_dtype for module in sets_of(again).values()} == {torch.bfloat16}
+    assert {module.compute_dtype for module in expert_modules(again).values()} == {torch.bfloat16}
     assert torch.equal(model(ids()).logits, again(ids()).logits)
 
 
-def test_what_is_written(model: Any, tmp_path: Path) -> None:
+def test_written_files(model: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     items = items_of(tmp_path)
     names = ("absmax", "nested_absmax", "nested_offset", "quant_state.peft_kernels__nf4_experts")
     found = [key.removesuffix(f".{names[-1]}") for key in items if key.endswith(names[-1])]
-    assert len(found) == 2 * len(sets_of(model))
+    assert len(found) == 2 * len(expert_modules(model))
     for weight in found:
         assert {key for key in items if key.startswith(f"{weight}.")} == {f"{weight}.{n}" for n in names}
         assert items[weight].dtype == torch.uint8 and items[weight].dim() == 2
 
 
-def test_dequantised_it_is_saved_as_it_came(model: Any, dense: Path, tmp_path: Path) -> None:
+def test_dequantised_model_is_saved_in_its_original_layout(model: Any, dense: Path, tmp_path: Path) -> None:
     model.dequantize().save_pretrained(tmp_path)
     assert stored(tmp_path) is None
     items, before = items_of(tmp_path), items_of(dense)
@@ -142,8 +142,8 @@ def expected_layout(experts: Any) -> Tensor:
     return dense.mT if experts.stored_transposed else dense
 
 
-def test_a_merged_weight_is_saved_dense_and_read_so(model: Any, tmp_path: Path) -> None:
-    name, experts = next(iter(sets_of(model).items()))
+def test_merged_weight_is_saved_dense(model: Any, tmp_path: Path) -> None:
+    name, experts = next(iter(expert_modules(model).items()))
     delta = torch.full_like(experts.down_proj.dequantize(), 0.01)
     experts.down_proj.data += delta
     expected = model(ids()).logits
@@ -161,26 +161,26 @@ def test_a_merged_weight_is_saved_dense_and_read_so(model: Any, tmp_path: Path) 
     assert_same_state(read(tmp_path / "again"), copied)
     plain = again.dequantize()
     turned = expected_layout(experts)
-    assert not sets_of(plain) and torch.equal(plain.get_submodule(name).down_proj, turned)
+    assert not expert_modules(plain) and torch.equal(plain.get_submodule(name).down_proj, turned)
     experts.down_proj.data -= delta
     model.save_pretrained(tmp_path / "unmerged")
     assert_same_state(read(tmp_path / "unmerged"), model)
 
 
-def test_all_experts_merged_it_is_bitsandbytes_format_again(tmp_path: Path) -> None:
+def test_all_experts_merged_uses_bitsandbytes_format(tmp_path: Path) -> None:
     model = loaded(saved(tmp_path / "dense", "qwen3_moe"))
-    for module in sets_of(model).values():
+    for module in expert_modules(model).values():
         for weight in (module.gate_up_proj, module.down_proj):
             weight.data += torch.full_like(weight.dequantize(), 0.01)
     model.save_pretrained(tmp_path / "merged")
     assert stored(tmp_path / "merged")["quant_method"] == "bitsandbytes"
     again = read(tmp_path / "merged")
-    assert not sets_of(again)
+    assert not expert_modules(again)
     torch.testing.assert_close(again(ids()).logits, model(ids()).logits)
 
 
-def test_without_us_it_does_not_load(tmp_path: Path, python: Python) -> None:
-    """transformers reports that it does not know the method, and refuses the shapes."""
+def test_transformers_alone_refuses_it(tmp_path: Path, python: Python) -> None:
+    """transformers reports an unknown quantisation method, and refuses the shapes."""
     loaded(saved(tmp_path / "dense", "qwen3_moe")).save_pretrained(tmp_path / "4bit")
     python(
         "import logging, io\n"
@@ -208,15 +208,15 @@ def test_configurations(tmp_path: Path) -> None:
     assert read_config(tmp_path / "4bit").quantization_config["experts"] is True
 
 
-# Devices and memory.
+# Devices and memory
 
 
-def test_by_default_experts_stay_and_a_warning_says_so(
+def test_experts_stay_dense_by_default_with_a_warning(
     dense: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="peft_kernels"):
         model = loaded(dense, nf4={"experts": False})
-    assert "experts=True packs them" in caplog.text and not sets_of(model)
+    assert "experts=True packs them" in caplog.text and not expert_modules(model)
     model.save_pretrained(tmp_path)
     assert stored(tmp_path)["quant_method"] == "bitsandbytes"
 
@@ -225,7 +225,7 @@ def test_modules_to_not_convert(tmp_path: Path) -> None:
     saved(tmp_path / "dense", "gpt_oss")
     skip = ["layers.1.mlp.experts", "lm_head"]
     model = loaded(tmp_path / "dense", nf4={"modules_to_not_convert": skip})
-    assert list(sets_of(model)) == ["model.layers.0.mlp.experts"]
+    assert list(expert_modules(model)) == ["model.layers.0.mlp.experts"]
     report = report_of(model)
     assert report is not None and report.left["model.layers.1.mlp.experts"] == "named in skip"
     model.save_pretrained(tmp_path / "4bit")
@@ -237,12 +237,14 @@ def test_modules_to_not_convert(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["qwen3_moe"])
 @pytest.mark.parametrize("stored_dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("asked", ["auto", torch.float32, None], ids=str)
-def test_the_type_that_is_asked_for(kind: str, stored_dtype: torch.dtype, asked: Any, tmp_path: Path) -> None:
+def test_requested_dtype(kind: str, stored_dtype: torch.dtype, asked: Any, tmp_path: Path) -> None:
     saved(tmp_path, kind, stored_dtype)
     options = {} if asked is None else {"dtype": asked}
     model = loaded(tmp_path, **options)
     other = Auto.from_pretrained(tmp_path, **options)
-    assert {w.dtype for m in sets_of(model).values() for w in (m.gate_up_proj, m.down_proj)} == {other.dtype}
+    assert {w.dtype for m in expert_modules(model).values() for w in (m.gate_up_proj, m.down_proj)} == {
+        other.dtype
+    }
     assert_same_state(model, pk.quantize_model(other, experts=True))
 
 
@@ -258,7 +260,7 @@ def test_other_ways_to_load(kind: str, tmp_path: Path) -> None:
     base = transformers.AutoModel.from_pretrained(one, quantization_config=NF4Config(experts=True))
     model.save_pretrained(tmp_path / "4bit")
     again = transformers.AutoModel.from_pretrained(tmp_path / "4bit", config=read_config(tmp_path / "4bit"))
-    assert sets_of(base).keys() == sets_of(again).keys() != set()
+    assert expert_modules(base).keys() == expert_modules(again).keys() != set()
     assert_same_state(base, again)
     meta = loaded(one, device_map={"": "meta"})
     assert {p.device.type for p in meta.parameters()} == {"meta"}
@@ -279,7 +281,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
-def test_experts_that_a_file_has_apart_are_never_dense_together(kind: str, tmp_path: Path) -> None:
+def test_separately_stored_experts_are_packed_one_by_one(kind: str, tmp_path: Path) -> None:
     """transformers would stack them and concatenate gate and up."""
     saved(tmp_path, kind)
     assert any(".experts.3." in key for key in items_of(tmp_path))
@@ -287,20 +289,20 @@ def test_experts_that_a_file_has_apart_are_never_dense_together(kind: str, tmp_p
         Auto.from_pretrained(tmp_path)
     with Largest() as packed:
         model = loaded(tmp_path)
-    module = next(iter(sets_of(model).values()))
+    module = next(iter(expert_modules(model).values()))
     experts, *one = module.gate_up_proj.shape
     assert dense.nbytes == experts * one[0] * one[1] * 4
     assert packed.nbytes <= one[0] * one[1] * 4
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_a_copy_saves_itself(how: str, tmp_path: Path) -> None:
+def test_copied_model_saves(how: str, tmp_path: Path) -> None:
     import pickle
 
     model = loaded(saved(tmp_path / "dense", "gpt_oss"))
     twin = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
-    assert sets_of(twin).keys() == sets_of(model).keys()
+    assert expert_modules(twin).keys() == expert_modules(model).keys()
     twin.save_pretrained(tmp_path / "4bit")
     assert_same_state(read(tmp_path / "4bit"), model)
     twin.dequantize()
-    assert not sets_of(twin) and sets_of(model)
+    assert not expert_modules(twin) and expert_modules(model)

@@ -1,4 +1,4 @@
-"""from_pretrained(quantization_config=NF4Config()): the model of quantize_model, made as it is read."""
+"""from_pretrained(quantization_config=NF4Config()) makes the model of quantize_model while reading."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from peft_kernels.quantize.model import report_of
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_is_what_quantize_model_makes(kind: str, tmp_path: Path) -> None:
+def test_equals_quantize_model(kind: str, tmp_path: Path) -> None:
     saved(tmp_path, kind)
     model = loaded(tmp_path, kind, dtype=torch.bfloat16)
     other = pk.quantize_model(auto(kind).from_pretrained(tmp_path, dtype=torch.bfloat16))
@@ -47,7 +47,7 @@ def test_is_what_quantize_model_makes(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("blocksize", [32, 128])
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_its_options(blocksize: int, double_quant: bool, tmp_path: Path) -> None:
+def test_options(blocksize: int, double_quant: bool, tmp_path: Path) -> None:
     saved(tmp_path)
     options = {"blocksize": blocksize, "double_quant": double_quant, "compute_dtype": torch.float16}
     model = loaded(tmp_path, nf4=options)
@@ -63,7 +63,7 @@ def test_shards(tmp_path: Path) -> None:
     assert_same_state(loaded(one), loaded(many))
 
 
-def test_files_that_are_not_mapped_or_no_safetensors(tmp_path: Path) -> None:
+def test_unmapped_and_pickled_files(tmp_path: Path) -> None:
     model = loaded(saved(tmp_path / "file"))
     assert_same_state(loaded(tmp_path / "file", disable_mmap=True), model)
     items = safetensors.torch.load_file(tmp_path / "file" / "model.safetensors")
@@ -73,8 +73,8 @@ def test_files_that_are_not_mapped_or_no_safetensors(tmp_path: Path) -> None:
     assert_same_state(loaded(tmp_path / "bin"), model)
 
 
-def test_a_state_dict_of_the_users_own_is_left_alone(tmp_path: Path) -> None:
-    """It may lie in a mapped file, whose pages are not ours to give back: they have been written to."""
+def test_user_state_dict_is_not_released(tmp_path: Path) -> None:
+    """It may be in a mapped file, whose pages must not be released: they have been written to."""
     saved(tmp_path)
     items = safetensors.torch.load_file(tmp_path / "model.safetensors")
     for item in items.values():
@@ -92,7 +92,7 @@ def test_a_state_dict_of_the_users_own_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("asked", ["auto", torch.bfloat16, None], ids=str)
-def test_the_type_that_is_asked_for(stored: torch.dtype, asked: Any, tmp_path: Path) -> None:
+def test_requested_dtype(stored: torch.dtype, asked: Any, tmp_path: Path) -> None:
     saved(tmp_path, dtype=stored)
     options = {} if asked is None else {"dtype": asked}
     dense, model = Auto.from_pretrained(tmp_path, **options), loaded(tmp_path, **options)
@@ -102,7 +102,7 @@ def test_the_type_that_is_asked_for(stored: torch.dtype, asked: Any, tmp_path: P
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, "sequential"], ids=str)
-def test_device_maps_of_a_machine_without_gpus(device_map: Any, tmp_path: Path) -> None:
+def test_cpu_device_maps(device_map: Any, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     saved(tmp_path)
     model = loaded(tmp_path, device_map=device_map)
@@ -112,7 +112,7 @@ def test_device_maps_of_a_machine_without_gpus(device_map: Any, tmp_path: Path) 
 
 
 def test_meta(tmp_path: Path) -> None:
-    """Shapes and bytes of a model, and nothing of it in memory."""
+    """Shapes and byte counts, without memory."""
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     saved(tmp_path)
     model, real = loaded(tmp_path, device_map={"": "meta"}), loaded(tmp_path)
@@ -124,7 +124,7 @@ def test_meta(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("device_map", [{"": "disk"}, {"model": "cpu", "lm_head": "disk"}], ids=str)
-def test_nothing_is_offloaded(device_map: Any, tmp_path: Path) -> None:
+def test_offloading_is_refused(device_map: Any, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     with pytest.raises(ValueError, match=r"^device_map: expected all of a 4-bit model on the CPU or all"):
         loaded(saved(tmp_path), device_map=device_map, offload_folder=str(tmp_path / "offload"))
@@ -133,17 +133,17 @@ def test_nothing_is_offloaded(device_map: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "device_map", [{"a": 0, "b": "cuda:1"}, {"a": torch.device("cpu"), "b": "cpu"}, None, "auto"], ids=str
 )
-def test_maps_that_keep_it_together(device_map: Any) -> None:
+def test_device_maps_without_offload(device_map: Any) -> None:
     NF4Quantizer(NF4Config()).validate_environment(device_map=device_map, weights_only=True)
 
 
 @pytest.mark.parametrize("device_map", [{"a": 0, "b": "cpu"}, {"a": "cuda:0", "b": "meta"}], ids=str)
-def test_maps_that_do_not(device_map: Any) -> None:
+def test_device_maps_with_offload(device_map: Any) -> None:
     with pytest.raises(ValueError, match=r"^device_map: expected all of a 4-bit model on the CPU or all"):
         NF4Quantizer(NF4Config()).validate_environment(device_map=device_map)
 
 
-# What stays dense.
+# Layers that stay dense
 
 
 def test_modules_to_not_convert(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_modules_to_not_convert(tmp_path: Path) -> None:
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
 
 
-def test_a_tied_head_is_never_packed(tmp_path: Path) -> None:
+def test_tied_head_stays_dense(tmp_path: Path) -> None:
     saved(tmp_path, "tied")
     model = loaded(tmp_path, nf4={"modules_to_not_convert": ()})
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -163,7 +163,7 @@ def test_a_tied_head_is_never_packed(tmp_path: Path) -> None:
     assert report.left == {"lm_head": "it shares its weight with another place in the model"}
 
 
-def test_a_weight_that_the_checkpoint_lacks_is_made_dense(tmp_path: Path) -> None:
+def test_missing_weight_is_initialised_dense(tmp_path: Path) -> None:
     saved(tmp_path, "gpt2")
     file = tmp_path / "model.safetensors"
     items = safetensors.torch.load_file(file)
@@ -176,7 +176,7 @@ def test_a_weight_that_the_checkpoint_lacks_is_made_dense(tmp_path: Path) -> Non
     assert torch.isfinite(logits(model)).all()
 
 
-def test_a_head_that_the_checkpoint_lacks_is_made_dense(tmp_path: Path) -> None:
+def test_missing_head_is_initialised_dense(tmp_path: Path) -> None:
     saved(tmp_path)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path, quantization_config=NF4Config(), num_labels=3, dtype=torch.bfloat16
@@ -185,9 +185,7 @@ def test_a_head_that_the_checkpoint_lacks_is_made_dense(tmp_path: Path) -> None:
     assert len(nf4_layers(model)) == 14
 
 
-def test_without_a_layer_to_pack_it_is_an_ordinary_model(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_nothing_to_pack_leaves_an_ordinary_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     saved(tmp_path)
     model = loaded(tmp_path, nf4={"modules_to_not_convert": ["model", "lm_head"]})
     assert "no layer of LlamaForCausalLM is NF4" in caplog.text
@@ -196,10 +194,10 @@ def test_without_a_layer_to_pack_it_is_an_ordinary_model(
     assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
 
 
-# What is refused, each with a sentence.
+# Refused, each with a sentence
 
 
-def test_a_name_that_fits_no_module(tmp_path: Path) -> None:
+def test_unmatched_skip_name(tmp_path: Path) -> None:
     expected = (
         r"^modules_to_not_convert: expected names of modules of the model, got 'lm_hed'.*near it are lm_head"
     )
@@ -224,7 +222,7 @@ def test_bad_options(options: Any, sentence: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_weight_that_is_not_finite(bad: float, tmp_path: Path) -> None:
+def test_non_finite_weight(bad: float, tmp_path: Path) -> None:
     model = llama()
     model.model.layers[1].self_attn.k_proj.weight.data[3, 4] = bad
     model.save_pretrained(tmp_path)
@@ -233,7 +231,7 @@ def test_a_weight_that_is_not_finite(bad: float, tmp_path: Path) -> None:
         loaded(tmp_path)
 
 
-def test_a_weight_of_another_shape(tmp_path: Path) -> None:
+def test_weight_of_another_shape(tmp_path: Path) -> None:
     saved(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 96}))
@@ -244,8 +242,8 @@ def test_a_weight_of_another_shape(tmp_path: Path) -> None:
         loaded(tmp_path)
 
 
-def test_what_a_loaded_model_can_do(tmp_path: Path) -> None:
-    """transformers refuses casts of a quantised model, and generates with it."""
+def test_casts_and_generation(tmp_path: Path) -> None:
+    """transformers refuses to cast a quantised model, and generates with it."""
     model = loaded(saved(tmp_path))
     with pytest.raises(ValueError, match="float"):
         model.float()
@@ -256,10 +254,10 @@ def test_what_a_loaded_model_can_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "rank,current,count,want", [(None, 0, 2, 0), (1, 0, 2, 1), (1, 0, 1, 0), (0, 1, 2, 1)]
 )
-def test_each_process_has_a_gpu_of_its_own(
+def test_default_gpu_of_each_process(
     monkeypatch: pytest.MonkeyPatch, rank: int | None, current: int, count: int, want: int
 ) -> None:
-    """By LOCAL_RANK, also before anybody has called set_device; one that was called is followed."""
+    """By LOCAL_RANK, even before set_device is called; a call to it takes precedence."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", str(rank))
@@ -271,10 +269,8 @@ def test_each_process_has_a_gpu_of_its_own(
     assert quantizer.update_device_map({"": "cpu"}) == {"": "cpu"}
 
 
-def test_a_model_that_transformers_distributes_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Before anything is read: all but plans for tensor parallelism (test_tensor_parallel.py)."""
+def test_distributed_model_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Before anything is read, except plans for tensor parallelism (test_tensor_parallel.py)."""
     folder = saved(tmp_path)
     sizes = {"tp_size": 1, "pp_size": 2, "ep_size": 1, "fsdp_size": 3}
 
@@ -282,7 +278,7 @@ def test_a_model_that_transformers_distributes_is_refused(
 
     def distributed(self: Any, model: Any, **options: Any) -> None:
         preprocess(self, model, **options)
-        model.config.distributed_config = SimpleNamespace(**sizes)  # as transformers notes it, a step later
+        model.config.distributed_config = SimpleNamespace(**sizes)  # as transformers does, one step later
 
     monkeypatch.setattr(NF4Quantizer, "preprocess_model", distributed)
     with pytest.raises(ValueError, match="for a 4-bit model, got pp_size=2, fsdp_size=3: shard it by FSDP2"):

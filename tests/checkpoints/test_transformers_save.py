@@ -1,4 +1,4 @@
-"""save_pretrained of a model in 4 bits, and what reads it: ourselves, and transformers with bitsandbytes."""
+"""save_pretrained of a model in 4 bits, read by this package and by transformers with bitsandbytes."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ from peft_kernels.quantize.transformers import layouts
 
 
 def stored(folder: Path) -> Any:
-    """What config.json says of the quantisation."""
+    """The quantisation entry of config.json."""
     return json.loads((folder / "config.json").read_text()).get("quantization_config")
 
 
-# Ours.
+# Saved and loaded by this package
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_read_again_it_is_the_same(kind: str, tmp_path: Path) -> None:
+def test_round_trip(kind: str, tmp_path: Path) -> None:
     model = loaded(saved(tmp_path / "dense", kind), kind)
     model.save_pretrained(tmp_path / "4bit", max_shard_size="30kB")
     again = read(tmp_path / "4bit", kind)
@@ -60,7 +60,7 @@ def test_read_again_it_is_the_same(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_model_of_quantize_model(kind: str, tmp_path: Path) -> None:
+def test_save_after_quantize_model(kind: str, tmp_path: Path) -> None:
     dense = auto(kind).from_pretrained(saved(tmp_path / "dense", kind))
     model = pk.quantize_model(dense, blocksize=128, double_quant=False)
     model.save_pretrained(tmp_path)
@@ -71,8 +71,8 @@ def test_a_model_of_quantize_model(kind: str, tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(again))
 
 
-def test_a_dense_model_with_the_same_configuration_stays_dense(tmp_path: Path) -> None:
-    """Models that are made by hand share the object that they are made of."""
+def test_shared_configuration_of_a_dense_model(tmp_path: Path) -> None:
+    """Models made by hand may share one configuration object."""
     dense = llama()
     twin = type(dense)(dense.config)
     pk.quantize_model(twin)
@@ -82,7 +82,7 @@ def test_a_dense_model_with_the_same_configuration_stays_dense(tmp_path: Path) -
     assert_same_state(read(tmp_path / "4bit"), twin)
 
 
-def test_what_is_written(tmp_path: Path) -> None:
+def test_written_files(tmp_path: Path) -> None:
     model = loaded(saved(tmp_path), nf4={"modules_to_not_convert": ["mlp", "lm_head"]})
     model.save_pretrained(tmp_path / "4bit")
     numbers = stored(tmp_path / "4bit")
@@ -100,7 +100,7 @@ def test_what_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_file_may_be_written_over_while_it_is_read_from(times: int, tmp_path: Path) -> None:
+def test_overwriting_the_loaded_file(times: int, tmp_path: Path) -> None:
     model = loaded(saved(tmp_path))
     for _ in range(times):
         model.save_pretrained(tmp_path)
@@ -108,7 +108,7 @@ def test_a_file_may_be_written_over_while_it_is_read_from(times: int, tmp_path: 
     assert_same_state(model, pk.quantize_model(llama().to(torch.bfloat16)))
 
 
-def test_a_merged_layer_is_saved_dense_and_an_unmerged_one_is_not(tmp_path: Path) -> None:
+def test_merged_layer_is_saved_dense(tmp_path: Path) -> None:
     model = loaded(saved(tmp_path))
     layer = model.model.layers[0].mlp.up_proj
     delta = torch.full_like(layer.weight.dequantize(), 0.01)
@@ -124,7 +124,7 @@ def test_a_merged_layer_is_saved_dense_and_an_unmerged_one_is_not(tmp_path: Path
     assert_same_state(read(tmp_path / "unmerged"), loaded(saved(tmp_path / "dense")))
 
 
-def test_a_model_that_is_all_merged_says_nothing_of_4_bits(tmp_path: Path) -> None:
+def test_fully_merged_model_has_no_quantization_config(tmp_path: Path) -> None:
     model = loaded(saved(tmp_path))
     layers = [model.get_submodule(name) for name in nf4_layers(model)]
     deltas = [torch.full_like(layer.weight.dequantize(), 0.01) for layer in layers]
@@ -161,13 +161,13 @@ def test_dequantize(made: str, kind: str, dtype: Any, tmp_path: Path) -> None:
         assert torch.equal(layer.weight, value if isinstance(layer, nn.Linear) else value.t())
     left = vars(model).keys() - vars(plain).keys()
     assert left == set(), "flags of a model in 4 bits"
-    model.float()  # refused to a quantised one
+    model.float()  # refused for a quantised model
     model.save_pretrained(tmp_path / "dense")
     assert stored(tmp_path / "dense") is None
     assert torch.equal(logits(Auto.from_pretrained(tmp_path / "dense")), logits(model))
 
 
-def test_a_copy_saves_itself(tmp_path: Path) -> None:
+def test_copied_model_saves(tmp_path: Path) -> None:
     model = loaded(saved(tmp_path))
     twin = copy.deepcopy(model)
     model.dequantize()
@@ -176,7 +176,7 @@ def test_a_copy_saves_itself(tmp_path: Path) -> None:
     assert len(nf4_layers(twin)) == 14
 
 
-def test_other_heads_on_the_same_file(tmp_path: Path) -> None:
+def test_other_heads_on_one_file(tmp_path: Path) -> None:
     loaded(saved(tmp_path / "dense")).save_pretrained(tmp_path / "4bit")
     config = read_config(tmp_path / "4bit", num_labels=3)
     for kind in (transformers.AutoModel, transformers.AutoModelForSequenceClassification):
@@ -188,13 +188,13 @@ def test_other_heads_on_the_same_file(tmp_path: Path) -> None:
     assert model.score.weight.shape == (3, 64)
 
 
-def test_pickled_it_saves_itself(tmp_path: Path) -> None:
+def test_pickled_model_saves(tmp_path: Path) -> None:
     model = models.pickled(loaded(saved(tmp_path)))
     model.save_pretrained(tmp_path / "4bit")
     assert_same_state(read(tmp_path / "4bit"), model)
 
 
-# Theirs.
+# Read and written by bitsandbytes
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -226,24 +226,24 @@ def test_ours_reads_bitsandbytes(kind: str, double_quant: bool, tmp_path: Path) 
 
 
 def assert_outputs_agree(kind: str, model: Any, theirs: Any) -> None:
-    """Policy: our error against fp64 on the same 4 bits is at most twice theirs, and one rounding."""
+    """Our error against fp64 on the same 4 bits is at most twice bitsandbytes', plus one rounding."""
     exact = copy.deepcopy(model).dequantize(torch.float32)
-    if kind != "moe":  # its grouped products take no fp64
+    if kind != "moe":  # its grouped matmuls have no fp64
         exact.double().config.dtype = torch.float64
     truth = exact(input_ids=ids()).logits.detach().double()
     ours, other = (float((logits(each).double() - truth).abs().max()) for each in (model, theirs))
     assert ours <= 2 * other + torch.finfo(torch.bfloat16).eps * float(truth.abs().max()), (ours, other)
 
 
-def test_bytes_that_are_stored_under_a_float_type(tmp_path: Path) -> None:
-    """As FSDP with bitsandbytes asks for."""
+def test_float_storage(tmp_path: Path) -> None:
+    """As FSDP with bitsandbytes stores them."""
     config = bnb_config(bnb_4bit_quant_storage=torch.bfloat16)
     theirs = Auto.from_pretrained(saved(tmp_path / "dense"), quantization_config=config)
     theirs.save_pretrained(tmp_path / "4bit")
     assert_same_state(read(tmp_path / "4bit"), loaded(tmp_path / "dense"))
 
 
-def test_dense_layers_take_the_type_that_is_asked_for(tmp_path: Path) -> None:
+def test_dense_layers_take_the_requested_dtype(tmp_path: Path) -> None:
     model = loaded(saved(tmp_path / "dense", "biased"))
     model.save_pretrained(tmp_path / "4bit")
     again = read(tmp_path / "4bit", dtype=torch.float16)
@@ -254,7 +254,7 @@ def test_dense_layers_take_the_type_that_is_asked_for(tmp_path: Path) -> None:
     assert torch.isfinite(logits(again)).all()
 
 
-# For the whole process, by name.
+# enable(), for the whole process
 
 
 @pytest.fixture
@@ -264,7 +264,7 @@ def enabled() -> Any:
     integration.disable()
 
 
-def test_enabled_bitsandbytes_is_ours(enabled: None, tmp_path: Path) -> None:
+def test_enable_loads_bitsandbytes_checkpoints_with_our_layers(enabled: None, tmp_path: Path) -> None:
     model = Auto.from_pretrained(saved(tmp_path / "dense"), quantization_config=bnb_config())
     assert_same_state(model, loaded(tmp_path / "dense"))
     assert nf4_layers(model)
@@ -280,7 +280,7 @@ def test_enabled_bitsandbytes_is_ours(enabled: None, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "skip", [["layers.0", "o_proj"], ["_proj"], ["model.layers.[1]", "nothing"]], ids=str
 )
-def test_enabled_names_are_patterns_as_theirs(skip: list[str], enabled: None, tmp_path: Path) -> None:
+def test_enabled_skip_names_are_patterns(skip: list[str], enabled: None, tmp_path: Path) -> None:
     config = bnb_config(llm_int8_skip_modules=skip)
     model = Auto.from_pretrained(saved(tmp_path), quantization_config=config)
     integration.disable()
@@ -288,17 +288,17 @@ def test_enabled_names_are_patterns_as_theirs(skip: list[str], enabled: None, tm
     assert nf4_layers(model) == {n for n, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"}
 
 
-def test_enabled_leaves_the_rest_to_bitsandbytes(enabled: None, tmp_path: Path) -> None:
+def test_enable_leaves_other_formats_to_bitsandbytes(enabled: None, tmp_path: Path) -> None:
     model = Auto.from_pretrained(
         saved(tmp_path / "dense"), quantization_config=bnb_config(bnb_4bit_quant_type="fp4")
     )
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
 
 
-# What is refused, each with a sentence.
+# Refused, each with a sentence
 
 
-def test_a_dense_checkpoint(tmp_path: Path) -> None:
+def test_dense_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^path: expected a checkpoint in 4 bits, got one without a"):
         read_config(saved(tmp_path))
 
@@ -314,7 +314,7 @@ def test_a_dense_checkpoint(tmp_path: Path) -> None:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_another_configuration(change: Any, sentence: str, tmp_path: Path) -> None:
+def test_other_configuration(change: Any, sentence: str, tmp_path: Path) -> None:
     loaded(saved(tmp_path)).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     numbers = json.loads(path.read_text())
@@ -325,7 +325,7 @@ def test_another_configuration(change: Any, sentence: str, tmp_path: Path) -> No
 
 
 def broken(folder: Path, change: Any) -> Path:
-    """A checkpoint in 4 bits whose items `change` has been at."""
+    """A checkpoint in 4 bits whose items were edited by `change`."""
     loaded(saved(folder)).save_pretrained(folder)
     file = folder / "model.safetensors"
     items = safetensors.torch.load_file(file)
@@ -368,13 +368,13 @@ def norm_in_4_bits(items: Any) -> None:
     ],
     ids=["truncated", "no-absmax", "no-weight", "other-shape", "fp4", "norm"],
 )
-def test_a_broken_checkpoint(change: Any, sentence: str, tmp_path: Path) -> None:
+def test_broken_checkpoint(change: Any, sentence: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=sentence):
         read(broken(tmp_path, change))
 
 
-def test_a_layer_in_4_bits_that_the_model_wants_cut(tmp_path: Path) -> None:
-    """As transformers 4 has saved models whose query, key and value were one layer then."""
+def test_packed_layer_that_the_model_splits(tmp_path: Path) -> None:
+    """transformers 4 saved such models, where query, key and value were one layer."""
     conversions = [
         WeightConverter("attn.qkv.weight", ["attn.q.weight", "attn.k.weight"], [Chunk(dim=0)]),
         WeightConverter("mlp.wi.weight", "mlp.wi.weight", [Chunk(dim=0)]),
@@ -387,7 +387,7 @@ def test_a_layer_in_4_bits_that_the_model_wants_cut(tmp_path: Path) -> None:
     assert layouts.to_read(conversions, {"h.0.other.weight"}) == conversions
 
 
-def test_quantize_model_leaves_another_quantizer_alone(tmp_path: Path) -> None:
+def test_quantize_model_keeps_another_quantizer(tmp_path: Path) -> None:
     config = bnb_config(llm_int8_skip_modules=["mlp"])
     theirs = Auto.from_pretrained(saved(tmp_path), quantization_config=config)
     quantizer = theirs.hf_quantizer
