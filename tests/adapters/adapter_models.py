@@ -1,4 +1,4 @@
-"""A model with several adapters, and the comparison of patched with unpatched."""
+"""A model with several adapters, and comparisons of patched with unpatched models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import peft_kernels as pk
 import testing
 
-# Ranks, alphas and the layers that take the adapter differ; "narrow" is on one of the two layers.
+# Ranks, alphas and target layers differ; "narrow" is on one of the two layers.
 ADAPTERS: dict[str, dict[str, Any]] = {
     "one": {"r": 8, "lora_alpha": 16},
     "two": {"r": 3, "lora_alpha": 7},
@@ -29,7 +29,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 
 def stir(model: nn.Module, scale: float = 0.1) -> None:
-    """Draw every parameter of every adapter again, so that each does something of its own."""
+    """Redraws every parameter of every adapter, so that each has an effect."""
     with torch.no_grad():
         for seed, (name, parameter) in enumerate(model.named_parameters()):
             if "lora_" in name:
@@ -39,7 +39,7 @@ def stir(model: nn.Module, scale: float = 0.1) -> None:
 def adapted(
     base: str | nn.Module = "dense", dtype: torch.dtype = torch.float32, **options: dict[str, Any]
 ) -> Any:
-    """A PEFT model with all of ADAPTERS, "one" active. `options` are more options of an adapter by name."""
+    """A PEFT model with all of ADAPTERS, "one" active. `options`: more options of an adapter, by its name."""
     model = models.base_model(base, dtype) if isinstance(base, str) else base
     for name, defaults in ADAPTERS.items():
         adapter = config(**defaults | options.get(name, {}) | options.get("all", {}))
@@ -64,7 +64,7 @@ def assert_fused(report: Any) -> None:
 
 
 def assert_same(got: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor] | None) -> None:
-    """Outputs and gradients of the patched model: fp32 as unpatched, else by their errors against fp64."""
+    """Compares outputs and gradients of patched and unpatched models; 16 bits by errors against fp64."""
     assert got.keys() == plain.keys()
     for name, value in got.items():
         assert value.dtype == plain[name].dtype, name
@@ -79,7 +79,7 @@ def assert_same(got: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[st
 
 
 def stock(model: Any) -> Any:
-    """A copy that stays unpatched. (bitsandbytes' evaluation without gradients changes a weight for good.)"""
+    """An unpatched copy. bitsandbytes' evaluation without gradients would change a weight for good."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if hasattr(module._parameters.get("weight"), "quant_state"):
@@ -89,7 +89,7 @@ def stock(model: Any) -> Any:
 
 
 def compare(model: Any, x: Tensor, **kwargs: Any) -> dict[str, Tensor]:
-    """One step of the model patched, held against copies of it that were never patched."""
+    """Compares one step of the patched model with that of unpatched copies."""
     plain = run(stock(model), x, **kwargs)
     truth = None if x.dtype == torch.float32 else run(in_fp64(model), x.double(), **kwargs)
     with pk.patched(model) as report:

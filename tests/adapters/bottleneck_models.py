@@ -1,5 +1,4 @@
-"""Tiny models of transformers for bottleneck adapters: where these belong, written out, and adapters in plain
-torch put there."""
+"""Tiny transformers models for bottleneck adapters, their insertion points, and adapters in plain torch."""
 
 from __future__ import annotations
 
@@ -65,7 +64,7 @@ class Family:
         name = self.model
         config = getattr(transformers, name.partition("For")[0].removesuffix("LMHeadModel") + "Config")
         model = getattr(transformers, name)(config(**self.sizes | options)).eval()
-        with torch.no_grad():  # so that losses tell one forward from another
+        with torch.no_grad():  # so that losses of different forwards differ
             for seed, parameter in enumerate(model.parameters()):
                 parameter.add_(testing.tensor(*parameter.shape, seed=seed, scale=0.05))
         if base == "nf4":
@@ -112,7 +111,7 @@ FAMILIES = {
         "LlamaForCausalLM", _TEXT | {"num_key_value_heads": 2}, text, ["model.layers.0", "model.layers.1"],
         ("self_attn.q_proj", "self_attn.o_proj"), ("mlp.up_proj", "mlp.down_proj"),
     ),
-    "phi3": Family(  # registers its attention's last layer first
+    "phi3": Family(  # registers the last layer of its attention first
         "Phi3ForCausalLM", _TEXT | {"num_key_value_heads": 2}, text, ["model.layers.0", "model.layers.1"],
         ("self_attn.qkv_proj", "self_attn.o_proj"), ("mlp.gate_up_proj", "mlp.down_proj"),
     ),
@@ -126,7 +125,7 @@ def output(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def stir(model: nn.Module, name: str, seed: int = 0) -> None:
-    """Give an adapter parameters that do something."""
+    """Sets an adapter's parameters so that it has an effect."""
     found = [site.adapters[name] for site in sites(model) if name in site.adapters]
     assert found
     with torch.no_grad():
@@ -134,8 +133,8 @@ def stir(model: nn.Module, name: str, seed: int = 0) -> None:
             parameter.copy_(testing.tensor(*parameter.shape, seed=seed + i, scale=0.2))
 
 
-class Plainly(nn.Module):
-    """A linear layer with adapters behind it, in plain torch."""
+class ReferenceLinear(nn.Module):
+    """A linear layer followed by adapters, in plain torch."""
 
     def __init__(self, linear: nn.Module, adapters: list[Any], taken: list[Tensor]) -> None:
         super().__init__()
@@ -157,8 +156,10 @@ class Plainly(nn.Module):
         return y
 
 
-def plainly(family: Family, bare: nn.Module, adapted: nn.Module, names: list[str], prefix: str = "") -> Any:
-    """`bare`, changed in place: with the adapters of `adapted` where they belong in this family."""
+def add_reference_adapters(
+    family: Family, bare: nn.Module, adapted: nn.Module, names: list[str], prefix: str = ""
+) -> Any:
+    """Adds the adapters of `adapted` to `bare`, in place, in plain torch, where this family has them."""
     held = {site.place.last: site for site in sites(adapted)}
     for kind in ("attention", "feed_forward"):
         for first, last in family.places(kind):
@@ -167,5 +168,5 @@ def plainly(family: Family, bare: nn.Module, adapted: nn.Module, names: list[str
             taken: list[Tensor] = []
             begin, end = bare.get_submodule(prefix + first), bare.get_submodule(prefix + last)
             begin.register_forward_pre_hook(lambda _, args, taken=taken: taken.append(args[0]))
-            bare.set_submodule(prefix + last, Plainly(end, mine, taken))
+            bare.set_submodule(prefix + last, ReferenceLinear(end, mine, taken))
     return bare

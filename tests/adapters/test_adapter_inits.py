@@ -1,4 +1,4 @@
-"""Adapters that start otherwise than as A drawn and B zero, and biases that train: patched as unpatched."""
+"""Adapters with other initialisations than LoRA's default, and trained biases: patched as unpatched."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import testing
 
 
 def eva_initialise(model: Any) -> None:
-    """A takes the directions in which a layer's inputs vary most. Two for q, so that o gets more rank."""
+    """A takes the directions in which a layer's inputs vary most: two for q, so that o gets a larger rank."""
     scale = torch.cat([torch.ones(2), torch.full((62,), 0.01)])
     batches = [testing.tensor(64, 64, seed=seed) * scale for seed in range(4)]
     peft.initialize_lora_eva_weights(
@@ -32,15 +32,15 @@ def eva_initialise(model: Any) -> None:
 
 
 def loftq_config() -> Any:
-    """Set afterwards: with the option in the call, LoraConfig asks for scipy, which nothing uses."""
-    lora = config(lora_alpha=8)  # LoftQ reckons with a scaling of 1
+    """The option is set afterwards, as LoraConfig would import scipy, which nothing uses."""
+    lora = config(lora_alpha=8)  # LoftQ assumes a scaling of 1
     lora.init_lora_weights, lora.loftq_config = "loftq", {"loftq_bits": 4, "loftq_iter": 2}
     return lora
 
 
 @pytest.fixture
 def loftq_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT's LoftQ computes on "cuda" whatever the model is on. Without one, read that as "cpu"."""
+    """PEFT's LoftQ computes on "cuda" wherever the model is. Without a GPU, map that to "cpu"."""
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     if torch.cuda.is_available():
         return
@@ -70,7 +70,7 @@ INITIALISED: dict[str, Callable[[], Any]] = {
 
 
 def compare_from_the_start(model: Any, dtype: torch.dtype) -> None:
-    """As initialised (some start with B at zero, and so no gradient in A) and somewhere else."""
+    """Compares at initialisation, where B may be zero and A has no gradient, and at other values."""
     compare(model, inputs(dtype=dtype))
     with torch.no_grad():
         for seed, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
@@ -85,7 +85,7 @@ def compare_from_the_start(model: Any, dtype: torch.dtype) -> None:
 def test_initialised_adapters(dtype: torch.dtype, init: str) -> None:
     model = peft.get_peft_model(models.base_model("dense", dtype), INITIALISED[init]())
     if init == "eva":
-        with pk.patched(model):  # it replaces adapters by ones of another rank, under our forward
+        with pk.patched(model):  # PEFT replaces adapters by ones of another rank under the fused forward
             eva_initialise(model)
         ranks = [model.base_model.model.get_submodule(name).r["default"] for name in ("q", "o")]
         assert ranks[0] < ranks[1] and sum(ranks) == 16, ranks
@@ -108,7 +108,7 @@ def test_loftq(loftq_without_gpu: None, dtype: torch.dtype) -> None:
 
 
 def test_loftq_then_packed(loftq_without_gpu: None) -> None:
-    """The base is at values that NF4 has."""
+    """The values of the base are exactly representable in NF4."""
     model = peft.get_peft_model(models.base_model("dense"), loftq_config())
     layer = model.base_model.model.q.base_layer
     dense = layer.weight.detach().clone()
@@ -121,7 +121,7 @@ def test_loftq_then_packed(loftq_without_gpu: None) -> None:
 @pytest.mark.parametrize("method", ["ipm", "kpm"])
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_corda(base: str, method: str) -> None:
-    """Over a packed base it makes dense what it takes the adapter out of."""
+    """A packed base becomes dense where the adapter is subtracted from it."""
     corda = pytest.importorskip("peft.tuners.lora.corda", reason="this PEFT has no CorDA")
     options = peft.tuners.lora.config.CordaConfig
     model, lora = models.base_model(base), config(lora_alpha=8)
@@ -141,7 +141,7 @@ def test_corda(base: str, method: str) -> None:
 @pytest.mark.parametrize("option", ["bias-lora-only", "bias-all", "lora-bias"])
 @pytest.mark.parametrize("base", ["nf4", "bnb"])
 @pytest.mark.filterwarnings("ignore:.*lora_bias=True.*has no bias")
-def test_biases_that_train_over_4_bit_weights(base: str, option: str) -> None:
+def test_trained_biases_over_4_bit_weights(base: str, option: str) -> None:
     model = peft.get_peft_model(models.base_model(base), INITIALISED[option]())
     compare_from_the_start(model, torch.float32)
 

@@ -1,4 +1,4 @@
-"""Several adapters on one model: active, disabled, switched, of one name; patched as unpatched."""
+"""Several adapters on one model: active, disabled, switched, of equal names; patched as unpatched."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from torch import Tensor, nn
 import peft_kernels as pk
 import testing
 
-# One adapter trains, everything else stays.
+# One adapter trains; nothing else changes
 
 
 @pytest.mark.parametrize("heads", [False, True], ids=["", "with-heads"])
 @pytest.mark.parametrize("base", models.BASES)
-def test_training_one_adapter_leaves_everything_else_alone(base: str, heads: bool) -> None:
+def test_training_one_adapter_changes_nothing_else(base: str, heads: bool) -> None:
     options = {"modules_to_save": ["lm_head"]} if heads else {}
     model = adapted(base, all=options)
     report = pk.patch(model)
-    # All parameters are in the optimizer, with weight decay: only a gradient of None keeps one from moving.
+    # All parameters are in the optimizer with weight decay: only a gradient of None keeps one unchanged.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    several = [] if heads else [["one", "two"]]  # PEFT allows one head at a time
+    several = [] if heads else [["one", "two"]]  # PEFT allows one active head
     for trained in (["one"], ["three"], ["narrow"], *several):
         activate(model, trained if len(trained) > 1 else trained[0])
         before = copy.deepcopy(model.state_dict())
@@ -49,7 +49,7 @@ def test_training_one_adapter_leaves_everything_else_alone(base: str, heads: boo
     assert_fused(report)
 
 
-# Ranks and alphas of all kinds; one active, several, none.
+# Ranks and alphas of all kinds; one active adapter, several, none
 
 ACTIVE = (
     "two",
@@ -73,7 +73,7 @@ def test_active_adapters(active: str | tuple[str, ...], dtype: torch.dtype, base
 
 @pytest.mark.parametrize("active", ["two", ["one", "two"]], ids=["one-active", "several"])
 @pytest.mark.parametrize("base", models.BASES)
-def test_adapters_of_different_types(base: str, active: str | list[str]) -> None:
+def test_adapters_of_different_dtypes(base: str, active: str | list[str]) -> None:
     """fp32 adapters beside bf16 ones, on a bf16 model."""
     model = adapted(base, torch.bfloat16)
     for name, parameter in model.named_parameters():
@@ -84,7 +84,7 @@ def test_adapters_of_different_types(base: str, active: str | list[str]) -> None
 
 
 @pytest.mark.parametrize("base", models.BASES)
-def test_switching_keeps_nothing_of_the_adapter_before(base: str) -> None:
+def test_switching_adapters_drops_the_previous_one(base: str) -> None:
     model, x = adapted(base), inputs()
     plain = stock(model)
     report = pk.patch(model)
@@ -112,7 +112,7 @@ def test_scales_of_several_adapters_are_read_in_each_call() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Adapter one was active which is now deleted")
-def test_adapters_that_come_and_go_while_patched() -> None:
+def test_adding_and_deleting_adapters_while_patched() -> None:
     model = adapted()
     plain, x = stock(model), inputs()
     pk.patch(model)
@@ -127,7 +127,7 @@ def test_adapters_that_come_and_go_while_patched() -> None:
     assert pk.unpatch(model) == 2
 
 
-@pytest.mark.parametrize("base", ["dense", "nf4"])  # into bitsandbytes' weights PEFT merges with a loss
+@pytest.mark.parametrize("base", ["dense", "nf4"])  # PEFT's merge into bitsandbytes' weights is lossy
 def test_merging_several_adapters(base: str) -> None:
     model, x = adapted(base), inputs()
     pk.patch(model)
@@ -154,7 +154,7 @@ def test_weighted_sums_of_adapters() -> None:
             assert testing.relative_error(layer(x) - layer.base_layer(x), x @ delta.T) < 1e-4, name
 
 
-# Disabled adapters: the base model, which is also the reference model of DPO and PPO.
+# Disabled adapters give the base model, which is also the reference model of DPO and PPO
 
 
 @pytest.mark.parametrize("active", ["two", ["one", "two"]], ids=["one-active", "several"])
@@ -164,7 +164,7 @@ def test_disabled_adapters_give_the_base_model_to_the_bit(
     base: str, dtype: torch.dtype, active: str | list[str]
 ) -> None:
     bare, x = models.base_model(base, dtype), inputs(dtype=dtype)
-    pk.patch(bare)  # Linear4bit alone is patched too, and rounds otherwise than bitsandbytes
+    pk.patch(bare)  # Linear4bit alone is patched too, and rounds differently from bitsandbytes
     expected = run(bare, x)
     model = adapted(base, dtype)
     activate(model, active)
@@ -184,7 +184,7 @@ def test_disabled_adapters_give_the_base_model_to_the_bit(
 
 
 def policy_gradients(model: Any, x: Tensor, reference: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """One step of DPO: the reference model runs between forward and backward of the policy."""
+    """One DPO step: the reference model runs between the policy's forward and backward."""
     model.zero_grad()
     policy = model(x).log_softmax(-1)
     with torch.no_grad():
@@ -196,7 +196,7 @@ def policy_gradients(model: Any, x: Tensor, reference: Callable[[], Tensor]) -> 
 
 @pytest.mark.parametrize("reference", ["disabled", "frozen-adapter"])
 @pytest.mark.parametrize("base", models.BASES)
-def test_reference_logits_in_the_middle_of_a_step(base: str, reference: str) -> None:
+def test_reference_logits_within_a_step(base: str, reference: str) -> None:
     def logits(model: Any, x: Tensor) -> Tensor:
         if reference == "disabled":
             with model.disable_adapter():
@@ -215,7 +215,7 @@ def test_reference_logits_in_the_middle_of_a_step(base: str, reference: str) -> 
         first = logits(model, x)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     got = policy_gradients(model, x, lambda: logits(model, x))
-    if base == "bnb":  # its own evaluation without gradients changes the weight and can no longer train
+    if base == "bnb":  # its evaluation without gradients changes the weight, which then cannot train
         plain_logits = logits(stock(plain), x.clone().requires_grad_()).detach()
         expected = policy_gradients(plain, x, lambda: plain_logits)
     else:
@@ -229,10 +229,10 @@ def test_reference_logits_in_the_middle_of_a_step(base: str, reference: str) -> 
     assert_fused(report)
 
 
-# A name given twice.
+# Duplicate names
 
 
-def test_a_new_adapter_with_the_name_of_another_raises() -> None:
+def test_duplicate_adapter_name_raises() -> None:
     model, x = adapted(), inputs()
     pk.patch(model)
     before, y = copy.deepcopy(model.state_dict()), model(x)
@@ -243,7 +243,7 @@ def test_a_new_adapter_with_the_name_of_another_raises() -> None:
     assert torch.equal(model(x), y)
 
 
-def test_a_list_of_names_is_nothing_for_peft_models_own_set_adapter() -> None:
+def test_peft_set_adapter_refuses_a_list() -> None:
     model = adapted()
     pk.patch(model)
     with pytest.raises(TypeError, match="unhashable"):
@@ -253,15 +253,15 @@ def test_a_list_of_names_is_nothing_for_peft_models_own_set_adapter() -> None:
 
 @pytest.mark.parametrize("base", models.BASES)
 def test_one_adapter_active_twice_raises(base: str) -> None:
-    """PEFT adds that adapter twice, without a word."""
+    """PEFT silently adds that adapter twice."""
     model, x = adapted(base), inputs()
     activate(model, ["two", "one", "two"])
     with pytest.raises(ValueError, match="two"), pk.patched(model):
         model(x)
 
 
-def test_loading_under_the_name_of_another_overwrites_it(tmp_path: Path) -> None:
-    """As PEFT means it: transformers' Trainer resumes and takes the best checkpoint back in this way."""
+def test_loading_under_an_existing_name_overwrites(tmp_path: Path) -> None:
+    """PEFT's intended behaviour: transformers' Trainer resumes and restores the best checkpoint with it."""
     model, x = adapted(), inputs()
     model.set_adapter("two")
     pk.patch(model)

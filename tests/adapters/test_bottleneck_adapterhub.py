@@ -1,4 +1,4 @@
-"""Adapters that AdapterHub's library wrote (tools/adapterhub_samples.py) compute here what they do there."""
+"""Adapters written by AdapterHub's library (tools/adapterhub_samples.py) compute the same here."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def test_computes_the_same(case: str) -> None:
     assert testing.relative_error(got, want) < 1e-5 < 1e-2 < testing.relative_error(bare, want)
 
 
-def test_by_row_trained_and_saved_as_ours(tmp_path: Path) -> None:
-    """The norm is read behind every way in: rows, gradients, files, a head around the model."""
+def test_rows_training_and_saving(tmp_path: Path) -> None:
+    """The norm is read on every path: rows, gradients, files, a model with a head."""
     case = "bert-seq_bn"
     model, ids = make(case, "ForSequenceClassification"), samples.inputs()
     pk.adapters.load(model, SAMPLES / case, load_as="mine")
@@ -120,7 +120,7 @@ def copied(case: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", samples.CASES)
-def test_fields_that_are_not_there_have_their_defaults(case: str, tmp_path: Path) -> None:
+def test_missing_fields_have_defaults(case: str, tmp_path: Path) -> None:
     """As in files of older versions."""
     fields = json.loads((copied(case, tmp_path) / "adapter_config.json").read_text())["config"]
     defaults = {
@@ -144,7 +144,7 @@ def test_fields_that_are_not_there_have_their_defaults(case: str, tmp_path: Path
     ],
     ids=["rounded-down", "not-whole", "beside-a-norm", "without-a-norm", "how-it-began"],
 )
-def test_fields_that_change_nothing(case: str, fields: dict[str, Any], tmp_path: Path) -> None:
+def test_ignored_fields(case: str, fields: dict[str, Any], tmp_path: Path) -> None:
     edit(**fields)(copied(case, tmp_path))
     assert torch.equal(compute(make(case), tmp_path), compute(make(case), SAMPLES / case))
 
@@ -156,8 +156,8 @@ def test_names_of_a_model_with_a_head(tmp_path: Path) -> None:
     assert torch.equal(got, want)
 
 
-def test_names_of_other_models_layers_and_adapters(tmp_path: Path) -> None:
-    """A head's prefix that is not BERT's, layers of two digits, a name that is no identifier."""
+def test_other_prefixes_layers_and_adapter_names(tmp_path: Path) -> None:
+    """A head prefix other than BERT's, two-digit layers, a name that is no identifier."""
     name, count = "nli/rte@ukp-2", 11
 
     def rename(found: dict[str, torch.Tensor]) -> None:
@@ -180,7 +180,7 @@ def test_names_of_other_models_layers_and_adapters(tmp_path: Path) -> None:
     assert i == count - 1
 
 
-def test_behind_attention_alone(tmp_path: Path) -> None:
+def test_adapter_after_attention_only(tmp_path: Path) -> None:
     edit(output_adapter=False)(copied("roberta-seq_bn", tmp_path))
     file = tmp_path / "pytorch_adapter.bin"
     torch.save({key: t for key, t in torch.load(file).items() if ".attention." in key}, file)
@@ -210,7 +210,7 @@ def without_downs(found: dict[str, torch.Tensor]) -> None:
 
 
 def with_up(make: Callable[[torch.Tensor], Any]) -> Callable[[Path], None]:
-    """All parameters in a .bin file, adapter_up of one layer in another form."""
+    """All parameters in a .bin file, with adapter_up of one layer replaced by `make`'s result."""
 
     def change(folder: Path) -> None:
         found = safetensors.load_file(folder / "adapter.safetensors")
@@ -344,7 +344,7 @@ def test_refused(name: str, tmp_path: Path) -> None:
     assert pk.adapters.names(model) == []
 
 
-def test_norms_that_are_elsewhere_are_refused() -> None:
+def test_misplaced_norms_are_refused() -> None:
     sizes = samples.SIZES | {"num_key_value_heads": 2}
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
     with pytest.raises(ValueError, match=r"layers\.0: expected one layer norm beside mlp.down_proj"):

@@ -1,4 +1,4 @@
-"""pk.adapters in models of every family: where adapters are, what they compute, that they leave no trace."""
+"""pk.adapters in models of every family: where adapters are inserted, outputs, and clean removal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import bottleneck_models as bm
 import models
 import pytest
 import torch
-from bottleneck_models import FAMILIES, output, plainly, stir
+from bottleneck_models import FAMILIES, add_reference_adapters, output, stir
 from torch import nn
 
 import peft_kernels as pk
@@ -31,7 +31,7 @@ def close(got: torch.Tensor, want: torch.Tensor) -> bool:
 
 
 def traces(model: nn.Module) -> list[Any]:
-    """All that adapters might leave: modules and their order, hooks, attributes, what is trained."""
+    """What adapters might leave behind: modules and their order, hooks, attributes, requires_grad."""
     found: list[Any] = [(name, p.requires_grad) for name, p in model.named_parameters()]
     for name, module in model.named_modules():
         hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
@@ -42,7 +42,7 @@ def traces(model: nn.Module) -> list[Any]:
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family: str, kind: str) -> None:
-    """New ones change no bit; trained ones compute what plain torch does in the layers that are meant."""
+    """New adapters change no bit; trained ones equal plain torch in the right layers."""
     about = FAMILIES[family]
     model, inputs, config = about.make(), about.inputs(), CONFIGS[kind]
     bare, before, state = copy.deepcopy(model), output(model, inputs), copy.deepcopy(model.state_dict())
@@ -51,7 +51,7 @@ def test_every_family(family: str, kind: str) -> None:
     adapters.train(model, "one")
     assert torch.equal(output(model, inputs), before)
     stir(model, "one")
-    got, want = output(model, inputs), output(plainly(about, bare, model, ["one"]), inputs)
+    got, want = output(model, inputs), output(add_reference_adapters(about, bare, model, ["one"]), inputs)
     assert close(got, want) and not close(got, before)
     places = len(about.layers) * (config.attention + config.feed_forward)
     r = config.bottleneck_size(64)
@@ -66,7 +66,7 @@ def test_every_family(family: str, kind: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "bert"])
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_training(family: str, base: str) -> None:
-    """The loss falls, and only the adapter and a new head are trained; checkpointing changes no gradient."""
+    """The loss falls, only the adapter and a new head train, and checkpointing changes no gradient."""
     about = FAMILIES[family]
     model = about.make(base)
     adapters.add(model, "task", AdapterConfig.houlsby(dropout=0.1))
@@ -99,7 +99,7 @@ def test_training(family: str, base: str) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_keeps_no_input_of_a_sublayer(reentrant: bool) -> None:
-    """A recomputation is broken off inside the last adapter of a layer."""
+    """The recomputation stops inside a layer's last adapter."""
     about = FAMILIES["llama"]
     model, inputs = about.make().train(), about.inputs()
     adapters.add(model, "task", AdapterConfig.beside(attention=True))
@@ -135,7 +135,7 @@ def test_names_stacks_and_none() -> None:
         adapters.set_active(model, wanted)
         assert adapters.active(model) == wanted
         got = output(model, inputs)
-        assert close(got, output(plainly(about, copy.deepcopy(bare), model, wanted), inputs))
+        assert close(got, output(add_reference_adapters(about, copy.deepcopy(bare), model, wanted), inputs))
         assert not any(close(got, other) for other in seen)
         seen.append(got)
     adapters.set_active(model, None)
@@ -143,7 +143,7 @@ def test_names_stacks_and_none() -> None:
     adapters.set_active(model, ["pfeiffer", "houlsby"])
     adapters.delete(model, "houlsby")
     assert adapters.active(model) == ["pfeiffer"] and torch.equal(output(model, inputs), seen[1])
-    adapters.add(model, "late")  # goes into sites that are gone
+    adapters.add(model, "late")  # added to sites that were removed
     adapters.set_active(model, ["pfeiffer", "late"])
     assert torch.equal(output(model, inputs), seen[1])
 
@@ -167,7 +167,7 @@ def test_copies_are_independent() -> None:
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 @pytest.mark.parametrize("first", ["adapters", "lora"])
 def test_with_lora(first: str, base: str, kind: str) -> None:
-    """Whichever comes first, and patched: the adapter is behind the layer with its LoRA."""
+    """In either order, and patched: the adapter follows the layer with its LoRA."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     about = FAMILIES["llama"]
     model, inputs = about.make(base), about.inputs()
@@ -186,10 +186,10 @@ def test_with_lora(first: str, base: str, kind: str) -> None:
     stir(model, "one")
     if first == "lora":
         adapters.set_active(model, "one")
-    else:  # PEFT has put layers around the hooked ones since
+    else:  # PEFT has wrapped the hooked layers since
         for site in adapters.manage.sites(model):
             site.active = ("one",)
-    want = output(plainly(about, bare, model, ["one"], "base_model.model."), inputs)
+    want = output(add_reference_adapters(about, bare, model, ["one"], "base_model.model."), inputs)
     assert close(output(model, inputs), want)
     with pk.patched(model):
         assert close(output(model, inputs), want)
@@ -228,7 +228,7 @@ def test_layers_quantised_later_are_found() -> None:
     stir(model, "one")
     for one in (model, bare):
         pk.quantize_model(one)
-    assert close(output(model, inputs), output(plainly(about, bare, model, ["one"]), inputs))
+    assert close(output(model, inputs), output(add_reference_adapters(about, bare, model, ["one"]), inputs))
 
 
 def test_refused() -> None:
@@ -272,8 +272,8 @@ def test_refused() -> None:
 
 @pytest.mark.parametrize("parallel", [False, True])
 def test_autocast_rounds_what_is_multiplied(parallel: bool) -> None:
-    """fp32 parameters, x in autocast's type: to the bit what an adapter of rounded weights gives; gradients
-    stay in fp32. x of another type is none of autocast's business."""
+    """fp32 parameters, x in autocast's dtype: bit for bit an adapter of rounded weights, with fp32 gradients.
+    For other dtypes of x autocast does nothing."""
     config = AdapterConfig(False, True, parallel=parallel, activation="gelu", reduction=4)
     adapter = BottleneckAdapter(config, 64, torch.device("cpu"), torch.float32)
     for parameter in adapter.parameters():

@@ -1,4 +1,4 @@
-"""Bottleneck adapters on disk: there and back, and files that are damaged or of something else."""
+"""Bottleneck adapters on disk: round trips, and damaged or foreign files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is no
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """A model with an adapter, "task", and where that is saved."""
+    """A model with an adapter, "task", and the folder it is saved in."""
     model, folder = FAMILIES["bert"].make(), tmp_path_factory.mktemp("adapter") / "task"
     adapters.add(model, "task", AdapterConfig.houlsby(norm=True, scaling=0.5))
     stir(model, "task")
@@ -34,9 +34,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return model, folder
 
 
-def test_there_and_back(trained: tuple[Any, Path], tmp_path: Path) -> None:
-    """Under another name, beside others, in a model without the head or with 4 bits; the file is an ordinary
-    one."""
+def test_round_trip(trained: tuple[Any, Path], tmp_path: Path) -> None:
+    """Under another name, beside other adapters, in a model without the head or in 4 bits; the file is an
+    ordinary safetensors file."""
     model, folder = trained
     adapters.set_active(model, "task")
     inputs = FAMILIES["bert"].inputs()
@@ -59,7 +59,7 @@ def test_there_and_back(trained: tuple[Any, Path], tmp_path: Path) -> None:
     assert all(p.requires_grad for n, p in packed.named_parameters() if "_adapters" in n)
 
 
-def test_16_bits_stay(trained: tuple[Any, Path], tmp_path: Path) -> None:
+def test_16_bit_parameters(trained: tuple[Any, Path], tmp_path: Path) -> None:
     model = FAMILIES["bert"].make()
     adapters.load(model, trained[1])
     for site in adapters.manage.sites(model):
@@ -141,7 +141,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_damaged(
     trained: tuple[Any, Path], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sentence, and nothing is changed; no memory is asked for before shapes are known to be right."""
+    """One sentence, nothing changes, and shapes are checked before anything is allocated."""
     damage, message = DAMAGES[name]
     for file in (CONFIG, WEIGHTS):
         (tmp_path / file).write_bytes((trained[1] / file).read_bytes())
@@ -156,7 +156,7 @@ def test_damaged(
     assert adapters.names(model) == ["mine"] and [name for name, _ in model.named_modules()] == before
 
 
-def test_taken_name_and_other_family(trained: tuple[Any, Path]) -> None:
+def test_existing_name_and_other_family(trained: tuple[Any, Path]) -> None:
     model, folder = trained
     with pytest.raises(ValueError, match="name: there is an adapter 'task' already"):
         adapters.load(model, folder)
@@ -166,11 +166,11 @@ def test_taken_name_and_other_family(trained: tuple[Any, Path]) -> None:
     assert adapters.names(llama) == []
 
 
-def test_parts_that_were_given_it_apart(tmp_path: Path) -> None:
-    """The encoder and the decoder of a T5 have places of the same names: neither may overwrite the other."""
+def test_encoder_and_decoder_with_separate_adapters(tmp_path: Path) -> None:
+    """A T5's encoder and decoder have sites of equal names: neither may overwrite the other."""
     model = FAMILIES["t5"].make()
     adapters.add(model.encoder, "task", "houlsby")
-    adapters.save(model, "task", tmp_path / "encoder")  # by the names of what it was added to
+    adapters.save(model, "task", tmp_path / "encoder")  # named as in the module that it was added to
     adapters.load(FAMILIES["t5"].make().encoder, tmp_path / "encoder")
     adapters.add(model.decoder, "task", "pfeiffer")
     with pytest.raises(ValueError, match=r"name: expected an adapter of one model, .*: encoder, decoder"):

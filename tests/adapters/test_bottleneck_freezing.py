@@ -1,4 +1,4 @@
-"""What `train` freezes and `delete` gives back, whoever else freezes the model in between."""
+"""What `train` freezes and `delete` restores, whatever else freezes parameters in between."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def quantised(model: Any) -> Any:
 
 
 def packed_in_place(model: Any) -> Any:
-    """The weight of a module that stays, as those of experts are."""
+    """The weight of a module that is not replaced, as experts' are packed."""
     layer = model.model.layers[0].mlp.up_proj
     layer.weight = torch.nn.Parameter(pk.NF4Weight.quantize(layer.weight.detach()), requires_grad=False)
     return model
@@ -59,8 +59,8 @@ STEPS |= {"copied": copy.deepcopy, "pickled": models.pickled}
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("step", STEPS)
-def test_others_freeze_too(step: str, when: str) -> None:
-    """Afterwards that is trained which would be without the adapter."""
+def test_freezing_by_others(step: str, when: str) -> None:
+    """Afterwards those parameters train that would train without the adapter."""
     model, do = FAMILIES["llama"].make(), STEPS[step]
     want = trainable(do(copy.deepcopy(model)))
     if when == "before":
@@ -75,8 +75,8 @@ def test_others_freeze_too(step: str, when: str) -> None:
     assert not [name for name, module in model.named_modules() if adapters.freezing.RECORD in vars(module)]
 
 
-def test_trained_again_beside_lora() -> None:
-    """What PEFT has frozen in between stays; its LoRA is given back."""
+def test_training_again_beside_lora() -> None:
+    """What PEFT froze in between stays frozen; its LoRA is restored."""
     model = FAMILIES["llama"].make()
     adapters.add(model, "one")
     adapters.train(model, "one")
@@ -91,7 +91,7 @@ def test_trained_again_beside_lora() -> None:
 
 
 def test_several_in_training() -> None:
-    """The last one in training gives back, once; what is unfrozen by hand stays so."""
+    """The last adapter in training restores, once; parameters unfrozen by hand stay so."""
     model = FAMILIES["bert"].make()
     everything = trainable(model)
     for name in ("one", "two", "three"):

@@ -1,4 +1,4 @@
-"""pk.adapters.rows: an adapter of its own for each row of a batch."""
+"""pk.adapters.rows: a separate adapter for each row of a batch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def batch(rows: int = len(NAMES), length: int = 7, seed: int = 1) -> Tensor:
 
 
 def each_alone(model: Any, inputs: dict[str, Tensor], names: Sequence[Any]) -> list[Tensor]:
-    """Row i of what all rows give with the adapters of row i."""
+    """Row i of the output when all rows use the adapters of row i."""
     found = []
     for i, name in enumerate(names):
         adapters.set_active(model, name)
@@ -50,8 +50,8 @@ def each_alone(model: Any, inputs: dict[str, Tensor], names: Sequence[Any]) -> l
 
 
 @pytest.mark.parametrize("case", ["llama-dense", "llama-nf4", "bert-dense", "t5-dense"])
-def test_rows_are_as_alone(case: str) -> None:
-    """To the bit, whatever the other rows are; outside, and in between, it is as if nothing had been."""
+def test_rows_equal_single_adapters(case: str) -> None:
+    """Bit for bit, whatever the other rows are; outside the context nothing changes."""
     family, base = case.split("-")
     after_norm = {"c": AdapterConfig.pfeiffer(after_norm=True, norm=True)} if family == "bert" else {}
     model = make(family, base, **after_norm)
@@ -81,7 +81,7 @@ def test_rows_are_as_alone(case: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "t5"])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generate(family: str, beams: int) -> None:
-    """Beams are rows side by side; encoders see none."""
+    """Beams are adjacent rows; encoders have none."""
     model, names = make(family), ["a", None, ["c", "b"]]
     prompts = batch(len(names))
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": beams}
@@ -103,7 +103,7 @@ def test_generate(family: str, beams: int) -> None:
 def mixed_loss(model: Any, names: Sequence[Any], ids: Tensor) -> Tensor:
     with adapters.rows(model, names):
         logits = model(input_ids=ids)[0]
-    # By row, and weighted, so that a gradient tells whose it is.
+    # Weighted by row, so that gradients of different rows differ.
     return (logits.square().flatten(1).mean(1) * torch.arange(1.0, 1.0 + len(ids))).sum()
 
 
@@ -116,8 +116,8 @@ def gradients(model: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_training(family: str, checkpointing: bool | None) -> None:
-    """Each adapter gets the gradient of its rows, and backward may come when another batch is being served.
-    Two batches of different adapters wait for their backward at once."""
+    """Each adapter gets the gradient of its rows, even if backward runs while another batch is served. Two
+    batches of different adapters await their backward at once."""
     model = make(family, **({"c": AdapterConfig.pfeiffer(after_norm=True)} if family == "bert" else {}))
     adapters.train(model, list(CONFIGS))
     model.train()
@@ -154,7 +154,7 @@ def test_training(family: str, checkpointing: bool | None) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_of_more_and_less_than_a_layer(reentrant: bool) -> None:
-    """Also where rows are told in what is recomputed, and where another batch without rows waits too."""
+    """Also if `rows` is entered in the recomputed part, and if another batch without rows awaits backward."""
     from torch.utils.checkpoint import checkpoint
 
     model, ids = make(), batch()
@@ -205,7 +205,7 @@ def test_changes_in_place_are_seen() -> None:
 
 
 def test_threads() -> None:
-    """Each has its own rows, or none, with beside-adapters that keep what went into a sublayer."""
+    """Each thread has its own rows, or none, with parallel adapters that keep a sublayer's input."""
     model, inputs = make(), {"input_ids": batch()}
     orders = [NAMES, NAMES[::-1], None, ["b"], ["a", "c"]]
     want = []
@@ -235,9 +235,9 @@ def test_threads() -> None:
 
 
 def test_compiled() -> None:
-    """Never the rows of another call; what cannot be one graph is said by torch."""
+    """Never the rows of another call; torch reports what cannot be one graph."""
     model, inputs = make(), {"input_ids": batch()}
-    del model.model.layers[1]  # one is enough to compile
+    del model.model.layers[1]  # one layer is enough to compile
     want = each_alone(model, inputs, NAMES)
     adapters.set_active(model, "b")
     active = output(model, inputs)
@@ -251,8 +251,8 @@ def test_compiled() -> None:
     assert torch.equal(output(compiled, inputs), active)
 
 
-def test_come_and_go() -> None:
-    """One that is kept follows adapters that are replaced; copies are not inside."""
+def test_adding_and_deleting_adapters() -> None:
+    """A kept context follows replaced adapters; copies are outside it."""
     model, inputs = make(), {"input_ids": batch(2)}
     mixed = adapters.rows(model, ["a", None])
     with mixed:

@@ -24,7 +24,7 @@ VOCABULARY = 97
 
 
 def line(ranks: int) -> Any:
-    """A mesh of the first `ranks` processes, None in others. All processes must call it."""
+    """A mesh of the first `ranks` processes, None in the others. Every process must call it."""
     mesh = DeviceMesh("cpu", list(range(ranks)))
     return mesh if dist.get_rank() < ranks else None
 
@@ -63,7 +63,7 @@ def assert_same_bits(got: Any, want: Any) -> None:
 
 
 def llama(layers: int = 2, patch: bool = False, **changes: Any) -> Any:
-    """A small model with NF4 layers and LoRA, the same in every process."""
+    """A small model with NF4 layers and LoRA, equal in every process."""
     import peft
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -103,7 +103,7 @@ def adapters(model: Any) -> dict[str, Tensor]:
 
 
 def train(model: Any, optimizer: Any, data: Tensor, mesh: Any = None, ranks: int = 1) -> list[float]:
-    """Losses on the global batch, of which each process of the mesh sees its own sequences."""
+    """Losses on the global batch, of which each process of the mesh gets its own sequences."""
     losses = []
     for ids in data:
         mine = ids if mesh is None else ids.chunk(ranks)[dist.get_rank()]

@@ -1,4 +1,4 @@
-"""Processes of torch.distributed that tests start, and what they found."""
+"""Runs tests in processes of torch.distributed and collects their results."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ PRELOADED = [
 
 
 def forked() -> BaseContext:
-    """Of processes that are forked from one, which imports what they need once. It is started once for all
-    tests of a run, so what it has imported must not be the first's alone."""
+    """Forks processes from one that has imported modules once, started once per test run: it must not import
+    only what the first test needs."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
@@ -47,7 +47,7 @@ def free_port() -> int:
 
 
 def found_by_rank(ranks: int, work: Callable[..., None], *args: Any) -> dict[int, Any]:
-    """What `work(rank, *args, queue)` puts into the queue, pairs of its rank and anything."""
+    """Values that `work(rank, *args, queue)` puts into the queue as (rank, value), by rank."""
     context = forked()
     queue = context.Queue()
     processes: list[Any] = [
@@ -64,7 +64,7 @@ def found_by_rank(ranks: int, work: Callable[..., None], *args: Any) -> dict[int
 
 
 def ended(processes: Sequence[Any], seconds: float = 300.0) -> list[int]:
-    """Exit codes. After one failure the other processes, which would wait, are killed, like torchrun does."""
+    """Exit codes. After one failure the other processes are killed, as torchrun does, as they would wait."""
     left = {process.sentinel: process for process in processes}
     end = time.monotonic() + seconds
     while left:
@@ -79,13 +79,13 @@ def ended(processes: Sequence[Any], seconds: float = 300.0) -> list[int]:
 
 
 def errors_by_rank(ranks: int, cases: Sequence[Case]) -> dict[int, dict[str, str]]:
-    """Runs cases in order in processes that are started once. Returns tracebacks by rank and case."""
+    """Runs cases in order in processes started once. Returns tracebacks by rank and case."""
     with tempfile.TemporaryDirectory() as folder:
         return found_by_rank(ranks, _run_cases, ranks, free_port(), folder, cases)
 
 
 def rank_tests(ranks: int, cases: Sequence[Case]) -> tuple[Any, Any]:
-    """A module's fixture that runs `cases` in processes, and a test for each: `errors, test_cases = ...`."""
+    """A module's fixture that runs `cases` in processes, and a test of each: `errors, test_cases = ...`."""
 
     @pytest.fixture(scope="module")
     def errors() -> dict[int, dict[str, str]]:
@@ -104,7 +104,7 @@ def assert_no_errors(errors: dict[int, dict[str, str]], case: str) -> None:
 
 
 def enter(rank: int, ranks: int, port: int) -> None:
-    """Sets the environment of a rank, like torchrun does."""
+    """Sets the environment of a rank, as torchrun does."""
     torch.set_num_threads(1)
     place: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
@@ -123,7 +123,7 @@ def _run_cases(rank: int, ranks: int, port: int, folder: str, cases: Sequence[Ca
             dist.barrier()
         except BaseException:
             errors[case.__name__] = traceback.format_exc()
-            break  # the processes may be out of step now
+            break  # processes may be out of step now
         errors[case.__name__] = ""
     queue.put((rank, errors))
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Models of DTensors beside the same of plain tensors, for optimizers in several processes."""
+"""Models of DTensors and equal ones of plain tensors, for optimizers in several processes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from peft_kernels.optim.sharded import part_of, whole_of
 
 RANKS = 4
 SHAPES = {
-    "rows": (64, 512),  # parts end where blocks do, on any number of processes
+    "rows": (64, 512),  # shards end at block boundaries on any number of processes
     "narrow": (512, 16),  # and here on two and four
     "vector": (4096,),
-    "odd": (70, 100),  # they do not
-    "few": (2, 2500),  # and two have nothing
+    "odd": (70, 100),  # shards end inside blocks
+    "few": (2, 2500),  # two processes have no rows
     "small": (6, 5),  # moments in fp32
 }
 ROWS = (Shard(0),)
@@ -64,7 +64,7 @@ def assert_same(got: nn.Module, want: nn.Module, atol: float = 0.0, names: Any =
 
 
 def assert_same_tree(got: Any, want: Any) -> None:
-    """In this process's parts, to the bit."""
+    """Compares this process's shards, bit for bit."""
     (leaves, tree), (others, other) = map(tree_flatten, (got, want))
     assert tree == other
     for a, b in zip(leaves, others, strict=True):

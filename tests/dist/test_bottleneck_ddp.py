@@ -65,7 +65,7 @@ def work(rank: int, port: int, queue: Any) -> None:
         dist.destroy_process_group()
 
 
-def test_two_ranks_are_as_one_process() -> None:
+def test_two_ranks_equal_one_process() -> None:
     ranks = found_by_rank(2, work, free_port())
     for case, names in CASES.items():
         model = make()

@@ -39,14 +39,14 @@ pytest.importorskip("peft", reason="adapters are PEFT's, and it is not installed
 
 pytestmark = pytest.mark.slow
 
-# Rows that divide and do not, blocks that cross the cut, rows shorter than a block, processes without rows,
-# groups of 256 scales that straddle, odd numbers of weights, experts.
+# Rows that divide evenly or not, blocks that cross shard boundaries, rows shorter than a block, processes
+# without rows, groups of 256 scales that straddle shards, odd element counts, experts.
 SHAPES = [(64, 128), (7, 33), (5, 10), (64, 63), (1, 40), (3, 1), (300, 577), (4, 4, 96), (5, 3, 33)]
 
-# Cases: each runs in every process.
+# Each case runs in every process.
 
 
-class Product(nn.Module):
+class MatMul(nn.Module):
     def __init__(self, weight: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -56,8 +56,8 @@ class Product(nn.Module):
 
 
 def whole_weights(folder: Path) -> None:
-    """Gathered, each weight is what it was to the bit, twice, whatever the cuts; so are the shards' rows, and
-    the result and gradient of a product; no process sends more than its part."""
+    """Gathered twice, each weight and its shards' rows equal the original bit for bit, for all boundaries; so
+    do the result and gradient of a matmul. No process sends more than its shard."""
     for ranks in (1, 2, 3, 4):
         mesh = line(ranks)
         if mesh is None:
@@ -65,7 +65,7 @@ def whole_weights(folder: Path) -> None:
         for shape in SHAPES:
             for blocksize, nested in ((32, True), (64, True), (64, False)):
                 want = weight(shape, blocksize, nested)
-                layer = Product(want.clone())
+                layer = MatMul(want.clone())
                 fully_shard(layer, mesh=mesh)
                 assert isinstance(layer.weight.to_local(), NF4Shard)
                 for _ in range(2):
@@ -75,7 +75,7 @@ def whole_weights(folder: Path) -> None:
                     held = layer.weight._state.packed, layer.weight._state.absmax
                     layer.reshard()
                     assert not any(t.untyped_storage().size() for t in held), "not freed"
-                    cells = want.packed.numel() // want.absmax.numel() + 64  # two blocks more than a share
+                    cells = want.packed.numel() // want.absmax.numel() + 64  # two blocks more than a shard
                     most = (want.packed.nbytes + want.absmax.nbytes) / ranks + 3 * cells + 40
                     if len(shape) == 2 and shape[0] % ranks == 0:
                         assert len(sent) == (ranks > 1) and all(n <= most for n, _ in sent), (sent, most)
@@ -88,7 +88,7 @@ def whole_weights(folder: Path) -> None:
                 if len(shape) == 3:
                     continue
                 results = []
-                for module in (layer, Product(want)):
+                for module in (layer, MatMul(want)):
                     x = testing.tensor(5, shape[1], dtype=torch.bfloat16).requires_grad_()
                     y = module(x)
                     y.sum().backward()
@@ -99,7 +99,7 @@ def whole_weights(folder: Path) -> None:
 
 @on(2)
 def bytes_of_a_model(folder: Path, mesh: Any) -> None:
-    """Of SmolLM2's layer: each of two processes holds half of the packed bytes, and sends that half."""
+    """Of SmolLM2's layer, each of two processes holds and sends half of the packed bytes."""
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
     model = llama(1, num_key_value_heads=3, **sizes)
     layer = model.base_model.model.model.layers[0]
@@ -119,8 +119,8 @@ def bytes_of_a_model(folder: Path, mesh: Any) -> None:
 
 
 def training(folder: Path) -> None:
-    """As in one process on the same global batch; patched before and after, checkpointed, not resharded,
-    offloaded, and with replicas."""
+    """Equals one process on the same global batch: patched before and after sharding, checkpointed, not
+    resharded, offloaded, and with replicas."""
     cases: dict[str, tuple[int, dict[str, Any]]] = {
         "stock": (2, {}),
         "before": (2, {}),
@@ -161,9 +161,9 @@ def training(folder: Path) -> None:
 
 @on(2)
 def mixed_precision(folder: Path, mesh: Any) -> None:
-    """The nominal dtype follows the policy; the bits stay."""
+    """The nominal dtype follows the policy; the packed bits stay."""
     want = weight((64, 128), 64, True, torch.float32)
-    layer = Product(want.clone())
+    layer = MatMul(want.clone())
     fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     assert layer(testing.tensor(3, 128)).dtype == torch.bfloat16
     layer.unshard()
@@ -173,7 +173,7 @@ def mixed_precision(folder: Path, mesh: Any) -> None:
 
 @on(2)
 def packed_layers(folder: Path, mesh: Any) -> None:
-    """Without adapters, patched when they are sharded: known, and fused."""
+    """Layers without adapters, patched once sharded, are recognised and fused."""
     model = fully_shard(nn.Sequential(pk.nn.NF4Linear(weight((64, 64), 64, True))), mesh=mesh)
     report = pk.patch(model)
     assert [entry.kind for entry in report.fused] == ["NF4Linear"], report
@@ -181,10 +181,10 @@ def packed_layers(folder: Path, mesh: Any) -> None:
 
 
 @on(2)
-def in_other_hands(folder: Path, mesh: Any) -> None:
-    """A shard copied, cast, saved and read is the rows that it was."""
+def shard_operations(folder: Path, mesh: Any) -> None:
+    """A shard that is copied, cast, saved and loaded keeps its rows."""
     whole = weight((7, 33), 32, True)
-    layer = fully_shard(Product(whole.clone()), mesh=mesh)
+    layer = fully_shard(MatMul(whole.clone()), mesh=mesh)
     p = layer.weight
     rows = whole.dequantize().chunk(2)[mesh.get_local_rank()]
     file = io.BytesIO()
@@ -206,7 +206,7 @@ def in_other_hands(folder: Path, mesh: Any) -> None:
 @on(2)
 def ignored(folder: Path, mesh: Any) -> None:
     """An ignored weight stays whole, beside one that is sharded."""
-    model = nn.Sequential(*(Product(weight((64, 64), 64, True, torch.float32)) for _ in range(2)))
+    model = nn.Sequential(*(MatMul(weight((64, 64), 64, True, torch.float32)) for _ in range(2)))
     x = testing.tensor(3, 64)
     want = model(x)
     fully_shard(model, mesh=mesh, ignored_params={model[0].weight})
@@ -216,7 +216,7 @@ def ignored(folder: Path, mesh: Any) -> None:
 
 @on(2)
 def inner_hooks(folder: Path, mesh: Any) -> None:
-    """Layers that fully_shard was given themselves run their hooks, and what spans them falls back."""
+    """Hooks of layers that were passed to fully_shard run, and fused forwards around them fall back."""
     model, single = llama(1), llama(1, patch=True)
     layer = model.base_model.model.model.layers[0]
     fully_shard(layer.self_attn.q_proj, mesh=mesh)
@@ -235,7 +235,7 @@ def inner_hooks(folder: Path, mesh: Any) -> None:
 
 @on(2)
 def patched_modules(folder: Path, mesh: Any) -> None:
-    """A patched module that fully_shard is given itself stays fused, and can be unpatched."""
+    """A patched module that is passed to fully_shard stays fused, and can be unpatched."""
     model = llama(1)
     report = pk.patch(model)
     layer = model.base_model.model.model.layers[0]
@@ -252,7 +252,7 @@ def patched_modules(folder: Path, mesh: Any) -> None:
 
 @on(2)
 def refusals(folder: Path, mesh: Any) -> None:
-    """Sentences, in every process; nothing is lost, and none waits."""
+    """Errors are raised in every process; nothing is lost, and no process waits."""
     want = weight((64, 128), 64, True)
 
     def layer() -> Any:
@@ -276,7 +276,7 @@ def refusals(folder: Path, mesh: Any) -> None:
     assert_same_bits(sharded[0].weight, want)
     sharded.reshard()
 
-    for write in (lambda w: w.add_(0.5), lambda w: w.mul_(2.0)):  # a merge, and for good
+    for write in (lambda w: w.add_(0.5), lambda w: w.mul_(2.0)):  # as a merge, and as a lasting write
         dense = layer()
         write(dense[0].weight)
         with pytest.raises(ValueError, match="expected packed NF4 to shard, got a weight that a write made"):
@@ -294,7 +294,7 @@ def refusals(folder: Path, mesh: Any) -> None:
 
 @on(2)
 def compiled(folder: Path, mesh: Any) -> None:
-    """Blocks that are compiled, each as one graph, and then sharded learn what one process learns."""
+    """Blocks that are compiled to one graph each and then sharded train as in one process."""
     curves = []
     for ranks in (1, 2):
         model = llama(1, patch=True)
@@ -308,7 +308,7 @@ def compiled(folder: Path, mesh: Any) -> None:
 
 
 CASES: list[Case] = [
-    whole_weights, bytes_of_a_model, training, mixed_precision, packed_layers, in_other_hands, ignored,
+    whole_weights, bytes_of_a_model, training, mixed_precision, packed_layers, shard_operations, ignored,
     inner_hooks, patched_modules, compiled, refusals,
 ]  # fmt: skip
 

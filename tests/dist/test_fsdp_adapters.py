@@ -1,4 +1,4 @@
-"""New adapters of every kind over a base on the meta device, which several processes read in rows."""
+"""New adapters of every kind over a base on the meta device, of which each process reads its rows."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ REFUSED: dict[str, dict[str, Any]] = {
     },
 }
 
-# Cases: each runs in every process.
+# Each case runs in every process.
 
 
 def saved(folder: Path, mesh: Any) -> Any:
-    """A base, and the file that has it."""
+    """A base and its file."""
     from safetensors.torch import save_file
 
     base = llama(**UNEVEN).unload()
@@ -75,7 +75,7 @@ def whole(model: Any) -> dict[str, Any]:
 
 
 def started(folder: Path) -> None:
-    """As in one process where that is no matter of chance, alike in every process where it is; they train."""
+    """Equals one process if the initialisation is deterministic, else is equal in all processes; trains."""
     import peft
 
     mesh = line(3)
@@ -113,7 +113,7 @@ def started(folder: Path) -> None:
 
 
 def refused(folder: Path) -> None:
-    """Before anything is read, in every process, with the name of the option; and nothing is filled."""
+    """Raises in every process, with the option's name, before anything is read; nothing is filled."""
     import peft
 
     mesh = line(3)

@@ -1,4 +1,4 @@
-"""One process has a whole state dict, and all get their rows: three processes over gloo."""
+"""One process has a whole state dict, and all processes get their rows: three processes over gloo."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from peft_kernels.integrations import fsdp
 
 pytestmark = pytest.mark.slow
 
-# Cases: each runs in every process.
+# Each case runs in every process.
 
 
 def of_process_0(state: Any) -> Any:
@@ -35,13 +35,13 @@ def of_process_0(state: Any) -> Any:
 
 
 def sent(folder: Path) -> None:
-    """What one process saves, what torch gathers, and a file of the base come to all, to the bit."""
+    """A state dict saved by one process, one gathered by torch, and a file of the base, bit for bit."""
     import peft
     from safetensors.torch import load_file
 
     mesh, want = line(3), llama(**UNEVEN)
     names = dict(want.named_parameters())
-    alone = wiped(llama(**UNEVEN))  # whole in each process, as under DDP
+    alone = wiped(llama(**UNEVEN))  # whole in each process, as with DDP
     fsdp.load_full_state_dict(alone, of_process_0(want.state_dict()))
     assert_same_model(alone, names)
     if mesh is None:
@@ -63,7 +63,7 @@ def sent(folder: Path) -> None:
 
 
 def experts(folder: Path) -> None:
-    """Packed ones, by the items of their own format: from process 0, and where every process has them."""
+    """Packed experts, by the keys of their own format: from process 0, and from every process."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     mesh = line(3)
@@ -95,7 +95,7 @@ def experts(folder: Path) -> None:
 
 @on(3)
 def refused(folder: Path, mesh: Any) -> None:
-    """In every process, before anything is written."""
+    """Raises in every process, before anything is written."""
     sizes = (96, 64), (64, 64)
     want = nn.Sequential(nn.Linear(4, 4), *(pk.nn.NF4Linear(weight(shape, 64, True)) for shape in sizes))
     state = want.state_dict()
@@ -130,7 +130,7 @@ def refused(folder: Path, mesh: Any) -> None:
     for p in model.parameters():
         local: Any = p.to_local()
         assert not (local.dequantize() if hasattr(local, "_rows") else local).any()
-    set_model_state_dict(model, get_model_state_dict(model))  # of parts: as always
+    set_model_state_dict(model, get_model_state_dict(model))  # sharded state dicts work as usual
     fsdp.load_full_state_dict(model, of_process_0(state))
     assert_same_bits(fsdp._whole(model[2].weight.detach()), want[2].weight)
 

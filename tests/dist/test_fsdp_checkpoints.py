@@ -49,7 +49,7 @@ UNEVEN = {"hidden_size": 40, "intermediate_size": 90, "num_key_value_heads": 2, 
 SMALL = ("nested", "quant_map", "quant_state")
 """Items of NF4 weights that every process reads: tables, texts and second-level scales."""
 
-# Cases: each runs in every process.
+# Each case runs in every process.
 
 
 def gathered(model: nn.Module) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def assert_same_model(model: nn.Module, want: dict[str, Any], names: Any = None)
 
 
 def wiped(model: Any) -> Any:
-    """The same model, with nothing of its numbers."""
+    """The same model with all its values replaced."""
     with torch.no_grad():
         for p in model.parameters():
             mine: Any = getattr(p, "_local_tensor", p)
@@ -75,11 +75,11 @@ def wiped(model: Any) -> Any:
     return model
 
 
-def other_numbers(folder: Path) -> None:
-    """Base, adapters and optimizer, saved by two processes, go on in three, in one and without FSDP2: the
-    base to the bit, the training as without the break."""
+def other_world_sizes(folder: Path) -> None:
+    """Base, adapters and optimizer saved by two processes resume in three, in one, and without FSDP2: the
+    base bit for bit, and training as if uninterrupted."""
     meshes = {ranks: line(ranks) for ranks in (1, 2, 3)}
-    data = batches(6, steps=4)  # the same global batch for two and for three
+    data = batches(6, steps=4)  # the same global batch for two and three processes
     if meshes[2] is not None:
         model = shard(llama(**UNEVEN), meshes[2])
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, eps=1e-4)
@@ -103,7 +103,7 @@ def other_numbers(folder: Path) -> None:
             shard(model, mesh)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.5, eps=1e-4)
         state = {"model": fsdp.checkpoint_state(model)}
-        if ranks:  # of a model that is not sharded torch does not know the keys
+        if ranks:  # torch does not know the keys of an unsharded model
             state["optimizer"] = get_optimizer_state_dict(model, optimizer)
         dcp.load(state, checkpoint_id=folder, process_group=mesh.get_group())
         if ranks:
@@ -121,7 +121,6 @@ def other_numbers(folder: Path) -> None:
 
 @on(2)
 def packed_bytes(folder: Path, mesh: Any) -> None:
-    """Are what is saved."""
     layer = nn.Sequential(pk.nn.NF4Linear(weight((512, 640), 64, True)))
     nbytes = layer[0].weight.nbytes
     fully_shard(layer, mesh=mesh)
@@ -132,7 +131,7 @@ def packed_bytes(folder: Path, mesh: Any) -> None:
 
 @on(2)
 def saved_later(folder: Path, mesh: Any) -> None:
-    """`async_save` saves what `save` saves, as it was then: parts, and weights of one process."""
+    """`async_save` saves what `save` would have at that time: shards, and weights of one process."""
     group, want = mesh.get_group(), weight((512, 640), 64, True)
     for name, stager in (("default", None), ("blocking", BlockingAsyncStager()), ("whole", None)):
         layer, other = (nn.Sequential(pk.nn.NF4Linear(want.clone())) for _ in range(2))
@@ -156,7 +155,7 @@ def saved_later(folder: Path, mesh: Any) -> None:
 
 
 def empty_parts(folder: Path) -> None:
-    """A process without rows learns the scales of what the others load."""
+    """A process without rows gets the scales of the weights that the others load."""
     mesh = line(4)
     want, other = weight((5, 640), 32, True), weight((5, 640), 32, True)
     other._state.absmax2.mul_(0.5)  # type: ignore[union-attr]
@@ -170,7 +169,7 @@ def empty_parts(folder: Path) -> None:
 
 
 def whole(folder: Path) -> None:
-    """The state dict of all, under the keys of one process; and a whole one into parts."""
+    """The full state dict has the keys of one process, and loads into shards."""
     for mesh in (line(3), square()):
         if mesh is None:
             continue
@@ -193,7 +192,7 @@ def whole(folder: Path) -> None:
 
 
 def adapter(folder: Path) -> None:
-    """An ordinary PEFT folder, to the bit what one process saves; an error reaches every process."""
+    """An ordinary PEFT folder, bit for bit that of one process; an error is raised in every process."""
     import peft
     from safetensors.torch import load_file
 
@@ -215,8 +214,8 @@ def adapter(folder: Path) -> None:
 
 
 def from_meta(folder: Path) -> None:
-    """A checkpoint into a model on the meta device: each process reads its rows, and the model is what one
-    process loads; with adapters that start alike."""
+    """A checkpoint into a model on the meta device: each process reads its rows, and the model and its new
+    adapters equal those of one process."""
     import accelerate
     import peft
     from safetensors.torch import save_file
@@ -277,7 +276,7 @@ def from_meta(folder: Path) -> None:
     model = empty()
     with pytest.raises(CheckpointError, match=r"model.layers.1.*: the checkpoint has no tensor of this name"):
         fsdp.load_checkpoint(model, folder / "broken.safetensors")
-    with pytest.raises(CheckpointError, match="cut short"):  # in one process alone
+    with pytest.raises(CheckpointError, match="cut short"):  # raised in one process only
         if dist.get_rank() == 1:
             Entry.read = cut_short  # type: ignore[method-assign]
         try:
@@ -291,7 +290,7 @@ def cut_short(self: Entry) -> Any:
     raise CheckpointError(f"{self.name}: cut short")
 
 
-CASES: list[Case] = [other_numbers, packed_bytes, saved_later, empty_parts, whole, adapter, from_meta]
+CASES: list[Case] = [other_world_sizes, packed_bytes, saved_later, empty_parts, whole, adapter, from_meta]
 
 
 errors, test_on_four_processes = rank_tests(RANKS, CASES)

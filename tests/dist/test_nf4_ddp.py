@@ -1,5 +1,5 @@
-"""NF4 models that DistributedDataParallel wraps: what it sends, and what the processes have then. Two of
-them, over gloo."""
+"""NF4 models in DistributedDataParallel: the bytes it sends, and the processes' weights afterwards. Two
+processes over gloo."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NEAR_NOTHING = 2048
 
 
 class Wrapper(nn.Module):
-    """As a trainer's module around the model."""
+    """A trainer's module around the model."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -57,14 +57,14 @@ def dense_nbytes(model: nn.Module) -> int:
 
 
 def wrapped(model: nn.Module, **options: Any) -> tuple[DistributedDataParallel, int]:
-    """And the bytes that were sent for it."""
+    """Returns the wrapped model and the bytes sent for it."""
     with Sent() as sent:
         ddp = DistributedDataParallel(model, **options)
     return ddp, sent.nbytes
 
 
-def assert_alike(model: nn.Module) -> None:
-    """Outputs and gradients are the same everywhere, and the base is packed."""
+def assert_equal_in_all_processes(model: nn.Module) -> None:
+    """Asserts equal outputs and gradients in all processes, and a packed base."""
     found = [model(testing.tensor(5, 64)).detach()]
     model(testing.tensor(5, 64, seed=dist.get_rank())).square().sum().backward()
     found += [p.grad for p in model.parameters() if p.grad is not None]
@@ -76,11 +76,11 @@ def assert_alike(model: nn.Module) -> None:
     assert packed(model) and not any(weight.is_dense for weight in packed(model).values())
 
 
-# Cases: each runs in both processes.
+# Each case runs in both processes.
 
 
 def same_bytes(folder: Path) -> None:
-    """Of an NF4 model nothing is sent, however it is wrapped and whenever it is patched."""
+    """Nothing is sent for an NF4 model, however it is wrapped and whenever it is patched."""
     for case in ("bare", "adapted", "inside", "patched before", "patched after"):
         model: Any = pk.quantize_model(models.base_model("dense")) if case == "bare" else adapted()
         if case == "inside":
@@ -93,11 +93,11 @@ def same_bytes(folder: Path) -> None:
         assert {name: weight.packed.data_ptr() for name, weight in packed(model).items()} == before
         if case == "patched after":
             pk.patch(ddp)
-        assert_alike(ddp)
+        assert_equal_in_all_processes(ddp)
 
 
 def other_bytes(folder: Path) -> None:
-    """Where a process has other ones, the packed bytes of the first are sent, and the warning is its own."""
+    """A process with other bytes receives the packed bytes of the first, and warns."""
     rank = dist.get_rank()
     for quantise in ({}, {"double_quant": False}, {"blocksize": 128}):
         model, first = Wrapper(adapted(seed=rank, **quantise)), adapted(**quantise)
@@ -111,18 +111,18 @@ def other_bytes(folder: Path) -> None:
         for weight, want in zip(packed(model).values(), packed(first).values(), strict=True):
             assert torch.equal(weight.packed, want.packed) and torch.equal(weight.absmax, want.absmax)
             assert torch.equal(weight.dequantize(), want.dequantize())
-        assert_alike(ddp)
+        assert_equal_in_all_processes(ddp)
 
 
 def other_layout(folder: Path) -> None:
-    """Both processes are told, and neither waits."""
+    """Both processes raise, and neither waits."""
     options = {"blocksize": 64 << dist.get_rank()}
     with pytest.raises(RuntimeError, match=r"expected NF4 weights of the same .* got others in process 1"):
         DistributedDataParallel(adapted(**options))
 
 
-def not_in_both(folder: Path) -> None:
-    """The one that has NF4 weights is told when its time is up; the other finds nothing wrong yet."""
+def in_one_process_only(folder: Path) -> None:
+    """The process with NF4 weights raises after the timeout; the other has no error yet."""
     group = dist.new_group(timeout=timedelta(seconds=3))
     model: Any = adapted() if dist.get_rank() == 0 else models.base_model("dense")
     if dist.get_rank() == 1:
@@ -141,7 +141,7 @@ def not_in_both(folder: Path) -> None:
 
 
 def flattened(folder: Path) -> None:
-    """As FSDP1 does, and DeepSpeed's ZeRO-3: told in every process, by name, with what to do."""
+    """Flattened as by FSDP1 and DeepSpeed's ZeRO-3: every process raises, naming the weight and a fix."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model = adapted()
@@ -154,7 +154,7 @@ def flattened(folder: Path) -> None:
 
 
 def other_adapters(folder: Path) -> None:
-    """What DDP says itself reaches both processes."""
+    """DDP's own error is raised in both processes."""
     model = adapted()
     if dist.get_rank() == 1:
         model.add_adapter("more", peft.LoraConfig(target_modules=["q"], r=4))
@@ -163,8 +163,8 @@ def other_adapters(folder: Path) -> None:
         DistributedDataParallel(model)
 
 
-def bytes_among_bytes(folder: Path) -> None:
-    """Tensors of bytes that are the model's own go with the packed ones."""
+def uint8_tensors(folder: Path) -> None:
+    """The model's own uint8 tensors are sent beside the packed ones."""
     for other in (0, 1):
         model = Wrapper(adapted(seed=other * dist.get_rank()))
         mine = torch.full((3, 5), 7 + dist.get_rank(), dtype=torch.uint8)
@@ -173,11 +173,11 @@ def bytes_among_bytes(folder: Path) -> None:
             warnings.simplefilter("ignore")
             ddp, _ = wrapped(model)
         assert model.mask.eq(7).all()
-        assert_alike(ddp)
+        assert_equal_in_all_processes(ddp)
 
 
 def dense_and_merged(folder: Path) -> None:
-    """A weight that is dense for good is the first process's; a merged one is merged still, and unmerges."""
+    """A dense weight is copied from the first process; a merged one stays merged, and unmerges."""
     rank = dist.get_rank()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -187,7 +187,7 @@ def dense_and_merged(folder: Path) -> None:
         before = copy.deepcopy(packed(merged))
         merged.merge_adapter()
         for each in (model, merged):
-            each.extra = nn.Parameter(torch.ones(3))  # a merged model has nothing else that trains
+            each.extra = nn.Parameter(torch.ones(3))  # nothing else trains in a merged model
             wrapped(each)
         assert weight.is_dense and torch.equal(weight.dequantize(), testing.tensor(128, 64))
         assert all(each.is_merged for each in packed(merged).values())
@@ -214,7 +214,7 @@ def experts(folder: Path) -> None:
 
 
 def mixed_precision(folder: Path) -> None:
-    """DDP's own: it would keep a dense copy of each frozen parameter that it does not leave out."""
+    """DDP's mixed precision would keep a dense copy of each frozen parameter that it does not ignore."""
     from torch.nn.parallel.distributed import _MixedPrecision, _setup_mixed_precision_params
 
     model = adapted()
@@ -224,8 +224,8 @@ def mixed_precision(folder: Path) -> None:
 
 
 CASES = [
-    same_bytes, other_bytes, other_layout, flattened, other_adapters, bytes_among_bytes, dense_and_merged,
-    experts, mixed_precision, not_in_both,
+    same_bytes, other_bytes, other_layout, flattened, other_adapters, uint8_tensors, dense_and_merged,
+    experts, mixed_precision, in_one_process_only,
 ]  # fmt: skip
 
 
@@ -234,8 +234,8 @@ def test_on_two_processes(told: dict[int, dict[str, str]], case: str) -> None:
     assert_no_errors(told, case)
 
 
-def test_detach_is_what_it_was() -> None:
-    """To all but DDP, of whose function only the code is looked at."""
+def test_detach_keeps_nf4() -> None:
+    """For all callers but DDP, which is recognised by its function's code."""
     weight = adapted().base_model.model.q.base_layer.weight
 
     def _sync_module_states() -> Tensor:

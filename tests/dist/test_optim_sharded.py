@@ -1,4 +1,4 @@
-"""Optimizers on parameters that are DTensors, and in DDP: four processes over gloo."""
+"""Optimizers on DTensor parameters and in DDP: four processes over gloo."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ from peft_kernels.optim.sharded import is_sharded, part_of, whole_of
 
 pytestmark = pytest.mark.slow
 
-# Cases: each runs in every process.
+# Each case runs in every process.
 
 
 def steps(folder: Path) -> None:
-    """Where parts end where blocks do, a step is the whole's to the bit; elsewhere that of each part."""
+    """A step equals the whole's bit for bit if shards end at block boundaries, else that of each shard."""
     model, single = Model(mesh=line()), Model()
     optimizer, other = pk.optim.AdamW8bit(model.parameters()), pk.optim.AdamW8bit(single.parameters())
     parts = {n: nn.Parameter(p.detach().to_local().clone()) for n, p in model.named_parameters()}
@@ -65,7 +65,7 @@ def steps(folder: Path) -> None:
 
 
 def norm(folder: Path) -> None:
-    """Of all parts, each once, whatever its replicas; plain parameters count once too."""
+    """Over all shards, each counted once whatever its replicas; plain parameters count once too."""
     for scale in (None, 8.0):
         model, single = Model(mesh=square(), placements=(Replicate(), Shard(0))), Model()
         for each in (model, single):
@@ -76,12 +76,12 @@ def norm(folder: Path) -> None:
             if scale is not None:
                 optimizer.grad_scale = torch.tensor(scale)
             train(m, optimizer, range(3))
-        assert_same(model, single, 5e-7)  # a bit of the largest
+        assert_same(model, single, 5e-7)  # an ulp of the largest value
         assert (single.rows - Model().rows).abs().max() > 1e-4
 
 
 def fully_sharded(folder: Path) -> None:
-    """Layers of FSDP 2, with and without replicas, as one process does, to the bit; and their checkpoint."""
+    """FSDP2 layers with and without replicas equal one process bit for bit; so does their checkpoint."""
 
     def run(mesh: Any) -> nn.Module:
         torch.manual_seed(0)
@@ -114,8 +114,8 @@ def checkpoint_of(folder: Path, names: Any = tuple(SHAPES), options: Any = None)
     return model, optimizer
 
 
-def go_on_alike(model: Model, optimizer: Any, other: Model, resumed: Any) -> None:
-    """From the same weights."""
+def assert_equal_training(model: Model, optimizer: Any, other: Model, resumed: Any) -> None:
+    """Trains both from the same weights and compares them."""
     with torch.no_grad():
         for p, q in zip(model.parameters(), other.parameters(), strict=True):
             full = whole_of(p)
@@ -128,7 +128,7 @@ def go_on_alike(model: Model, optimizer: Any, other: Model, resumed: Any) -> Non
 
 
 def checkpoint(folder: Path) -> None:
-    """torch.distributed.checkpoint, nested and flat: as without the break, to the bit."""
+    """torch.distributed.checkpoint, nested and flat, resumes bit for bit."""
     for flat in (False, True):
         options = StateDictOptions(flatten_optimizer_state_dict=flat)
         model, optimizer = checkpoint_of(folder / str(flat), options=options)
@@ -137,11 +137,11 @@ def checkpoint(folder: Path) -> None:
         found = saved(other, resumed, options)
         dcp.load(found, checkpoint_id=folder / str(flat))
         set_optimizer_state_dict(other, resumed, found["optimizer"], options=options)
-        go_on_alike(model, optimizer, other, resumed)
+        assert_equal_training(model, optimizer, other, resumed)
 
 
-def other_count(folder: Path) -> None:
-    """On two processes, and in one that has it all; what cannot be cut otherwise is refused, by name."""
+def other_world_size(folder: Path) -> None:
+    """Resumes on two processes and in one; shards that cannot be split differently raise, by name."""
     model, optimizer = checkpoint_of(folder / "alike", CUT_ALIKE)
     checkpoint_of(folder / "odd", ("rows", "odd"))
     half = square()["parts"]
@@ -150,7 +150,7 @@ def other_count(folder: Path) -> None:
     found = saved(other, resumed)
     dcp.load(found, checkpoint_id=folder / "alike", process_group=half.get_group())
     set_optimizer_state_dict(other, resumed, found["optimizer"])
-    go_on_alike(model, optimizer, other, resumed)
+    assert_equal_training(model, optimizer, other, resumed)
 
     other = Model(("rows", "odd"), mesh=half)
     resumed = pk.optim.AdamW8bit(other.parameters())
@@ -162,7 +162,7 @@ def other_count(folder: Path) -> None:
 
 
 def gathered(folder: Path) -> None:
-    """Full state dicts: from parts to one process, and from one process to parts."""
+    """Full state dicts: from shards to one process, and from one process to shards."""
     options = StateDictOptions(full_state_dict=True)
     model, optimizer = checkpoint_of(folder, CUT_ALIKE)
     full = saved(model, optimizer, options)["optimizer"]
@@ -171,13 +171,13 @@ def gathered(folder: Path) -> None:
     set_optimizer_state_dict(single, alone, copy.deepcopy(full))
     other = Model(CUT_ALIKE, mesh=square()["parts"])
     resumed = pk.optim.AdamW8bit(other.parameters())
-    resumed.load_state_dict(copy.deepcopy(alone.state_dict()))  # in its layout, which is bitsandbytes'
+    resumed.load_state_dict(copy.deepcopy(alone.state_dict()))  # in its own layout, that of bitsandbytes
     third = Model(CUT_ALIKE, mesh=line())
     spread = pk.optim.AdamW8bit(third.parameters())
     set_optimizer_state_dict(third, spread, saved(single, alone)["optimizer"], options=options)
     start = copy.deepcopy((model, optimizer))
     for m, o in ((single, alone), (other, resumed), (third, spread)):
-        go_on_alike(*copy.deepcopy(start), m, o)
+        assert_equal_training(*copy.deepcopy(start), m, o)
 
     odd, parts = Model(("odd",)), Model(("odd",), mesh=line())
     alone, spread = (pk.optim.AdamW8bit(m.parameters()) for m in (odd, parts))
@@ -194,7 +194,7 @@ def gathered(folder: Path) -> None:
 
 
 def rounding(folder: Path) -> None:
-    """Parts have random bits of their own, replicas the same."""
+    """Shards have random bits of their own, replicas the same ones."""
     start = torch.full((64, 512), 100.0, dtype=torch.bfloat16)
     p = nn.Parameter(distributed(start, square(), (Replicate(), Shard(0))))
     optimizer = pk.optim.AdamW8bit([p], lr=0.2, rounding="stochastic")
@@ -207,7 +207,7 @@ def rounding(folder: Path) -> None:
 
 
 def scaler(folder: Path) -> None:
-    """Inf in one part, and no process makes a step."""
+    """An inf in one shard skips the step in every process."""
     for bad in (False, True):
         model, single = Model(CUT_ALIKE, mesh=line()), Model(CUT_ALIKE)
         optimizer, other = pk.optim.AdamW8bit(model.parameters()), pk.optim.AdamW8bit(single.parameters())
@@ -228,7 +228,7 @@ def scaler(folder: Path) -> None:
 
 
 def refusals(folder: Path) -> None:
-    """A gradient that lies otherwise than its parameter: nothing is changed, no process waits."""
+    """A gradient placed differently from its parameter raises: nothing changes, no process waits."""
     model = Model(("rows", "narrow"), mesh=line())
     optimizer = pk.optim.AdamW8bit(model.parameters(), max_grad_norm=1.0)
     for _ in range(2):  # before the first step, and after it
@@ -265,8 +265,8 @@ def ddp(folder: Path) -> None:
 
 
 def paged(folder: Path) -> None:
-    """Parts in host memory, and a plain parameter whose step has the same ring: the bits of what is not
-    paged, checkpoints from one to the other, and no step at all where there is no memory for buffers."""
+    """Shards in host memory, and a plain parameter that steps in the same ring: bit for bit as unpaged, with
+    checkpoints both ways, and no step when buffers cannot be allocated."""
 
     def made(paging: Any) -> tuple[Model, Any]:
         model = Model(mesh=line())
@@ -280,7 +280,7 @@ def paged(folder: Path) -> None:
         options = {"rounding": "stochastic", "max_grad_norm": 0.5, "min_8bit_size": 800}
         return pk.optim.AdamW8bit(plain_first, **options, **paging)
 
-    SHAPES.update(plain=(1500,), short=(1000,))  # the parts of `short` are not paged
+    SHAPES.update(plain=(1500,), short=(1000,))  # shards of `short` are not paged
     paging = {"is_paged": True, "page_budget": BUDGET}
     with simulated((CURRENT, IN, REUSE, OUT)) as streams:
         pairs = [made({}), made(paging)]
@@ -322,7 +322,8 @@ def paged(folder: Path) -> None:
 
 
 CASES: list[Case] = [
-    steps, norm, fully_sharded, checkpoint, other_count, gathered, rounding, scaler, refusals, ddp, paged,
+    steps, norm, fully_sharded, checkpoint, other_world_size, gathered, rounding, scaler, refusals,
+    ddp, paged,
 ]  # fmt: skip
 
 

@@ -1,5 +1,5 @@
-"""Pipelines of torch over NF4 layers: stages made by hand run, in two processes over gloo; `pipeline()`,
-which cuts a traced graph, says that it cannot."""
+"""Pipelines of torch over NF4 layers: stages made by hand run in two processes over gloo; `pipeline()`, which
+splits a traced graph, raises an explanation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Blocks(nn.Module):
 
 
 def stages_by_hand(folder: Path) -> None:
-    """Each process has a layer: losses and gradients are those of one process."""
+    """Each process has one layer: losses and gradients equal those of one process."""
     from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
     rank, whole = dist.get_rank(), Blocks()
@@ -62,7 +62,7 @@ def test_stages_by_hand() -> None:
     assert_no_errors(errors_by_rank(2, [stages_by_hand]), "stages_by_hand")
 
 
-def test_a_model_that_is_traced() -> None:
+def test_traced_model() -> None:
     from torch.distributed.pipelining import SplitPoint, pipeline
 
     split = {"layers.1": SplitPoint.BEGINNING}
@@ -74,4 +74,4 @@ def test_a_model_that_is_traced() -> None:
         problem = problem.__cause__
     expected = "expected stages made by hand, PipelineStage(module, ...), got pipeline()"
     assert any(expected in told for told in chain), chain
-    torch.export.export(Blocks(), (testing.tensor(4, 64),))  # by itself it is traced
+    torch.export.export(Blocks(), (testing.tensor(4, 64),))  # tracing alone works

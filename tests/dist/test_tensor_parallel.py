@@ -1,5 +1,5 @@
-"""NF4 models under transformers' plans for tensor parallelism, beside the same in one process: two processes
-over gloo, three once."""
+"""NF4 models under transformers' tensor-parallel plans equal those of one process: two processes over gloo,
+three once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 IDS = torch.arange(3, 23).view(2, 10)
 SMALL = {"vocab_size": 128, "num_hidden_layers": 2, "initializer_range": 0.2}
 
-# Cases: each runs in every process.
+# Each case runs in every process.
 
 
 def llama(**options: Any) -> Any:
@@ -44,7 +44,7 @@ def llama(**options: Any) -> Any:
 
 
 def phi3() -> Any:
-    """Whose plan gathers what it cuts by rows, and cuts what is whole by columns."""
+    """Its plan gathers weights split by rows, and splits whole weights by columns."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
     config = transformers.Phi3Config(**SMALL | sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     return transformers.Phi3ForCausalLM(config)
@@ -57,7 +57,7 @@ def moe() -> Any:
 
 
 def saved(folder: Path, model: Callable[..., Any], **options: Any) -> Path:
-    """A dense checkpoint, which process 0 writes."""
+    """A dense checkpoint, written by process 0."""
     torch.manual_seed(0)
     if dist.get_rank() == 0:
         made = model(**options)
@@ -70,7 +70,7 @@ def saved(folder: Path, model: Callable[..., Any], **options: Any) -> Path:
 
 
 def loaded(folder: Path, parallel: bool, packed: bool = False, **options: Any) -> Any:
-    """Quantised as it is read, or read in 4 bits; in fp32."""
+    """In fp32, quantised while loading or loaded in 4 bits."""
     from peft_kernels.integrations.transformers import NF4Config, read_config
 
     if packed:
@@ -83,7 +83,7 @@ def loaded(folder: Path, parallel: bool, packed: bool = False, **options: Any) -
 
 
 def nf4_of(model: nn.Module) -> dict[str, Any]:
-    """Parts of weights that this process has, and whole weights, by name."""
+    """This process's slices of NF4 weights, and whole weights, by name."""
     found = {name: getattr(p, "_local_tensor", p) for name, p in model.named_parameters()}
     return {name: p for name, p in found.items() if isinstance(p, pk.NF4Weight)}
 
@@ -93,7 +93,7 @@ def near(got: Tensor, want: Tensor, most: float = 1e-5) -> None:
 
 
 def assert_same_model(one: Any, parallel: Any) -> None:
-    """The bits of the weights; results, with and without gradients; tokens."""
+    """Compares the bits of the weights, results with and without gradients, and tokens."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     whole, cuts = nf4_of(one), 0
     placed = dict(parallel.named_parameters())
@@ -126,13 +126,13 @@ def assert_same_model(one: Any, parallel: Any) -> None:
     assert torch.equal(parallel.generate(IDS, **options), one.generate(IDS, **options))
 
 
-def loads_its_part(folder: Path) -> None:
-    """Quantised on loading or read in 4 bits, each process has its part of the very bits, about half of them;
-    what one saves is what several save."""
+def loads_local_slice(folder: Path) -> None:
+    """Quantised on loading or loaded in 4 bits, each process has about half of the same bits; one process and
+    several save the same files."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     dense = saved(folder, llama)
     for nested in (True, False):
-        # A layer that stays dense, beside others of its kind that do not.
+        # One layer stays dense, and others of its kind do not.
         options: Any = {
             "double_quant": nested,
             "modules_to_not_convert": ["model.layers.1.mlp.down_proj", "lm_head"],
@@ -167,8 +167,8 @@ def assert_same_files(one: Path, other: Path) -> None:
     assert configs[0] == configs[1]
 
 
-def reads_its_part_alone(folder: Path) -> None:
-    """Packed bytes of the file are views of it until this process's part is copied."""
+def reads_local_slice_only(folder: Path) -> None:
+    """Packed bytes are views of the file until this process's slice is copied."""
     from peft_kernels.quantize.transformers import conversion as nf4_conversion
 
     packed = folder / "packed"
@@ -189,7 +189,7 @@ def other_plans(folder: Path) -> None:
     for model in (phi3, moe):
         dense, packed = saved(folder / model.__name__, model), folder / f"{model.__name__}-4bit"
         one = loaded(dense, False)
-        if dist.get_rank() == 0:  # transformers 5.24 does not gather what packed_colwise has cut
+        if dist.get_rank() == 0:  # transformers 5.24 does not gather weights split by packed_colwise
             one.save_pretrained(packed)
         dist.barrier()
         assert_same_model(one, loaded(dense, True))
@@ -197,8 +197,8 @@ def other_plans(folder: Path) -> None:
 
 
 def trains_adapters(folder: Path) -> None:
-    """A step of LoRA, with and without checkpointing, patched and not: gradients are those of one process.
-    The folder that is saved is one of PEFT's, for one process or several."""
+    """Gradients of a LoRA step, with and without checkpointing, patched or not, equal those of one process.
+    The saved folder is PEFT's, for one process or several."""
     from torch.distributed.tensor import distribute_tensor
 
     dense = saved(folder, llama)
@@ -249,7 +249,7 @@ def trains_adapters(folder: Path) -> None:
 
 
 def norm_of(model: Any) -> Tensor:
-    """Of all gradients: torch takes it of DTensors, or of tensors, not of both."""
+    """Norm of all gradients: torch's takes only DTensors or only tensors."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     cut = [g for g in gradients if hasattr(g, "placements")]
     norms = [torch.nn.utils.get_total_norm([g for g in gradients if not hasattr(g, "placements")])]
@@ -272,11 +272,11 @@ def checkpoint(*models: Any) -> None:
 def refused(kind: type[Exception], sentence: str, work: Callable[[], Any]) -> None:
     with pytest.raises(kind, match=sentence):
         work()
-    dist.barrier()  # nobody waits for anybody
+    dist.barrier()  # no process waits for another
 
 
 def refusals(folder: Path) -> None:
-    """In a sentence that names the layer, in every process, and nothing is written or changed."""
+    """Every process raises, naming the layer, and nothing is written or changed."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import CheckpointException
 
@@ -320,7 +320,7 @@ def refusals(folder: Path) -> None:
     refused(RuntimeError, instead, lambda: fsdp.save_adapter(adapted, folder / "adapter"))
     refused(RuntimeError, "expected merges of a model in one", lambda: merge_and_unload(adapted))
     before = {name: p.clone() for name, p in nf4_of(adapted).items()}
-    for merge in (adapted.merge_adapter, adapted.merge_and_unload):  # torch's own words, at the delta
+    for merge in (adapted.merge_adapter, adapted.merge_and_unload):  # torch's own error, at the delta
         refused(RuntimeError, r"mixed torch\.Tensor and DTensor", merge)
     assert all(torch.equal(p.packed, before[name].packed) for name, p in nf4_of(adapted).items())
     layer = adapted.base_model.model.model.layers[0].self_attn.q_proj.base_layer
@@ -330,7 +330,7 @@ def refusals(folder: Path) -> None:
 
 
 def plans_for_experts(folder: Path) -> None:
-    """Refused for a 4-bit model; one that is cut already keeps its experts, and the report says so."""
+    """Refused for a 4-bit model; a model already split keeps its dense experts, and the report says so."""
     from peft_kernels.integrations.transformers import NF4Config
 
     options = {"distributed_config": transformers.distributed.DistributedConfig(tp_size=2, ep_size=2)}
@@ -348,7 +348,7 @@ def start(model: Any, **options: Any) -> Any:
 
 
 def damaged(folder: Path) -> None:
-    """The sentence of the tensor, in every process."""
+    """Every process raises the error that names the tensor."""
     from safetensors.torch import load_file, save_file
 
     dense = saved(folder, llama)
@@ -363,11 +363,11 @@ def damaged(folder: Path) -> None:
 
 
 def three(folder: Path) -> None:
-    """Heads and blocks for three, and rows that do not divide."""
+    """Heads and blocks for three processes, and rows that do not divide evenly."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     sizes = {"hidden_size": 192, "intermediate_size": 384, "num_attention_heads": 3, "num_key_value_heads": 3}
     dense = saved(folder, llama, **sizes)
-    # The vocabulary of 128: parts of 43, 43 and 42 rows, gathered.
+    # The vocabulary of 128 is split into 43, 43 and 42 rows, and gathered.
     one, parallel = (loaded(dense, several, modules_to_not_convert=[]) for several in (False, True))
     assert nf4_of(parallel)["lm_head.weight"].shape[0] == (43, 43, 42)[dist.get_rank()]
     assert_same_model(one, parallel)
@@ -379,7 +379,7 @@ def three(folder: Path) -> None:
 
 
 CASES = [
-    *(loads_its_part, reads_its_part_alone, other_plans, trains_adapters),
+    *(loads_local_slice, reads_local_slice_only, other_plans, trains_adapters),
     *(refusals, plans_for_experts, damaged),
 ]
 

@@ -1,4 +1,4 @@
-"""A model for tests of optimizers, and its training."""
+"""A model for tests of optimizers, and its training loop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import testing
 
 
 class Model(nn.Module):
-    """Two parameters in 8 bits, one of them with a tail, and small ones in 32."""
+    """Two parameters in 8 bits, one with a tail, and small ones in fp32."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()

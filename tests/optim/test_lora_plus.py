@@ -68,7 +68,7 @@ def assert_partition(model: nn.Module, groups: list[dict[str, Any]]) -> None:
 
 
 def assert_as_peft(model: Any) -> dict[str, dict[str, Any]]:
-    """Asserts the same parameters and rates as PEFT's optimizer. Returns the groups by name."""
+    """Asserts the parameters and rates of PEFT's optimizer. Returns the groups by name."""
     optimizers = pytest.importorskip("peft.optimizers", reason="PEFT is not installed")
     peer = optimizers.create_loraplus_optimizer(
         model,
@@ -90,7 +90,7 @@ def assert_as_peft(model: Any) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_the_partition_and_the_rates_of_peft(case: str) -> None:
+def test_groups_and_rates_equal_peft(case: str) -> None:
     model = adapted(**CONFIGS[case])
     if case == "everything":
         model.base_model.model.scale.requires_grad_(True)  # a parameter in no layer
@@ -120,7 +120,7 @@ def test_patched_models(base: str) -> None:
 
 @pytest.mark.parametrize("layer", [pk.nn.LoRALinear, pk.nn.NF4LoRALinear])
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "in-a-model"])
-def test_the_modules_of_this_package(layer: Any, alone: bool) -> None:
+def test_own_modules(layer: Any, alone: bool) -> None:
     lora = layer(nn.Linear(64, 32), r=4)
     model = lora if alone else nn.Sequential(nn.Linear(64, 64).requires_grad_(False), lora)
     groups = pk.optim.lora_plus_groups(model, LR)
@@ -134,7 +134,7 @@ def test_the_modules_of_this_package(layer: Any, alone: bool) -> None:
     assert [group["name"] for group in pk.optim.lora_plus_groups(model, LR)] == ["groupB"]
 
 
-def test_a_shared_parameter_comes_once() -> None:
+def test_shared_parameter_is_listed_once() -> None:
     model = nn.ModuleList([pk.nn.LoRALinear(nn.Linear(8, 8), r=2) for _ in range(2)])
     model[1].lora_A = model[0].lora_A
     groups = pk.optim.lora_plus_groups(model, LR)
@@ -176,14 +176,14 @@ def test_the_optimizer_state_is_saved_and_loaded() -> None:
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
-def test_arguments_that_make_no_sense(arguments: dict[str, float], message: str) -> None:
+def test_invalid_arguments(arguments: dict[str, float], message: str) -> None:
     model = pk.nn.LoRALinear(nn.Linear(8, 8), r=2)
     with pytest.raises(ValueError) as error:
         pk.optim.lora_plus_groups(model, **{"lr": LR} | arguments)
     assert str(error.value) == message
 
 
-def test_a_model_with_nothing_to_train() -> None:
+def test_model_without_trainable_parameters() -> None:
     for model in (nn.Linear(4, 4).requires_grad_(False), nn.Module()):
         with pytest.raises(ValueError, match=r"^model: expected at least one parameter with requires_grad"):
             pk.optim.lora_plus_groups(model, LR)

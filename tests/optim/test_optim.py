@@ -1,4 +1,4 @@
-"""The optimizers as torch and bitsandbytes have them: training, checkpoints, what they refuse."""
+"""Optimizers equal those of torch and bitsandbytes: training, checkpoints, errors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_default_arguments_are_those_of_bitsandbytes(name: str) -> None:
 
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("way", ["bnb-ours", "ours-bnb", "ours-ours"])
-def test_a_checkpoint_goes_on_in_the_other(name: str, way: str) -> None:
+def test_checkpoints_resume_in_bitsandbytes_and_back(name: str, way: str) -> None:
     first, second = (bnb.optim if half == "bnb" else pk.optim for half in way.split("-"))
     model = Model()
     optimizer = getattr(first, name)(model.parameters(), lr=1e-3)
@@ -71,7 +71,7 @@ def test_a_checkpoint_goes_on_in_the_other(name: str, way: str) -> None:
         assert got == pytest.approx(want, rel=1e-4)
 
 
-def test_goes_as_torch_adamw_with_groups_and_a_schedule() -> None:
+def test_equals_torch_adamw_with_groups_and_a_schedule() -> None:
     ours, theirs = Model(), Model()
 
     def run(model: Model, make: Callable[..., Any]) -> None:
@@ -87,7 +87,7 @@ def test_goes_as_torch_adamw_with_groups_and_a_schedule() -> None:
     assert_near(ours, theirs, 2e-6)
 
 
-def test_coupled_decay_is_that_of_torch_adam() -> None:
+def test_coupled_decay_equals_torch_adam() -> None:
     ours, theirs = Model(), Model()
     options = {"lr": 1e-3, "weight_decay": 0.2}
     in_32 = {"min_8bit_size": 10**6, "decoupled_weight_decay": False}
@@ -96,7 +96,7 @@ def test_coupled_decay_is_that_of_torch_adam() -> None:
     assert_near(ours, theirs, 2e-6)
 
 
-def test_a_parameter_without_gradient_stays_and_keeps_its_own_step() -> None:
+def test_parameter_without_gradient_keeps_its_step() -> None:
     model = Model()
     optimizer = pk.optim.AdamW8bit(model.parameters())
     for step in range(6):
@@ -172,7 +172,7 @@ def test_lora_plus_groups() -> None:
     assert (layer.lora_B - before).detach().abs().max() == pytest.approx(16e-3, rel=1e-3)
 
 
-def test_the_unsigned_map_is_the_same_in_both_homes() -> None:
+def test_unsigned_map_is_equal_in_python_and_cpp() -> None:
     if (reason := testing.unavailable("cpu-scalar")) is not None:
         pytest.skip(reason)
     ours = code_tables.dynamic_map(torch.device("cpu"), signed=False).tolist()
@@ -213,7 +213,7 @@ def test_distributed_checkpoint(tmp_path: Any) -> None:
     assert train(resumed, other, range(5, 10)) == train(model, optimizer, range(5, 10))
 
 
-def test_a_copy_of_model_and_optimizer_goes_on() -> None:
+def test_copied_model_and_optimizer_resume() -> None:
     model = Model()
     optimizer = pk.optim.AdamW8bit(model.parameters(), rounding="kahan")
     train(model, optimizer, range(3))
@@ -221,7 +221,7 @@ def test_a_copy_of_model_and_optimizer_goes_on() -> None:
     assert train(twin, other, range(3, 6)) == train(model, optimizer, range(3, 6))
 
 
-def test_model_to_before_the_first_step_and_where_it_is() -> None:
+def test_model_to() -> None:
     model = Model()
     optimizer = pk.optim.AdamW8bit(model.parameters())
     model.to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Steps of the optimizers beside those of bitsandbytes, each from the same weights and states."""
+"""Optimizer steps compared with bitsandbytes', each from the same weights and states."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not support
 
 
 def flat_state(state: dict[str, Any], i: int) -> tuple[Tensor, Tensor]:
-    """Codes, and the absmax of each, fp64."""
+    """Codes, and the absmax of each code in fp64."""
     codes = state[f"state{i}"].flatten().long()
     return codes, state[f"absmax{i}"].double().repeat_interleave(256)[: codes.numel()]
 
 
 def distance(x: Tensor, codes: Tensor, signed: bool) -> Tensor:
-    """How far numbers are from those that have these codes; 0 where they are among them."""
+    """Distance of values from those with the given codes; 0 where they round to them."""
     thresholds = dynamic_thresholds(CPU, signed).double()
     ends = torch.full((1,), torch.inf, dtype=torch.float64)
     low, high = torch.cat([-ends, thresholds])[codes], torch.cat([thresholds, ends])[codes]
@@ -40,9 +40,9 @@ def distance(x: Tensor, codes: Tensor, signed: bool) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["AdamW8bit", "Adam8bit", "PagedAdamW8bit", "PagedAdamW", "Lion8bit"])
-def test_every_step_is_that_of_bitsandbytes(name: str, dtype: torch.dtype) -> None:
-    """Weights are the same within one rounding. Where codes differ, ours is that of the exact moment, and
-    theirs that of a number in the same bin."""
+def test_every_step_equals_bitsandbytes(name: str, dtype: torch.dtype) -> None:
+    """Weights agree within one rounding. Where codes differ, ours belongs to the exact moment, and
+    bitsandbytes' to a value in the same bin."""
     ours, theirs = Model(dtype), Model(dtype)
     options = {"lr": 1e-3, "weight_decay": 0.1}
     optimizer = getattr(pk.optim, name)(ours.parameters(), **options)

@@ -1,4 +1,4 @@
-"""Optimizers in what people put around them: hooks, schedulers, compiled loops, CUDA graphs, accelerate."""
+"""Optimizers with hooks, schedulers, compiled loops, CUDA graphs and accelerate."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ needs_stub = pytest.mark.skipif(
 )
 
 
-def test_a_compiled_step_is_the_step() -> None:
-    """It is no part of any graph: what surrounds it is compiled."""
+def test_step_in_a_compiled_loop() -> None:
+    """The step is in no graph: the code around it is compiled."""
     model, plain = Model(), Model()
     optimizer, other = (pk.optim.AdamW8bit(m.parameters(), max_grad_norm=1.0) for m in (model, plain))
     graphs: list[Any] = []
@@ -75,7 +75,7 @@ def test_hooks_are_called() -> None:
 
 @pytest.mark.parametrize("schedule", ["LambdaLR", "OneCycleLR", "ReduceLROnPlateau"])
 def test_a_learning_rate_in_a_tensor(schedule: str) -> None:
-    """A scheduler changes it where it is."""
+    """The scheduler changes it in place."""
     options: dict[str, Any] = {
         "LambdaLR": {"lr_lambda": lambda step: 1 / (step + 1)},
         "OneCycleLR": {"max_lr": 3e-3, "total_steps": 10},
@@ -93,7 +93,7 @@ def test_a_learning_rate_in_a_tensor(schedule: str) -> None:
 
 
 def test_groups_that_change_between_steps() -> None:
-    """A group that is added, and a parameter that goes into it: both by the group's numbers from then on."""
+    """Added groups, and parameters added to a group, use the group's options from then on."""
     model, plain = Model(), Model()
     optimizer = pk.optim.AdamW8bit([model.a, model.b], lr=1e-3)
     other = pk.optim.AdamW8bit([plain.a, plain.b], lr=1e-3)
@@ -120,7 +120,7 @@ RESETS: dict[str, Callable[[Any, Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("reset", RESETS)
-def test_states_that_are_cleared_begin_anew(reset: str) -> None:
+def test_cleared_states_restart(reset: str) -> None:
     p, q = (nn.Parameter(testing.tensor(5000)) for _ in range(2))
     optimizer, fresh = pk.optim.AdamW8bit([p]), pk.optim.AdamW8bit([q])
     p.grad = q.grad = testing.tensor(5000, seed=1)
@@ -135,8 +135,8 @@ def test_states_that_are_cleared_begin_anew(reset: str) -> None:
     assert optimizer.state_dict()["state"][0]["step"] == 1
 
 
-def test_moments_that_are_replaced_are_stepped() -> None:
-    """As of those who move states off a card between steps, and back."""
+def test_replaced_moments_are_stepped() -> None:
+    """For code that moves states off the GPU between steps, and back."""
     model, plain = Model(), Model()
     optimizer, other = pk.optim.AdamW8bit(model.parameters()), pk.optim.AdamW8bit(plain.parameters())
     train(plain, other, range(4))
@@ -148,8 +148,8 @@ def test_moments_that_are_replaced_are_stepped() -> None:
     assert torch.equal(optimizer.state[model.a]["state1"], other.state[plain.a]["state1"])
 
 
-def test_parameters_that_are_replaced_are_not_kept() -> None:
-    """As of those who prune or add rows: the state goes to what takes the parameter's place."""
+def test_replaced_parameters_are_freed() -> None:
+    """For code that prunes or adds rows: the state is assigned to the new parameter."""
     p = nn.Parameter(testing.tensor(5000))
     optimizer = pk.optim.AdamW8bit([p], min_8bit_size=10**6)
     p.grad = torch.ones_like(p)
@@ -191,9 +191,9 @@ def test_prepared_by_accelerate() -> None:
 
 @needs_stub
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"rounding": "stochastic"}], ids=str)
-def test_a_step_can_be_captured_from_the_second_on(options: dict[str, Any]) -> None:
-    """Nothing is read on the host, and nothing is written from there but, once, where tensors are. Gradients
-    stay where they were, as in captures they do; `found_inf` and the learning rate are on the device."""
+def test_second_step_can_be_captured(options: dict[str, Any]) -> None:
+    """The step reads nothing on the host, and writes from it only once, the tensor addresses. Gradients stay
+    in place, as in captures; `found_inf` and the learning rate are on the device."""
     from test_cuda_graphs import nothing_read
 
     layer = nn.Linear(128, 64).to(torch.bfloat16)
@@ -217,8 +217,8 @@ def test_a_step_can_be_captured_from_the_second_on(options: dict[str, Any]) -> N
     assert plan.steps.tolist() == [3, 3]
 
 
-def test_a_number_that_changes_is_written_where_graphs_read_it() -> None:
-    """Learning rates that are numbers: a graph that was captured reads what the last step outside wrote."""
+def test_changed_learning_rate_reaches_captured_graphs() -> None:
+    """Python learning rates: a captured graph reads the value that the last step outside it wrote."""
     model = Model()
     optimizer = pk.optim.AdamW8bit(model.parameters(), lr=1e-3)
     train(model, optimizer, range(1))

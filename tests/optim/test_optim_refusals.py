@@ -1,4 +1,4 @@
-"""What optimizers refuse: in sentences, and with parameters and states as they were."""
+"""Optimizers refuse invalid input with a sentence, and leave parameters and states unchanged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def trained(kind: str = "AdamW8bit", **options: Any) -> tuple[Model, Any]:
 
 
 def everything(optimizer: Any, parameters: Any) -> Any:
-    """Of an optimizer and parameters, in memory of its own; but for gradients."""
+    """A copy of an optimizer's state and parameters, without gradients."""
     kept = {p: copy.deepcopy(state) for p, state in optimizer.state.items()}
     return [kept.get(p) for p in parameters], [p.detach().clone() for p in parameters]
 
@@ -85,7 +85,7 @@ OF_TORCH = {"exp_avg": torch.zeros(70, 100), "exp_avg_sq": torch.zeros(70, 100),
     (lambda s: s["param_groups"][0].update(betas=(0.9, 1.5)), r"betas: expected two numbers from 0 to below"),
     (lambda s: s.pop("param_groups"), r"state_dict: expected state and param_groups, got no param_groups"),
 ])  # fmt: skip
-def test_a_damaged_checkpoint_is_refused_whole(change: Any, sentence: str) -> None:
+def test_damaged_checkpoint_changes_nothing(change: Any, sentence: str) -> None:
     model, optimizer = trained()
     state = copy.deepcopy(optimizer.state_dict())
     change(state)
@@ -98,8 +98,8 @@ def test_a_damaged_checkpoint_is_refused_whole(change: Any, sentence: str) -> No
     train(model, optimizer, range(1))
 
 
-def test_a_foreign_map_that_is_loaded_in_place_stays_in_its_checkpoint(tmp_path: Path) -> None:
-    """torch.distributed.checkpoint writes into the tensors of the state dict that it is given."""
+def test_loading_another_quant_map_in_place(tmp_path: Path) -> None:
+    """torch.distributed.checkpoint writes into the tensors of the state dict passed to it."""
     model, optimizer = trained()
     saved = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     saved["optimizer"]["state"]["a"]["qmap1"] = torch.zeros(256)
@@ -135,10 +135,8 @@ AFTERWARDS: list[tuple[Callable[[Model], Any], Any, str]] = [
     *((*case, is_first) for case in MISFITS for is_first in (True, False)),
     *((*case, False) for case in AFTERWARDS),
 ])  # fmt: skip
-def test_a_step_that_cannot_be_made_changes_nothing(
-    change: Any, error: Any, sentence: str, is_first: bool
-) -> None:
-    """In the first step no states are made either: what was wrong may be put right."""
+def test_failed_step_changes_nothing(change: Any, error: Any, sentence: str, is_first: bool) -> None:
+    """A first step creates no states either, so the error can be corrected."""
     model = Model()
     optimizer = pk.optim.AdamW8bit(model.parameters())
     if not is_first:
@@ -153,14 +151,14 @@ def test_a_step_that_cannot_be_made_changes_nothing(
     assert not (is_first and optimizer.state)
 
 
-def test_a_parameter_without_memory_of_its_own() -> None:
+def test_meta_parameter() -> None:
     parameter = nn.Parameter(torch.empty(5000, device="meta"))
     parameter.grad = torch.empty(5000, device="meta")
     with pytest.raises(ValueError, match=r"parameter 0 of group 0: expected a tensor with data, .* meta"):
         pk.optim.AdamW8bit([parameter]).step()
 
 
-def test_parameters_that_are_in_no_group_any_more() -> None:
+def test_removed_parameters() -> None:
     model, optimizer = trained()
     optimizer.override_config(model.b, "lr", 1e-4)
     optimizer.param_groups[0]["params"].pop(1)
@@ -207,8 +205,8 @@ NO_NUMBERS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", NO_NUMBERS)
-def test_what_is_no_number_is_named(case: str) -> None:
-    """As an argument, in a group, in a group that is added, in a checkpoint and by override_config."""
+def test_non_numbers_are_named(case: str) -> None:
+    """As an argument, in a group, in an added group, in a checkpoint, and through override_config."""
     options, sentence = NO_NUMBERS[case]
     parameter, other = (nn.Parameter(torch.zeros(3)) for _ in "ab")
     good = pk.optim.AdamW8bit([parameter])
@@ -226,7 +224,7 @@ def test_what_is_no_number_is_named(case: str) -> None:
     assert len(good.param_groups) == 1 and good.param_groups[0]["lr"] == 1e-3
 
 
-def test_a_rate_that_is_no_number_in_a_step() -> None:
+def test_non_numbers_in_a_step() -> None:
     parameter = nn.Parameter(torch.zeros(3))
     optimizer = pk.optim.AdamW8bit([parameter])
     parameter.grad = torch.ones(3)
@@ -243,13 +241,13 @@ def test_a_rate_that_is_no_number_in_a_step() -> None:
 
 
 @pytest.mark.parametrize("name", ["lr", "lr_ratio", "weight_decay", "lr_embedding"])
-def test_what_is_no_number_in_lora_plus(name: str) -> None:
+def test_non_numbers_in_lora_plus(name: str) -> None:
     with pytest.raises(TypeError, match=f"^{name}: expected a number, got the text '1e-4'; YAML"):
         pk.optim.lora_plus_groups(nn.Linear(3, 3), **{"lr": 1e-4} | {name: "1e-4"})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["amsgrad", "maximize", "differentiable"])
-def test_what_a_group_asks_for_in_vain(name: str) -> None:
+def test_unsupported_group_options(name: str) -> None:
     parameters = [nn.Parameter(torch.zeros(3)) for _ in range(2)]
     optimizer = pk.optim.AdamW8bit([{"params": parameters[:1], name: False}])
     with pytest.raises(ValueError, match=f"{name}: is not supported, expected False in a group, got True"):

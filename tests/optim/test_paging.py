@@ -1,4 +1,4 @@
-"""Paged optimizers: the bits of unpaged ones, in any order that a device may choose, within a budget."""
+"""Paged optimizers equal unpaged ones bit for bit, in any order a device may choose, within a budget."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def parameters() -> list[nn.Parameter]:
 
 def give_gradients(params: list[nn.Parameter], step: int) -> None:
     for i, p in enumerate(params):
-        if (i, step) != (2, 1):  # one that has none now and then: others are in other places
+        if (i, step) != (2, 1):  # one has no gradient in a step, so offsets change
             p.grad = testing.tensor(*p.shape, dtype=p.dtype, seed=100 * step + i)
         else:
             p.grad = None
@@ -44,11 +44,11 @@ def trained(
 ) -> tuple[list[Any], Any]:
     params = parameters()
     optimizer = make(params)
-    go_on(params, optimizer, steps, found_inf)
+    resume(params, optimizer, steps, found_inf)
     return params, optimizer
 
 
-def go_on(params: list[nn.Parameter], optimizer: Any, steps: range, found_inf: int = -1) -> None:
+def resume(params: list[nn.Parameter], optimizer: Any, steps: range, found_inf: int = -1) -> None:
     for step in steps:
         give_gradients(params, step)
         if found_inf >= 0:
@@ -94,7 +94,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_paged_is_unpaged_to_the_bit(backend: str, option: str) -> None:
+def test_paged_equals_unpaged_bit_for_bit(backend: str, option: str) -> None:
     name, options, found_inf = OPTIONS[option]
     with simulated() as streams:
         want = trained(maker(name, **options), found_inf=found_inf)
@@ -109,7 +109,7 @@ def test_paged_is_unpaged_to_the_bit(backend: str, option: str) -> None:
 
 @pytest.fixture
 def quick() -> Iterator[None]:
-    """A back end that is the same in plain torch and in C++."""
+    """A back end whose results are equal in plain torch and in C++."""
     with pk.use_backend("cpu" if testing.unavailable("cpu-scalar") is None else "reference"):
         yield
 
@@ -130,7 +130,7 @@ def test_every_order_gives_the_same_bits() -> None:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("dropped", GUARDS)
-def test_without_any_one_wait_some_order_is_wrong(dropped: str) -> None:
+def test_every_wait_is_needed(dropped: str) -> None:
     with simulated():
         want = trained(MIXED)
 
@@ -147,7 +147,7 @@ def test_without_any_one_wait_some_order_is_wrong(dropped: str) -> None:
 
 
 @pytest.mark.parametrize("budget", [3 * 1024, 3 * 2048, 3 * 5000, 1 << 20])
-def test_chunks_are_all_elements_in_order_and_fit(budget: int) -> None:
+def test_chunks_cover_all_elements_and_fit(budget: int) -> None:
     pieces = [
         Piece(700, (1, 1)), Piece(5000, (4, 4)), Piece(10), Piece(500, (1, 1), True), Piece(0),
         Piece(3000, (1,)), Piece(300, (1, 1, 2)),
@@ -171,7 +171,7 @@ def test_chunks_are_all_elements_in_order_and_fit(budget: int) -> None:
         assert chunks == [Chunk(0, [(0, p.numel) for p in pieces], chunks[0].nbytes)]
 
 
-def test_budgets_that_are_too_small() -> None:
+def test_too_small_budgets() -> None:
     with pytest.raises(ValueError, match="page_budget: expected a whole number of bytes, at least 9216"):
         pk.optim.PagedAdamW8bit(parameters(), page_budget=0)
     params = [nn.Parameter(torch.zeros(5000, dtype=torch.bfloat16))]
@@ -183,7 +183,7 @@ def test_budgets_that_are_too_small() -> None:
         with pytest.raises(ValueError, match=sentence):
             optimizer.step()
         assert not params[0].any() and not optimizer.state
-        # And where others have made steps, these go on as if nothing had been.
+        # A refused step does not affect steps before or after it.
         params = [nn.Parameter(torch.zeros(size, dtype=torch.bfloat16)) for size in (100, 5000)]
         optimizer = pk.optim.PagedAdamW(params, rounding="stochastic", page_budget=9216)
         for with_large in (False, True, False):
@@ -208,8 +208,8 @@ def test_small_parameters_stay_and_large_states_are_on_the_host() -> None:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("first, second", [(True, True), (True, False), (False, True)])
-def test_checkpoints_go_from_paged_to_unpaged_and_back(first: bool, second: bool) -> None:
-    """The first's steps are not waited for: who saves waits."""
+def test_checkpoints_between_paged_and_unpaged(first: bool, second: bool) -> None:
+    """The first optimizer's steps are still queued: saving waits for them."""
     make = maker("AdamW8bit", rounding="kahan")
     with simulated((IN, CURRENT, OUT, REUSE)) as streams:
         want = trained(make)
@@ -220,23 +220,23 @@ def test_checkpoints_go_from_paged_to_unpaged_and_back(first: bool, second: bool
         other = with_paging(make(resumed)) if second else make(resumed)
         other.load_state_dict(saved)
         assert all(streams.is_host(other.state[p]["state1"]) is second for p in resumed if p.numel() >= 300)
-        go_on(resumed, other, range(2, 4))
+        resume(resumed, other, range(2, 4))
         streams.drain()
     assert_same((resumed, other), want)
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_copies_and_pickles_go_on(way: Callable[[Any], Any]) -> None:
+def test_copies_and_pickles_resume(way: Callable[[Any], Any]) -> None:
     with simulated((CURRENT, IN, OUT, REUSE)) as streams:
         want = trained(MIXED)
         make = maker("PagedAdamW8bit", rounding="stochastic", max_grad_norm=0.5, page_budget=BUDGET)
         params, optimizer = trained(make, range(2))
-        optimizer._pager.synchronize()  # a pickle of parameters does not ask the optimizer
+        optimizer._pager.synchronize()  # pickling parameters does not go through the optimizer
         streams.drain()
         twin, other = way((params, optimizer))
         assert other.is_paged and other._pager.budget == BUDGET
-        go_on(twin, other, range(2, 4))
+        resume(twin, other, range(2, 4))
         streams.drain()
         assert all(streams.is_host(other.state[p]["state1"]) for p in twin if p.numel() >= 300)
     assert_same((twin, other), want)
@@ -244,14 +244,14 @@ def test_copies_and_pickles_go_on(way: Callable[[Any], Any]) -> None:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("read", ["state_dict", "__getstate__", "load_state_dict"])
-def test_who_reads_states_waits_for_them(read: str) -> None:
-    """With copies to the host as late as can be."""
+def test_reading_states_waits(read: str) -> None:
+    """With copies to the host as late as possible."""
     with simulated((CURRENT, IN, REUSE, OUT)) as streams:
         params, want = trained(MIXED, range(3))
         moments = [want.state[p]["state1"] for p in params]
         params, optimizer = trained(lambda p: with_paging(MIXED(p)), range(2))
-        saved = () if read != "load_state_dict" else (optimizer.state_dict(),)  # which the next step changes
-        go_on(params, optimizer, range(2, 3))
+        saved = () if read != "load_state_dict" else (optimizer.state_dict(),)  # the next step changes it
+        resume(params, optimizer, range(2, 3))
         assert streams._queues[OUT]
         getattr(optimizer, read)(*saved)
         assert not streams._queues[OUT]
@@ -263,27 +263,27 @@ def out_of_memory(*_: Any) -> Any:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_step_in_a_capture_is_refused_and_one_that_fails_keeps_its_number() -> None:
+def test_captured_or_failed_step_changes_nothing() -> None:
     with simulated() as streams:
         params, optimizer = trained(lambda p: with_paging(MIXED(p)), range(1))
         streams.drain()
         before = [p.detach().clone() for p in params]
         streams.capturing = True
         with pytest.raises(RuntimeError, match="step: captured"):
-            go_on(params, optimizer, range(1, 2))
+            resume(params, optimizer, range(1, 2))
         streams.capturing = False
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 streams, "empty", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none left"))
             )
             with pytest.raises(torch.OutOfMemoryError):
-                go_on(params, optimizer, range(1, 2))
+                resume(params, optimizer, range(1, 2))
         streams.drain()
         assert all(map(torch.equal, params, before))
         assert optimizer.state_dict()["state"][0]["step"] == 1
 
 
-def test_where_there_is_no_paging() -> None:
+def test_devices_without_paging() -> None:
     assert pager.streams_of(torch.device("cpu")) is None
     with pytest.raises(RuntimeError, match="is_paged: expected a CUDA device, got xpu"):
         pager.streams_of(torch.device("xpu", 0))

@@ -1,4 +1,4 @@
-"""Small causal models, and folders of adapters for them, as PEFT writes them."""
+"""Small causal models, and folders of adapters for them as PEFT writes them."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def family(name: str) -> Any:
 
 
 def small(kind: str, config: str = "", **sizes: Any) -> Any:
-    """A causal model of a kind with a config of it, of the common sizes."""
+    """A causal model of a class, with a config of common sizes."""
     torch.manual_seed(0)
     found = getattr(transformers, config or f"{kind}Config")(**_SIZES | _COMMON | sizes)
     return getattr(transformers, f"{kind}ForCausalLM")(found).eval()
 
 
 def save_adapter(model: Any, folder: Path, seed: int = 0, **options: Any) -> Path:
-    """Of a copy of the model."""
+    """Saves a new adapter on a copy of the model."""
     defaults = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**defaults | options))
     with torch.no_grad():
@@ -105,8 +105,7 @@ def prompt(seed: int, length: int) -> list[int]:
 def by_generate(
     model: Any, ids: list[int], new: int, folder: Path | None = None
 ) -> tuple[list[int], list[Tensor]]:
-    """Greedy tokens and their logits from transformers' `generate` on one request, with PEFT's own adapter,
-    patched."""
+    """Greedy tokens and their logits of `generate` on one request, with PEFT's adapter, patched."""
     model = copy.deepcopy(model)
     if folder is not None:
         model = peft.PeftModel.from_pretrained(model, folder).eval()

@@ -1,4 +1,4 @@
-"""Serving: each request of a batch gets what it would get alone, whoever its neighbours are."""
+"""Serving: each request of a batch gets what it would get alone, whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def same_bits(a: Request, b: Request) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES, ids=str)
-def test_neighbours_change_no_bit_of_a_request(served: Any, name: str | None) -> None:
+def test_other_requests_change_no_bit(served: Any, name: str | None) -> None:
     engine, _, _ = served
     alone = ask(engine, name)
     engine.run()
-    # Among others of every adapter, its own too, longer and shorter, which came before and come after.
+    # Among requests for every adapter, its own too, longer and shorter, submitted before and after it.
     before = [ask(engine, other, seed, max_new_tokens=seed) for seed, other in enumerate(NAMES[:1:-1], 2)]
     engine.step()
-    before.append(engine.submit(prompt(99, 4), "two", max_new_tokens=NEW, eos_token_id=()))  # as long as it
+    before.append(engine.submit(prompt(99, 4), "two", max_new_tokens=NEW, eos_token_id=()))  # equal length
     among = ask(engine, name)
     after = [ask(engine, other, seed) for seed, other in enumerate([name, *NAMES], 7)]
     engine.run()
@@ -68,7 +68,7 @@ def test_neighbours_change_no_bit_of_a_request(served: Any, name: str | None) ->
     same_bits(among, alone)
 
 
-def test_mixed_requests_say_what_generate_says_of_each_alone(served: Any) -> None:
+def test_mixed_requests_equal_generate_of_each(served: Any) -> None:
     engine, folders, model = served
     requests = [ask(engine, name, seed) for seed, name in enumerate(NAMES)]
     engine.run()
@@ -79,15 +79,15 @@ def test_mixed_requests_say_what_generate_says_of_each_alone(served: Any) -> Non
         for got, want in zip(request.logits, logits, strict=True):
             assert testing.relative_error(got, want) < (1e-5 if exact else 0.03)
             if not exact and got.argmax() != want.argmax():
-                break  # a tie in bf16, after which the texts differ
+                break  # a tie in bf16: the texts differ from here
         else:
             assert request.tokens == tokens
         texts.add(tuple(request.tokens))
-    assert len(texts) > 3  # adapters do something
+    assert len(texts) > 3  # adapters change outputs
 
 
-def test_one_row_is_plain_decoding_to_the_bit(tmp_path: Path) -> None:
-    """Without padding, and with as many heads of keys as of queries, whose attention is computed as ever."""
+def test_one_row_equals_plain_decoding_bit_for_bit(tmp_path: Path) -> None:
+    """Without padding, and with as many key heads as query heads, whose attention takes the usual path."""
     import models
 
     def model() -> Any:
@@ -109,7 +109,7 @@ def test_one_row_is_plain_decoding_to_the_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name: str, tmp_path: Path) -> None:
-    """Transposed weights with biases, sliding windows that are left, biases, attention of the model's own."""
+    """Transposed weights with biases, sliding windows, biases, custom attention."""
     targets = ["c_attn", "c_proj", "c_fc"] if name == "gpt2" else "all-linear"
     options: dict[str, Any] = {"target_modules": targets, "fan_in_fan_out": name == "gpt2"}
     kinds = {kind: ADAPTERS[kind] for kind in ("one", "dora")}
@@ -155,7 +155,7 @@ def test_bottleneck_adapters_beside_lora(tmp_path: Path) -> None:
     assert pk.adapters.names(engine._decoder.model) == []
 
 
-def test_sampling_is_the_requests_own(served: Any) -> None:
+def test_sampling_does_not_depend_on_other_requests(served: Any) -> None:
     engine, _, _ = served
     how = Sampling(temperature=1.5, top_k=50, top_p=0.9, seed=5)
     alone = ask(engine, "one", sampling=how)
@@ -169,7 +169,7 @@ def test_sampling_is_the_requests_own(served: Any) -> None:
     engine.run()
 
 
-def test_sampled_tokens_are_those_that_were_allowed() -> None:
+def test_sampled_tokens_are_allowed() -> None:
     logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
     request = Request([1], None, 400, frozenset(), Sampling(1.0, top_k=3, seed=0), False, lambda: True)
     while not request.done:
@@ -182,7 +182,7 @@ def test_sampled_tokens_are_those_that_were_allowed() -> None:
     assert abs(request.tokens.count(3) / 400 - 4 / 7) < 0.1
 
 
-def test_closing_gives_the_model_back(tmp_path: Path) -> None:
+def test_close_restores_the_model(tmp_path: Path) -> None:
     model = llama("nf4")
     ids = torch.tensor([prompt(1, 9)])
     classes, names = [type(m) for m in model.modules()], model.config._attn_implementation
@@ -193,14 +193,14 @@ def test_closing_gives_the_model_back(tmp_path: Path) -> None:
         assert ask(engine, "one").result(60)
         assert [type(m) for m in model.modules()] != classes
         with torch.no_grad():
-            assert torch.equal(model(input_ids=ids).logits, before)  # between steps there are no adapters
+            assert torch.equal(model(input_ids=ids).logits, before)  # no adapters between steps
     assert [type(m) for m in model.modules()] == classes
     assert model.config._attn_implementation == names
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, before)
 
 
-def test_models_that_cannot_be_served_are_refused(tmp_path: Path) -> None:
+def test_unsupported_models_are_refused(tmp_path: Path) -> None:
     import peft
     import transformers
 

@@ -1,5 +1,4 @@
-"""Adapters of a serving engine: they come and go while requests run, and what is wrong with one harms no
-other."""
+"""Adapters load and unload while requests run, and a damaged one affects no other."""
 
 from __future__ import annotations
 
@@ -43,7 +42,7 @@ def resident(engine: Engine) -> list[str]:
     return [one.name for one in engine.adapters if one.nbytes]
 
 
-def test_the_budget_holds_and_the_idlest_goes_first(folders: dict[str, Path]) -> None:
+def test_budget_evicts_the_least_recently_used(folders: dict[str, Path]) -> None:
     free = Engine(llama(), max_batch=2)
     for name, folder in folders.items():
         free.load(name, folder)
@@ -66,7 +65,7 @@ def test_the_budget_holds_and_the_idlest_goes_first(folders: dict[str, Path]) ->
     engine.run()
     assert sum(one.nbytes for one in engine.adapters) <= budget
     assert "two" not in resident(engine) and resident(engine)[-2:] == ["one", "dora"]
-    # All of them, far more requests than slots, each as it was with all in memory.
+    # Every adapter, with many more requests than slots: results as with all in memory.
     requests = [engine.submit(prompt(1, 5), name, max_new_tokens=NEW) for name in [*folders] * 3]
     most = 0
     while engine.step():
@@ -75,7 +74,7 @@ def test_the_budget_holds_and_the_idlest_goes_first(folders: dict[str, Path]) ->
     assert [request.result() for request in requests] == wanted * 3
 
 
-def test_an_adapter_in_use_stays(folders: dict[str, Path]) -> None:
+def test_adapter_in_use_is_not_evicted(folders: dict[str, Path]) -> None:
     engine = Engine(llama(), max_batch=2)
     engine.load("one", folders["one"])
     engine.load("two", folders["two"])
@@ -102,7 +101,7 @@ def test_an_adapter_in_use_stays(folders: dict[str, Path]) -> None:
         ask(engine, "two")
 
 
-def test_an_adapter_that_can_never_fit(folders: dict[str, Path]) -> None:
+def test_adapter_larger_than_the_budget(folders: dict[str, Path]) -> None:
     engine = Engine(llama(), max_batch=2, budget_bytes=1000)
     engine.register("one", folders["one"])
     bad, good = ask(engine, "one"), ask(engine, None)
@@ -138,8 +137,8 @@ def _truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
 
 
-def _elsewhere(path: str) -> Damage:
-    """The parts of one layer under another path."""
+def _rename_layer(path: str) -> Damage:
+    """Renames the tensors of one layer to another path."""
 
     def change(state: dict[str, Any], key: str) -> None:
         old = key.removesuffix("lora_A.weight")
@@ -185,19 +184,19 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "expected a matrix of fp32, bf16 or fp16, got",
     ),
     "elsewhere": (
-        _elsewhere("base_model.model.model.layers.9."),
+        _rename_layer("base_model.model.model.layers.9."),
         "expected a layer of this model",
     ),
-    "no-linear": (_elsewhere("base_model.model.model.norm."), "expected a linear layer"),
+    "no-linear": (_rename_layer("base_model.model.model.norm."), "expected a linear layer"),
     "foreign": (
-        _elsewhere("else."),
+        _rename_layer("else."),
         "else.lora_A.weight: expected a name that starts with base_model",
     ),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_adapter_harms_its_own_request_alone(
+def test_damaged_adapter_fails_only_its_request(
     name: str, engine: Engine, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     damage, message = DAMAGES[name]
@@ -217,7 +216,7 @@ def test_a_damaged_adapter_harms_its_own_request_alone(
     engine.unload("bad")
 
 
-def test_invalid_requests_raise_at_once(engine: Engine, folders: dict[str, Path]) -> None:
+def test_invalid_requests_raise_on_submit(engine: Engine, folders: dict[str, Path]) -> None:
     engine.register("one", folders["one"])
     for options, message in (
         ({"prompt": []}, "expected at least one token, got none"),
@@ -243,7 +242,7 @@ def test_invalid_requests_raise_at_once(engine: Engine, folders: dict[str, Path]
     engine.unload("one")
 
 
-def test_an_end_token_and_a_cancelled_request_free_their_slots(engine: Engine) -> None:
+def test_stopped_and_cancelled_requests_free_their_slots(engine: Engine) -> None:
     (whole,) = engine.generate([prompt(0, 5)], max_new_tokens=8, eos_token_id=())
     stop = next(token for token in whole if whole.index(token) > 0)
     stopped = engine.submit(prompt(0, 5), max_new_tokens=8, eos_token_id=stop)
@@ -257,7 +256,7 @@ def test_an_end_token_and_a_cancelled_request_free_their_slots(engine: Engine) -
     assert len(cancelled.tokens) < 4 and all(request.finish_reason == "length" for request in waiting)
 
 
-def test_adapters_come_and_go_beside_running_requests(folders: dict[str, Path]) -> None:
+def test_adapters_load_and_unload_while_requests_run(folders: dict[str, Path]) -> None:
     wanted = {}
     for name in ("one", "two", "dora"):
         with Engine(llama()) as alone:
@@ -272,7 +271,7 @@ def test_adapters_come_and_go_beside_running_requests(folders: dict[str, Path]) 
                 for number in range(3):
                     known = name if name == "one" else f"{name}-{number}"
                     engine.load(known, folders[name])
-                    assert list(ask(engine, known, new=20)) == wanted[name]  # as they come
+                    assert list(ask(engine, known, new=20)) == wanted[name]  # read while they arrive
                     if known != "one":
                         engine.unload(known)
             except BaseException as error:
@@ -287,9 +286,7 @@ def test_adapters_come_and_go_beside_running_requests(folders: dict[str, Path]) 
         assert [one.name for one in engine.adapters] == ["one"]
 
 
-def test_a_step_that_fails_ends_those_that_run_and_no_other(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_step_ends_only_running_requests(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     running, step = ask(engine, None, new=9), engine._decoder.step
     engine.step()
     monkeypatch.setattr(engine._decoder, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("no memory")))
@@ -307,7 +304,7 @@ def test_importing_the_package_needs_no_transformers(python: Any) -> None:
     assert python(code).stdout.strip() == "False"
 
 
-def test_the_names_of_serving() -> None:
+def test_public_names() -> None:
     assert pk.serving.Engine is Engine
     with pytest.raises(AttributeError, match="no attribute 'Server'"):
         pk.serving.Server  # noqa: B018

@@ -1,4 +1,4 @@
-"""Serving where users err: models that are shared, engines that are closed, steps that are broken off."""
+"""Serving under misuse: shared models, closed engines, interrupted steps."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def ask(engine: Engine, name: str | None = None, seed: int = 0, **options: Any) 
     return engine.submit(prompt(seed, 5), name, **{"max_new_tokens": NEW, "eos_token_id": ()} | options)
 
 
-def test_a_neighbour_cannot_switch_the_rotary_embedding_of_all() -> None:
+def test_long_request_does_not_switch_rotary_embedding_of_others() -> None:
     rope = {
         "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
         "original_max_position_embeddings": 16,
@@ -60,18 +60,18 @@ def test_a_neighbour_cannot_switch_the_rotary_embedding_of_all() -> None:
 
 
 def test_attention_in_chunks_is_refused() -> None:
-    """A cache holds more than the chunk of the token, and decoding by rows sees all that it holds."""
+    """The cache holds more than the current chunk, and decoding by rows attends to all of it."""
     sizes = {"attention_chunk_size": 8, "intermediate_size_mlp": 96, "head_dim": 16, "moe_layers": []}
     layers = {"layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0]}
     with pytest.raises(TypeError, match=r"got chunked attention: Llama4ForCausalLM"):
         Engine(small("Llama4", "Llama4TextConfig", num_local_experts=2, **sizes, **layers))
 
 
-def test_a_model_has_one_engine(folders: dict[str, Path]) -> None:
+def test_one_engine_per_model(folders: dict[str, Path]) -> None:
     model = llama()
     classes = [type(m) for m in model.modules()]
     with pytest.raises(ValueError, match="adapter_dtype"):
-        Engine(model, adapter_dtype=torch.float16)  # which leaves the model free
+        Engine(model, adapter_dtype=torch.float16)  # raises, and leaves the model free
     first = Engine(model)
     first.load("one", folders["one"])
     with pytest.raises(TypeError, match="expected one that no other engine serves"):
@@ -79,7 +79,7 @@ def test_a_model_has_one_engine(folders: dict[str, Path]) -> None:
     first.close()
     second = Engine(model)
     second.load("one", folders["one"])
-    del second  # that nobody has closed
+    del second  # an engine that was never closed
     gc.collect()
     assert [type(m) for m in model.modules()] == classes
     pk.adapters.add(model, "mine")
@@ -87,7 +87,7 @@ def test_a_model_has_one_engine(folders: dict[str, Path]) -> None:
         Engine(model)
 
 
-def test_a_closed_engine_leaves_the_model_alone(folders: dict[str, Path]) -> None:
+def test_closed_engine_does_not_change_the_model(folders: dict[str, Path]) -> None:
     model = llama()
     engine = Engine(model)
     engine.register("one", folders["one"])
@@ -103,7 +103,7 @@ def test_a_closed_engine_leaves_the_model_alone(folders: dict[str, Path]) -> Non
             late()
 
 
-def test_closing_while_a_folder_is_read(
+def test_close_while_a_folder_is_read(
     engine: Engine, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, read = engine._decoder.model, engine._store.read
@@ -114,7 +114,7 @@ def test_closing_while_a_folder_is_read(
     assert not any(isinstance(m, Fused) for m in model.modules())
 
 
-def test_a_name_that_goes_to_another_adapter_while_its_folder_is_read(
+def test_name_reassigned_while_its_folder_is_read(
     engine: Engine, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = engine.generate([prompt(0, 5)], max_new_tokens=NEW, eos_token_id=())
@@ -136,7 +136,7 @@ def test_a_name_that_goes_to_another_adapter_while_its_folder_is_read(
     assert got == engine.generate([prompt(0, 5)], ["two"], max_new_tokens=NEW, eos_token_id=()) != wanted
 
 
-def test_a_name_is_free_again_when_its_adapter_did_not_fit(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_name_is_free_after_its_adapter_did_not_fit(folders: dict[str, Path], tmp_path: Path) -> None:
     narrow = save_adapter(llama(), tmp_path / "narrow", r=1, target_modules=["q_proj"])
     engine = Engine(llama(), budget_bytes=2000)
     with pytest.raises(ValueError, match="expected at most budget_bytes=2000 bytes"):
@@ -146,18 +146,18 @@ def test_a_name_is_free_again_when_its_adapter_did_not_fit(folders: dict[str, Pa
     assert engine.adapters[0].nbytes == 2 * 128 * 4
 
 
-def test_weights_that_are_finite_in_their_file_alone(tmp_path: Path) -> None:
+def test_weights_that_overflow_in_the_adapter_dtype(tmp_path: Path) -> None:
     folder = save_adapter(llama("dense", torch.bfloat16), tmp_path / "a", **ADAPTERS["one"])
     path = folder / "adapter_model.safetensors"
     state = safetensors.load_file(path)
-    next(iter(state.values()))[0, 0] = 3.4e38  # below fp32's largest number, and above bf16's
+    next(iter(state.values()))[0, 0] = 3.4e38  # below fp32's maximum, and above bf16's
     safetensors.save_file(state, path)
     engine = Engine(llama("dense", torch.bfloat16), adapter_dtype=torch.bfloat16)
     with pytest.raises(CheckpointError, match=r"expected finite numbers in torch\.bfloat16, got NaN or Inf"):
         engine.load("a", folder)
 
 
-def test_logits_that_nothing_can_be_drawn_from_are_their_requests_own(engine: Engine) -> None:
+def test_invalid_logits_fail_only_their_request(engine: Engine) -> None:
     (wanted,) = engine.generate([prompt(0, 5)], max_new_tokens=NEW, eos_token_id=())
     bad, good = ask(engine, seed=1, sampling=Sampling(1.0, seed=0)), ask(engine)
     step = engine._decoder.step
@@ -174,8 +174,8 @@ def test_logits_that_nothing_can_be_drawn_from_are_their_requests_own(engine: En
     assert good.result() == wanted
 
 
-def test_a_step_that_is_interrupted_is_not_gone_on_with(engine: Engine) -> None:
-    """Some layers have the token in their caches by then, others do not."""
+def test_interrupted_step_is_not_resumed(engine: Engine) -> None:
+    """By then some layers have cached the token and others have not."""
     (wanted,) = engine.generate([prompt(0, 5)], max_new_tokens=NEW, eos_token_id=())
     request = ask(engine)
     engine.step()
@@ -193,8 +193,8 @@ def test_a_step_that_is_interrupted_is_not_gone_on_with(engine: Engine) -> None:
     assert engine.generate([prompt(0, 5)], max_new_tokens=NEW, eos_token_id=()) == [wanted]
 
 
-def test_waiting_raises_when_the_engine_does_not_run(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a request that comes as `run` has found nothing left to do."""
+def test_result_raises_when_the_engine_does_not_run(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that is submitted just as `run` has found nothing left to do."""
     request, heard = ask(engine), []
 
     def wait() -> None:
@@ -224,7 +224,7 @@ def test_prompts_and_end_tokens_of_other_types(engine: Engine) -> None:
         assert engine.generate([prompt(0, 5)], max_new_tokens=NEW, eos_token_id=end) == [
             whole[: whole.index(whole[1]) + 1]
         ]
-    for end in ("</s>", 2.0, [2.5], [[2]]):  # which no token would ever be
+    for end in ("</s>", 2.0, [2.5], [[2]]):  # values that no token equals
         with pytest.raises(ValueError, match="eos_token_id: expected a token id or several, got"):
             engine.submit([5], max_new_tokens=2, eos_token_id=end)  # type: ignore[arg-type]
     for wrong in ([5.5], [[5, 6]], 5):
@@ -236,13 +236,13 @@ def test_prompts_and_end_tokens_of_other_types(engine: Engine) -> None:
         engine.generate([[5]], "a")
 
 
-def test_a_text_that_no_tokenizer_can_take(engine: Engine) -> None:
+def test_untokenizable_text(engine: Engine) -> None:
     engine.tokenizer = lambda text: pytest.fail("it was asked")
     with pytest.raises(ValueError, match=r"prompt: expected a text that UTF-8 can hold, got '\\ud800' at 1"):
         engine.submit("a\ud800", max_new_tokens=2)
 
 
-def test_arguments_that_are_no_numbers_or_names(engine: Engine) -> None:
+def test_invalid_arguments(engine: Engine) -> None:
     for options, message in (
         ({"max_new_tokens": 2.5}, "max_new_tokens: expected a whole number, got 2.5"),
         ({"max_new_tokens": None}, "max_new_tokens: expected a whole number, got None"),
@@ -272,8 +272,8 @@ def test_arguments_that_are_no_numbers_or_names(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-36, 1e-320])
-def test_the_colder_the_likelier(temperature: float) -> None:
-    """Until logits beyond fp32 could not be divided by it any more."""
+def test_low_temperatures_pick_the_likeliest(temperature: float) -> None:
+    """Down to temperatures that fp32 logits cannot be divided by."""
     logits = torch.tensor([-3e38, -1e4, 2.0, 90.0, 1.0])
     request = Request([1], None, 4, frozenset(), Sampling(temperature, seed=0), False, lambda: True)
     while not request.done:
@@ -281,15 +281,15 @@ def test_the_colder_the_likelier(temperature: float) -> None:
     assert request.result() == [3] * 4
 
 
-def test_seeds_may_be_any_of_64_bits() -> None:
+def test_64_bit_seeds() -> None:
     for seed in (-(2**63), 2**64 - 1):
         request = Request([1], None, 1, frozenset(), Sampling(1.0, seed=seed), False, lambda: True)
         request.take(torch.zeros(3))
         assert request.finish_reason == "length"
 
 
-def test_who_asks_between_steps_gets_a_turn(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that steps takes the lock again at once."""
+def test_calls_between_steps_get_the_lock(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stepping thread takes the lock again at once."""
     step, steps, waited = engine._decoder.step, [0], []
 
     def slow(*args: Any) -> Tensor:
@@ -308,7 +308,7 @@ def test_who_asks_between_steps_gets_a_turn(engine: Engine, monkeypatch: pytest.
     assert max(waited) <= 2, waited
 
 
-def test_who_asks_all_the_time_holds_no_step_up(engine: Engine) -> None:
+def test_polling_does_not_block_steps(engine: Engine) -> None:
     stop = threading.Event()
 
     def poll() -> None:
@@ -327,7 +327,7 @@ def test_who_asks_all_the_time_holds_no_step_up(engine: Engine) -> None:
                 poller.join()
 
 
-def test_a_lock_may_be_taken_again_by_its_owner() -> None:
+def test_lock_is_reentrant() -> None:
     lock, got = FairLock(), []
 
     def other() -> None:
@@ -337,7 +337,7 @@ def test_a_lock_may_be_taken_again_by_its_owner() -> None:
     with lock:
         waiter = threading.Thread(target=other)
         waiter.start()
-        time.sleep(0.02)  # it has the turn by now
+        time.sleep(0.02)  # it holds the lock by now
         with lock:
             pass
         assert got == []
@@ -345,10 +345,8 @@ def test_a_lock_may_be_taken_again_by_its_owner() -> None:
     assert got == [0]
 
 
-def test_requests_of_a_call_that_is_broken_off_are_cancelled(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nobody has a handle of them."""
+def test_interrupted_generate_cancels_its_requests(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller has no handle to them."""
     started: list[Any] = []
 
     def interrupt(prompt: Any, rows: Any) -> Any:
@@ -362,7 +360,7 @@ def test_requests_of_a_call_that_is_broken_off_are_cancelled(
     assert not engine.step() and len(started) == 1
 
 
-def test_a_thread_asks_for_the_back_end_that_was_asked_for_where_it_was_started(
+def test_engine_thread_inherits_the_back_end(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine(llama())
@@ -379,7 +377,7 @@ def test_a_thread_asks_for_the_back_end_that_was_asked_for_where_it_was_started(
     assert set(seen) == {"reference"}
 
 
-def test_an_adapter_that_is_there_stays_until_it_is_unloaded(tmp_path: Path) -> None:
+def test_loaded_adapter_is_not_reread(tmp_path: Path) -> None:
     folder = save_adapter(llama(), tmp_path / "a", **ADAPTERS["one"])
     engine = Engine(llama())
 

@@ -1,4 +1,4 @@
-"""An engine in a process that was forked from the one that serves: sentences, and no waiting for ever."""
+"""An engine in a process forked from the one that serves: errors, and no endless waits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork")
 
 
 def in_child(check: Callable[[], Any], report: Path, seconds: int = 60) -> str:
-    """What went wrong with a check in a forked process; "" for nothing."""
+    """The error of a check in a forked process, or an empty string."""
     report.write_text("it did not end by itself")
     child = os.fork()
     if child == 0:
@@ -36,12 +36,12 @@ def in_child(check: Callable[[], Any], report: Path, seconds: int = 60) -> str:
     return report.read_text()
 
 
-def test_nothing_waits_for_threads_that_were_not_forked(tmp_path: Path) -> None:
+def test_child_does_not_wait_for_threads_of_the_parent(tmp_path: Path) -> None:
     engine = Engine(llama(), max_batch=2)
     held, go = threading.Event(), threading.Event()
 
     def step() -> bool:
-        """A long one, with all locks held."""
+        """A long step that holds all locks."""
         with engine._model_lock, engine._queue, running._changed:
             held.set()
             go.wait(120)
@@ -77,7 +77,7 @@ def test_nothing_waits_for_threads_that_were_not_forked(tmp_path: Path) -> None:
     engine.close()
 
 
-def test_an_engine_that_rests_may_start_in_the_child(tmp_path: Path) -> None:
+def test_idle_engine_starts_in_the_child(tmp_path: Path) -> None:
     with Engine(llama(), max_batch=2) as engine:
         engine.generate([prompt(0, 5)], max_new_tokens=2)
         engine.stop()
