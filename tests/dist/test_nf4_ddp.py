@@ -14,7 +14,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Sent, assert_no_errors
+from ranks import Sent, rank_tests
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -229,9 +229,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_on_two_processes(told: dict[int, dict[str, str]], case: str) -> None:
-    assert_no_errors(told, case)
+errors, test_on_two_processes = rank_tests(2, CASES)
 
 
 def test_detach_keeps_nf4() -> None:

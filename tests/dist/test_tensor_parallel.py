@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import assert_no_errors, errors_by_rank
+from ranks import assert_no_errors, errors_by_rank, rank_tests
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -384,9 +384,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_two_processes(told: dict[int, dict[str, str]], case: str) -> None:
-    assert_no_errors(told, case)
+errors, test_two_processes = rank_tests(2, CASES)
 
 
 def test_three_processes() -> None:
