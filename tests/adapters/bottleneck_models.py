@@ -45,7 +45,7 @@ class Family:
     inputs: Callable[..., dict[str, Tensor]]
     layers: list[str]
     attention: tuple[str, str]
-    """The linear layers at which it begins and ends, within a layer."""
+    """The first and last linear layers of the attention."""
     feed_forward: tuple[str, str]
     decoder_feed_forward: tuple[str, str] | None = None
 

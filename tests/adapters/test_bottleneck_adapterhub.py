@@ -127,9 +127,9 @@ def test_missing_fields_have_defaults(case: str, tmp_path: Path) -> None:
         "original_ln_before": False, "original_ln_after": True, "ln_before": False, "ln_after": False,
         "is_parallel": False, "scaling": 1.0, "residual_before_ln": True,
     }  # fmt: skip
-    asked = {"mh_adapter", "output_adapter", "reduction_factor", "non_linearity"}
-    asked |= {name for name, value in defaults.items() if fields[name] != value}
-    drop(*(fields.keys() - asked))(tmp_path)
+    required = {"mh_adapter", "output_adapter", "reduction_factor", "non_linearity"}
+    required |= {name for name, value in defaults.items() if fields[name] != value}
+    drop(*(fields.keys() - required))(tmp_path)
     assert torch.equal(compute(make(case), tmp_path), compute(make(case), SAMPLES / case))
 
 

@@ -155,11 +155,11 @@ def test_copies_are_independent() -> None:
     adapters.set_active(model, "one")
     stir(model, "one")
     want = output(model, inputs)
-    for twin in (copy.deepcopy(model), models.pickled(model)):
-        assert torch.equal(output(twin, inputs), want)
-        stir(twin, "one", 50)
-        adapters.delete(twin, "one")
-        assert not close(output(twin, inputs), want)
+    for copied in (copy.deepcopy(model), models.pickled(model)):
+        assert torch.equal(output(copied, inputs), want)
+        stir(copied, "one", 50)
+        adapters.delete(copied, "one")
+        assert not close(output(copied, inputs), want)
         assert torch.equal(output(model, inputs), want)
 
 

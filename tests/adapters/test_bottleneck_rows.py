@@ -257,10 +257,10 @@ def test_adding_and_deleting_adapters() -> None:
     mixed = adapters.rows(model, ["a", None])
     with mixed:
         before = output(model, inputs)
-        twin = copy.deepcopy(model)
+        copied = copy.deepcopy(model)
         with pytest.raises(ValueError, match="name: expected an adapter that no `rows` serves now, got 'a'"):
             adapters.delete(model, "a")
-        adapters.delete(twin, "a")
+        adapters.delete(copied, "a")
         adapters.delete(model, "c")
         adapters.add(model, "new")
         assert torch.equal(output(model, inputs), before)

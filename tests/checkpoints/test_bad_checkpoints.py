@@ -103,8 +103,8 @@ def header(change: Callable[[dict[str, Any]], Any], length: Callable[[int], int]
         found = json.loads(data[8:end])
         change(found)
         text = json.dumps(found).encode()
-        told = len(text) if length is None else length(len(data))
-        path.write_bytes(struct.pack("<Q", told) + text + data[end:])
+        stated_length = len(text) if length is None else length(len(data))
+        path.write_bytes(struct.pack("<Q", stated_length) + text + data[end:])
 
     return damage
 

@@ -164,9 +164,9 @@ def test_nf4_base(case: str, tmp_path: Path) -> None:
     make, options, how = PACKED[case]
     dense_base, base, adapter = saved(make(), tmp_path / "dense"), tmp_path / "base", tmp_path / "adapter"
     quantize_checkpoint(dense_base, base, **how)
-    twin = dense_base_of(base, dense_base, bool(how.get("experts")))
-    parameters = experts_of(twin) if how.get("experts") else None
-    model = adapt(twin, adapter, **options, target_parameters=parameters)
+    dequantised = dense_base_of(base, dense_base, bool(how.get("experts")))
+    parameters = experts_of(dequantised) if how.get("experts") else None
+    model = adapt(dequantised, adapter, **options, target_parameters=parameters)
     expected = copy.deepcopy(model).merge_and_unload().state_dict()
 
     done = merge_checkpoint(base, adapter, tmp_path / "merged")

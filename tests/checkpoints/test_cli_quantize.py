@@ -382,7 +382,7 @@ def test_safetensors_format(source: Path, tmp_path: Path) -> None:
             assert torch.equal(theirs[name], checkpoint[name])
 
 
-def test_the_result_loads_without_bitsandbytes_and_transformers(source: Path, tmp_path: Path) -> None:
+def test_result_loads_without_bitsandbytes_and_transformers(source: Path, tmp_path: Path) -> None:
     quantize_checkpoint(source, tmp_path / "target")
     model = pk.quantize_model(tiny_llama().to(torch.bfloat16))
     pk.load_checkpoint(model, tmp_path / "target")

@@ -154,20 +154,20 @@ def test_unsupported_experts_stay_dense_with_a_reason(caplog: pytest.LogCaptureF
 def test_copies(kind: str, how: str) -> None:
     module, given = packed(kind), sample()
     if how == "deepcopy":
-        twin = copy.deepcopy(module)
+        copied = copy.deepcopy(module)
     elif how == "pickle":
-        twin = pickle.loads(pickle.dumps(module))
+        copied = pickle.loads(pickle.dumps(module))
     else:
         buffer = io.BytesIO()
         torch.save(module, buffer)
         buffer.seek(0)
-        twin = torch.load(buffer, weights_only=False)
-    assert type(twin) is type(module) and twin is not module
-    assert torch.equal(twin(*given), module(*given))
-    twin.down_proj.data += 1
+        copied = torch.load(buffer, weights_only=False)
+    assert type(copied) is type(module) and copied is not module
+    assert torch.equal(copied(*given), module(*given))
+    copied.down_proj.data += 1
     assert module.down_proj.dense is None
-    unpack(twin)
-    assert type(twin) is type(module).plain_class and isinstance(module, NF4Experts)
+    unpack(copied)
+    assert type(copied) is type(module).plain_class and isinstance(module, NF4Experts)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -227,7 +227,7 @@ def _changed(key: str, change: Any) -> Any:
         (lambda state: state.update(moe.experts("qwen3_moe").state_dict()), "gate_up_proj: expected dtype"),
     ],
 )
-def test_a_bad_state_dict_changes_nothing(change: Any, sentence: str) -> None:
+def test_bad_state_dict_changes_nothing(change: Any, sentence: str) -> None:
     module = packed()
     before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
     state = packed(dtype=torch.bfloat16).state_dict()
@@ -237,7 +237,7 @@ def test_a_bad_state_dict_changes_nothing(change: Any, sentence: str) -> None:
     assert all(torch.equal(tensor, before[key]) for key, tensor in module.state_dict().items())
 
 
-def test_a_dense_state_dict_is_refused() -> None:
+def test_dense_state_dict_is_refused() -> None:
     module = packed()
     with pytest.raises(RuntimeError, match="gate_up_proj: expected the items of an NF4 weight, got dense"):
         module.load_state_dict(moe.experts("qwen3_moe").state_dict())

@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 
 from peft_kernels.quantize.transformers.mapped_files import MappedFiles
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells what is resident")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/smaps").exists(), reason="needs /proc/self/smaps of Linux"
+)
 SIZE = 1 << 20
 
 

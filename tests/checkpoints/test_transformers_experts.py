@@ -300,9 +300,9 @@ def test_copied_model_saves(how: str, tmp_path: Path) -> None:
     import pickle
 
     model = loaded(saved(tmp_path / "dense", "gpt_oss"))
-    twin = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
-    assert expert_modules(twin).keys() == expert_modules(model).keys()
-    twin.save_pretrained(tmp_path / "4bit")
+    copied = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    assert expert_modules(copied).keys() == expert_modules(model).keys()
+    copied.save_pretrained(tmp_path / "4bit")
     assert_same_state(read(tmp_path / "4bit"), model)
-    twin.dequantize()
-    assert not expert_modules(twin) and expert_modules(model)
+    copied.dequantize()
+    assert not expert_modules(copied) and expert_modules(model)

@@ -74,12 +74,12 @@ def test_save_after_quantize_model(kind: str, tmp_path: Path) -> None:
 def test_shared_configuration_of_a_dense_model(tmp_path: Path) -> None:
     """Models made by hand may share one configuration object."""
     dense = llama()
-    twin = type(dense)(dense.config)
-    pk.quantize_model(twin)
-    twin.save_pretrained(tmp_path / "4bit")
+    other = type(dense)(dense.config)
+    pk.quantize_model(other)
+    other.save_pretrained(tmp_path / "4bit")
     dense.save_pretrained(tmp_path / "dense")
     assert stored(tmp_path / "4bit") is not None and stored(tmp_path / "dense") is None
-    assert_same_state(read(tmp_path / "4bit"), twin)
+    assert_same_state(read(tmp_path / "4bit"), other)
 
 
 def test_written_files(tmp_path: Path) -> None:
@@ -169,11 +169,11 @@ def test_dequantize(made: str, kind: str, dtype: Any, tmp_path: Path) -> None:
 
 def test_copied_model_saves(tmp_path: Path) -> None:
     model = loaded(saved(tmp_path))
-    twin = copy.deepcopy(model)
+    other = copy.deepcopy(model)
     model.dequantize()
-    twin.save_pretrained(tmp_path / "4bit")
-    assert_same_state(read(tmp_path / "4bit"), twin)
-    assert len(nf4_layers(twin)) == 14
+    other.save_pretrained(tmp_path / "4bit")
+    assert_same_state(read(tmp_path / "4bit"), other)
+    assert len(nf4_layers(other)) == 14
 
 
 def test_other_heads_on_one_file(tmp_path: Path) -> None:

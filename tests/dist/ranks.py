@@ -28,7 +28,7 @@ PRELOADED = [
     *("transformers.models.llama.modeling_llama", "transformers.distributed", "transformers.trainer"),
     *("peft", "datasets", "trl.trainer.sft_trainer", "peft_kernels"),
 ]
-"""All that tests in several processes import that takes long. What is not installed is passed over."""
+"""Slow imports of tests in several processes. Those not installed are skipped."""
 
 
 def forked() -> BaseContext:

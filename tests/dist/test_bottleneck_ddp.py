@@ -48,7 +48,7 @@ def trained(model: Any, wrapped: Any, rows: slice, names: Sequence[str] | None) 
 
 
 CASES: dict[str, Sequence[str] | None] = {"stack": None, "rows": NAMES, "apart": sorted(NAMES)}
-"""Names of the rows: of both adapters in each process, or of one in each."""
+"""Adapter names of the rows: both adapters in each process, or one in each."""
 
 
 def work(rank: int, port: int, queue: Any) -> None:

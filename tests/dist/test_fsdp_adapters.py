@@ -33,7 +33,7 @@ STARTED: dict[str, dict[str, Any]] = {
     "not started": {"target_modules": ["q_proj", "embed_tokens"], "init_lora_weights": False},
 }
 ZERO = {"an embedding": ["lora_B", "lora_embedding_A"], "orthogonal": [], "not started": []}
-"""Which matrices start as zeros, where it is not B alone."""
+"""Matrices that start as zeros, if not B alone."""
 REFUSED: dict[str, dict[str, Any]] = {
     r"init_lora_weights: expected True, .* got 'eva', which": {"init_lora_weights": "eva"},
     r"use_dora: expected False for .*embed_tokens, a Embedding": {

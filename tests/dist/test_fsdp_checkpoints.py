@@ -45,9 +45,9 @@ pytest.importorskip("peft", reason="adapters are PEFT's, and it is not installed
 pytestmark = pytest.mark.slow
 
 UNEVEN = {"hidden_size": 40, "intermediate_size": 90, "num_key_value_heads": 2, "num_attention_heads": 4}
-"""Rows that three processes do not divide, and blocks that cross every cut."""
+"""Rows that three processes do not divide evenly, and blocks that cross every shard boundary."""
 SMALL = ("nested", "quant_map", "quant_state")
-"""Items of NF4 weights that every process reads: tables, texts and second-level scales."""
+"""Items of NF4 weights that every process reads: tables, JSON and nested scales."""
 
 # Each case runs in every process.
 

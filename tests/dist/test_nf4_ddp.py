@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed"),
 ]
 NEAR_NOTHING = 2048
-"""Bytes: fingerprints, and what DDP itself compares."""
+"""Bytes of the fingerprints and of what DDP itself compares."""
 
 
 class Wrapper(nn.Module):
@@ -104,8 +104,8 @@ def other_bytes(folder: Path) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             ddp, nbytes = wrapped(model)
-        told = [str(each.message) for each in caught if "other NF4 weights" in str(each.message)]
-        assert len(told) == rank and all("process 1 had other NF4 weights than process 0" in t for t in told)
+        seen = [str(each.message) for each in caught if "other NF4 weights" in str(each.message)]
+        assert len(seen) == rank and all("process 1 had other NF4 weights than process 0" in t for t in seen)
         size = dense_nbytes(model) + sum(weight.nbytes for weight in packed(model).values())
         assert size <= nbytes < size + NEAR_NOTHING
         for weight, want in zip(packed(model).values(), packed(first).values(), strict=True):

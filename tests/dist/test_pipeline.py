@@ -73,5 +73,5 @@ def test_traced_model() -> None:
         chain.append(str(problem))
         problem = problem.__cause__
     expected = "expected stages made by hand, PipelineStage(module, ...), got pipeline()"
-    assert any(expected in told for told in chain), chain
+    assert any(expected in message for message in chain), chain
     torch.export.export(Blocks(), (testing.tensor(4, 64),))  # tracing alone works

@@ -235,9 +235,9 @@ def trains_adapters(folder: Path) -> None:
         near(norm_of(parallel), norm_of(one))
         for optimizer in optimizers:
             optimizer.step()
-    told = str(pk.patch(parallel))
+    text = str(pk.patch(parallel))
     assert (
-        "0 of 14 layers fused" in told and "tensor parallelism: its forward runs between collectives" in told
+        "0 of 14 layers fused" in text and "tensor parallelism: its forward runs between collectives" in text
     )
     assert pk.unpatch(parallel)
     parallel.save_pretrained(folder / "adapter")

@@ -23,7 +23,7 @@ from peft_kernels.integrations.bitsandbytes import enable
 
 BF16 = torch.bfloat16
 REPACKS = bool(bnb_functional.has_avx512bf16())
-"""Whether bitsandbytes rearranges weights for a CPU kernel of its own here."""
+"""Whether bitsandbytes repacks weights for its CPU kernel on this machine."""
 
 Fault = Callable[[], None]
 FAULTS: dict[str, Fault] = {}

@@ -150,7 +150,7 @@ def test_other_indexing_is_dense(index: Any) -> None:
     assert not isinstance(got, pk.NF4Weight) and torch.equal(got, weight.dequantize()[index])
 
 
-def test_an_expert_of_a_dense_weight_is_plain() -> None:
+def test_expert_of_a_dense_weight_is_plain() -> None:
     weight = make()
     weight.mul_(2.0)
     want = weight.dequantize()
@@ -300,7 +300,7 @@ def test_expert_linear_runs_its_op(nested: bool, monkeypatch: pytest.MonkeyPatch
     assert torch.equal(y[5:], torch.zeros(1, 12))
 
 
-def test_the_adapter_op_takes_a_merged_weight() -> None:
+def test_adapter_op_takes_a_merged_weight() -> None:
     weight, x, ends = make(), testing.tensor(6, 64), torch.tensor([2, 2, 6], dtype=torch.int32)
     a, b = testing.tensor(3, 4, 64, seed=1), testing.tensor(3, 12, 4, seed=2)
     weight.add_(0.5)

@@ -110,8 +110,8 @@ def test_nominal_dtype_changes(how: str) -> None:
     dtype = getattr(torch, {"half": "float16", "float": "float32"}.get(how, how))
     assert net.q.weight.dtype == net.q.bias.dtype == dtype and torch.equal(net.q.weight.packed, packed)
     assert net(x().to(dtype)).dtype == dtype
-    twin = model().to(dtype)
-    assert twin.q.weight.dtype == dtype and torch.equal(twin(x().to(dtype)), net(x().to(dtype)))
+    other = model().to(dtype)
+    assert other.q.weight.dtype == dtype and torch.equal(other(x().to(dtype)), net(x().to(dtype)))
 
 
 def test_fp64_is_computed_densely() -> None:
@@ -147,11 +147,11 @@ def test_assigning_a_cast_keeps_the_dtype() -> None:
 )
 def test_copied_model_reports_itself(copying: Any) -> None:
     net = model()
-    twin = copying(net)
-    for layer in (twin.q, twin.o):
+    other = copying(net)
+    for layer in (other.q, other.o):
         layer.weight.data *= 2
         layer.revert_to_linear_if_dense()
-    assert type(twin.q) is nn.Linear and vars(twin).keys() == vars(models.Net()).keys()
+    assert type(other.q) is nn.Linear and vars(other).keys() == vars(models.Net()).keys()
     assert net.is_loaded_in_4bit and isinstance(net.q, NF4Linear)
     alone = copying(net.q)
     alone.weight.data *= 2

@@ -110,7 +110,7 @@ def test_decompositions_and_autograd_on_views() -> None:
 
 
 @pytest.mark.parametrize("how", VIEWS)
-def test_a_view_of_a_dense_weight_is_a_view(how: str) -> None:
+def test_view_of_a_dense_weight_is_a_view(how: str) -> None:
     weight = make()
     weight.mul_(2.0)
     first(VIEWS[how](weight)).fill_(5.0)

@@ -62,7 +62,7 @@ def test_write_keeps_full_precision(how: str, wrap: str, shape: tuple[int, int])
 
 
 @pytest.mark.parametrize("how", ["data-iadd", "add_", "data-add_", "detach-add_", "copy_", "out", "foreach"])
-def test_a_write_reaches_every_alias(how: str) -> None:
+def test_write_reaches_every_alias(how: str) -> None:
     weight = make()
     parameter = nn.Parameter(weight, requires_grad=False)
     aliases = [weight, weight.detach(), weight.data, parameter, parameter.detach()]
@@ -78,7 +78,7 @@ def test_a_write_reaches_every_alias(how: str) -> None:
         assert weight.is_merged
 
 
-def test_a_write_to_a_wrapped_dtype_rounds_to_that_dtype() -> None:
+def test_write_to_a_wrapped_dtype_rounds_to_that_dtype() -> None:
     weight = make(dtype=torch.bfloat16)
     want = weight.dequantize() + 1
     weight.add_(1)
@@ -110,7 +110,7 @@ def test_writing_the_same_values_stays_packed() -> None:
     assert not weight.is_dense and weight.packed is packed
 
 
-def test_a_failed_write_changes_nothing() -> None:
+def test_failed_write_changes_nothing() -> None:
     weight = make()
     for write in (lambda: weight.add_(torch.ones(5)), lambda: weight.copy_(torch.ones(5))):
         with pytest.raises(RuntimeError):
@@ -137,7 +137,7 @@ def test_assigning_another_nf4_weight() -> None:
 
 
 @pytest.mark.parametrize("read", ["data", "detach", "float", "contiguous", "to", "cpu"])
-def test_a_dense_weight_reads_as_the_plain_tensor(read: str) -> None:
+def test_dense_weight_reads_as_the_plain_tensor(read: str) -> None:
     """A subclass on the right of `dense.data = ...` crashes torch, and a dense weight can be plain."""
     weight = nn.Parameter(make(), requires_grad=False)
     weight.data.abs_()

@@ -91,7 +91,7 @@ def test_adapters_are_never_quantised() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_bad_weight_is_named_and_nothing_is_changed(bad: float) -> None:
+def test_bad_weight_is_named_and_changes_nothing(bad: float) -> None:
     model = models.Net()
     with torch.no_grad():
         model.o.weight[3, 5] = bad

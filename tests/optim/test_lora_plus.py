@@ -142,7 +142,7 @@ def test_shared_parameter_is_listed_once() -> None:
     assert [len(group["params"]) for group in groups] == [1, 2]
 
 
-def test_a_step_moves_b_faster_by_the_ratio() -> None:
+def test_lr_ratio_of_b() -> None:
     model = pk.nn.NF4LoRALinear(nn.Linear(64, 64), r=4)
     optimizer = torch.optim.AdamW(pk.optim.lora_plus_groups(model, LR, lr_ratio=4.0))
     before = [p.detach().clone() for p in (model.lora_A, model.lora_B)]
@@ -153,7 +153,7 @@ def test_a_step_moves_b_faster_by_the_ratio() -> None:
         torch.testing.assert_close(old - p.detach(), torch.full_like(p, expected), rtol=1e-3, atol=0)
 
 
-def test_the_optimizer_state_is_saved_and_loaded() -> None:
+def test_optimizer_state_round_trip() -> None:
     model = pk.nn.LoRALinear(nn.Linear(8, 8), r=2)
     optimizer = torch.optim.AdamW(pk.optim.lora_plus_groups(model, LR))
     model(torch.ones(2, 8)).sum().backward()

@@ -217,8 +217,8 @@ def test_copied_model_and_optimizer_resume() -> None:
     model = Model()
     optimizer = pk.optim.AdamW8bit(model.parameters(), rounding="kahan")
     train(model, optimizer, range(3))
-    twin, other = copy.deepcopy((model, optimizer))
-    assert train(twin, other, range(3, 6)) == train(model, optimizer, range(3, 6))
+    copied, other = copy.deepcopy((model, optimizer))
+    assert train(copied, other, range(3, 6)) == train(model, optimizer, range(3, 6))
 
 
 def test_model_to() -> None:

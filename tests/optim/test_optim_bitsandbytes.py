@@ -17,9 +17,9 @@ bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed"
 
 CPU = torch.device("cpu")
 ROUNDING = 2.0**-20
-"""Of a moment in fp32 by a handful of operations, relative to its terms."""
+"""Rounding of an fp32 moment in a few operations, relative to its terms."""
 HALF_A_BIN = 2.0**-16 * (1 + 1e-4)
-"""bitsandbytes' CPU code finds codes by 65,536 bins from -1 to 1, each with the code of one number."""
+"""bitsandbytes' CPU code looks codes up in 65,536 bins from -1 to 1, each with the code of one value."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 

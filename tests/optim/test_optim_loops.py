@@ -54,8 +54,8 @@ def test_pickled_with_its_model(way: str) -> None:
     file = io.BytesIO()
     (pickle.dump if way == "pickle" else torch.save)((model, optimizer), file)
     file.seek(0)
-    twin, other = pickle.load(file) if way == "pickle" else torch.load(file, weights_only=False)
-    assert train(twin, other, range(2, 5)) == train(model, optimizer, range(2, 5))
+    copied, other = pickle.load(file) if way == "pickle" else torch.load(file, weights_only=False)
+    assert train(copied, other, range(2, 5)) == train(model, optimizer, range(2, 5))
 
 
 def test_hooks_are_called() -> None:
@@ -74,7 +74,7 @@ def test_hooks_are_called() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["LambdaLR", "OneCycleLR", "ReduceLROnPlateau"])
-def test_a_learning_rate_in_a_tensor(schedule: str) -> None:
+def test_tensor_learning_rate(schedule: str) -> None:
     """The scheduler changes it in place."""
     options: dict[str, Any] = {
         "LambdaLR": {"lr_lambda": lambda step: 1 / (step + 1)},

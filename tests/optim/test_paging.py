@@ -234,12 +234,12 @@ def test_copies_and_pickles_resume(way: Callable[[Any], Any]) -> None:
         params, optimizer = trained(make, range(2))
         optimizer._pager.synchronize()  # pickling parameters does not go through the optimizer
         streams.drain()
-        twin, other = way((params, optimizer))
+        copied, other = way((params, optimizer))
         assert other.is_paged and other._pager.budget == BUDGET
-        resume(twin, other, range(2, 4))
+        resume(copied, other, range(2, 4))
         streams.drain()
-        assert all(streams.is_host(other.state[p]["state1"]) for p in twin if p.numel() >= 300)
-    assert_same((twin, other), want)
+        assert all(streams.is_host(other.state[p]["state1"]) for p in copied if p.numel() >= 300)
+    assert_same((copied, other), want)
 
 
 @pytest.mark.usefixtures("quick")

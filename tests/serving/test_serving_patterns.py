@@ -57,7 +57,7 @@ def test_random_keys_match_like_re(key: str, path: str) -> None:
     assert by_table(key, path) == by_re(key, path), (key, path)
 
 
-def test_the_first_key_wins() -> None:
+def test_first_key_wins() -> None:
     table = PatternTable({"k_proj": 1, ".*attn.*": 2, "q_proj": 3})
     assert [table.get(f"attn.{name}", 4) for name in ("q_proj", "k_proj")] == [2, 1]
     assert [table.get(name, 4) for name in ("q_proj", "v_proj")] == [3, 4]
