@@ -24,7 +24,7 @@ def test_opcheck(namespace: str, op: str, sample: str) -> None:
     if namespace in BACKENDS and (reason := testing.unavailable(namespace)) is not None:
         pytest.skip(f"{namespace}: {reason}")
     function = getattr(getattr(torch.ops, NAMESPACES[namespace]), op).default
-    # Traced once: the fake kernel and the formula are those of all namespaces. What differs is the results.
+    # Traced once, since all namespaces share the fake kernel and the backward formula; only results differ.
     traced = ("test_aot_dispatch_dynamic",) if namespace == "public" else ()
     utils = ("test_schema", "test_autograd_registration", "test_faketensor", *traced)
     torch.library.opcheck(function, samples(op)[sample], test_utils=utils)
@@ -200,7 +200,7 @@ def test_compile_with_inductor() -> None:
 
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled_graph_holds_the_public_op() -> None:
-    """The back end is chosen when the graph runs."""
+    """The back end is chosen when the graph runs, not when it is traced."""
     seen: list[str] = []
 
     def look(graph: torch.fx.GraphModule, _: Any) -> Any:

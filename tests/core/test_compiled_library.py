@@ -57,7 +57,7 @@ except RuntimeError as error:
 """
 
 
-def test_without_the_compiled_library_the_reference_serves(python: Python, compiled: Path) -> None:
+def test_missing_library_falls_back_to_the_reference(python: Python, compiled: Path) -> None:
     out = python(USE, compiled).stdout
     assert str(compiled) in out
     assert re.search(r"^cpu +not usable: not built .*reinstall", out, re.M)
@@ -92,7 +92,7 @@ def test_a_library_for_another_torch_is_not_loaded(python: Python, compiled: Pat
 
 @needs_cpu
 def test_a_broken_library_reports_the_loader_error(python: Python, compiled: Path) -> None:
-    """A file with the right hash that is no library."""
+    """A file with the right hash that is not a library."""
     broken = compiled / "peft_kernels" / library().name
     said = f"PEFT_KERNELS_SPEC_HASH={registry.spec_hash()};PEFT_KERNELS_TORCH={torch.__version__};"
     broken.write_bytes(said.encode() * 10)
@@ -102,7 +102,7 @@ def test_a_broken_library_reports_the_loader_error(python: Python, compiled: Pat
 
 @pytest.mark.parametrize("backend", [cpu.BACKEND, cuda.BACKEND, ptx.BACKEND], ids=lambda b: b.name)
 def test_a_built_library_loads(backend: CompiledBackend) -> None:
-    """Also on machines without GPU and driver, where no other test would notice."""
+    """Without a GPU and a driver no other test would notice."""
     if importlib.util.find_spec(backend.library) is None:
         pytest.skip(f"{backend.name}: {backend.not_built}")
     assert backend._refusal is None
@@ -113,7 +113,7 @@ def test_a_built_library_loads(backend: CompiledBackend) -> None:
 def test_isa_cap_from_the_environment(python: Python) -> None:
     code = f"{LIBRARY}; print(library.isa_level(), *library.isa_levels())"
     levels = cpu.BACKEND.extension.isa_levels()
-    cap = levels[len(levels) // 2 - 1]  # where there are several, not the best
+    cap = levels[len(levels) // 2 - 1]  # below the best ISA, if there are several
     assert python(code, PEFT_KERNELS_CPU_ISA=cap).stdout.split() == [cap, *levels]
 
 
@@ -126,7 +126,7 @@ def test_an_unknown_isa_cap_is_an_error(python: Python) -> None:
 
 
 @needs_cpu
-def test_the_library_of_the_cpu_needs_no_python() -> None:
+def test_cpu_library_does_not_link_python() -> None:
     if (nm := shutil.which("nm")) is None:
         pytest.skip("no nm")
     told = subprocess.run(
@@ -139,7 +139,7 @@ def test_the_library_of_the_cpu_needs_no_python() -> None:
 # Importing
 
 
-def test_importing_has_no_effects(python: Python) -> None:
+def test_import_has_no_side_effects(python: Python) -> None:
     code = """
 import sys, os, logging, torch
 def state():
@@ -156,7 +156,7 @@ for name in pk.__all__: getattr(pk, name)
     assert result.stdout == "" and result.stderr == ""
 
 
-def test_importing_twice_defines_the_ops_once() -> None:
+def test_second_import_does_not_redefine_ops() -> None:
     dispatch.install()
     assert len(dispatch._libraries) == 1
 

@@ -1,5 +1,5 @@
-"""x wider than the dtype of the base GEMM, as in models that bitsandbytes quantised: against fp64, and
-against Linear4bit and PEFT written in plain torch."""
+"""x wider than the dtype of the base GEMM, as in models quantised by bitsandbytes: against fp64, and against
+Linear4bit and PEFT in plain torch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=case_id)
 
 
 def check(c: MultiCase, got: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
-    """Results of the base GEMM may be off by roundings in its dtype; the adapters' sums may not."""
+    """Base GEMM results may be off by roundings in its dtype; the adapters' sums may not."""
     for name, value in got.items():
         testing.assert_close(value, plain[name], c.truth[name], name)
         of_base = name[0] == "y" or name == "dx"
@@ -63,11 +63,11 @@ def test_multi_lora_linear_backward(backend: str, case: dict[str, Any]) -> None:
     check(c, named_gradients(c, needs, *ops.multi_lora_linear_backward(*args)), c.plain_gradients)
 
 
-def test_a_bias_may_be_of_either_dtype(backend: str) -> None:
-    """Of x's dtype, the base GEMM's or fp32; others raise, in the op too."""
+def test_bias_dtypes(backend: str) -> None:
+    """x's dtype, the base GEMM's and fp32 are accepted; others raise, in the op too."""
     for dtype, compute in ((FP32, BF16), (BF16, FP16), (BF16, FP32)):
         c = MultiCase(multi_case(dtype=dtype, compute=compute, bias="fp32", adapters="0", layers=1))
-        exact, at = c.bias[0].to(BF16).to(FP16), 7  # no dtype rounds it
+        exact, at = c.bias[0].to(BF16).to(FP16), 7  # exact in every dtype
         assert c.forward_args[at] is c.bias
         results = []
         for bias in (exact.to(dtype), exact.to(compute), exact.float()):
@@ -166,7 +166,7 @@ def test_like_bitsandbytes_under_peft(backend: str, kind: str, base: str, bias: 
             testing.assert_close(value, want[name], true[name], f"gradient of {name}")
 
 
-def test_the_delta_sees_all_of_x(backend: str) -> None:
+def test_delta_uses_the_unrounded_x(backend: str) -> None:
     """h, and with it dB, is computed from the unrounded x."""
     v = leaves(FP32, "nested", None)
     _, h = ops.lora_linear(
@@ -184,8 +184,8 @@ def layer(n: int, k: int, seed: int) -> AdaptedLinear:
     return AdaptedLinear(testing.nf4_weight(n, k, seed=seed), bias, [Adapter(a, b, SCALING)])
 
 
-def test_gated_mlp_computes_inside_in_it(backend: str) -> None:
-    """Bit-equal to a call with x cast to that dtype."""
+def test_gated_mlp_uses_the_compute_dtype_throughout(backend: str) -> None:
+    """Bit-equal to a call with x cast to the compute dtype."""
     mlp = [layer(N, K, 1), layer(N, K, 11), layer(K, N, 21)]
     x = testing.tensor(6, K).requires_grad_()
     y = pk.gated_mlp(x, *mlp, compute_dtype=BF16)
@@ -201,7 +201,7 @@ def test_gated_mlp_computes_inside_in_it(backend: str) -> None:
 
 @pytest.mark.parametrize("kind", ["lora_linear", "multi_lora_linear", "dora_linear", "gated_mlp"])
 def test_x_is_saved_once(backend: str, kind: str) -> None:
-    """No 16-bit copy is saved beside it; a gated MLP saves only that copy."""
+    """No 16-bit copy of x is saved as well; a gated MLP saves only that copy."""
     rows, mlp = 64, [layer(N, K, 1), layer(N, K, 11), layer(K, N, 21)]
     x, item = testing.tensor(rows, K).requires_grad_(), mlp[0]
     adapter, magnitude = item.adapters[0], torch.ones(N).requires_grad_()
@@ -217,14 +217,14 @@ def test_x_is_saved_once(backend: str, kind: str) -> None:
     expected = {
         "lora_linear": 4 * rows * K + h,
         "multi_lora_linear": 4 * rows * K + 2 * h,
-        "dora_linear": 4 * rows * K + h + 4 * rows * N + 2 * 4 * N,  # and the scale and the norm
+        "dora_linear": 4 * rows * K + h + 4 * rows * N + 2 * 4 * N,  # plus the scale and the norm
         "gated_mlp": 2 * rows * (K + 2 * N) + 3 * h,
     }[kind]
     assert testing.saved_bytes(calls[kind], there) == expected
 
 
 @pytest.mark.parametrize("compute", [torch.float64, torch.int8, torch.float8_e4m3fn], ids=short)
-def test_other_dtypes_are_refused(compute: torch.dtype) -> None:
+def test_other_compute_dtypes_are_refused(compute: torch.dtype) -> None:
     v, mlp = leaves(FP32, "nested", None), [layer(N, K, 1), layer(N, K, 11), layer(K, N, 21)]
     sentence = (
         r"^compute_dtype: expected torch\.float32, torch\.bfloat16 or torch\.float16, "
@@ -241,7 +241,7 @@ def test_other_dtypes_are_refused(compute: torch.dtype) -> None:
             call()
 
 
-def test_a_dense_weight_is_of_it() -> None:
+def test_dense_weight_must_have_the_compute_dtype() -> None:
     x, w = testing.tensor(3, K), testing.tensor(N, K)
     a, b = testing.tensor(R, K), testing.tensor(N, R)
     with pytest.raises(
@@ -261,18 +261,18 @@ def test_a_dense_weight_is_of_it() -> None:
         pk.gated_mlp(x, *mlp, compute_dtype=BF16)
 
 
-def test_a_gated_mlp_takes_a_bias_in_any_of_its_dtypes(backend: str) -> None:
+def test_bias_dtypes_of_a_gated_mlp(backend: str) -> None:
     x, results = testing.tensor(3, K, dtype=FP16), []
     for dtype in (FP16, BF16, FP32):
         mlp = [layer(N, K, 1), layer(N, K, 11), layer(K, N, 21)]
         for item in mlp:
             assert item.bias is not None
-            item.bias = item.bias.detach().to(BF16).to(FP16).to(dtype)  # none of them rounds it
+            item.bias = item.bias.detach().to(BF16).to(FP16).to(dtype)  # exact in all of them
         results.append(pk.gated_mlp(x, *mlp, compute_dtype=BF16))
     assert results[0].dtype == FP16 and all(torch.equal(y, results[0]) for y in results)
 
 
-def test_a_merged_weight_is_rounded_to_it(backend: str) -> None:
+def test_merged_weight_is_rounded_to_the_compute_dtype(backend: str) -> None:
     """An NF4 weight that was made dense is used in the compute dtype like a packed one."""
     v = leaves(FP32, "nested", FP32)
     want = ours("nf4_linear", v, BF16)

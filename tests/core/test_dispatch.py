@@ -62,13 +62,13 @@ def test_automatic_choice(weight: pk.NF4Weight, caplog: pytest.LogCaptureFixture
 
 
 @pytest.mark.usefixtures("automatic")
-def test_fp64_works_by_falling_back(weight: pk.NF4Weight) -> None:
+def test_fp64_falls_back(weight: pk.NF4Weight) -> None:
     x = testing.tensor(3, 64, dtype=torch.float64)
     assert torch.allclose(pk.nf4_linear(x, weight), x @ weight.dequantize().double().t())
 
 
 @needs_cpu
-def test_forced_back_end_that_cannot_serve_raises_with_the_reason(weight: pk.NF4Weight) -> None:
+def test_unusable_forced_back_end_raises_with_the_reason(weight: pk.NF4Weight) -> None:
     group = weight._state.op_args
     meta = [t.to("meta") if isinstance(t, Tensor) else t for t in group]
     x = testing.tensor(3, 64)
@@ -108,7 +108,7 @@ def test_use_backend_nests_and_restores(weight: pk.NF4Weight) -> None:
     assert dispatch.forced() == before
 
 
-def test_use_backend_holds_for_its_own_thread() -> None:
+def test_use_backend_is_thread_local() -> None:
     seen: list[str | None] = []
     before = dispatch.forced()
     with pk.use_backend("reference"):
@@ -156,7 +156,7 @@ def test_environment_variable(monkeypatch: pytest.MonkeyPatch, weight: pk.NF4Wei
         pk.nf4_linear(args[0], weight)
 
 
-def test_use_backend_that_is_not_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_use_backend_refuses_unusable_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BACKENDS["cpu"], "_refusal", "not built")
     with (
         pytest.raises(RuntimeError, match=r"^back end cpu cannot be used here: not built$"),
@@ -216,7 +216,7 @@ def test_isa_levels_are_switched_and_restored() -> None:
         ((7, 5), ["7.5+PTX", "8.0"], "capability 7.5, the kernels need 8.0 or later"),
     ],
 )
-def test_cards_that_code_serves(
+def test_cards_supported_by_code(
     capability: tuple[int, int], architectures: list[str], reason: str | None
 ) -> None:
     got = unserved(capability, architectures)
@@ -224,7 +224,7 @@ def test_cards_that_code_serves(
 
 
 class FakeCards:
-    """Stands in for torch.cuda with several cards."""
+    """Replaces torch.cuda by several cards."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
@@ -286,7 +286,7 @@ def test_automatic_choice_by_device(
         assert served_by("nf4_linear", x, *weight._state.op_args, 12, None) == (
             "cpu" if cpu_usable else "reference"
         )
-        assert caplog.messages == []  # a back end for another device is nothing to talk about
+        assert caplog.messages == []  # back ends for other devices are not mentioned
         monkeypatch.setattr(triton.BACKEND, "probe", lambda: "not today")
         assert served_by("nf4_linear", *on_card(1)) == "reference"
         assert served_by("nf4_linear", *on_card(0, torch.float64)) == "reference"
@@ -321,7 +321,7 @@ def test_falling_back_to_plain_torch_is_logged(
     monkeypatch.setattr(triton.BACKEND, "probe", lambda: "not installed: pip install triton")
     with pk.use_backend("reference"):
         assert served_by("dropout", x, 0.5, x) == "reference"
-    assert caplog.messages == []  # it was asked for
+    assert caplog.messages == []  # the reference was requested
     for _ in range(2):
         assert served_by("dropout", x, 0.5, x) == served_by("gated_activation", x, x, "silu") == "reference"
     x.kind = "xpu"
@@ -336,7 +336,7 @@ def test_falling_back_to_plain_torch_is_logged(
 
 @needs_cpu
 def test_forbidden_amx_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a sandbox forbids arch_prctl the next lower instruction set is used, and explain() says why."""
+    """If a sandbox forbids arch_prctl, the next lower ISA is used, and explain() says why."""
     reason = "amx: the kernel refuses the process its tiles"
     fake = SimpleNamespace(
         isa_levels=lambda: ["scalar", "avx512_bf16"],

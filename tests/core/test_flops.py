@@ -77,13 +77,13 @@ def cases(base: str) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
 
 
 @pytest.mark.parametrize("base", ["nf4", "dense"])
-def test_counts_are_those_of_plain_torch(backend: str, base: str) -> None:
+def test_counts_equal_plain_torch(backend: str, base: str) -> None:
     for name, (call, plain) in cases(base).items():
         assert counted(call) == counted(plain) > 0, name
         assert counted(call, backward=True) == counted(plain, backward=True), name
 
 
-def test_only_what_is_needed_counts(backend: str) -> None:
+def test_only_needed_gradients_count(backend: str) -> None:
     weight, (a, b), x = testing.nf4_weight(N, K, 32), pair(K, N), testing.tensor(M, K)
     a.requires_grad_(False)
     both = counted(lambda: pk.lora_linear(x, weight, a, b, 1.0), backward=True)
@@ -100,7 +100,7 @@ def test_attention(backend: str) -> None:
 
 
 def test_dora(backend: str) -> None:
-    """DoRA counts as LoRA and the norms; with dropout, one more base GEMM."""
+    """DoRA counts as LoRA plus the norms; dropout adds a base GEMM."""
     weight, (a, b), x, magnitude = (
         testing.nf4_weight(N, K, 32),
         pair(K, N),
@@ -124,8 +124,8 @@ def test_every_namespace_is_known() -> None:
 
 
 @pytest.mark.parametrize("first", ["peft_kernels", "torch.utils.flop_counter"])
-def test_in_either_order_of_imports(python: Python, first: str) -> None:
-    """The counter, which imports Triton, is never imported by the package."""
+def test_import_order(python: Python, first: str) -> None:
+    """The package never imports the counter, which imports Triton."""
     script = f"""
 import sys, torch
 import {first}

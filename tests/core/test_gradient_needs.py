@@ -15,7 +15,7 @@ import testing
 
 
 @pytest.mark.parametrize("trained", ["x", "lora_a", "lora_b", "bias", "weight", "lora_a lora_b", "x bias"])
-def test_only_what_is_trained_gets_a_gradient(backend: str, trained: str) -> None:
+def test_only_trainable_tensors_get_a_gradient(backend: str, trained: str) -> None:
     leaves = inputs(torch.float32, "dense", torch.float32, torch.float32)
     dy = testing.tensor(5, 3, N, seed=6)
     everything = gradients(leaves, dy)
@@ -42,7 +42,7 @@ ops = torch.ops.peft_kernels
 
 
 class Spy(TorchDispatchMode):
-    """Records the arguments of every op of the package called inside."""
+    """Records the arguments of every op of the package."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def flat(*values: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("trained", ["x", "a0", "b1", "a1 b1", "w1", "bias2", "x a2", "a0 a1 a2 b0 b1 b2"])
 @pytest.mark.parametrize("kind", ["multi_lora_linear", "gated_mlp"])
-def test_only_the_needed_gradients_of_lists_are_computed(backend: str, kind: str, trained: str) -> None:
+def test_only_needed_gradients_of_lists_are_computed(backend: str, kind: str, trained: str) -> None:
     def make() -> Any:
         return (
             Many("dense", torch.float32, True) if kind == "multi_lora_linear" else Mlp("dense", torch.float32)
@@ -125,7 +125,7 @@ def test_lora_linear_with_dropout_saves_no_mask(backend: str, base: str) -> None
 
 @pytest.mark.parametrize("base", ["dense", "nested"])
 @pytest.mark.parametrize("kind", ["multi_lora_linear", "gated_mlp"])
-def test_lists_of_layers_save_no_mask_and_no_product(backend: str, kind: str, base: str) -> None:
+def test_lists_of_layers_save_no_mask_and_no_gemm_result(backend: str, kind: str, base: str) -> None:
     c: Any = Many(base, torch.bfloat16, True) if kind == "multi_lora_linear" else Mlp(base, torch.bfloat16)
     outputs, saved = saved_by(lambda: getattr(ops, kind)(*c.args()))
     allowed = {"x": c.x, "seed": c.seed}

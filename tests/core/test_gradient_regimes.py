@@ -1,5 +1,5 @@
-"""Gradients of every differentiable op under what a training loop may do: both kinds of activation
-checkpointing, hooks on saved tensors, backward again, backward in two threads."""
+"""Gradients of every differentiable op under both kinds of activation checkpointing, saved-tensor hooks,
+repeated backward, and backward in two threads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from peft_kernels.triton_kernels import backend as triton
 DIFFERENTIABLE = [(op, sample) for op, sample in CASES if registry.OPS[op].differentiable]
 
 
-def test_every_op_with_a_formula_is_here() -> None:
+def test_every_differentiable_op_is_covered() -> None:
     assert {op for op, _ in DIFFERENTIABLE} == {
         name for name, op in registry.OPS.items() if op.differentiable
     }
@@ -31,7 +31,7 @@ def test_every_op_with_a_formula_is_here() -> None:
 
 @pytest.fixture(params=[name for name in NAMESPACES if name != "public"])
 def namespace(request: pytest.FixtureRequest) -> str:
-    """The op namespace of a back end, for tests of its kernels."""
+    """The op namespace of a back end."""
     if (reason := testing.unavailable(request.param)) is not None:
         pytest.skip(f"{request.param}: {reason}")
     return NAMESPACES[request.param]
@@ -73,7 +73,7 @@ def assert_same(got: Sequence[Tensor | None], want: Sequence[Tensor | None]) -> 
 
 
 class OneUnpack:
-    """Hooks under which a saved tensor can be had once."""
+    """Saved-tensor hooks that allow one unpack per tensor."""
 
     def __init__(self) -> None:
         self.unpacked = 0
@@ -98,7 +98,7 @@ def test_saved_tensors_are_unpacked_once(op: str, sample: str, create_graph: boo
     dy = [testing.tensor(*t.shape, dtype=t.dtype, seed=60 + j) for j, t in enumerate(outputs)]
     got = torch.autograd.grad(outputs, case.leaves, dy, create_graph=create_graph, allow_unused=True)
     assert_same(got, want)
-    assert hooks.unpacked or op in ("column_sums", "cast", "add_residual")  # of which nothing is saved
+    assert hooks.unpacked or op in ("column_sums", "cast", "add_residual")  # they save nothing
 
 
 @each_case
@@ -116,12 +116,12 @@ def test_checkpointing(op: str, sample: str, use_reentrant: bool) -> None:
     case = Case(op, sample)
     first = case(*case.leaves)
     want = case.gradients(first)
-    # Without gradients all outputs look alike: the reentrant kind would make every one differentiable.
+    # The reentrant kind would make every output differentiable, so only the differentiable ones are returned.
     outputs = checkpoint(
         lambda *leaves: case(*leaves)[: len(first)], *case.leaves, use_reentrant=use_reentrant
     )
     dy = [testing.tensor(*t.shape, dtype=t.dtype, seed=60 + j) for j, t in enumerate(outputs)]
-    torch.autograd.backward(outputs, dy)  # the reentrant kind takes no torch.autograd.grad
+    torch.autograd.backward(outputs, dy)  # reentrant checkpointing refuses torch.autograd.grad
     assert_same([leaf.grad for leaf in case.leaves], want)
 
 
@@ -144,7 +144,7 @@ def in_two_threads(run: Callable[[], Any]) -> list[Any]:
     start, before, threads = Barrier(2), sys.getswitchinterval(), torch.get_num_threads()
 
     def one(_: int) -> Any:
-        torch.set_num_threads(threads)  # a new thread has all: another order of torch's sums
+        torch.set_num_threads(threads)  # a new thread uses all cores, which reorders torch's sums
         start.wait()
         return run()
 

@@ -40,8 +40,8 @@ def check_gradients(leaves: dict[str, Any], dtype: torch.dtype) -> None:
     for name, value in got.items():
         assert value.dtype == leaves[name].dtype and value.shape == leaves[name].shape, name
         testing.assert_close(value, plain[name], truth[name], f"gradient of {name}")
-        # Above, the reference is compared with itself. Here it too is bounded: an fp32 parameter's gradient
-        # must never have been rounded to the activations' dtype.
+        # The comparison above is trivial for the reference, so it is bounded here: an fp32 parameter's
+        # gradient must never be rounded to the activations' dtype.
         assert testing.relative_error(value, truth[name]) <= 4 * torch.finfo(value.dtype).eps, name
 
 
@@ -110,8 +110,8 @@ def test_gated_mlp_without_some_adapters(backend: str, adapters: str, base: str)
     check_against_fp64(lambda: Mlp(base, torch.float32, adapters))
 
 
-def test_gated_mlp_is_made_of_the_other_ops(backend: str) -> None:
-    """Bit-equal outputs; the down projection draws its masks from seed + 1."""
+def test_gated_mlp_equals_its_parts(backend: str) -> None:
+    """Bit-equal outputs; dropout of the down projection uses seed + 1."""
     c = Mlp("nested", torch.float32)
     y, gate, up, h, h_down = ops.gated_mlp(*c.args())
     x, weight, absmax, absmax2, offset, blocksize, n, bias, a, b, _, scaling, p, seed, activation = c.args()

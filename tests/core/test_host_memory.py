@@ -45,7 +45,7 @@ def test_pages_are_reused(python: Python) -> None:
 
 
 class Function:
-    """A ctypes function: its types can be set."""
+    """A ctypes function, whose types can be set."""
 
     def __init__(self, most: int = 0) -> None:
         self.most, self.calls = most, list[tuple[int, int]]()
@@ -55,7 +55,7 @@ class Function:
         return int(value <= self.most)
 
 
-def test_older_and_other_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_glibc_and_musl(monkeypatch: pytest.MonkeyPatch) -> None:
     def kept(**functions: Function) -> bool:
         monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(**functions))
         return pk.keep_freed_memory()

@@ -43,7 +43,7 @@ def test_a_released_graph_holds_nothing() -> None:
     x = torch.ones(10, 4, requires_grad=True)
 
     def run() -> Tensor:
-        return x * x.exp().sum().detach()  # a number of four bytes
+        return x * x.exp().sum().detach()  # four bytes
 
     assert testing.saved_bytes(run, []) == 4
 
@@ -67,7 +67,7 @@ def test_a_lora_layer_saves_x_and_h(adapters: str, base: str, dtype: torch.dtype
         models.base_model(base, dtype), config, autocast_adapter_dtype=adapters == "fp32"
     )
     pk.patch(model)
-    layer = model.base_model.model.o  # the one without a bias
+    layer = model.base_model.model.o  # has no bias
     x = testing.tensor(ROWS, layer.in_features, dtype=dtype).requires_grad_()
     h_bytes = ROWS * RANK * 4
     assert testing.saved_bytes(lambda: layer(x), tensors_of(layer)) == x.nbytes + h_bytes

@@ -1,4 +1,4 @@
-"""Adding an op takes only its class: shown with an op defined here."""
+"""Adding an op takes only its class, as for the op defined here."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def arguments() -> tuple[Any, ...]:
     return (x, *testing.nf4_weight(N, K, 32)._state.op_args, testing.tensor(N, seed=1).requires_grad_())
 
 
-def plainly(args: tuple[Any, ...]) -> Tensor:
+def plain_torch(args: tuple[Any, ...]) -> Tensor:
     x, base, scale = args[0], Base(*args[1:6]), args[6]
     return F.linear(x, dense_weight(base, (N, K), torch.float32)) * scale
 
@@ -78,7 +78,7 @@ def test_value_and_gradient(ops: Any, way: str) -> None:
     args = arguments()
     call = ops.scaled_linear if way == "dispatcher" else registry.eager(ops.scaled_linear.default)
     y, product = call(*args)
-    want = plainly(args)
+    want = plain_torch(args)
     assert torch.allclose(y, want, atol=1e-6) and not product.requires_grad
     dy, wanted = testing.tensor(3, N, seed=2), (args[0], args[6])
     for got, truth in zip(
@@ -99,20 +99,20 @@ def test_x_is_not_saved(ops: Any) -> None:
     assert all(t.shape != args[0].shape for t in saved) and len(saved) == 6
 
 
-def test_it_is_compiled_counted_and_transformed(ops: Any) -> None:
+def test_compile_flops_and_vmap(ops: Any) -> None:
     args = arguments()
     compiled = torch.compile(lambda *args: ops.scaled_linear(*args)[0].sin(), backend="eager", fullgraph=True)
-    assert torch.allclose(compiled(*args), plainly(args).sin(), atol=1e-6)
+    assert torch.allclose(compiled(*args), plain_torch(args).sin(), atol=1e-6)
     with FlopCounterMode(display=False) as counter:
         ops.scaled_linear(*args)
     assert counter.get_total_flops() == 2 * 3 * N * K
     call = registry.eager(ops.scaled_linear.default)
     x, rest = args[0].detach(), [t.detach() if isinstance(t, Tensor) else t for t in args[1:]]
     each = torch.func.vmap(lambda row: call(row, *rest)[0])(x)
-    assert torch.allclose(each, plainly((x, *rest)), atol=1e-6)
+    assert torch.allclose(each, plain_torch((x, *rest)), atol=1e-6)
 
 
-def test_a_second_gradient_raises(ops: Any) -> None:
+def test_double_backward_raises(ops: Any) -> None:
     args = arguments()
     (dx,) = torch.autograd.grad(ops.scaled_linear(*args)[0].sum(), args[0], create_graph=True)
     with pytest.raises(RuntimeError, match=r"^scaled_linear: a gradient of its gradients was asked for"):

@@ -107,7 +107,7 @@ def case(name: str) -> tuple[Function, Function, list[Tensor]]:
 
 
 def assert_near(got: Any, truth: Any, name: str) -> None:
-    # The base product of compute_dtype is in bf16.
+    # With compute_dtype the base GEMM is in bf16.
     eps = torch.finfo(torch.bfloat16 if name == "compute_dtype" else torch.float32).eps
     for g, t in zip(got, truth, strict=True):
         assert g.dtype == torch.float32
@@ -158,7 +158,7 @@ def test_forward_mode(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
-def test_whichever_back_end_is_forced(name: str) -> None:
+def test_every_forced_back_end(name: str) -> None:
     if (reason := testing.unavailable(name)) is not None:
         pytest.skip(f"{name}: {reason}")
     with pk.use_backend(name):

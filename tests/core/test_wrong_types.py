@@ -124,8 +124,8 @@ ELSEWHERE = {
 
 
 def wrong_values(kind: Any) -> list[Any]:
-    """Of None and a string those that an annotation does not allow. Anything is a bool's truth; a word that
-    is none of a few is the function's own to refuse."""
+    """None and a string, unless the annotation allows them. Any value is accepted as a bool, and the function
+    itself checks a string that names an option."""
     parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if bool in parts or Any in parts:
         return []
@@ -143,7 +143,7 @@ def wrong_arguments() -> list[tuple[str, str, Any]]:
 
 
 @pytest.mark.parametrize("name,argument,value", wrong_arguments())
-def test_each_argument_is_named(name: str, argument: str, value: Any) -> None:
+def test_wrong_arguments_are_named(name: str, argument: str, value: Any) -> None:
     call, arguments = CALLS[name]
     with pytest.raises((TypeError, ValueError), match=rf"^{argument}\b.*: .*expected .*, got "):
         call(**{**arguments(), argument: value})
@@ -163,19 +163,19 @@ def test_list_items_are_named() -> None:
         pk.multi_lora_linear(X, [layer(), bad])
 
 
-def test_other_errors_stay() -> None:
+def test_other_errors_are_unchanged() -> None:
     """Errors with right types, and Python's own error about missing arguments, are unchanged."""
     with pytest.raises(ValueError, match=r"^x: expected shape"):
         pk.rms_norm(X, torch.ones(IN + 1))
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'weight'"):
         pk.rms_norm(X)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match=r"^x: expected a Tensor, got ndarray$") as told:
+    with pytest.raises(TypeError, match=r"^x: expected a Tensor, got ndarray$") as caught:
         pk.rms_norm(X.numpy(), torch.ones(IN))  # type: ignore[arg-type]
-    assert told.value.__cause__ is not None
+    assert caught.value.__cause__ is not None
     torch.testing.assert_close(pk.rms_norm(X, torch.ones(IN), torch.tensor(1e-6)), X)  # type: ignore[arg-type]
 
 
-def test_every_public_call_is_here() -> None:
+def test_every_public_call_is_covered() -> None:
     others = {"explain", "keep_freed_memory", "patched", "AdaptedLinear", "Adapter", "BottleneckParameters"}
     calls = {n for n in pk.__all__ if callable(getattr(pk, n))} - others - {"NF4Weight"}
     assert calls <= set(CALLS)

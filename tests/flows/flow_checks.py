@@ -32,7 +32,7 @@ class Calls(TorchDispatchMode):
 
     @property
     def fused(self) -> int:
-        """How often base and adapters were computed in one op."""
+        """How many calls computed base and adapters in one op."""
         return sum(self.counts[name] for name in FUSED_OPS)
 
 
@@ -98,11 +98,12 @@ Results = dict[str, Tensor]
 
 
 def assert_same_numbers(sample: Callable[[int], tuple[Results, Results, Results]], bound: float) -> None:
-    """The numbers policy for `sample(i)`: what the patched model, stock and fp64 give for input i.
+    """Applies the numbers policy to `sample(i)`: the results of the patched model, stock and fp64 for input
+    i.
 
-    Each result is within `bound` of the truth on both sides: a peer that is wrong would widen the policy. The
-    policy is for all results together, each at the same weight. A deep model turns one rounding into an error
-    of almost any size, so that one input may say little: then more are drawn, and their errors added up.
+    Each result must be within `bound` of the truth on both sides, since a wrong peer would widen the policy.
+    The policy is for all results together, with equal weights. A deep model can turn one rounding into an
+    error of any size: if one input fails, the errors of more are added.
     """
     ours, theirs = errors(*sample(0), bound)
     if ours**0.5 > 2 * theirs**0.5 + EPS:

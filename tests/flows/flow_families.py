@@ -76,13 +76,13 @@ def families() -> list[str]:
 
 
 def _nested(name: str) -> bool:
-    """Whether a model contains models, whose text part is in the list itself."""
+    """Whether a model contains other models; its text part is listed itself."""
     kind = transformers.models.auto.configuration_auto.CONFIG_MAPPING[name]
     return bool(getattr(kind, "sub_configs", None))
 
 
 def tiny(name: str, **options: Any) -> Any:
-    """A model of the family in evaluation mode, without dropout and router jitter. `options`: of its
+    """A model of the family in evaluation mode, without dropout and router jitter. `options` go to its
     configuration."""
     kind = transformers.models.auto.configuration_auto.CONFIG_MAPPING[name]
     plain = kind()

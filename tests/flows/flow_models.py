@@ -120,7 +120,7 @@ def words(row: Tensor) -> str:
 
 
 def arguments(kind: Any, folder: Path, steps: int, **more: Any) -> Any:
-    """Arguments of a Trainer or a trainer of TRL: constant learning rate, every step logged, nothing
+    """Arguments of a Trainer of transformers or TRL: constant learning rate, every step logged, nothing
     saved."""
     defaults = {
         "output_dir": str(folder),

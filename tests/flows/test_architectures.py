@@ -1,5 +1,5 @@
 """Every causal language model of transformers that can be made tiny, encoders, seq2seq and a vision model,
-with LoRA on NF4 and DoRA on dense weights: outputs and all gradients, patched against stock."""
+with LoRA on NF4 and DoRA on dense weights: outputs and gradients, patched against stock."""
 
 from __future__ import annotations
 
@@ -122,8 +122,8 @@ def results(name: str, model: Any, seed: int) -> dict[str, Tensor]:
 
 
 def cases() -> Iterator[tuple[str, str, str]]:
-    """The family determines what is packed and fused. DoRA has the same conditions as LoRA, so some families,
-    and one with Conv1D, suffice; LoRA on dense and DoRA on NF4 weights are tested elsewhere."""
+    """The family determines what is packed and fused. DoRA needs the same as LoRA, so some families and one
+    with Conv1D suffice; LoRA on dense and DoRA on NF4 weights are tested elsewhere."""
     for i, name in enumerate([*OTHERS, *flow_families.families()]):
         yield name, "nf4", "lora"
         if name in OTHERS or name == "gpt2" or i % 3 == 0:

@@ -1,6 +1,6 @@
-"""Families and tasks besides Llama's, with every option of `patch` and our attention: encoder-decoders,
+"""Other families and tasks than Llama's, with every option of `patch` and its attention: encoder-decoders,
 hybrids with states, latent attention, Llama 4; padding-free batches, classifiers, reward models, embeddings.
-The ground truth is unpatched and in fp64."""
+The truth is unpatched in fp64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import testing
 from peft_kernels.integrations import attention
 
 LAYERS = r".*\.(q|k|v|o|wi_0|wi_1|fc1|fc2|in_proj|(q|k|v|o|out|q_a|q_b|kv_b|gate|up|down)_proj)"
-MAMBA = LAYERS.replace("|out", "")  # PEFT refuses adapters on it
+MAMBA = LAYERS.replace("|out", "")  # PEFT refuses adapters on out_proj
 T5 = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4} | {
     "decoder_start_token_id": 0,
     "feed_forward_proj": "gated-gelu",
@@ -131,8 +131,8 @@ def test_family(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3", "llama4"])
-def test_texts_side_by_side(name: str) -> None:
-    """A row of DataCollatorWithFlattening: only restarting positions separate its texts."""
+def test_padding_free_batches(name: str) -> None:
+    """A row of DataCollatorWithFlattening, whose texts are separated by restarting positions only."""
     model = packed(name) if name != "llama" else adapted(llama("nf4"), target_modules=LAYERS).eval()
     model.config.use_cache = False
     report = patched(model)
@@ -215,7 +215,7 @@ def test_embeddings() -> None:
     assert_near(got, step(truth_of(model)), 1e-3)
 
 
-def test_options_that_find_nothing_say_so() -> None:
+def test_options_without_matches_are_reported() -> None:
     report = str(pk.patch(packed("t5"), loss=True, block=True))
     assert "block=True: this model contains no norm, attention module or decoder layer" in report and "loss=True" not in report
     report = str(pk.patch(nn.Linear(4, 4), loss=True))

@@ -1,5 +1,5 @@
-"""Layers of other libraries beside fused ones: the patched model computes the same, and the report says what
-is not fused."""
+"""Layers of other libraries next to fused ones: the patched model gives the same values, and the report lists
+what is not fused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RoundedLinear(nn.Linear):
         return nn.functional.linear(x, (self.weight / scale).round() * scale, self.bias) + 0.25
 
 
-def become(linear: nn.Linear) -> nn.Linear:
+def rounded_linear(linear: nn.Linear) -> nn.Linear:
     linear.__class__ = RoundedLinear
     return linear
 
@@ -67,7 +67,7 @@ def test_a_subclass_of_linear_in_an_mlp(part: str, is_adapted: bool, moment: str
 
     def swap(model: Any) -> None:
         layer = mlps(model)[0].get_submodule(part)
-        become(layer.base_layer if is_adapted else layer)
+        rounded_linear(layer.base_layer if is_adapted else layer)
 
     stock, model = make(), make()
     swap(stock)
@@ -86,8 +86,8 @@ def test_a_subclass_of_linear_in_an_mlp(part: str, is_adapted: bool, moment: str
         assert f"{PREFIX}.{part}" not in fused_layers(report)
 
 
-def test_a_subclass_of_linear_of_which_nothing_is_overridden() -> None:
-    """A class with nn.Linear's forward is treated like nn.Linear."""
+def test_subclass_of_linear_without_overrides() -> None:
+    """It is treated like nn.Linear."""
 
     class Renamed(nn.Linear):
         pass
@@ -108,7 +108,7 @@ class LoudLora(peft.tuners.lora.Linear):
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("part", ["mlp.up_proj", "self_attn.q_proj"])
-def test_a_lora_layer_with_a_forward_of_its_own(part: str, moment: str) -> None:
+def test_lora_layer_with_its_own_forward(part: str, moment: str) -> None:
     stock, model = (adapted(llama(num_hidden_layers=1)) for _ in range(2))
 
     def find(model: Any) -> Any:
@@ -167,7 +167,7 @@ class Swish7(nn.Module):
         return x * torch.sigmoid(7 * x)
 
 
-def test_an_activation_that_is_replaced_after_patching() -> None:
+def test_activation_replaced_after_patching() -> None:
     stock, model = (adapted(llama(num_hidden_layers=1)) for _ in range(2))
     report = pk.patch(model)
     assert_as_stock(model, stock)
@@ -196,7 +196,7 @@ def test_a_hook_on_the_activation() -> None:
 
 
 class Packed(nn.Module):
-    """Like GPTQ, AWQ and HQQ: a class of its own, without `weight`."""
+    """Like GPTQ, AWQ and HQQ: a separate class without `weight`."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ def doubled(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("part", ["mlp", "mlp.up_proj", "self_attn.q_proj", "mlp.up_proj.base_layer"])
-def test_a_forward_that_is_set_on_the_instance(part: str, moment: str) -> None:
+def test_forward_set_on_the_instance(part: str, moment: str) -> None:
     """As Liger does. The report no longer counts the layer as fused."""
     stock, model = (adapted(llama(num_hidden_layers=1)) for _ in range(2))
 
@@ -272,13 +272,13 @@ def test_a_forward_that_is_set_on_the_instance(part: str, moment: str) -> None:
     if moment == "after":
         overwrite(model)
     assert_as_stock(model, stock)
-    if moment == "before":  # the new one then calls ours
+    if moment == "before":  # the new forward then calls the fused one
         assert f"base_model.model.model.layers.0.{part}" not in fused_layers(report) | fused_blocks(report)
         assert "forward" in str(report), str(report)
 
 
-def test_a_forward_that_replaces_ours() -> None:
-    """A forward that does not call the old one: the layers inside stay fused, the MLP does not."""
+def test_forward_that_replaces_the_fused_one() -> None:
+    """It does not call the old one: the layers inside stay fused, the MLP does not."""
     stock, model = (adapted(llama(num_hidden_layers=1)) for _ in range(2))
     report = pk.patch(model)
     for each in (stock, model):
@@ -307,7 +307,7 @@ def falcon() -> Any:
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 @pytest.mark.parametrize("make", [gpt2, falcon])
-def test_plain_layers_that_are_no_linear(make: Callable[[], Any], base: str, adapter: str) -> None:
+def test_plain_layers_of_other_classes(make: Callable[[], Any], base: str, adapter: str) -> None:
     """They are fused, and packed by quantize_model."""
     torch.manual_seed(0)
     model = make()

@@ -1,4 +1,4 @@
-"""generate in all its modes, patched against stock: the same tokens from the same scores."""
+"""generate in all its modes, patched against stock: the same tokens with the same scores."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_plain_forward_in_inference_mode(pair: Any) -> None:
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_assisted(base: str) -> None:
-    """A smaller patched draft model; the text is that of the large model alone."""
+    """With a smaller patched draft model, the text is that of the large model alone."""
     model, report = patched_copy(adapted(llama(base)).eval())
     draft, draft_report = patched_copy(adapted(llama(base, num_hidden_layers=1)).eval())
     alone = generate(model, do_sample=False)
@@ -99,7 +99,7 @@ def test_assisted(base: str) -> None:
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_training_after_generating_under_inference_mode(base: str) -> None:
-    """No inference tensors are left behind for training."""
+    """No inference tensors remain for training."""
     stock = adapted(llama(base))
     model, report = patched_copy(stock)
     generate(model.eval(), torch.inference_mode, do_sample=False)

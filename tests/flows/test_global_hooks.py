@@ -1,4 +1,4 @@
-"""Global hooks and replaced calls of modules: they run as often as in stock."""
+"""Global hooks and replaced module calls run as often as in stock."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_patching_while_there_are_hooks() -> None:
     assert all(layer.fused and not layer.fallbacks for layer in report.layers)
 
 
-def test_hooks_that_come_between_decoded_tokens() -> None:
+def test_hooks_added_between_decoded_tokens() -> None:
     """With a cached call."""
     model, _ = patched(adapted(llama()).eval())
     seen: list[nn.Module] = []
@@ -106,8 +106,8 @@ def test_hooks_that_come_between_decoded_tokens() -> None:
 
 @pytest.mark.parametrize("where", ["class", "all"])
 @pytest.mark.parametrize("part", ["base_layer", "lora_dropout.default", "mlp.act_fn"])
-def test_a_call_that_was_replaced_is_made(part: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one class, or of nn.Module, as by tracers."""
+def test_replaced_calls_run(part: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaced on one class, or on nn.Module as by tracers."""
     model, report = patched(adapted(llama()))
     module = next(m for n, m in model.named_modules() if n.endswith(part))
     stock, made = nn.Module.__call__, []

@@ -1,4 +1,4 @@
-"""PEFT's hotswap of adapter weights in a patched model, eager and compiled, without graph breaks and without
+"""PEFT's hotswap of adapter weights in a patched model, eager and compiled, without graph breaks and with no
 more compilations than stock."""
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def logits(model: Any) -> dict[str, torch.Tensor]:
     ids=["lora-stock", "lora-patched", "dora-patched"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_cycles_come_back_to_the_bit(dtype: torch.dtype, adapter: str, is_patched: bool) -> None:
+def test_cycles_restore_every_bit(dtype: torch.dtype, adapter: str, is_patched: bool) -> None:
     model = adapted(llama("nf4", dtype), use_dora=adapter == "dora").eval()
     report = pk.patch(model) if is_patched else None
     before, state, bytes_ = logits(model), bits(model), size(model)
@@ -77,14 +77,14 @@ def test_cycles_come_back_to_the_bit(dtype: torch.dtype, adapter: str, is_patche
 
 
 @pytest.fixture
-def _not_warned_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+def _reset_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     """The warning about a merge's memory is given once per process."""
     monkeypatch.setattr(nf4_state, "_warned", set())
 
 
-@pytest.mark.usefixtures("_not_warned_yet")
+@pytest.mark.usefixtures("_reset_warning")
 def test_doras_cycle_on_an_unpatched_model_leaves_dense_weights() -> None:
-    """Unpatched, DoRA's merge is a plain assignment: no bit is lost, but memory is."""
+    """Unpatched, DoRA's merge is a plain assignment: no bit is lost, but the weights stay dense."""
     model = adapted(llama("nf4"), use_dora=True).eval()
     before = logits(model)
     with pytest.warns(UserWarning, match="from now on"):
@@ -95,8 +95,8 @@ def test_doras_cycle_on_an_unpatched_model_leaves_dense_weights() -> None:
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
-def test_merged_is_unmerged(adapter: str) -> None:
-    """Within a cycle the merged model matches the truth."""
+def test_merged_equals_unmerged(adapter: str) -> None:
+    """Within a cycle, compared with the truth."""
     stock = adapted(llama("nf4"), use_dora=adapter == "dora").eval()
     truth = logits(in_fp64(stock))
     model, _ = patched_copy(stock)
@@ -111,7 +111,7 @@ def test_merged_is_unmerged(adapter: str) -> None:
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
 def test_training_goes_on_after_a_cycle(adapter: str) -> None:
-    """As by trainers that merge for generation in each step."""
+    """As in trainers that merge for generation in each step."""
     stock = adapted(llama("nf4"), use_dora=adapter == "dora")
     model, _ = patched_copy(stock)
     cycled = copy.deepcopy(model)
@@ -132,8 +132,8 @@ def test_training_goes_on_after_a_cycle(adapter: str) -> None:
     assert losses[0] == losses[1]
 
 
-@pytest.mark.usefixtures("_not_warned_yet")
-def test_a_merge_says_what_it_costs() -> None:
+@pytest.mark.usefixtures("_reset_warning")
+def test_merge_reports_its_memory() -> None:
     model = adapted(llama("nf4"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -181,7 +181,7 @@ class Logits(nn.Module):
         return self.model(input_ids=tokens, use_cache=False).logits
 
 
-def leave_behind(base: str, folder: Path) -> None:
+def save_merged(base: str, folder: Path) -> None:
     """Saves a merged model in `folder` in every format, with its logits."""
     stock = adapted(llama(base)).eval()
     model, _ = patched_copy(stock)
@@ -198,11 +198,11 @@ def leave_behind(base: str, folder: Path) -> None:
         torch.jit.trace(Logits(model), (ids(),), check_trace=False).save(str(folder / "trace"))
 
 
-def test_a_merged_model_needs_this_package_no_more(tmp_path: Path) -> None:
+def test_merged_model_does_not_need_this_package(tmp_path: Path) -> None:
     folders = [tmp_path / base for base in ("dense", "nf4")]
     for folder in folders:
         folder.mkdir()
-        leave_behind(folder.name, folder)
+        save_merged(folder.name, folder)
     command = [sys.executable, "-c", BLOCKED, *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["save", "deepcopy", "pickle", "trace"] * 2, done.stderr[-2000:]

@@ -125,7 +125,7 @@ def test_training(family: str) -> None:
 
 
 @FAMILIES
-def test_one_step_of_packed_experts_that_are_not_patched(family: str) -> None:
+def test_one_step_of_unpatched_packed_experts(family: str) -> None:
     """Stock PEFT dequantises the weights in each call: slow but correct."""
     packed, dense = map(adapted, pair(family))
     results = [step(model, lambda m: loss(m, 0)) for model in (packed, dense)]
@@ -184,7 +184,7 @@ def logits(model: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("patched", [False, True])
 @FAMILIES
 @pytest.mark.filterwarnings("ignore:.*merg.*")
-def test_merging_for_good(family: str, patched: bool) -> None:
+def test_merge_and_unload(family: str, patched: bool) -> None:
     packed, dense = pair(family)
     model, plain = adapted(packed), type(next(m for m in dense.modules() if hasattr(m, "has_gate")))
     before = logits(model)
@@ -198,7 +198,7 @@ def test_merging_for_good(family: str, patched: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*merg.*")
-def test_merging_and_taking_it_back() -> None:
+def test_merge_and_unmerge() -> None:
     model = adapted(pair()[0])
     report = pk.patch(model)
     before, bits = logits(model), packed_bits(model)

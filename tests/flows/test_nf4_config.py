@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def loaded(folder: Path, made: str = "dense") -> Any:
-    """From a dense checkpoint, an NF4 one of ours, or one of bitsandbytes."""
+    """From a dense checkpoint, from an NF4 one of this package, or from one of bitsandbytes."""
     if made == "dense":
         return Auto.from_pretrained(folder, quantization_config=NF4Config(), dtype=torch.bfloat16)
     if made == "bnb":
@@ -58,8 +58,8 @@ CUT = ["hrm_text", "lara_mini", "sarvam_moe"]
 
 @pytest.mark.parametrize("family", [*CUT, "hunyuan_v1_moe", "gemma2", "falcon", "opt", "modernbert-decoder"])
 def test_families(family: str, tmp_path: Path) -> None:
-    """Each layer is packed as by quantize_model; saved and loaded again, also by bitsandbytes, it is the
-    same."""
+    """Each layer is packed as by quantize_model, and is the same after saving and loading, also by
+    bitsandbytes."""
     tiny(family).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
     options = {"quantization_config": NF4Config(), "dtype": torch.bfloat16}
     model = Auto.from_pretrained(tmp_path / "dense", **options)
@@ -130,14 +130,14 @@ def test_sft(device_map: Any, folder: Path, tmp_path: Path) -> None:
 
 
 def test_training_without_adapters_is_refused(folder: Path, tmp_path: Path) -> None:
-    """As transformers refuses for every quantised model: only norms would train."""
+    """transformers refuses it for every quantised model, where only norms would train."""
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     options = arguments(transformers.TrainingArguments, tmp_path / "out", STEPS)
     with pytest.raises(ValueError, match="purely quantized models"):
         transformers.Trainer(model=loaded(folder), args=options, train_dataset=data())
 
 
-def test_adapters_are_saved_and_loaded(folder: Path, tmp_path: Path) -> None:
+def test_save_and_load_adapters(folder: Path, tmp_path: Path) -> None:
     base = loaded(folder)
     model = adapted(base)
     pk.patch(model)
@@ -164,7 +164,7 @@ def test_generate(folder: Path) -> None:
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]], ids=["all", "some"])
 @pytest.mark.parametrize("made", ["dense", "ours"])
 def test_merge_and_unload(made: str, targets: Any, folder: Path, tmp_path: Path) -> None:
-    """Merged layers are dense, the others stay in 4 bits, and are saved like that."""
+    """Merged layers are dense, the others stay in 4 bits, also when saved."""
     model = adapted(loaded(folder, made), target_modules=targets).eval()
     expected = model(input_ids=ids()).logits.detach().float()
     merged = model.merge_and_unload()

@@ -1,5 +1,5 @@
-"""Activations offloaded until backward, by torch's `save_on_cpu` and by TRL's OffloadActivations: the tensors
-that fused layers save go through the hooks like all others."""
+"""Activations offloaded until backward, by torch's `save_on_cpu` and TRL's OffloadActivations: tensors saved
+by fused layers pass through the hooks like all others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BASES: dict[str, Callable[[], Any]] = {
 
 
 class Elsewhere(saved_tensors_hooks):
-    """Copies saved tensors, since `save_on_cpu` keeps those on the CPU."""
+    """Copies saved tensors; `save_on_cpu` would keep those on the CPU as they are."""
 
     def __init__(self) -> None:
         self.count = 0

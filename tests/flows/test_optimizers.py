@@ -1,4 +1,4 @@
-"""transformers' Trainer with our optimizers: as with bitsandbytes', and the same after a resume."""
+"""transformers' Trainer with this package's optimizers gives bitsandbytes' losses, also after a resume."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_losses_are_those_of_bitsandbytes(tmp_path: Path) -> None:
+def test_losses_equal_those_of_bitsandbytes(tmp_path: Path) -> None:
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     stock = adapted(llama("nf4"))
     model = copy.deepcopy(stock)
@@ -54,7 +54,7 @@ def test_losses_are_those_of_bitsandbytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW"])
-def test_resumes_where_it_was(name: str, tmp_path: Path) -> None:
+def test_resume(name: str, tmp_path: Path) -> None:
     optimizer, model = getattr(pk.optim, name), adapted(llama("nf4"))
     again = copy.deepcopy(model)
     whole = trainer(model, tmp_path / "whole", optimizer)

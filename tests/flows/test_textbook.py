@@ -1,5 +1,5 @@
 """The usual tutorial: NF4, prepare_model_for_kbit_training, LoRA, Trainer(bf16=True) or a loop, generate.
-Norms are fp32, so x is fp32 while the base computes in bf16; everything runs fused."""
+Norms are fp32, so x is fp32 and the base computes in bf16; everything runs fused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def trained(model: Any, folder: Path) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_preparation_left_what_this_file_is_about(stock: Any) -> None:
+def test_prepared_model_has_fp32_norms_and_checkpointing(stock: Any) -> None:
     norms = [p for name, p in stock.named_parameters() if "norm" in name]
     assert norms and all(p.dtype == torch.float32 for p in norms)
     assert stock.get_base_model().is_gradient_checkpointing
@@ -68,7 +68,7 @@ def test_every_layer_is_fused(stock: Any) -> None:
 
 
 def test_the_headline_counts_lora_layers(stock: Any) -> None:
-    """And without the bases inside them."""
+    """The bases inside them do not count."""
     _, report = patched_copy(stock)
     assert "14 of 14" in str(report).splitlines()[0], str(report)
 

@@ -109,7 +109,7 @@ def test_flops_are_counted(backward: bool) -> None:
 
 @OWN
 def test_functional_gradients(base: str) -> None:
-    """torch.func.grad over functional_call."""
+    """With torch.func.grad over functional_call."""
     stock = adapted(llama(base, num_hidden_layers=1)).eval()
     model, report = patched_copy(stock)
     names = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
@@ -147,7 +147,7 @@ def test_vmap_of_gradients(base: str) -> None:
 
 @OWN
 def test_forward_mode_raises_or_is_right(base: str) -> None:
-    """torch.func.jvp: correct, or a RuntimeError that an op has none; never silently zero."""
+    """torch.func.jvp is correct, or raises if an op has none; a tangent is never silently zero."""
     stock = adapted(llama(base, num_hidden_layers=1)).eval()
     model, _ = patched_copy(stock)
     x, v = testing.tensor(5, 64, seed=1), testing.tensor(5, 64, seed=2)
@@ -187,7 +187,7 @@ def test_forward_under_fake_tensors(base: str) -> None:
 
 
 @OWN
-def test_states_are_stocks(base: str) -> None:
+def test_state_dicts_equal_stock_s(base: str) -> None:
     stock = adapted(llama(base))
     model, _ = patched_copy(stock)
     assert list(model.state_dict()) == list(stock.state_dict())

@@ -29,7 +29,7 @@ import peft_kernels as pk
 OWN = pytest.mark.parametrize("base", ["dense", "nf4"])
 
 
-def assert_fused_or_told(model: nn.Module, report: Any) -> None:
+def assert_fused_or_reported(model: nn.Module, report: Any) -> None:
     """Each layer is fused, or the report has a reason for every call that was not."""
     reasons = fallbacks(report)
     not_fused = lora_layers(model) - fused_layers(report)
@@ -51,8 +51,8 @@ def _gloo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def _alone(_gloo: None) -> Iterator[None]:
-    """A process group of this process only."""
+def _single_process(_gloo: None) -> Iterator[None]:
+    """A process group of one process."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
@@ -66,8 +66,8 @@ def small(base: str) -> Any:
 
 
 @pytest.mark.parametrize("when", WHEN)
-@pytest.mark.usefixtures("_alone")
-def test_ddp_takes_nf4_weights_as_they_are(when: str) -> None:
+@pytest.mark.usefixtures("_single_process")
+def test_ddp_accepts_nf4_weights(when: str) -> None:
     model = small("nf4")
     want = step(copy.deepcopy(model), lambda m: language_loss(m, ids()))
     if when == "before":
@@ -82,9 +82,9 @@ def test_ddp_takes_nf4_weights_as_they_are(when: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("_single_process")
 def test_fsdp1(when: str) -> None:
-    """Unsharded parameters are views, not nn.Parameters: correct, and fused or reported."""
+    """Unsharded parameters are views, not nn.Parameters: values are correct, and layers fused or reported."""
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
@@ -111,13 +111,13 @@ def test_fsdp1(when: str) -> None:
         if p.grad is not None
     }
     assert_near(got, {name: value.reshape(-1) for name, value in want.items() if name != "loss"})
-    assert_fused_or_told(wrapped if when == "after" else model, report)
+    assert_fused_or_reported(wrapped if when == "after" else model, report)
 
 
 @OWN
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("_single_process")
 def test_fsdp2(base: str) -> None:
-    """fully_shard gives the same values, or an error that says what is not supported."""
+    """fully_shard gives the same values, or an error that names what is not supported."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -136,7 +136,7 @@ def test_fsdp2(base: str) -> None:
     loss.backward()
     got = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
     assert_near({"loss": loss.detach(), **got}, want)
-    assert_fused_or_told(model, report)
+    assert_fused_or_reported(model, report)
 
 
 # accelerate.
@@ -180,7 +180,7 @@ def test_hooks_that_only_move_x(base: str, place: Callable[[Any], Any], when: st
     with Calls() as calls:
         got = step(model, lambda m: language_loss(m, ids()))
     assert_near(got, want)
-    assert_fused_or_told(model, report)
+    assert_fused_or_reported(model, report)
     claimed = fused_layers(report) & lora_layers(model)
     assert bool(calls.fused) == bool(claimed) or fallbacks(report), str(report)
 
@@ -198,7 +198,7 @@ def test_a_hook_on_the_whole_model_leaves_every_layer_fused(when: str) -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_hooks_come_off_again(when: str) -> None:
+def test_hooks_are_removed(when: str) -> None:
     hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
     stock = adapted(llama("nf4"))
     model, _ = patched_copy(stock)
@@ -216,8 +216,8 @@ def test_hooks_come_off_again(when: str) -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @OWN
-def test_a_layer_that_lies_on_disk(base: str, when: str, tmp_path: Path) -> None:
-    """Weights that exist only during a forward, in evaluation, the use of offloading."""
+def test_layer_offloaded_to_disk(base: str, when: str, tmp_path: Path) -> None:
+    """Weights exist only during a forward; offloading is for evaluation."""
     stock = adapted(llama(base)).eval()
     model = adapted(llama(base)).eval()
     report = pk.patch(model) if when == "before" else None
@@ -226,11 +226,11 @@ def test_a_layer_that_lies_on_disk(base: str, when: str, tmp_path: Path) -> None
     with torch.no_grad():
         got, want = (each(input_ids=ids()).logits for each in (model, stock))
     assert_near({"logits": got}, {"logits": want})
-    assert_fused_or_told(model, report)
+    assert_fused_or_reported(model, report)
 
 
-def test_a_layer_that_lies_in_host_memory() -> None:
-    """cpu_offload: NF4 weights are moved packed for each call, and are back when the hooks are removed."""
+def test_layer_offloaded_to_host_memory() -> None:
+    """cpu_offload moves NF4 weights packed for each call; they are back when the hooks are removed."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     stock = adapted(llama("nf4")).eval()
     model, report = patched_copy(stock)
@@ -255,8 +255,8 @@ def test_a_layer_that_lies_in_host_memory() -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_layers_on_several_devices(when: str) -> None:
-    """As by device_map="auto", with the meta device as the second: weights are moved packed, x between
-    blocks, and every layer is fused."""
+    """device_map="auto" with the meta device as the second: weights are moved packed, x between blocks, and
+    every layer is fused."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     model = adapted(llama("nf4")).eval()
     report = pk.patch(model) if when == "before" else None
@@ -279,7 +279,7 @@ def test_layers_on_several_devices(when: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["matrix", "experts"])
-def test_what_accelerate_asks_of_a_parameter(kind: str) -> None:
+def test_parameter_attributes_used_by_accelerate(kind: str) -> None:
     dense = torch.randn(*((3,) if kind == "experts" else ()), 32, 64)
     weight = nn.Parameter(pk.NF4Weight.quantize(dense), requires_grad=False)
     again = type(weight)(weight.to("cpu"), requires_grad=False)
@@ -326,8 +326,8 @@ def test_a_replica_computes_with_its_own_weights(base: str, is_patched: bool) ->
     assert_near({"logits": got}, {"logits": want})
 
 
-def test_an_nf4_model_is_not_taken_apart_by_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainer uses DataParallel if it sees two GPUs, but not for a quantised model."""
+def test_trainer_does_not_replicate_an_nf4_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer uses DataParallel with two GPUs, but not for a quantised model."""
     import transformers
 
     arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")

@@ -72,7 +72,7 @@ def weights_of(model: nn.Module) -> dict[str, Any]:
 
 
 def adapt(model: nn.Module, **options: Any) -> Any:
-    """With nonzero PEFT adapters on the weights of experts."""
+    """Adds nonzero PEFT adapters to the weights of experts."""
     torch.manual_seed(3)
     model = peft.get_peft_model(model, lora_config(model, **options))
     fill(model)
@@ -101,7 +101,7 @@ def dequantized(model: Any, dtype: torch.dtype | None = None) -> Any:
             unpack(module, dtype)
     for module in model.modules():
         if isinstance(module, peft.tuners.lora.layer.ParamWrapper) and module.get_base_layer().is_transposed:
-            module._did_swap_in_out_features = False  # transposed weights stay transposed
+            module._did_swap_in_out_features = False  # keeps transposed weights transposed
     return model
 
 
@@ -131,8 +131,8 @@ def fallbacks(report: Any) -> list[str]:
 
 
 def assert_same_numbers(model: Any, call: Any = None, dtype: torch.dtype | None = None) -> None:
-    """Patched against stock PEFT over dense weights, by the numbers policy with errors averaged over several
-    inputs: the worst rounding of a single one is luck."""
+    """Patched against stock PEFT over dense weights, by the numbers policy, with errors averaged over several
+    inputs because the worst rounding of a single one is luck."""
     dtype = dtype or next(iter(weights_of(model).values())).dtype
     wide, dense = in_fp64(model), dequantized(model)
     samples = []

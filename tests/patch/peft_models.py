@@ -61,7 +61,7 @@ def step(model: nn.Module, loss: Callable[[], Tensor], seed: int = 5) -> dict[st
 def run(
     model: nn.Module, x: Tensor, call: Callable[..., Tensor] | None = None, **kwargs: Any
 ) -> dict[str, Tensor]:
-    """Output, input gradient and parameter gradients of one step, by `call` instead of the model if given."""
+    """Output, input gradient and parameter gradients of one step; `call` replaces the model if given."""
     model.zero_grad()
     torch.manual_seed(7)  # of dropout
     x = x.detach().requires_grad_()
@@ -106,7 +106,7 @@ def second_backward(model: Any) -> Call:
     return call
 
 
-# What training loops do between forward and backward; each returns a call that does it.
+# Checkpointing, saved-tensor hooks and repeated backward, as in training loops; each returns a forward.
 REGIMES: dict[str, Callable[[Any], Call]] = {
     "reentrant": checkpointed(True),
     "not-reentrant": checkpointed(False),

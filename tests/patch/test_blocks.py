@@ -152,7 +152,7 @@ class Buffered(Swish):
 
 
 @pytest.mark.parametrize("make", [Buffered, lambda: nn.Sequential(nn.SiLU())], ids=["buffer", "children"])
-def test_an_activation_with_a_state_is_left_alone(make: Callable[[], nn.Module]) -> None:
+def test_stateful_activation_is_not_fused(make: Callable[[], nn.Module]) -> None:
     assert not pk.patch(adapted(Mlp(make()))).blocks
 
 
@@ -178,8 +178,8 @@ class ClampingMlp(Mlp):
 
 @pytest.mark.parametrize("make", [lambda: Mlp(Squared()), DroppingMlp, ModuleDroppingMlp, ClampingMlp])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_an_mlp_with_another_forward_is_left_alone(make: Callable[[], nn.Module], training: bool) -> None:
-    """Also examined in evaluation mode, in which its dropout has no effect."""
+def test_mlp_with_another_forward_is_not_fused(make: Callable[[], nn.Module], training: bool) -> None:
+    """Also in evaluation mode, where its dropout has no effect."""
     model = adapted(make()).train(training)
     x = testing.tensor(7, 64)
     plain = run(model, x)
@@ -189,7 +189,7 @@ def test_an_mlp_with_another_forward_is_left_alone(make: Callable[[], nn.Module]
         assert testing.relative_error(value, plain[name]) < 1e-5, name
 
 
-def test_what_a_block_cannot_fuse_goes_layer_by_layer(op_counts: Counter[str]) -> None:
+def test_unfused_block_runs_layer_by_layer(op_counts: Counter[str]) -> None:
     model = adapted(nn.Sequential(Mlp(), nn.Identity()), use_dora=True)
     compare_layers = run(model, testing.tensor(7, 64))
     report = pk.patch(model)

@@ -117,7 +117,7 @@ def test_a_change_between_two_calls_is_seen(base: str, change: str) -> None:
 
 @pytest.fixture
 def refuse_preparing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Makes preparing a call an error once it is called."""
+    """Makes preparing a call an error after the returned function is called."""
 
     def refuse(*_: Any) -> None:
         raise AssertionError("prepared again")
@@ -130,7 +130,7 @@ def refuse_preparing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
-def test_the_next_call_is_not_prepared_again(base: str, refuse_preparing: Callable[[], None]) -> None:
+def test_second_call_is_not_prepared_again(base: str, refuse_preparing: Callable[[], None]) -> None:
     _model, layer, x = layer_of(base)
     expected = layer(x)
     refuse_preparing()
@@ -140,8 +140,8 @@ def test_the_next_call_is_not_prepared_again(base: str, refuse_preparing: Callab
         layer(x.bfloat16())
 
 
-def test_what_is_made_for_one_call_is_not_kept() -> None:
-    """The sum of the base's bias and the adapter's."""
+def test_temporary_tensors_are_not_cached() -> None:
+    """The sum of the base's and the adapter's bias is recomputed."""
     model = lora(models.base_model("nf4"), lora_bias=True).eval()
     pk.patch(model)
     layer, x = model.base_model.model.q, models.inputs(3)
@@ -152,7 +152,7 @@ def test_what_is_made_for_one_call_is_not_kept() -> None:
         assert testing.relative_error(layer(x) - before, torch.full_like(before, 2.0)) < 1e-5  # scaling is 2
 
 
-def test_a_forward_that_is_replaced_for_all_linear_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forward_replaced_for_all_linear_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     model, layer, x = layer_of("dense")
     forward = nn.Linear.forward
     replaced: Any = lambda self, x: 3 * forward(self, x)  # noqa: E731
@@ -182,7 +182,7 @@ def test_autocast_after_a_call_without() -> None:
     assert layer(x).dtype == torch.float32
 
 
-def test_copies_and_what_is_gone() -> None:
+def test_copies_and_freed_layers() -> None:
     _model, layer, x = layer_of("nf4")
     twin = copy.deepcopy(layer)
     assert fused.record_of(twin).cached is None
@@ -192,7 +192,7 @@ def test_copies_and_what_is_gone() -> None:
     gc.disable()
     try:
         del twin
-        assert [one() for one in gone] == [None, None]  # the cached call does not keep the layer alive
+        assert [one() for one in gone] == [None, None]  # the cache does not keep the layer alive
     finally:
         gc.enable()
 

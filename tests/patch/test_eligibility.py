@@ -1,4 +1,5 @@
-"""Eligibility of LoRA layers: classes are recognised by their forward, unknown versions of PEFT are tried."""
+"""Eligibility of LoRA layers: classes are recognised by their forward, and unknown PEFT versions by a
+trial."""
 
 from __future__ import annotations
 
@@ -50,9 +51,7 @@ def test_an_unknown_version_is_tried_once_per_class(
 
 
 @pytest.mark.parametrize("fault", ["scaled", "dropped", "raising"])
-def test_a_version_that_computes_something_else_is_left_alone(
-    fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_version_with_other_results_is_not_fused(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cls = peft.tuners.lora.layer.Linear
     known = cls.forward
 
@@ -74,7 +73,7 @@ def test_a_version_that_computes_something_else_is_left_alone(
 
 
 class Scaled(nn.Linear):
-    """Computes something else than nn.Linear, like layers for quantisation-aware training."""
+    """Gives other results than nn.Linear, like layers for quantisation-aware training."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 0.5 * super().forward(x)

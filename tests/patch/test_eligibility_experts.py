@@ -1,4 +1,4 @@
-"""Eligibility of adapters on experts: changed modules, and forwards that are not known."""
+"""Eligibility of adapters on experts: changed modules and unknown forwards."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(eligibility, table, {})
 
 
-# What is not fused, and the reason.
+# Not fused, and the reason.
 
 
 def test_a_trained_base_gets_its_gradient() -> None:
@@ -76,7 +76,7 @@ def test_hooks_still_run(place: str) -> None:
     assert bool(report.original) == (place != "outermost")
 
 
-def test_a_forward_that_is_replaced_on_the_experts() -> None:
+def test_replaced_forward_of_the_experts() -> None:
     model = adapt(mixture("nf4"))
     report = pk.patch(model)
     inner = experts_of(model)
@@ -101,7 +101,7 @@ class Doubled(nn.Module):
         return 2 * weight
 
 
-def test_extra_arguments_are_peft_s_to_refuse() -> None:
+def test_extra_arguments_raise_peft_s_error() -> None:
     model = adapt(mixture("nf4"))
     report = pk.patch(model)
     rows, index = tokens(), torch.zeros(ROWS, 1, dtype=torch.int64)
@@ -119,7 +119,7 @@ def test_two_wrappers_around_one_parameter() -> None:
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_dropout": 0.1}, {"lora_bias": True}], ids=str)
-def test_what_peft_refuses_itself(options: dict[str, Any]) -> None:
+def test_options_refused_by_peft(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="does not work with"):
         adapt(mixture("nf4"), **options)
 
@@ -174,9 +174,7 @@ def test_an_unknown_version_of_peft_is_tried_once(
 
 
 @pytest.mark.parametrize("fault", ["scaled", "dropped", "raising"])
-def test_a_version_that_computes_something_else_is_left_alone(
-    fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_version_with_other_results_is_not_fused(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cls = peft.tuners.lora.layer.ParamWrapper
     known = cls.forward
 
@@ -194,7 +192,7 @@ def test_a_version_that_computes_something_else_is_left_alone(
     assert ("a trial failed" if fault == "raising" else "gives other results") in reason
 
 
-def test_experts_that_compute_something_else_are_left_alone() -> None:
+def test_experts_with_other_results_are_not_fused() -> None:
     model = adapt(mixture("dense"))
     known = type(experts_of(model)).forward
     halved = type("Halved", (type(experts_of(model)),), {"forward": lambda self, *a: 0.5 * known(self, *a)})
@@ -205,7 +203,7 @@ def test_experts_that_compute_something_else_are_left_alone() -> None:
     assert "Halved gives other results" in report.original[0].reason
 
 
-def test_an_implementation_of_the_user_s() -> None:
+def test_custom_implementation() -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
     def tripled(*args: Any) -> Tensor:
@@ -246,7 +244,7 @@ def test_experts_that_are_not_loaded_yet() -> None:
 
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_every_layout_of_peft_s(transposed: bool, swapped: bool) -> None:
+def test_every_layout_of_peft(transposed: bool, swapped: bool) -> None:
     """Which side of a weight PEFT calls "in" depends on its version; its own delta is the reference."""
     wrapper = adapt(mixture("dense")).base_model.model.experts
     if not hasattr(wrapper, "_did_swap_in_out_features"):

@@ -1,4 +1,4 @@
-"""Every LoRA option that is fused, on every base and dtype: patched against unpatched PEFT."""
+"""Every fused LoRA option on every base and dtype: patched against unpatched PEFT."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*lora_bias=True.*has no bias")
 
 
 @pytest.fixture(autouse=True)
-def _dropout_of_a_seed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gives PEFT's own forward, which calls F.dropout, the masks of the fused one: a layer draws one seed,
-    and each of its adapters uses one stream of it."""
+def _seeded_dropout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives PEFT's own forward, which calls F.dropout, the masks of the fused one: one seed per layer, one
+    stream per adapter."""
     case = request.node.callspec.params.get("case", "")
     streams = itertools.cycle(range(2 if case.startswith("two_active") else 1))
     seed = torch.tensor(0)
@@ -59,7 +59,7 @@ def bias_values(model: Any) -> None:
 
 
 def moved_magnitudes(model: Any) -> None:
-    """Changes the magnitudes from the norms they are initialised to."""
+    """Moves the magnitudes away from their initial norms."""
     for name, parameter in model.named_parameters():
         if "magnitude" in name:
             parameter.data *= 1 + testing.tensor(*parameter.shape, seed=4, scale=0.2)

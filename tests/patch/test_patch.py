@@ -1,4 +1,4 @@
-"""patch and unpatch: the same values, the same model afterwards, and a reason for what is not fused."""
+"""patch gives the same values and a reason for every unfused layer; unpatch restores the model."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_dry_run_changes_nothing() -> None:
     assert pk.explain(model) == "peft_kernels: 2 of 2 layers fused"
 
 
-def test_explain_tells_what_is_quantised() -> None:
+def test_explain_lists_quantised_layers() -> None:
     model = lora(models.base_model("nf4"))
     pk.patch(model)
     first, *rest = pk.explain(model).splitlines()
@@ -136,7 +136,7 @@ def test_explain_tells_what_is_quantised() -> None:
     ("argument", "got"), [([1], "a list"), (nn.Linear, "the class Linear")], ids=["list", "class"]
 )
 @pytest.mark.parametrize("function", [pk.patch, pk.unpatch, pk.explain])
-def test_what_is_no_model_is_a_type_error(function: Any, argument: Any, got: str) -> None:
+def test_non_model_raises_type_error(function: Any, argument: Any, got: str) -> None:
     with pytest.raises(TypeError, match=f"model: {function.__name__} expected an nn.Module, got {got}"):
         function(argument)
 
@@ -170,7 +170,7 @@ def test_report() -> None:
     assert "nothing to patch" in str(pk.patch(nn.Linear(4, 4)))
 
 
-def test_report_tells_of_a_forward_that_was_replaced_later() -> None:
+def test_report_lists_forwards_replaced_later() -> None:
     model, x = lora(models.base_model("nf4")), testing.tensor(2, 64)
     report = pk.patch(model)
     layer = model.base_model.model.q
@@ -181,7 +181,7 @@ def test_report_tells_of_a_forward_that_was_replaced_later() -> None:
 
 
 @pytest.mark.parametrize("base", models.BASES)
-def test_report_names_layers_that_came_later(base: str) -> None:
+def test_report_lists_layers_added_later(base: str) -> None:
     model = lora(models.base_model(base), target_modules=["q"])
     report = pk.patch(model)
     assert "after patch()" not in str(report)
@@ -192,7 +192,7 @@ def test_report_names_layers_that_came_later(base: str) -> None:
 
 
 class ScaledDropout(nn.Dropout):
-    """Computes something else than nn.Dropout, as a user's class may."""
+    """A user's class with other results than nn.Dropout."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 0.5 * super().forward(x)
@@ -207,7 +207,7 @@ FALLBACKS = {
 @pytest.mark.parametrize("base", models.BASES)
 @pytest.mark.parametrize("case", FALLBACKS)
 @pytest.mark.filterwarnings("ignore:.*lora_bias=True.*has no bias", "ignore:.*alora.*")
-def test_what_is_not_fused_takes_the_original_forward(case: str, base: str) -> None:
+def test_unfused_layers_use_the_original_forward(case: str, base: str) -> None:
     options, reason = FALLBACKS[case]
     model, x = lora(models.base_model(base), **options), testing.tensor(5, 64)
     for module in model.modules():
@@ -264,7 +264,7 @@ def test_transformers_conv1d(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("rows", [2, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_transposed_weight_is_taken_as_it_lies(backend: str, dtype: torch.dtype, rows: int) -> None:
+def test_transposed_weight_is_not_copied(backend: str, dtype: torch.dtype, rows: int) -> None:
     w, a, b = (testing.tensor(*s, dtype=dtype, seed=i) for i, s in enumerate([(64, 96), (8, 64), (96, 8)]))
     magnitude, dy = testing.tensor(96, seed=4), testing.tensor(rows, 96, dtype=dtype, seed=5)
 
@@ -282,7 +282,7 @@ def test_a_transposed_weight_is_taken_as_it_lies(backend: str, dtype: torch.dtyp
         assert testing.relative_error(got, expected) <= 2 * torch.finfo(dtype).eps
 
 
-def test_a_subclass_with_a_forward_of_its_own_is_reported_as_not_fused() -> None:
+def test_subclass_with_own_forward_is_not_fused() -> None:
     class Doubled(peft.tuners.lora.Linear):
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return 2 * super().forward(x, *args, **kwargs)
@@ -317,7 +317,7 @@ def test_inference(base: str, mode: Any) -> None:
 
 
 def test_a_replica_computes_with_its_own_weights() -> None:
-    """torch.nn.DataParallel's: the instance's dictionary copied, and its parameters replaced by plain
+    """A replica of torch.nn.DataParallel copies the instance's dictionary and replaces parameters by plain
     tensors."""
     model, x = lora(models.base_model("dense")), testing.tensor(3, 64)
     report = pk.patch(model)
@@ -339,7 +339,7 @@ def test_a_replica_computes_with_its_own_weights() -> None:
 
 @pytest.mark.parametrize("base", models.BASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast_gives_the_dtype_that_peft_gives(base: str, dtype: torch.dtype) -> None:
+def test_autocast_dtype_equals_peft_s(base: str, dtype: torch.dtype) -> None:
     model, x = lora(models.base_model(base)), testing.tensor(3, 64, dtype=dtype)
     layer = model.base_model.model.q
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -352,7 +352,7 @@ def test_autocast_gives_the_dtype_that_peft_gives(base: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize("base", models.BASES)
 def test_autocast_rounds_adapters(base: str) -> None:
-    """Like the weights of nn.Linear; their gradients stay fp32."""
+    """Like weights of nn.Linear; their gradients stay fp32."""
     model, x = lora(models.base_model(base)), testing.tensor(17, 64)
     layer = model.base_model.model.q
     if base == "bnb":  # else it computes in fp32 like x

@@ -84,7 +84,7 @@ def test_a_scaling_in_a_tensor() -> None:
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_what_a_training_loop_may_do(regime: str) -> None:
+def test_training_regimes(regime: str) -> None:
     assert_same_numbers(adapt(mixture("nf4")), REGIMES[regime])
 
 
@@ -107,8 +107,8 @@ def test_autocast(base: str, weights: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_adapters_are_rounded_under_autocast_alone(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As autocast rounds weights of linear layers. Without autocast, and for a single token, they are not
+def test_adapters_are_rounded_only_under_autocast(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As autocast rounds weights of linear layers. Without autocast, or for a single token, nothing is
     rounded."""
     model, seen = adapt(mixture(base, dtype=torch.bfloat16)), []
     linear = peft_kernels.nf4.experts_forward.experts_lora_linear
@@ -170,7 +170,7 @@ def test_disabled_adapters(base: str) -> None:
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_merging_and_taking_it_back(dtype: torch.dtype, patched: bool, safe: bool) -> None:
+def test_merge_and_unmerge(dtype: torch.dtype, patched: bool, safe: bool) -> None:
     """Merged weights are dense; unmerging restores the packed bytes."""
     model = adapt(mixture("nf4", dtype=dtype))
     expected = run(dequantized(model), tokens(dtype))["y"]
@@ -244,7 +244,7 @@ def test_report() -> None:
     assert "1 call of 1 layer: hooks on the base layer" in str(report) and expected in str(report)
 
 
-def test_adapters_that_come_after_patch() -> None:
+def test_adapters_added_after_patch() -> None:
     model = mixture("nf4")
     report = pk.patch(model)
     model = adapt(model)
@@ -265,7 +265,7 @@ def test_copies(copying: Callable[[Any], Any]) -> None:
     assert all(testing.relative_error(got[name], plain[name]) < 1e-5 for name in plain)
 
 
-def test_the_packed_weights_stay_as_they_are() -> None:
+def test_packed_weights_are_unchanged() -> None:
     """Stock PEFT dequantises the weights for the duration of each call."""
     model = adapt(mixture("nf4"))
     before = {name: copy.deepcopy(w._state.packed_form()) for name, w in weights_of(model).items()}
@@ -291,8 +291,7 @@ def test_one_graph() -> None:
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_hooks_on_all_modules(base: str) -> None:
-    """They run for the experts, whose wrappers are skipped, and for their activation, which an op
-    computes."""
+    """Hooks run for the experts, whose wrappers are skipped, and for their activation, which the op fuses."""
     stock = adapt(mixture(base))
     model = copy.deepcopy(stock)
     report = pk.patch(model)

@@ -76,7 +76,7 @@ def test_linear4bit_evaluation_changes_no_state_and_training_goes_on() -> None:
     assert testing.relative_error(x.grad, weight.sum(0).expand(4, 128)) < 0.01
 
 
-def test_linear4bit_that_cannot_be_read_is_reported() -> None:
+def test_unreadable_linear4bit_is_reported() -> None:
     layer = models.to_linear4bit(nn.Linear(128, 96, dtype=torch.bfloat16))
     layer.weight.quant_state.packing_format_for_cpu = True
     report = pk.patch(layer)

@@ -1,4 +1,4 @@
-"""A model is patched as a whole or not at all, also one created from the class of a patched model."""
+"""A model is patched as a whole or not at all, even if its class was created by patching another model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_model_of_the_class_of_a_patched_one(block: bool) -> None:
     pk.patch(first, loss=True, block=block)
     model = type(first)(first.config)
     model.load_state_dict(first.state_dict())
-    for layer, like in zip(model.model.layers, first.model.layers, strict=True):  # the same for its parts
+    for layer, like in zip(model.model.layers, first.model.layers, strict=True):  # likewise its layers
         layer.input_layernorm = type(like.input_layernorm)(64)
     model.lm_head = type(first.lm_head)(64, first.config.vocab_size, bias=False)
     model.load_state_dict(first.state_dict())
@@ -78,7 +78,7 @@ def test_pickles_of_a_subclass_keep_it() -> None:
 
 @pytest.mark.parametrize("what", ["class", "swap"])
 def test_an_error_leaves_the_model_as_it_was(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a class cannot be created, or a module refuses it."""
+    """A class cannot be created, or a module refuses it."""
     model = adapted(models.tiny_llama())
     before, expected = state(model), model(input_ids=ids()).logits
     head = model.base_model.model.lm_head

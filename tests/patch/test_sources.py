@@ -1,4 +1,4 @@
-"""Fingerprints: the functions that ours replace are recognised by their source."""
+"""Fingerprints: replaced functions are recognised by their source."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def made(folder: Path, source: str, name: str = "scaled") -> Callable[..., Any]:
 
 
 def test_a_fingerprint_is_the_same_on_every_python(tmp_path: Path) -> None:
-    """The table is used on every supported Python."""
+    """All supported Python versions use the same table."""
     assert fingerprint(made(tmp_path, SAMPLE)) == "a9162cdbe74fe38e"
 
 
@@ -56,7 +56,7 @@ def test_a_fingerprint_is_the_same_on_every_python(tmp_path: Path) -> None:
     ],
     ids=["annotation", "return", "docstring", "assignment", "lines", "quotes"],
 )
-def test_what_computes_nothing_does_not_count(old: str, new: str, tmp_path: Path) -> None:
+def test_annotations_comments_and_quotes_do_not_count(old: str, new: str, tmp_path: Path) -> None:
     assert SAMPLE.count(old) == 1
     assert fingerprint(made(tmp_path, SAMPLE.replace(old, new))) == fingerprint(made(tmp_path, SAMPLE))
 
@@ -84,7 +84,7 @@ def test_every_token_counts(old: str, new: str, tmp_path: Path) -> None:
     assert fingerprint(made(tmp_path, SAMPLE.replace(old, new))) != fingerprint(made(tmp_path, SAMPLE))
 
 
-def test_a_wrapper_from_elsewhere_is_not_what_it_wraps(tmp_path: Path) -> None:
+def test_foreign_wrapper_is_not_unwrapped(tmp_path: Path) -> None:
     """`functools.wraps` copies name and module, and `inspect` returns the source of the wrapped function."""
     original = made(tmp_path, SAMPLE)
 
@@ -115,9 +115,8 @@ def test_a_decorator_of_the_same_file_counts_by_its_name(tmp_path: Path) -> None
     assert found != fingerprint(made(tmp_path, decorated.replace("@once", "")))
 
 
-def test_what_checkpoints_is_looked_through_and_no_more() -> None:
-    """transformers wraps the forward of every layer that can be checkpointed, also one that is wrapped
-    already."""
+def test_only_checkpoint_wrappers_are_unwrapped() -> None:
+    """transformers wraps the forward of every layer that supports checkpointing, even a wrapped one."""
     modeling_layers = pytest.importorskip("transformers.modeling_layers")
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -165,7 +164,7 @@ def test_the_installed_version_is_in_the_table(name: str) -> None:
     assert not reason_unknown(function)
 
 
-def test_a_changed_function_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_function_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = pytest.importorskip("peft").tuners.lora.layer
     name = "peft.tuners.lora.layer.Linear.forward"
     monkeypatch.setitem(KNOWN, name, {"0123456789abcdef": "0.17.0", "fedcba9876543210": "0.18.0 to 0.20.0"})
@@ -177,7 +176,7 @@ def test_a_changed_function_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_a_forward_of_somebody_else_is_told(tmp_path: Path) -> None:
+def test_foreign_forward_is_reported(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     mine = made(tmp_path, SAMPLE)
     assert reason_unknown(mine) == "made.Made.scaled is none of the functions known here"
@@ -217,7 +216,7 @@ def test_the_tool_reads_archives(tool: Any, tmp_path: Path, capsys: pytest.Captu
     assert "peft" not in said
 
 
-def test_the_tool_says_what_it_wants(tool: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tool_prints_its_usage_and_bad_arguments(tool: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert tool(["--help"]) == 2
     assert "python tools/fingerprints.py peft==" in capsys.readouterr().out
     for argument in ("missing.whl", "peft"):

@@ -1,4 +1,4 @@
-"""Our attention function in transformers' models, against "sdpa": masks, outputs, gradients, generate."""
+"""pk's attention function in transformers' models, against "sdpa": masks, outputs, gradients, generate."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def sliding(**options: Any) -> Any:
 
 
 class Calls:
-    """Counts calls of our op and of sdpa."""
+    """Counts calls of the op and of sdpa."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ours = self.theirs = 0
@@ -85,7 +85,7 @@ def results(model: Any, given: dict[str, Tensor], seen: Tensor | None = None) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["whole", "left", "right", "packed"])
 @pytest.mark.parametrize("make", [llama, sliding])
-def test_numbers(calls: Calls, make: Any, kind: str, dtype: torch.dtype) -> None:
+def test_values(calls: Calls, make: Any, kind: str, dtype: torch.dtype) -> None:
     model, given = make().to(dtype), inputs(kind)
     seen = given.get("attention_mask")
     plain = results(model, given, seen)
@@ -101,7 +101,7 @@ def test_numbers(calls: Calls, make: Any, kind: str, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("family", ["bert", "bart", "gpt2", "vit", "t5"])
 def test_other_families(calls: Calls, family: str) -> None:
-    """Encoders, cross-attention, images; T5's position biases use sdpa."""
+    """Encoders, cross-attention and images; T5's position biases use sdpa."""
     about = bm.FAMILIES[family]
     model, given = about.make(), about.inputs()
     want = bm.output(model, given)
@@ -113,7 +113,7 @@ def test_other_families(calls: Calls, family: str) -> None:
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generate(calls: Calls, cache: str) -> None:
-    """The prompt uses our kernel, single tokens sdpa: the same tokens."""
+    """The prompt uses the op, single tokens use sdpa."""
     model = llama(initializer_range=0.3).eval()
     given = inputs("left")
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": cache}
@@ -125,7 +125,7 @@ def test_generate(calls: Calls, cache: str) -> None:
 
 
 def test_autocast(calls: Calls) -> None:
-    """In sdpa's dtype, also where fp32 norms make rotary embeddings and queries fp32."""
+    """The dtype is sdpa's, even where fp32 norms make rotary embeddings and queries fp32."""
     model, given = llama(), inputs("left")
     seen = given["attention_mask"]
 
@@ -142,7 +142,7 @@ def test_autocast(calls: Calls) -> None:
         assert value.dtype == plain[name].dtype and error <= 2 * of_sdpa, name
 
 
-def test_dropout_goes_to_sdpa(calls: Calls) -> None:
+def test_dropout_uses_sdpa(calls: Calls) -> None:
     model = llama(attention_dropout=0.5)
     model.set_attn_implementation(ours.NAME)
     model.train()(**inputs("whole"))
@@ -151,7 +151,7 @@ def test_dropout_goes_to_sdpa(calls: Calls) -> None:
     assert calls.theirs == 2 and calls.ours == 2
 
 
-def test_other_masks_go_to_sdpa(calls: Calls) -> None:
+def test_other_masks_use_sdpa(calls: Calls) -> None:
     """A mask with three spans of keys, and an additive mask with other values."""
     model, given = llama().eval(), inputs("whole")
     holes = torch.ones(3, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
@@ -166,8 +166,8 @@ def test_other_masks_go_to_sdpa(calls: Calls) -> None:
 
 
 @pytest.mark.parametrize("write", ["in place", "data", "numpy", "inference"])
-def test_a_mask_that_changes_is_looked_at_again(calls: Calls, write: str) -> None:
-    """Also by writes that keep its version counter: `.data`, numpy and inference tensors."""
+def test_changed_mask_is_read_again(calls: Calls, write: str) -> None:
+    """Also after writes that keep its version counter: `.data`, numpy and inference tensors."""
     model, given = llama().eval(), inputs("whole")
     with torch.inference_mode(write == "inference"):
         masks = [torch.ones(3, 1, LENGTH, LENGTH, dtype=torch.bool).tril() for _ in range(2)]
@@ -185,7 +185,7 @@ def test_a_mask_that_changes_is_looked_at_again(calls: Calls, write: str) -> Non
 
 
 def test_spans() -> None:
-    """For every mask of a row of eleven keys: the spans reproduce the mask, or are too many."""
+    """Every mask of a row of eleven keys is reproduced by spans, or has too many."""
     attends = (torch.arange(2**11)[:, None] >> torch.arange(11) & 1).bool()
     key, q, k = torch.arange(11), testing.tensor(1, 1, 1, 8), testing.tensor(1, 1, 11, 8)
     for row in attends:
@@ -232,8 +232,8 @@ def test_masks_in_inference_mode(calls: Calls) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore::torch.jit.TracerWarning")
-def test_masks_without_numbers_to_look_at() -> None:
-    """With fake tensors, under vmap, and in a trace, which must work for other masks too."""
+def test_masks_without_readable_values() -> None:
+    """With fake tensors, under vmap, and in a trace, which must also work for other masks."""
     model, given = llama().eval().requires_grad_(False), inputs("left")
     want = model(**given, use_cache=False).logits
     ours.use(model)
@@ -253,8 +253,8 @@ def test_masks_without_numbers_to_look_at() -> None:
 
 
 @pytest.mark.parametrize("name", ["GptOss", "Gemma2"])
-def test_what_sdpa_cannot_compute_is_refused(name: str) -> None:
-    """Sinks and softcaps: sdpa would compute something else, or raise in the first call."""
+def test_sinks_and_softcaps_are_refused(name: str) -> None:
+    """sdpa would compute something else, or raise in the first call."""
     config = getattr(transformers, f"{name}Config")(
         vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, **({"num_local_experts": 4} if name == "GptOss" else {}),

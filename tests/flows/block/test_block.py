@@ -32,8 +32,8 @@ FAMILIES = {
 
 
 @pytest.fixture(autouse=True)
-def _forgotten() -> Iterator[None]:
-    """Forgets verdicts on functions that a test replaced."""
+def _clear_verdicts() -> Iterator[None]:
+    """Drops verdicts on functions that a test replaced."""
     yield
     eligibility._attentions.clear()
 
@@ -52,8 +52,8 @@ def test_loss_and_gradients(name: str, dtype: torch.dtype, op_counts: Counter[st
         ),
         1e-3 if dtype == torch.float32 else 0.3,
     )
-    turned = 1 if name == "SmolLM3" else 2  # one of its layers has no rotary embedding
-    forwards, rest = divmod(op_counts["rotary"], turned)
+    rotated = 1 if name == "SmolLM3" else 2  # one of its layers has no rotary embedding
+    forwards, rest = divmod(op_counts["rotary"], rotated)
     assert forwards and not rest and (forwards == 1 or dtype != torch.float32)
     assert op_counts["multi_lora_linear"] == 2 * forwards
     assert op_counts["rms_norm"] + op_counts["add_rms_norm"] == forwards * FAMILIES[name]
@@ -61,8 +61,8 @@ def test_loss_and_gradients(name: str, dtype: torch.dtype, op_counts: Counter[st
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma", "Olmo2"])
-def test_norms_round_as_theirs(name: str, op_counts: Counter[str]) -> None:
-    """A few of a thousand elements differ in bits, where sums round differently."""
+def test_norms_round_like_stock(name: str, op_counts: Counter[str]) -> None:
+    """Bits differ in a few of a thousand elements, where sums round differently."""
     norm = family(name).bfloat16().model.norm
     norm.weight.data += 0.3 * torch.randn(64, generator=torch.Generator().manual_seed(2))
     x = testing.tensor(128, 64, dtype=torch.bfloat16, scale=3.0)
@@ -73,7 +73,7 @@ def test_norms_round_as_theirs(name: str, op_counts: Counter[str]) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_attention_is_called_as_before(name: str) -> None:
-    """With the same arguments, for every attention function of the configuration."""
+    """Every attention function of the configuration gets the same arguments."""
     seen: list[Any] = []
 
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -114,8 +114,8 @@ def test_under_autocast(base: str, op_counts: Counter[str]) -> None:
     assert_fused(model, report, blocks=11)
 
 
-def test_without_adapters_every_bit_is_stock_s() -> None:
-    """The modules are called, and the embedding gives the same bits as theirs; norms are unpatched."""
+def test_without_adapters_bits_equal_stock() -> None:
+    """Modules are called, rotary embeddings give stock's bits, and norms are unpatched."""
     stock = llama("dense", torch.bfloat16)
     model, report = patched(stock)
     for module in model.modules():
@@ -137,7 +137,7 @@ def test_a_trace_of_torchscript(adapters: str) -> None:
         stock.base_model.set_adapter(["default", "other"])
     stock.requires_grad_(False)
     model, report = patched(stock)
-    model(input_ids=ids())  # and reuses no earlier call
+    model(input_ids=ids())  # must not use a cached call
     traced = torch.jit.trace(
         lambda tokens: model(input_ids=tokens, use_cache=False, **names).logits, (ids(),), check_trace=False
     )
@@ -158,7 +158,7 @@ def test_generate_gives_the_same_tokens(op_counts: Counter[str]) -> None:
     assert op_counts["rotary"] == 2 * 2 * 5 and not block_fallbacks(report)
 
 
-def test_a_cache_under_autocast_holds_what_stock_puts_there() -> None:
+def test_cache_under_autocast_equals_stock_s() -> None:
     stock = adapted(llama("bnb")).eval()
     model, _ = patched(stock)
     with torch.autocast("cpu", torch.bfloat16):
@@ -167,7 +167,7 @@ def test_a_cache_under_autocast_holds_what_stock_puts_there() -> None:
         assert mine.keys.dtype == other.keys.dtype and mine.values.dtype == other.values.dtype
 
 
-def test_adapters_are_seen_as_they_are(op_counts: Counter[str]) -> None:
+def test_changed_adapters_take_effect(op_counts: Counter[str]) -> None:
     """Disabled, merged, with dropout; variants of LoRA and hooks use the original forward."""
     stock = adapted(llama("dense"), lora_dropout=0.3).eval()
     model, report = patched(stock)
@@ -192,7 +192,7 @@ def test_adapters_are_seen_as_they_are(op_counts: Counter[str]) -> None:
     assert "k_proj: hooks" in str(report)
 
 
-def test_dora_takes_the_original_forward() -> None:
+def test_dora_uses_the_original_forward() -> None:
     stock = adapted(llama("dense"), use_dora=True)
     model, report = patched(stock)
     assert_near(one_step(model), one_step(stock))
@@ -209,7 +209,7 @@ def test_checkpointing() -> None:
     assert not block_fallbacks(report)
 
 
-def test_out_again_and_copies() -> None:
+def test_unpatch_and_copies() -> None:
     stock = adapted(llama("nf4"))
     model, _ = patched(stock)
     twin = copy.deepcopy(model)
@@ -224,7 +224,7 @@ def test_out_again_and_copies() -> None:
     assert not pk.unpatch(model)
 
 
-def test_off_unless_asked_for() -> None:
+def test_block_is_opt_in() -> None:
     model = adapted(llama("dense"))
     report = pk.patch(model)
     assert {entry.kind for entry in report.blocks} == {"gated MLP LlamaMLP"}
@@ -232,8 +232,8 @@ def test_off_unless_asked_for() -> None:
     assert [entry.planned for entry in dry.blocks].count(True) == 9
 
 
-def test_functions_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch, op_counts: Counter[str]) -> None:
-    """As Liger replaces transformers' functions, before or after the patch."""
+def test_foreign_functions_are_not_fused(monkeypatch: pytest.MonkeyPatch, op_counts: Counter[str]) -> None:
+    """Liger replaces transformers' functions, before or after the patch."""
     from transformers.models.llama import modeling_llama
 
     stock = adapted(llama("dense"))
@@ -256,15 +256,15 @@ def test_functions_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch, op_
     assert "its forward is none of the norms known here" in str(report)
 
 
-def test_what_is_not_known_is_said() -> None:
+def test_unknown_norms_and_layers_are_reported() -> None:
     report = pk.patch(family("Helium"), block=True)
     assert "its forward is none of the norms known here: model.layers.0.input_layernorm" in str(report)
     report = pk.patch(family("Cohere"), block=True)
     assert "original forward, 2 layers: its forward is none of those known here" in str(report)
 
 
-def test_other_calls_take_the_original_forward() -> None:
-    """Without position embeddings, or with another name of the cache: errors are stock's."""
+def test_other_calls_use_the_original_forward() -> None:
+    """Without position embeddings, or with another name of the cache; errors are stock's."""
     model, report = patched(family("Llama"))
     attention, x = model.model.layers[0].self_attn, torch.ones(1, 3, 64)
     assert fused_attention._run(attention, x) == Fallback()
@@ -278,8 +278,8 @@ def test_other_calls_take_the_original_forward() -> None:
     assert not block_fallbacks(report)
 
 
-def test_compiled_models_are_as_before(op_counts: Counter[str]) -> None:
-    """A compiler fuses the rest itself."""
+def test_compiled_models_use_the_original_forward(op_counts: Counter[str]) -> None:
+    """A compiler fuses these ops itself."""
     model, _ = patched(family("Llama", num_hidden_layers=1))
     layer, x, cos = model.model.layers[0], torch.ones(1, 3, 64), torch.ones(1, 3, 16)
     with torch.no_grad():

@@ -1,5 +1,5 @@
-"""Norms and attention modules under DistributedDataParallel and FSDP2: two processes over gloo must give the
-gradients of stock in one process on the whole batch."""
+"""Norms and attention modules under DistributedDataParallel and FSDP2: two gloo processes must give stock's
+gradients for the whole batch in one process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [
 
 
 def compare(wrap: Any, wrapped_first: bool) -> None:
-    """With trained norms, whose weights are sharded and whose gradients are summed."""
+    """With trained norms, whose weights are sharded and whose gradients are reduced."""
     stock = adapted(llama("nf4"))
     for name, parameter in stock.named_parameters():
         if "norm" in name:

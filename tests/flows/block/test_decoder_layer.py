@@ -1,5 +1,5 @@
-"""Decoder layers under `pk.patch(model, block=True)`: the residual sum in one op with the norm, and norms in
-the dtype autocast would round them to."""
+"""Decoder layers under `pk.patch(model, block=True)`: one op for the residual sum and the norm, and norms in
+the dtype to which autocast would round them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FAMILIES = {"Llama": 2, "Mistral": 2, "Qwen3": 2, "Gemma": 2, "Mixtral": 2, "Gra
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_layers_are_found_by_their_words(name: str, op_counts: Counter[str]) -> None:
+def test_layers_are_recognised_by_source(name: str, op_counts: Counter[str]) -> None:
     stock = family(name)
     model, report = patched(stock)
     assert [entry.reason for entry in between(report, "decoder layer")] == [""] * FAMILIES[name]
@@ -30,7 +30,7 @@ def test_layers_are_found_by_their_words(name: str, op_counts: Counter[str]) -> 
 
 @pytest.fixture
 def dtypes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The dtypes that the norms of decoder layers were called with."""
+    """The dtypes with which the norms of decoder layers were called."""
     seen: list[Any] = []
 
     def normed(operands: Any, dtype: Any, *args: Tensor, _normed: Any = decoder_layer._normed) -> Any:
@@ -46,9 +46,9 @@ def under_autocast(model: Any, dtype: torch.dtype = torch.bfloat16) -> dict[str,
         return one_step(model)
 
 
-def test_what_norms_give_under_autocast(dtypes: list[Any]) -> None:
-    """Only in training, as a cache may keep the values in evaluation, and only if no hook sees the input. The
-    results have the bits of an fp32 norm that each reader rounds."""
+def test_dtypes_of_norms_under_autocast(dtypes: list[Any]) -> None:
+    """16-bit only in training, because a cache may keep the values in evaluation, and only if no hook sees
+    the input. Results have the bits of an fp32 norm that each reader rounds."""
     model, report = patched(adapted(llama("nf4")).train())
     got = under_autocast(model)
     assert dtypes == [torch.bfloat16] * 4
@@ -73,7 +73,7 @@ def test_what_norms_give_under_autocast(dtypes: list[Any]) -> None:
     assert dtypes == [None] * 4 and not block_fallbacks(report)
 
 
-def test_autocast_to_a_half_that_the_model_is_not(dtypes: list[Any]) -> None:
+def test_autocast_to_another_16_bit_dtype(dtypes: list[Any]) -> None:
     """A bf16 residual stream with autocast to fp16: the norms stay bf16."""
     stock = adapted(family("Llama")).bfloat16().train()
     model, report = patched(stock)
@@ -81,8 +81,8 @@ def test_autocast_to_a_half_that_the_model_is_not(dtypes: list[Any]) -> None:
     assert dtypes == [torch.float16] * 4 and not block_fallbacks(report)
 
 
-def test_experts_are_given_what_they_were(dtypes: list[Any]) -> None:
-    """A router computes in fp32: only a fused gated MLP is known to round its input."""
+def test_experts_keep_their_fp32_input(dtypes: list[Any]) -> None:
+    """A router computes in fp32; only a fused gated MLP is known to round its input."""
     options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     model, report = patched(
         adapted(family("Qwen3Moe", **options), target_modules=["q_proj", "o_proj"]).train()
@@ -119,8 +119,8 @@ def test_checkpointed_layers(reentrant: bool, op_counts: Counter[str]) -> None:
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-def test_arguments_go_on_as_they_are() -> None:
-    """Arguments reach attention, by position and by name, with the defaults of the layer."""
+def test_arguments_reach_attention() -> None:
+    """By position and by name, with the defaults of the layer."""
     calls: list[Any] = []
 
     class Attention(nn.Module):
@@ -147,8 +147,7 @@ def test_arguments_go_on_as_they_are() -> None:
     assert not block_fallbacks(report)
 
 
-def test_a_branch_that_is_no_sum_for_the_op() -> None:
-    """The output of attention is added as by torch, whatever it is."""
+def test_unsupported_branch_is_added_by_torch() -> None:
 
     class Attention(nn.Module):
         def forward(self, hidden_states: Tensor, **_: Any) -> Any:
@@ -162,7 +161,7 @@ def test_a_branch_that_is_no_sum_for_the_op() -> None:
     assert not block_fallbacks(report)
 
 
-def test_norms_that_are_not_known_are_told() -> None:
+def test_unknown_norms_are_reported() -> None:
     stock = family("Llama")
     stock.model.layers[0].input_layernorm = nn.LayerNorm(64)
     model, report = patched(stock)
@@ -173,7 +172,7 @@ def test_norms_that_are_not_known_are_told() -> None:
     assert_near(one_step(model), one_step(stock))
 
 
-def test_a_norm_that_is_exchanged_later() -> None:
+def test_norm_replaced_later() -> None:
     stock = family("Llama")
     model, report = patched(stock)
     for one in (stock, model):

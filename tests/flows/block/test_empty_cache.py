@@ -1,4 +1,4 @@
-"""KV caches created in a training step: keys and values are stored without a copy."""
+"""KV caches created in a training step store keys and values without a copy."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def cache_of(layer: Any = None, **attributes: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma3"])
-def test_it_holds_what_stock_puts_there(name: str) -> None:
-    """The cache can be appended to like stock's, with gradients. Sliding-window layers have another cache."""
+def test_cache_equals_stock_s(name: str) -> None:
+    """Like stock's, it can be appended to, with gradients. Sliding-window layers have another cache."""
     mixed = {"layer_types": ["sliding_attention", "full_attention"]} if name == "Gemma3" else {}
     stock = adapted(family(name, **mixed)).train()
     model, _ = patched(stock)
@@ -54,11 +54,11 @@ def test_it_holds_what_stock_puts_there(name: str) -> None:
     assert_near(*results)
 
 
-def test_only_an_empty_one_of_transformers_own_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Mine(DynamicCache):
+def test_only_empty_stock_caches_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OtherCache(DynamicCache):
         pass
 
-    class MyLayer(DynamicLayer):
+    class OtherLayer(DynamicLayer):
         pass
 
     k, v = keys_and_values()
@@ -66,11 +66,11 @@ def test_only_an_empty_one_of_transformers_own_in_training(monkeypatch: pytest.M
     assert empty_cache.fill(cache, k, v, 0)
     assert cache.layers[0].keys is k and cache.layers[0].values is v
     assert not empty_cache.fill(cache, k, v, 0), "it is not empty any more"
-    mine, own, own_layer = Mine(), cache_of(update=None), DynamicLayer()
+    mine, own, own_layer = OtherCache(), cache_of(update=None), DynamicLayer()
     mine.layers, own_layer.update = [DynamicLayer()], None  # type: ignore[method-assign,assignment]
     others = [
         mine, own, cache_of(offloading=True), cache_of(DynamicSlidingWindowLayer(sliding_window=8)),
-        cache_of(MyLayer()), cache_of(own_layer), DynamicCache(), None,
+        cache_of(OtherLayer()), cache_of(own_layer), DynamicCache(), None,
     ]  # fmt: skip
     assert not any(empty_cache.fill(other, k, v, 0) for other in others)
     assert not empty_cache.fill(cache_of(), *keys_and_values(requires_grad=False), 0)

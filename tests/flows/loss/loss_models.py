@@ -68,7 +68,7 @@ def batch(rows: int = 3, length: int = 12) -> dict[str, torch.Tensor]:
 
 
 def disabled(model: Any) -> Any:
-    """With adapters disabled, as for a reference model."""
+    """With adapters disabled, as in a reference model."""
     assert isinstance(model, peft.PeftModel)
     return model.disable_adapter()
 
@@ -93,6 +93,6 @@ def step(model: Any, given: dict[str, Any], **more: Any) -> dict[str, Tensor]:
 
 
 def without_noise(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients without those that are pure rounding error, as of key biases."""
+    """Drops gradients that are pure rounding error, such as those of key biases."""
     largest = max(float(t.norm()) for t in truth.values())
     return {n: t for n, t in results.items() if float(truth[n].norm()) > 1e-6 * largest}

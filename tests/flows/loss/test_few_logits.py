@@ -1,4 +1,4 @@
-"""The logits of a few rows, as in generation: our GEMM with the head's dense weight."""
+"""Logits of a few rows, as in generation: the op's GEMM with the head's dense weight."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_generation(model: Any, op_counts: Counter[str]) -> None:
 
 
 @pytest.mark.parametrize("case", ["many", "gradient", "labels", "autocast", "unpatched"])
-def test_what_the_heads_own_forward_computes(model: Any, op_counts: Counter[str], case: str) -> None:
+def test_fallbacks_to_the_forward_of_the_head(model: Any, op_counts: Counter[str], case: str) -> None:
     pk.patch(model, loss=True)
     given = ids(3, 3) if case == "many" else ids(2, 4)
     if case == "unpatched":
@@ -53,7 +53,7 @@ def test_what_the_heads_own_forward_computes(model: Any, op_counts: Counter[str]
 
 
 @torch.no_grad()
-def test_the_bits_are_the_ops(model: Any) -> None:
+def test_bits_equal_the_op_s(model: Any) -> None:
     pk.patch(model, loss=True)
     head, x = model.lm_head, testing.tensor(2, 4, 64)
     (expected,) = pk.multi_lora_linear(x, [pk.AdaptedLinear(head.weight)])

@@ -1,4 +1,4 @@
-"""Log-probabilities of rows that share prompts, and their gradients, against TRL's; cases left to TRL."""
+"""Log-probabilities of rows that share prompts, and their gradients, against TRL's; fallbacks to TRL."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def batch(left: bool = False) -> dict[str, Tensor]:
 
 
 def install(model: Any, **options: Any) -> ours.LogProbs:
-    """Called like by a trainer."""
+    """Called as by a trainer."""
     model.requires_grad_(False)
     add_fused_lm_head(model, temperature=options.get("temperature", 1.0), outputs=("log_probs", *OUTPUTS))
     return ours.LogProbs(model, **{"never": "", "temperature": 1.0, "outputs": OUTPUTS, "head": ""} | options)
@@ -98,8 +98,8 @@ def test_families(family: str) -> None:
 @pytest.mark.parametrize(
     "family", ["mistral", "gemma2", "qwen3_next", "mamba", "bloom", "recurrent_gemma", "gpt_neo"]
 )
-def test_families_that_are_not_fit(family: str) -> None:
-    """The result is TRL's, each completion by itself, and the reason is counted."""
+def test_unsupported_families(family: str) -> None:
+    """Falls back to TRL, each completion by itself, and counts the reason."""
     model = tiny(family)
     got, want, log_probs = both(model, batch())
     assert_near(got, want, 1e-4)
@@ -116,7 +116,7 @@ SCALED: dict[str, dict[str, float]] = {
 
 @pytest.mark.parametrize("squares", [False, True])
 @pytest.mark.parametrize("family", SCALED)
-def test_heads_that_scale(family: str, squares: bool) -> None:
+def test_scaled_logits(family: str, squares: bool) -> None:
     """TRL's values without TRL's head."""
     model = tiny(family)
     for name, value in SCALED[family].items():
@@ -128,7 +128,7 @@ def test_heads_that_scale(family: str, squares: bool) -> None:
     assert not log_probs.heads and not log_probs.head
 
 
-def test_a_scale_that_this_trl_does_not_tell() -> None:
+def test_scale_unknown_to_this_trl() -> None:
     model = llama()
     add_fused_lm_head(model.requires_grad_(False))
     forward = model.forward
@@ -140,8 +140,8 @@ def test_a_scale_that_this_trl_does_not_tell() -> None:
 
 
 @pytest.mark.parametrize("on", [True, False])
-def test_a_head_that_is_saved_with_the_adapter(on: bool) -> None:
-    """The trained copy, or with adapters disabled, as for the reference, the original."""
+def test_head_saved_with_the_adapter(on: bool) -> None:
+    """Uses the trained copy or, with adapters disabled as for the reference, the original."""
     model = adapted(llama(), modules_to_save=["lm_head"]).eval()
     base = model.get_base_model()
     base.lm_head.modules_to_save["default"].weight.data *= 1.5
@@ -152,8 +152,8 @@ def test_a_head_that_is_saved_with_the_adapter(on: bool) -> None:
 
 
 @pytest.mark.parametrize("what", ["leak", "position", "a little"])
-def test_a_model_that_computes_something_else(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found by a trial: the configuration does not show it."""
+def test_model_with_other_results_falls_back(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial finds it; the configuration does not show it."""
     model = llama()
     attention = model.model.layers[0].self_attn
     plain = attention.forward
@@ -178,7 +178,7 @@ def test_a_model_that_computes_something_else(what: str, monkeypatch: pytest.Mon
     assert ("completions change each other" if what == "leak" else "computes something else") in reason
 
 
-def test_what_is_left_to_trl() -> None:
+def test_fallbacks_to_trl() -> None:
     model = llama()
     model.model.layers[0].self_attn.dropout = nn.Dropout(0.0)
     log_probs = install(model)
@@ -186,7 +186,7 @@ def test_what_is_left_to_trl() -> None:
     labels = data.pop("labels")
     model.train().model.layers[0].self_attn.dropout.p = 0.1
     log_probs(model, labels, data)
-    with torch.no_grad():  # like the log-probabilities of GRPO's old policy
+    with torch.no_grad():  # as for GRPO's old policy
         log_probs(model, labels, data)
     model.model.layers[0].self_attn.dropout.p = 0.0
     model.model.layers[0].self_attn.attention_dropout = 0.1  # a function, not a module
@@ -208,7 +208,7 @@ def test_what_is_left_to_trl() -> None:
     assert [reason.split()[0] for reason in log_probs.fallbacks] == ["dropout", "no", "its", "extra"]
 
 
-def test_dropout_of_adapters_counts_while_they_are_on() -> None:
+def test_adapter_dropout_counts_only_while_enabled() -> None:
     model = adapted(llama(), lora_dropout=0.1).train()
     log_probs = install(model.get_base_model())
     data = batch()
@@ -221,7 +221,7 @@ def test_dropout_of_adapters_counts_while_they_are_on() -> None:
     assert list(log_probs.fallbacks) == ["dropout or other noise, which differs between completions"]
 
 
-def test_padding_on_the_left_that_comes_later() -> None:
+def test_left_padding_in_a_later_batch() -> None:
     """OPT would count positions without the mask."""
     model, data = tiny("opt"), batch(left=True)
     log_probs = install(model)
@@ -245,8 +245,8 @@ ROPES = {
 
 
 @pytest.mark.parametrize("rope", ROPES)
-def test_embeddings_that_depend_on_the_length_of_a_batch(rope: str) -> None:
-    """Batches of every length in turn: dynamic scaling remembers the longest."""
+def test_length_dependent_embeddings(rope: str) -> None:
+    """Batches of every length in turn, since dynamic scaling remembers the longest."""
     parameters = {"rope_theta": 10000.0, **ROPES[rope]}
     models = [llama(max_position_embeddings=16, rope_parameters=dict(parameters)) for _ in range(2)]
     (model, stock), log_probs = models, install(models[0])
@@ -259,8 +259,8 @@ def test_embeddings_that_depend_on_the_length_of_a_batch(rope: str) -> None:
     assert not log_probs.fallbacks
 
 
-def test_embeddings_of_somebody_else_that_depend_on_length() -> None:
-    """As in code of models that counts the tokens of a row."""
+def test_foreign_length_dependent_embeddings() -> None:
+    """As in a model's own code that counts the tokens of a row."""
     model = llama(max_position_embeddings=16, rope_parameters={"rope_theta": 1e4, **ROPES["dynamic"]})
 
     class NTKRotaryEmbedding(type(model.model.rotary_emb)):  # type: ignore[misc]
@@ -270,8 +270,8 @@ def test_embeddings_of_somebody_else_that_depend_on_length() -> None:
     assert "NTKRotaryEmbedding is not transformers', and rope_type dynamic" in ours._unfit(model)
 
 
-def test_a_length_from_which_on_a_model_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exceeded by joined rows but not by the batch: detected in the first such batch."""
+def test_model_with_other_results_beyond_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joined rows exceed the length, the batch does not: detected in the first such batch."""
     model = llama(max_position_embeddings=28)
     rotary = model.model.rotary_emb
     plain = rotary.forward
@@ -289,7 +289,7 @@ def test_a_length_from_which_on_a_model_computes_something_else(monkeypatch: pyt
         assert log_probs.fallbacks.total() == count, log_probs.fallbacks
 
 
-def test_rows_longer_than_the_positions_of_a_model() -> None:
+def test_rows_longer_than_max_positions() -> None:
     sizes = {"vocab_size": 100, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "eos_token_id": 2}
     kinds = {"attention_types": [[["global"], 2]], "max_position_embeddings": 24, "bos_token_id": 1}
     model = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**sizes, **kinds)).eval()
@@ -304,7 +304,7 @@ def test_rows_longer_than_the_positions_of_a_model() -> None:
     assert "GPTNeoForCausalLM raised" in reason
 
 
-def test_a_bias_of_the_head_that_is_trained() -> None:
+def test_trained_head_bias() -> None:
     """As set by `LoraConfig(bias="all")`."""
     model, data = tiny("phi"), batch()
     log_probs = install(model)
@@ -320,8 +320,8 @@ def test_a_bias_of_the_head_that_is_trained() -> None:
     assert not log_probs.fallbacks
 
 
-def test_a_reference_of_its_own_computes_in_autocast() -> None:
-    """Accelerate wraps the replaced forward; models with weights held by DeepSpeed are left to TRL."""
+def test_separate_reference_runs_under_autocast() -> None:
+    """Accelerate wraps the replaced forward; models whose weights DeepSpeed holds fall back to TRL."""
     model, seen = llama(), []
     add_fused_lm_head(model)
     trainer = types.SimpleNamespace(

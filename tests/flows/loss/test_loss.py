@@ -1,4 +1,4 @@
-"""`pk.patch(model, loss=True)`: models of transformers whose loss is computed without logits."""
+"""`pk.patch(model, loss=True)`: transformers' models compute the loss without logits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_loss_and_gradients(name: str, dtype: torch.dtype) -> None:
     assert losses_of(calls) == 1
     parts = [without_noise(results, truth) for results in (got, step(stock, given), truth)]
     assert_same_numbers(lambda i: tuple(parts), 1e-3 if dtype == torch.float32 else 0.3)  # type: ignore[arg-type,return-value]
-    pk.patch(stock)  # its layers with adapters round differently from PEFT's
+    pk.patch(stock)  # patched LoRA layers round differently from PEFT's
     ours, theirs = (each(**given).logits for each in (model, stock))
     assert type(ours) is LazyLogits and torch.equal(ours, theirs)
     entry = report.losses[0]
@@ -72,8 +72,8 @@ def test_arguments_of_the_loss(option: str) -> None:
     assert type(positional.logits) is LazyLogits
 
 
-def test_rows_are_kept_and_labels_too() -> None:
-    """`logits_to_keep`, with the labels of these positions."""
+def test_logits_to_keep() -> None:
+    """The labels are those of the kept positions."""
     stock = llama(vocab_size=VOCABULARY)
     model, _ = patched(stock)
     given = batch() | {"logits_to_keep": 5}
@@ -81,7 +81,7 @@ def test_rows_are_kept_and_labels_too() -> None:
     torch.testing.assert_close(step(model, given), step(stock, given))
 
 
-def test_what_a_model_adds_to_the_loss_stays() -> None:
+def test_auxiliary_loss_is_kept() -> None:
     """The load balancing loss of an MoE."""
     stock = family("mixtral", output_router_logits=True)
     model, _ = patched(stock)
@@ -100,14 +100,14 @@ def test_without_labels_nothing_changes() -> None:
     assert type(model.generate(batch()["input_ids"], max_new_tokens=2, do_sample=False)) is Tensor
 
 
-def test_what_the_report_says() -> None:
+def test_report() -> None:
     model = MODELS["head-lora"]()
     dry = pk.patch(model, dry_run=True, loss=True)
     assert [entry.planned for entry in dry.losses] == [True] and not pk.patch(model, dry_run=True).losses
     report = pk.patch(model, loss=True)
     assert "loss without logits, LlamaForCausalLM: logits are computed where they are read" in str(report)
     assert "loss without logits" in pk.explain(model)
-    assert pk.patch(model, loss=True).losses[0].fused  # once more
+    assert pk.patch(model, loss=True).losses[0].fused  # patching again
     assert pk.unpatch(model) and type(model(**batch()).logits) is Tensor
     with pk.patched(model, loss=True):
         assert type(model(**batch()).logits) is LazyLogits
@@ -138,7 +138,7 @@ def hooks() -> tuple[Any, str]:
 
 
 @pytest.mark.parametrize("case", [dropout_before_the_adapter, two_adapters, hooks])
-def test_where_logits_are_computed_for_the_loss(case: Any) -> None:
+def test_fallbacks_that_compute_logits(case: Any) -> None:
     model, words = case()
     report = pk.patch(model, loss=True)
     assert type(model(**batch()).logits) is Tensor
@@ -146,8 +146,8 @@ def test_where_logits_are_computed_for_the_loss(case: Any) -> None:
 
 
 @pytest.mark.parametrize("when", ["foreign", "replaced", "late"])
-def test_heads_that_are_not_ours(when: str) -> None:
-    """By its class, a forward on the instance, or because it was added after patch()."""
+def test_foreign_heads(when: str) -> None:
+    """Foreign by class, by a forward on the instance, or because it was added after patch()."""
     model = llama(vocab_size=VOCABULARY)
     if when == "foreign":
         model.lm_head = torch.nn.Sequential(model.lm_head)
@@ -177,7 +177,7 @@ def test_hooks_on_a_plain_head(backward_hook: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_model_runs_as_it_was() -> None:
+def test_compiled_model_computes_logits() -> None:
     torch.compiler.reset()
     model, _ = patched(llama(vocab_size=VOCABULARY, num_hidden_layers=1))
     found = torch.compile(model, backend="eager")(**batch())
@@ -199,8 +199,8 @@ def test_copies_pickles_and_signature() -> None:
     assert type(plain) is type(stock) and type(plain(**batch()).logits) is Tensor
 
 
-def test_several_models_at_a_time() -> None:
-    """Threads, and a model called in another's forward."""
+def test_several_models_at_once() -> None:
+    """In threads, and a model called in another's forward."""
     model, other = patched(llama(vocab_size=VOCABULARY))[0], patched(llama(vocab_size=VOCABULARY))[0]
     inner: list[Any] = []
     handle = model.model.norm.register_forward_pre_hook(

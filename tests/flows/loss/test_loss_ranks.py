@@ -1,5 +1,5 @@
-"""The loss without logits under DistributedDataParallel and FSDP2: two processes over gloo must give the
-losses and gradients of stock in one process on the whole batch."""
+"""The loss without logits under DistributedDataParallel and FSDP2: two gloo processes must give stock's
+losses and gradients for the whole batch in one process."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def ddp(folder: Path) -> None:
 
 
 def fsdp2(folder: Path) -> None:
-    """Shards blocks, and the rest with the head as one unit, which is gathered again for backward or is
-    not."""
+    """Shards blocks, and the rest with the head as one unit, which is gathered again for backward or stays
+    gathered."""
     for head, anew in ((head, anew) for head in HEADS for anew in (False, True)):
 
         def wrap(model: Any, anew: bool = anew) -> Any:

@@ -1,4 +1,4 @@
-"""Logits of a model whose loss is computed without them: reads give stock's values."""
+"""Reading the logits of a loss computed without them gives stock's values."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def weighted_loss(out: Any) -> Tensor:
 
 
 def written_into(out: Any) -> Tensor:
-    """Writes to the base are seen by a view, and not by a computed tensor."""
+    """A view sees writes to its base, a computed tensor does not."""
     logits, rows = out.logits, out.logits.view(-1, VOCABULARY)
     half = logits * 0.5
     logits[..., 3] = -5.0
@@ -78,7 +78,7 @@ def by_a_function(out: Any) -> Tensor:
 
 
 class Doubled(torch.autograd.Function):
-    """The output has the values of the input and another gradient."""
+    """The output has the input's values and another gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def in_place_function_on_a_view(out: Any) -> Tensor:
 
 
 def function_after_writes(out: Any) -> Tensor:
-    """By methods, through views made before and after the first read, of kinds that are not lazy."""
+    """Writes by methods, through views made before and after the first read, of kinds that are not lazy."""
     logits, rows = out.logits, out.logits.view(-1, VOCABULARY)
     early = Doubled.apply(rows).square().mean()  # type: ignore[attr-defined]
     logits.mul_(2.0)
@@ -156,7 +156,7 @@ FOLLOWED = (own_loss, masked_loss)
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "head-lora"])
 @pytest.mark.parametrize("reader", READERS)
-def test_whoever_reads_logits_gets_them_and_their_gradient(name: str, reader: Any) -> None:
+def test_reads_give_logits_and_their_gradient(name: str, reader: Any) -> None:
     stock = MODELS[name]()
     model, report = patched(stock)
 
@@ -174,7 +174,7 @@ def test_whoever_reads_logits_gets_them_and_their_gradient(name: str, reader: An
     assert bool(report.losses[0].record.facts.reads) != (reader in FOLLOWED)
 
 
-def test_copies_and_files_hold_the_numbers(tmp_path: Path) -> None:
+def test_copies_and_files_hold_the_values(tmp_path: Path) -> None:
     stock = llama(vocab_size=VOCABULARY)
     model, _ = patched(stock)
     want = stock(**batch()).logits.detach()
@@ -190,7 +190,7 @@ def test_copies_and_files_hold_the_numbers(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_an_index_is_that_of_its_use() -> None:
+def test_index_is_copied_when_used() -> None:
     stock = llama(vocab_size=VOCABULARY)
     model, _ = patched(stock)
     chosen, logits = batch()["input_ids"] > 30, model(**batch()).logits
@@ -200,13 +200,13 @@ def test_an_index_is_that_of_its_use() -> None:
 
 
 def test_logits_are_those_of_the_call() -> None:
-    """The state of autocast or of the adapter at the time of the read has no effect."""
+    """The state of autocast or the adapter at the time of the read has no effect."""
     stock = MODELS["head-lora"]()
     model, _ = patched(stock)
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = (each(**batch()) for each in (model, stock))
     assert ours.logits.dtype == theirs.logits.dtype
-    pk.patch(stock)  # its fused head rounds at other places than PEFT's under autocast
+    pk.patch(stock)  # under autocast a fused head rounds elsewhere than PEFT's
     with torch.autocast("cpu", torch.bfloat16):
         theirs = stock(**batch())
     assert torch.equal(ours.logits, theirs.logits)
@@ -220,7 +220,7 @@ def test_logits_are_those_of_the_call() -> None:
 
 
 def test_a_frozen_fp32_head_is_not_copied_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss op rounds the weight in pieces: the bits of a weight rounded as a whole."""
+    """The loss op rounds the weight in chunks, with the bits of a weight rounded as a whole."""
     heads: list[Tensor] = []
 
     def seen(hidden: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -243,7 +243,7 @@ def test_a_frozen_fp32_head_is_not_copied_under_autocast(monkeypatch: pytest.Mon
     assert len(steps[0]) > 1 and all(map(torch.equal, *steps))
 
 
-def test_what_cannot_be_right_raises() -> None:
+def test_unsupported_reads_raise() -> None:
     model, _ = patched(llama(vocab_size=VOCABULARY))
     out = model(**batch())
     out.loss.backward()
@@ -254,7 +254,7 @@ def test_what_cannot_be_right_raises() -> None:
     for method in ("retain_grad", "register_hook"):
         with pytest.raises(RuntimeError, match=f"logits: expected no {method}"):
             getattr(out.logits, method)(*[print][: method == "register_hook"])
-    with FlopCounterMode(display=False) as counter:  # its hooks only observe that backward begins
+    with FlopCounterMode(display=False) as counter:  # its hooks only observe the start of backward
         model(**batch()).loss.backward()
     assert counter.get_total_flops() > 0
     out = model(**batch())
@@ -286,7 +286,7 @@ def test_logits_may_be_a_leaf() -> None:
 
 
 @pytest.mark.parametrize("name", ["head-frozen", "llama", "gemma2"])
-def test_bytes_that_are_saved(name: str) -> None:
+def test_saved_bytes(name: str) -> None:
     """No logits, unless they are read; materialised logits are freed with the outputs."""
     stock = MODELS[name]()
     model, _ = patched(stock)

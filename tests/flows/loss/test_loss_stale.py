@@ -1,5 +1,5 @@
-"""Logits read after the head's weight or the hidden states changed: an error, for every kind of write, and
-the values of the call if nothing changed."""
+"""Reading logits after a write to the head's weight or the hidden states raises, for every kind of write;
+without one they have the values of the call."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def signs(p: Tensor) -> None:
 
 
 def freed(p: Tensor) -> None:
-    """As FSDP2 does after a layer: it frees the weight and later gathers another into the same tensor."""
+    """FSDP2 frees the weight after a layer, and later gathers another into the same tensor."""
     p.untyped_storage().resize_(0)
 
 
@@ -60,7 +60,7 @@ def head_weight(model: Any) -> Any:
 
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("name", ["llama", "head-saved", "head-lora"])
-def test_whoever_writes_to_the_head(name: str, writer: Callable[[Any], None]) -> None:
+def test_writes_to_the_head(name: str, writer: Callable[[Any], None]) -> None:
     model, _ = patched(MODELS[name]())
     out, read = model(**batch()), model(**batch())
     score = read.logits.square().mean()

@@ -16,7 +16,7 @@ from peft_kernels.integrations.trl import scored_head
 def test_score(
     scale: float, cap: float | None, bias: bool, squares: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In fp64, with a tie, and, with squares, in pieces of unequal size."""
+    """In fp64, with a tie and, with squares, in chunks of unequal size."""
     outputs = tuple(name for name in scored_head.OUTPUTS if squares or name != "log_sum_sq_probs")
     monkeypatch.setitem(scored_head.PIECE, "cpu", 300)
     g = torch.Generator().manual_seed(0)

@@ -21,7 +21,7 @@ def bare(family: str, base: str = "dense", **options: Any) -> Any:
 
 
 def prefixed(model: Any, projection: bool = False, **options: Any) -> Any:
-    """A model in training mode, with the same large prefix for each call."""
+    """A model in training mode, with the same large prefix in each call."""
     task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     torch.manual_seed(3)
     options = {

@@ -35,8 +35,8 @@ def checkpoint(model: Any, reentrant: bool = False) -> None:
 
 @pytest.mark.parametrize("projection", [False, True], ids=["plain", "projection"])
 @pytest.mark.parametrize(("family", "base"), CASES)
-def test_steps_are_those_of_stock(family: str, base: str, projection: bool) -> None:
-    """Loss and gradients in training mode, dropout included."""
+def test_steps_equal_stock(family: str, base: str, projection: bool) -> None:
+    """In training mode, with dropout."""
     stock = prefixed(bare(family, base), projection)
     want = step(stock, loss)
     assert all(want[name].abs().sum() > 0 for name in want if "transform.2.weight" in name or "embed" in name)
@@ -53,7 +53,7 @@ def test_steps_are_those_of_stock(family: str, base: str, projection: bool) -> N
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_gradients_in_bf16_are_summed_as_by_stock(checkpointed: bool) -> None:
+def test_gradients_in_bf16_are_summed_like_stock_s(checkpointed: bool) -> None:
     """Gradients are summed over the batch in the prefix's fp32, not in the model's dtype."""
 
     def sample(i: int) -> tuple[Any, Any, Any]:
@@ -76,7 +76,7 @@ def test_a_shared_prefix_rounds_its_gradient_once() -> None:
     assert testing.relative_error(prefix.grad, dy.double().sum(0, keepdim=True)) < 1e-6
 
 
-def test_it_is_one_line_of_the_report() -> None:
+def test_report_has_one_line_for_the_prefix() -> None:
     stock = prefixed(bare("llama"))
     line = "PEFT prefix tuning PeftModelForCausalLM: one prefix for the batch; gradient checkpointing works"
     assert line in pk.explain(stock) and "the model is not patched" in pk.explain(stock)
@@ -91,7 +91,7 @@ def test_it_is_one_line_of_the_report() -> None:
         loss(stock)
 
 
-def test_layers_that_name_their_place_otherwise() -> None:
+def test_layers_with_another_index_name() -> None:
     """GPT-Neo's layers have a layer_id; without one they cannot be recomputed, and the report says so."""
     stock = prefixed(flow_families.tiny("gpt_neo"))
     model, report = patched_copy(stock)
@@ -129,7 +129,7 @@ def test_the_prefix_is_computed_once_for_the_batch() -> None:
     assert keys.shape[0] == 2 and keys.stride(0) == 0
 
 
-def test_unpatch_gives_stock_back() -> None:
+def test_unpatch_restores_stock() -> None:
     stock = prefixed(bare("llama"))
     model, _ = patched_copy(stock)
     with model.disable_adapter():  # leaves bound methods on the instance
@@ -144,7 +144,7 @@ def test_unpatch_gives_stock_back() -> None:
     for value in vars(model).values():
         assert "peft_kernels" not in getattr(getattr(value, "__func__", None), "__module__", "")
     with pytest.raises(RuntimeError, match="size of tensor"):
-        loss(model)  # PEFT's mask includes the prefix, transformers' layers lost it
+        loss(model)  # the mask includes the prefix, which transformers' layers lost
     refused = r"PREFIX_TUNING does not work with gradient checkpointing"
     with pytest.raises(ValueError, match=refused):
         model.add_adapter("other", model.peft_config["default"])
@@ -167,7 +167,7 @@ def test_adapters_are_switched() -> None:
         assert_near(step(model, loss), step(stock, loss))
 
 
-def test_layers_that_came_later_are_refused() -> None:
+def test_layers_added_later_are_refused() -> None:
     model = prefixed(bare("llama"))
     pk.patch(model)
     checkpoint(model)

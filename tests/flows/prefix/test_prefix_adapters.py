@@ -1,4 +1,4 @@
-"""Prefixes initialised from a text, and folded out of their reparameterisation network."""
+"""Prefixes initialised from a text, and prefixes with their reparameterisation network folded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def logits(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(("family", "base"), [("llama", "nf4"), ("t5", "dense"), ("bart", "dense")])
-def test_folded_logits_stay(family: str, base: str, tmp_path: Path) -> None:
+def test_folding_keeps_logits(family: str, base: str, tmp_path: Path) -> None:
     """In place, and in a folder that stock PEFT reads."""
     model = prefixed(bare(family, base), projection=True).eval()
     want = logits(model)
@@ -50,7 +50,7 @@ def test_folded_logits_stay(family: str, base: str, tmp_path: Path) -> None:
     assert gradients["prompt_encoder.default.embedding.weight"].abs().sum() > 0
 
 
-def test_an_adapter_that_was_loaded_is_folded(tmp_path: Path) -> None:
+def test_loaded_adapter_is_folded(tmp_path: Path) -> None:
     """PEFT saves the network's output, with a config that still describes the network."""
     model = prefixed(bare("llama"), projection=True).eval()
     model.save_pretrained(tmp_path)
@@ -112,8 +112,8 @@ def words(ids: list[int]) -> str:
     return " ".join(f"w{i}" for i in ids)
 
 
-def assert_it_speaks_after(model: Any, ids: list[int]) -> None:
-    """The model's logits equal the base's after a text of these tokens."""
+def assert_logits_follow(model: Any, ids: list[int]) -> None:
+    """Checks that the logits equal the base's after a text of these tokens."""
     assert len(ids) == model.active_peft_config.num_virtual_tokens
     tokens = flow_models.ids(4, rows=2, length=7, vocabulary=100)
     base = model.get_base_model()
@@ -128,8 +128,8 @@ def assert_it_speaks_after(model: Any, ids: list[int]) -> None:
 
 @pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.parametrize(("family", "base"), [("llama", "dense"), ("llama", "nf4"), ("gpt2", "dense")])
-def test_a_prefix_from_text_is_that_text(family: str, base: str, patched: bool) -> None:
-    """In training mode with dropout and checkpointing, which must not affect the prefix."""
+def test_prefix_from_text_equals_that_text(family: str, base: str, patched: bool) -> None:
+    """In training mode, whose dropout and checkpointing must not affect the prefix."""
     model = prefixed(bare(family, base))
     if patched:
         pk.patch(model)
@@ -139,24 +139,24 @@ def test_a_prefix_from_text_is_that_text(family: str, base: str, patched: bool) 
     pk.prefix.init_from_text(model, tokenizer(), words(ids))
     assert [module.training for module in model.modules()] == modes
     model.gradient_checkpointing_disable()
-    assert_it_speaks_after(model, ids)
+    assert_logits_follow(model, ids)
     assert step(model, loss)["prompt_encoder.default.embedding.weight"].abs().sum() > 0
 
 
-def test_texts_are_repeated_or_cut_and_messages_go_through_the_template() -> None:
+def test_texts_are_repeated_or_cut_and_messages_use_the_template() -> None:
     model = prefixed(bare("llama"))
     model.add_adapter("other", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     pk.prefix.init_from_text(model, tokenizer(), words([17, 23]))
-    assert_it_speaks_after(model, [17, 23, 17, 23, 17])
+    assert_logits_follow(model, [17, 23, 17, 23, 17])
     pk.prefix.init_from_text(model, tokenizer(), words([7, 8, 9, 10, 11, 12, 13]), adapter_name="other")
-    assert_it_speaks_after(model, [17, 23, 17, 23, 17])
+    assert_logits_follow(model, [17, 23, 17, 23, 17])
     model.set_adapter("other")
-    assert_it_speaks_after(model, [7, 8, 9, 10])
+    assert_logits_follow(model, [7, 8, 9, 10])
     pk.prefix.init_from_text(model, tokenizer(), [{"role": "system", "content": "w50"}])
-    assert_it_speaks_after(model, [3, 4, 50, 6])
+    assert_logits_follow(model, [3, 4, 50, 6])
 
 
-def test_texts_that_cannot_be_taken_are_refused() -> None:
+def test_bad_texts_are_refused() -> None:
     model = prefixed(bare("llama"), projection=True)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="expected a plain prefix, got default with prefix_projection=True"):

@@ -1,7 +1,7 @@
-"""generate with PEFT's prefix tuning on patched models: the scores are those of stock's forward.
+"""generate with PEFT's prefix tuning on patched models: the scores equal those of stock's forward.
 
 PEFT 0.21 passes its prefix to generate as `past_key_values`, which transformers 5.24 ignores: stock generates
-without the prefix, or raises. So texts are scored again by a forward over all tokens.
+without the prefix, or raises. So a forward over all tokens scores the texts again.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def scored(stock: Any, inputs: dict[str, Tensor], text: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_scores_are_those_of_forward(pair: tuple[Any, Any], mode: str) -> None:
+def test_scores_equal_those_of_forward(pair: tuple[Any, Any], mode: str) -> None:
     stock, model = pair
     if mode == "chunked" and stock.config.is_encoder_decoder:
         pytest.skip("transformers prefills encoder-decoders in one piece")
@@ -111,8 +111,8 @@ def patched_llama() -> Any:
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-def test_a_returned_cache_goes_on(static: bool) -> None:
-    """A second turn that starts from the first turn's cache equals one long text."""
+def test_returned_cache_continues(static: bool) -> None:
+    """Equals one long text."""
     model, first = patched_llama(), prompt(patched_llama())
     cache = transformers.StaticCache(model.base_model.config, max_cache_len=20) if static else None
     given = {"cache": cache, "disable_compile": True} if static else {}
@@ -127,7 +127,7 @@ def test_a_returned_cache_goes_on(static: bool) -> None:
     assert turn.cache.get_seq_length() == TOKENS + ids.shape[1] + NEW - 1
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_unsupported_calls_are_refused() -> None:
     model = patched_llama()
     inputs = prompt(model)
     with model.disable_adapter():
@@ -144,7 +144,7 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 def gemma(window: int) -> Any:
-    """A layer with a window, and one without."""
+    """A model with one sliding-window layer and one full layer."""
     config = transformers.Gemma2Config(
         vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, sliding_window=window, eos_token_id=2,
@@ -160,7 +160,7 @@ def test_a_prefix_longer_than_the_window_is_refused() -> None:
 
 
 @pytest.mark.parametrize("mode", ["greedy", "static"])
-def test_windows_that_are_shorter_than_the_text(mode: str) -> None:
+def test_windows_shorter_than_the_text(mode: str) -> None:
     stock = gemma(window=8)
     got = generate(patched_copy(stock)[0], prompt(stock), **MODES[mode])
     want = scored(stock, prompt(stock), got.sequences)

@@ -1,4 +1,4 @@
-"""Prompt tuning and P-tuning of PEFT on dense, NF4 and bitsandbytes bases, patched and not, and batches whose
+"""PEFT's prompt tuning and P-tuning on dense, NF4 and bitsandbytes bases, patched and not, and batches whose
 rows use different virtual prompts."""
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def logits(model: Any, **inputs: Tensor) -> Tensor:
     return found
 
 
-# One adapter, as PEFT serves it.
+# One adapter, served by PEFT.
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_has_the_numbers_of_stock(method: str, base: str, words: str) -> None:
+def test_step_equals_stock(method: str, base: str, words: str) -> None:
     stock = tuned(base, method, words)
     model, report = patched_copy(stock)
     assert len(report.fused) == (0 if base == "dense" else LAYERS) and not report.original, report.details()
@@ -118,7 +118,7 @@ def test_saved_and_loaded_onto_a_fresh_base(method: str, base: str, words: str, 
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
-def test_generating_with_a_cache_says_what_peft_says_without(base: str) -> None:
+def test_generating_with_a_cache_equals_peft_without(base: str) -> None:
     """PEFT 0.21 with transformers 5.24 inserts the prompt at every step if there is a cache."""
     stock = tuned(base, "prompt-random").eval()
     model, _ = patched_copy(stock)
@@ -193,7 +193,7 @@ MODELS: dict[str, Any] = {
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 @pytest.mark.parametrize("method", ["prompt-random", "p-tuning-mlp"])
 @pytest.mark.parametrize("name", MODELS)
-def test_each_row_is_that_of_its_adapter_alone(name: str, method: str, left: bool) -> None:
+def test_each_row_equals_its_adapter_alone(name: str, method: str, left: bool) -> None:
     model, (tokens, mask) = several(MODELS[name](), method), batch(left)
     inputs = pk.prompts.mixed_inputs(model, tokens, mask, adapter_names=NAMES)
     assert inputs["inputs_embeds"].shape == (5, TOKENS + 10, 64)
@@ -223,7 +223,7 @@ def test_generating_from_a_mixed_batch(name: str) -> None:
 
 
 def test_training_on_a_mixed_batch() -> None:
-    """The gradient of each adapter comes from its own rows."""
+    """Each adapter's gradient comes from its own rows."""
     model, (tokens, mask) = several(llama("nf4"), "p-tuning-lstm"), batch(left=False)
     for p in model.prompt_encoder.parameters():
         p.requires_grad_(True)
@@ -301,12 +301,12 @@ def test_a_mixed_batch_of_an_encoder_decoder(kind: str, left: bool) -> None:
         assert text[i][: len(said)].tolist() == said.tolist(), adapter
 
 
-def test_a_decoder_that_counts_positions_takes_rows_of_one_length() -> None:
+def test_decoder_with_absolute_positions_needs_rows_of_one_length() -> None:
     model = several(bart("BartForCausalLM", is_decoder=True, is_encoder_decoder=False))
     tokens, mask = batch(left=True)
     with pytest.raises(ValueError, match=r"rows of one length.* BartForCausalLM, .* got lengths \[15, 12"):
         pk.prompts.mixed_inputs(model, tokens, mask, adapter_names=NAMES)
-    mask[0, :3] = 0  # a text of 7 and 5 virtual tokens, as long as one of 4 and 8
+    mask[0, :3] = 0  # 7 tokens and 5 virtual ones, as long as 4 and 8
     inputs = pk.prompts.mixed_inputs(model, tokens[:2], mask[:2], adapter_names=NAMES[:2])
     got = logits(model.get_base_model(), **inputs)
     for i, adapter in enumerate(NAMES[:2]):
@@ -326,7 +326,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_does_not_fit_is_named(case: str) -> None:
+def test_mismatch_is_named(case: str) -> None:
     options, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
         pk.prompts.mixed_inputs(several(llama()), **{"input_ids": ids(1, 2, 4)} | options)

@@ -1,5 +1,5 @@
-"""Patched models under DistributedDataParallel with common options: two or three processes over gloo must
-give the gradients of one process on the whole batch."""
+"""Patched models under DistributedDataParallel with common options: two or three gloo processes must give the
+gradients of one process on the whole batch."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def all_adapters_train(model: nn.Module) -> None:
 
 
 def trained(model: Any, call: Any, rows: Callable[[int], list[Tensor]], loss: Loss) -> dict[str, Tensor]:
-    """Adapters, and gradients of the last step, after some steps on these parts of each batch: a single
-    process uses all parts, each of several its own."""
+    """Adapters, and gradients of the last step, after some steps. `rows(i)`: the parts of batch i that this
+    process trains on, all of them in a single process."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.03)
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -78,8 +78,7 @@ def compare(
 
 
 def when_patched(folder: Path) -> None:
-    """NF4 unpatched, patched before and after wrapping, and other bases; DDP broadcasts the adapters of rank
-    0."""
+    """NF4 unpatched, patched before and after wrapping, and other bases; DDP broadcasts rank 0's adapters."""
     others = ["dense", "bnb"] if importlib.util.find_spec("bitsandbytes") else ["dense"]
     cases = [
         *(("nf4", when) for when in ("never", "before", "after")),
@@ -233,7 +232,7 @@ def overlap(folder: Path) -> None:
         for layer in (2, 1, 0):  # most buckets of a layer are sent when the next layer begins
             assert min(n for n in still_to_come if n >= 14 * (layer + 1)) <= 14 * (layer + 1) + 7
         early[each is model] = sum(still_to_come) / len(still_to_come)
-    assert early[True] > early[False] - 3.5, early  # half a block, whose gradients are ready at once
+    assert early[True] > early[False] - 3.5, early  # gradients of half a block are ready at once
 
 
 def dropped(folder: Path) -> None:
@@ -260,18 +259,18 @@ def mixed_precision(folder: Path) -> None:
     import accelerate
 
     stock = small()
-    exact = of_a_step(stock, lambda model: DistributedDataParallel(model))
+    exact = gradients_of_a_step(stock, lambda model: DistributedDataParallel(model))
     errors = []
     for patched in (False, True):
         accelerate.state.AcceleratorState._reset_state(True)
         prepare = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare
-        got = of_a_step(stock, prepare, patched)
+        got = gradients_of_a_step(stock, prepare, patched)
         errors.append(sum(float((got[n] - t).norm() / t.norm()) for n, t in exact.items()) / len(exact))
     accelerate.state.AcceleratorState._reset_state(True)
     assert 0 < errors[1] <= 1.5 * errors[0], errors
 
 
-def of_a_step(stock: Any, wrap: Callable[[Any], Any], patched: bool = False) -> dict[str, Tensor]:
+def gradients_of_a_step(stock: Any, wrap: Callable[[Any], Any], patched: bool = False) -> dict[str, Tensor]:
     """Gradients of one step on a copy of a model."""
     model = copy.deepcopy(stock)
     report = pk.patch(model) if patched else None

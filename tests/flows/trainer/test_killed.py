@@ -1,5 +1,5 @@
-"""Killed or hanging processes of a Trainer run: the others end with an error, and a run resumed from the last
-checkpoint gives the results of an uninterrupted one."""
+"""When a process of a Trainer run is killed or hangs, the others end with an error, and a run resumed from
+the last checkpoint gives the results of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OPTIMIZERS = ("AdamW", "AdamW8bit")
 
 
 class Killer(transformers.TrainerCallback):
-    """Sends its own process a signal that it cannot catch."""
+    """Sends its own process a signal that cannot be caught."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -89,48 +89,48 @@ def run(folder: Path, optimizer: str, doomed: dict[int, int]) -> tuple[list[int 
         process.kill()
         process.join()
     assert None not in [code for rank, code in enumerate(codes) if doomed.get(rank) != signal.SIGSTOP], codes
-    told: dict[int, Any] = {}
+    by_rank: dict[int, Any] = {}
     while True:
         try:
             rank, what = queue.get(timeout=0.2)
         except queues.Empty:
-            return codes, told
-        told[rank] = what
+            return codes, by_rank
+        by_rank[rank] = what
 
 
 @pytest.fixture(scope="module", params=OPTIMIZERS)
-def through(
+def baseline(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, list[float]]:
     """An optimizer, and the losses of an uninterrupted run."""
-    codes, told = run(tmp_path_factory.mktemp(request.param), request.param, {})
-    assert codes == [0, 0] and told[0] == told[1] and len(told[0]) == STEPS, told
-    return request.param, told[0]
+    codes, by_rank = run(tmp_path_factory.mktemp(request.param), request.param, {})
+    assert codes == [0, 0] and by_rank[0] == by_rank[1] and len(by_rank[0]) == STEPS, by_rank
+    return request.param, by_rank[0]
 
 
-def assert_says_why(told: str) -> None:
-    last = told.strip().splitlines()[-1]
-    assert re.match(r"(\w+\.)*\w*Error: .*(closed by peer|Timed out|reset by peer)", last), told
+def assert_connection_error(by_rank: str) -> None:
+    last = by_rank.strip().splitlines()[-1]
+    assert re.match(r"(\w+\.)*\w*Error: .*(closed by peer|Timed out|reset by peer)", last), by_rank
 
 
 @pytest.mark.parametrize("doomed", [[1], [0], [0, 1]], ids=["second", "first", "all"])
-def test_goes_on_as_if_nothing_had_been(
-    through: tuple[str, list[float]], doomed: list[int], tmp_path: Path
+def test_resumed_run_equals_an_uninterrupted_one(
+    baseline: tuple[str, list[float]], doomed: list[int], tmp_path: Path
 ) -> None:
-    optimizer, losses = through
-    codes, told = run(tmp_path, optimizer, dict.fromkeys(doomed, signal.SIGKILL))
+    optimizer, losses = baseline
+    codes, by_rank = run(tmp_path, optimizer, dict.fromkeys(doomed, signal.SIGKILL))
     for rank in range(RANKS):
         assert codes[rank] == (-signal.SIGKILL if rank in doomed else 1)
         if rank not in doomed:
-            assert_says_why(told[rank])
+            assert_connection_error(by_rank[rank])
     assert [path.name for path in tmp_path.iterdir()] == [f"checkpoint-{SAVED}"]
-    codes, told = run(tmp_path, optimizer, {})
-    assert codes == [0, 0] and told[0] == pytest.approx(
+    codes, by_rank = run(tmp_path, optimizer, {})
+    assert codes == [0, 0] and by_rank[0] == pytest.approx(
         losses, rel=1e-6
     )  # those before the interruption are saved
 
 
-def test_a_process_that_stands_still_is_not_waited_for(tmp_path: Path) -> None:
-    codes, told = run(tmp_path, "AdamW", {1: signal.SIGSTOP})
+def test_hanging_process_ends_the_others(tmp_path: Path) -> None:
+    codes, by_rank = run(tmp_path, "AdamW", {1: signal.SIGSTOP})
     assert codes == [1, None]
-    assert_says_why(told[0])
+    assert_connection_error(by_rank[0])

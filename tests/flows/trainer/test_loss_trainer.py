@@ -1,4 +1,4 @@
-"""transformers' Trainer with models whose loss is computed without logits, against stock."""
+"""transformers' Trainer with models that compute the loss without logits, against stock."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def row(seed: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids.where(torch.arange(10) > seed % 4, -100)}
 
 
-def ours_to_compute(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+def custom_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     logits = outputs.logits[:, :-1].reshape(-1, VOCABULARY)
     return torch.nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1))
 
@@ -46,7 +46,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "accumulation": {"gradient_accumulation_steps": 2},
     "checkpointing": {"activation_checkpointing": True},
     "smoothing": {"label_smoothing_factor": 0.1},
-    "own-loss": {"compute_loss_func": ours_to_compute},
+    "own-loss": {"compute_loss_func": custom_loss},
     "autocast": {"bf16": True},
 }
 if "activation_checkpointing" not in transformers.TrainingArguments.__dataclass_fields__:
@@ -78,7 +78,7 @@ def test_trainer(name: str, run: str, tmp_path: Path) -> None:
 
 
 def test_a_model_that_accelerate_has_wrapped() -> None:
-    """It calls the forward it wraps: ours, or the original."""
+    """accelerate calls the forward it wraps: the fused one, or the original."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     for first in ("patch", "prepare"):
         model = MODELS["llama"]()
@@ -93,7 +93,7 @@ def test_a_model_that_accelerate_has_wrapped() -> None:
 
 
 def test_trainer_evaluates(tmp_path: Path) -> None:
-    """Metrics read the logits; with prediction_loss_only nothing does."""
+    """Metrics read the logits; prediction_loss_only does not."""
     stock = MODELS["head-frozen"]()
     model, report = patched(stock)
     seen: list[Any] = []

@@ -106,7 +106,7 @@ def test_options(case: str, base: str, adapter: str, tmp_path: Path) -> None:
 
 
 def test_autocast(tmp_path: Path) -> None:
-    """By the numbers policy: bf16 results that round at different places are further from each other than
+    """By the numbers policy: bf16 results that round at different places differ more from each other than
     from the truth."""
 
     def sample(i: int) -> tuple[Results, Results, Results]:
@@ -178,7 +178,7 @@ def test_resume(base: str, tmp_path: Path) -> None:
 
 @BASES
 def test_save_and_load(base: str, tmp_path: Path) -> None:
-    """A stock model loads what a patched one saves, and vice versa; the files are the same."""
+    """Stock and patched models load each other's files, which are the same."""
     stock = adapted(llama(base))
     model, _ = patched_copy(stock)
     for each, folder in ((model, "ours"), (stock, "stock")):

@@ -48,13 +48,13 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def learnt(trainer: Any) -> dict[str, Tensor]:
+def trained_adapters(trainer: Any) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 @contextlib.contextmanager
-def alone() -> Any:
-    """Makes this process train alone although others exist."""
+def single_process() -> Any:
+    """Makes this process train alone, as if there were no others."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     states = PartialState, AcceleratorState, GradientState
@@ -73,9 +73,9 @@ def alone() -> Any:
 
 
 def compare(make: Any, folder: Path, **more: Any) -> Any:
-    """Trains by `make(model, folder, **options)` in one process and in all; returns the latter trainer."""
+    """Trains `make(model, folder, **options)` in one process and in all; returns the latter trainer."""
     start = {name: p.detach().clone() for name, p in model().named_parameters() if p.requires_grad}
-    with alone():
+    with single_process():
         one = make(model(), folder / f"alone-{dist.get_rank()}", **options(2 * RANKS, **more))
         one.train()
         assert one.args.world_size == 1
@@ -86,8 +86,10 @@ def compare(make: Any, folder: Path, **more: Any) -> Any:
     got, want = losses(shared), losses(one)
     assert len(got) == STEPS and got == pytest.approx(want, rel=LOSSES), (got, want)
     assert abs(got[-1] - got[0]) > 10 * LOSSES * got[0], f"these curves could be anything's: {got}"
-    assert_near(*({n: p - start[n] for n, p in learnt(each).items()} for each in (shared, one)), ADAPTERS)
-    for name, p in learnt(shared).items():
+    assert_near(
+        *({n: p - start[n] for n, p in trained_adapters(each).items()} for each in (shared, one)), ADAPTERS
+    )
+    for name, p in trained_adapters(shared).items():
         first = p.clone()
         dist.broadcast(first, 0)
         assert torch.equal(first, p), f"{name} is not the same in each process"
@@ -98,7 +100,7 @@ def compare(make: Any, folder: Path, **more: Any) -> Any:
 
 
 def trainer(folder: Path) -> None:
-    """Losses and adapters as in one process; the adapter is saved once, as a folder of PEFT."""
+    """Losses and adapters equal those of one process; the adapter is saved once, as a PEFT folder."""
     import peft
 
     rows = [{"input_ids": row, "labels": row} for i in range(STEPS) for row in ids(i)]
@@ -115,7 +117,7 @@ def trainer(folder: Path) -> None:
     assert {"adapter_config.json", "adapter_model.safetensors"} < names
     again = peft.PeftModel.from_pretrained(llama("nf4"), folder / "adapter")
     saved = {name: p for name, p in again.named_parameters() if "lora_" in name}
-    assert_near(saved, learnt(found), 1e-9)
+    assert_near(saved, trained_adapters(found), 1e-9)
 
 
 def one_bar(folder: Path) -> None:
@@ -151,7 +153,7 @@ def sft_trainer(model: Any, folder: Path, **given: Any) -> Any:
 def sft(folder: Path) -> None:
     """Completions of several lengths: the loss is a mean over the tokens of all processes."""
     if importlib.util.find_spec("trl") is None or importlib.util.find_spec("datasets") is None:
-        return  # test_sft says so
+        return  # test_sft reports it
     compare(sft_trainer, folder)
 
 

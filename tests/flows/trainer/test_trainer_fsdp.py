@@ -1,6 +1,6 @@
 """TRL's SFTTrainer under accelerate's FSDP2 in two processes, against one process on the same batches.
 
-accelerate shards on GPUs only: here it is made to take the CPU for a GPU.
+accelerate shards on GPUs only, so the CPU is presented to it as a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flow_checks import assert_fused, assert_near
 from flow_models import adapted, llama
 from ranks import assert_no_errors
 from test_moe import mixture
-from test_trainer_ddp import ADAPTERS, LOSSES, RANKS, STEPS, alone, losses, options, sft_trainer
+from test_trainer_ddp import ADAPTERS, LOSSES, RANKS, STEPS, losses, options, sft_trainer, single_process
 from torch import Tensor
 
 import peft_kernels as pk
@@ -68,7 +68,7 @@ def fsdp2() -> Iterator[None]:
         yield
 
 
-def learnt(trainer: Any) -> dict[str, Tensor]:
+def trained_adapters(trainer: Any) -> dict[str, Tensor]:
     found = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
     return {n: p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for n, p in found.items()}
 
@@ -77,14 +77,15 @@ def learnt(trainer: Any) -> dict[str, Tensor]:
 
 
 def sft(folder: Path) -> None:
-    """Losses and adapters as in one process, fused, with half of the base on each rank; saved as by PEFT."""
+    """Losses and adapters equal those of one process, fused, with half of the base on each rank; saved as by
+    PEFT."""
     import peft
     from torch.distributed.fsdp import FSDPModule
 
     stock = adapted(llama("nf4"), r=4)
     start = {name: p.detach().clone() for name, p in stock.named_parameters() if p.requires_grad}
     packed = sum(p.nbytes for p in stock.parameters() if isinstance(p, pk.NF4Weight))
-    with alone():
+    with single_process():
         one = sft_trainer(stock, folder / f"alone-{dist.get_rank()}", **options(2 * RANKS))
         one.train()
     with fsdp2():
@@ -98,12 +99,12 @@ def sft(folder: Path) -> None:
         own = sum(shard.packed.nbytes + shard.absmax.nbytes for shard in shards)
         assert len(shards) == 14 and own <= 0.52 * packed, (own, packed)
         assert losses(shared) == pytest.approx(losses(one), rel=LOSSES) and len(losses(one)) == STEPS
-        moved = [{n: p - start[n] for n, p in learnt(each).items()} for each in (shared, one)]
+        moved = [{n: p - start[n] for n, p in trained_adapters(each).items()} for each in (shared, one)]
         assert_near(*moved, ADAPTERS)
         shared.save_model(str(folder / "adapter"))
         dist.barrier()
     again = peft.PeftModel.from_pretrained(llama("nf4"), folder / "adapter")
-    assert_near({n: p for n, p in again.named_parameters() if "lora_" in n}, learnt(shared), 1e-9)
+    assert_near({n: p for n, p in again.named_parameters() if "lora_" in n}, trained_adapters(shared), 1e-9)
 
 
 def resumed(folder: Path) -> None:
@@ -123,7 +124,7 @@ def resumed(folder: Path) -> None:
 
 
 def efficient_loading(folder: Path) -> None:
-    """Rank 0 loads the model and broadcasts it: training is as if every rank had loaded it, also for experts.
+    """Rank 0 loads the model and broadcasts it: training, also of experts, is as if every rank had loaded it.
     Only rank 0 sends packed weights, and no rank sends dense ones."""
     for base in ("nf4", "experts"):
         curves = []
@@ -136,7 +137,7 @@ def efficient_loading(folder: Path) -> None:
                 given = options(2 * RANKS) | {"steps": 3}
                 trainer = sft_trainer(model, folder / base / efficient, **given)
                 trainer.train()
-                curves.append((losses(trainer), learnt(trainer)))
+                curves.append((losses(trainer), trained_adapters(trainer)))
                 packed = [
                     p for p in model.parameters() if isinstance(getattr(p, "_local_tensor", p), NF4Shard)
                 ]
@@ -147,7 +148,7 @@ def efficient_loading(folder: Path) -> None:
 
 
 def spoil(model: Any) -> None:
-    """The model on a rank that did not read the checkpoint."""
+    """Makes the model that of a rank that did not read the checkpoint."""
     with torch.no_grad():
         for p in model.parameters():
             for t in p._state.tensors().values() if isinstance(p, pk.NF4Weight) else [p]:

@@ -63,8 +63,8 @@ def labelled() -> Any:
 
 
 def in_fp32(trainer: Any) -> Any:
-    """Casts adapters to fp32: TRL makes those of a 4-bit model bf16, where one rounding changes what is
-    sampled."""
+    """Casts adapters to fp32: TRL makes those of a 4-bit model bf16, where one rounding changes the
+    samples."""
     for p in trainer.model.parameters():
         if p.requires_grad:
             p.data = p.data.float()
@@ -108,7 +108,7 @@ def test_sft(base: str, tmp_path: Path) -> None:
 
 
 @BASES
-def test_sft_that_makes_the_adapter(base: str, tmp_path: Path) -> None:
+def test_sft_with_peft_config(base: str, tmp_path: Path) -> None:
     """The trainer gets the base model and a peft_config; the model is patched after its construction."""
 
     def trainer() -> Any:
@@ -154,7 +154,7 @@ def test_dpo(base: str, made_by: str, tmp_path: Path) -> None:
 
 
 def kto() -> tuple[Any, Any]:
-    """KTOTrainer and its configuration, wherever this version of TRL defines them."""
+    """KTOTrainer and its configuration, wherever this TRL defines them."""
     if hasattr(trl, "KTOTrainer"):
         return trl.KTOTrainer, trl.KTOConfig
     module = pytest.importorskip("trl.experimental.kto", reason="this TRL has no KTOTrainer")
@@ -182,7 +182,7 @@ def test_kto(base: str, tmp_path: Path) -> None:
 
 
 def rewards(completions: list[str], **_: Any) -> list[float]:
-    """A reward that differs among completions, as GRPO needs."""
+    """Rewards that differ among completions, as GRPO needs."""
     return [sum(int(word[1:]) for word in text.split() if word.startswith("w")) / 100 for text in completions]
 
 
@@ -236,6 +236,6 @@ def test_reward(base: str, tmp_path: Path) -> None:
     ours, theirs = trainer(), trainer()
     assert any("score" in name for name, p in ours.model.named_parameters() if p.requires_grad)
     report = pk.patch(ours.model)
-    # The loss is of a difference of two rewards, which are rounded to bf16.
+    # The loss is of a difference of two rewards, each rounded to bf16.
     assert_same_training(ours, theirs, 0.05 if base == "nf4" else 1e-3)
     assert_fused(ours.model, report, blocks=2)

@@ -1,4 +1,4 @@
-"""Trainers that compute each prompt once, for policy and reference, against TRL's own."""
+"""Trainers that compute each prompt once for policy and reference, against TRL's own."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_dpo(name: str, tmp_path: Path) -> None:
     given = {"train_dataset": data, "eval_dataset": data.select(range(3))}
 
     def run(kind: Any) -> Any:
-        # The reference of a model with an adapter is a copy of it; else the base.
+        # With an adapter in the model, its reference is a copy of that adapter; else the base.
         if name == "weighted":
             model, more = llama("nf4"), {"peft_config": config()}
         elif name == "own reference":

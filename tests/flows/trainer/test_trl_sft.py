@@ -1,4 +1,4 @@
-"""Our SFTTrainer, which computes no logits, against TRL's own."""
+"""The SFTTrainer that computes no logits, against TRL's own."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_same_logs(name: str, tmp_path: Path) -> None:
 
 
 def test_a_head_in_nf4(tmp_path: Path) -> None:
-    """TRL's own does not support it; compared with a dense head of the same values."""
+    """TRL does not support it; compared with a dense head of the same values."""
     model = adapted(packed_head(llama(vocab_size=100)), target_modules=["q_proj", "v_proj"])
     dense = copy.deepcopy(model)
     head = dense.get_output_embeddings()
@@ -102,8 +102,7 @@ def test_a_head_in_nf4(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_heads_that_are_trls(tmp_path: Path) -> None:
-    """A head of an unknown class."""
+def test_unknown_head_falls_back_to_trl(tmp_path: Path) -> None:
 
     class Head(torch.nn.Linear):
         pass

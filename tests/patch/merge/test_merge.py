@@ -1,4 +1,4 @@
-"""Merging adapters into the base: the merged model computes what the unmerged one did."""
+"""Merging adapters into the base: the merged model gives the values of the adapted one."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ FLAGS = {"safe": (False, True), "patched": (True, False)}
 
 
 @pairs(model=MODELS, dtype=DTYPES, **FLAGS)
-def test_the_merged_model_computes_what_the_adapted_one_did(
-    model: Any, dtype: torch.dtype, safe: bool, patched: bool
-) -> None:
+def test_merged_equals_adapted(model: Any, dtype: torch.dtype, safe: bool, patched: bool) -> None:
     base, option = model
     model, x = adapted(base, dtype, option, patched), inputs(dtype)
     y, alone, bnb = model(x), base_output(model, x), base == "bnb"
@@ -58,7 +56,7 @@ def test_the_merged_model_computes_what_the_adapted_one_did(
     assert_merged(merged, expected, dtype, bnb)
     got, eps = merged(x), torch.finfo(dtype).eps
     if bnb:
-        # No more than the error of 4 bits, and less than a lost adapter.
+        # At most the 4-bit error, and less than a lost adapter.
         assert testing.relative_error(got, expected(x.float())) < SAME_4_BITS + 8 * eps
         assert testing.relative_error(got, y) < 0.5 * testing.relative_error(alone, y)
     else:
@@ -109,7 +107,7 @@ def test_merging_back_into_nf4(option: str, dtype: torch.dtype, safe: bool, patc
 
 
 @pytest.mark.parametrize("base", models.BASES)
-def test_layers_that_are_merged_already_stay_as_they_are(base: str) -> None:
+def test_merged_layers_are_unchanged(base: str) -> None:
     model, x = adapted(base, option="two"), inputs()
     expected = by_hand(model, quantised if base == "bnb" else lambda weight: weight)
     model.merge_adapter(["default"])
@@ -119,7 +117,7 @@ def test_layers_that_are_merged_already_stay_as_they_are(base: str) -> None:
     assert testing.relative_error(merged(x), expected(x)) < (SAME_4_BITS if base == "bnb" else 1e-5)
 
 
-def test_a_layer_without_an_active_adapter_is_left_alone() -> None:
+def test_layer_without_an_active_adapter_is_unchanged() -> None:
     model = adapted("bnb", option="two")
     model.set_adapter("second")
     weight = model.base_model.model.q.base_layer.weight
@@ -157,7 +155,7 @@ def test_merging_after_bitsandbytes_own_evaluation(safe: bool, patched: bool, do
     assert testing.relative_error(merged(x), expected(x)) < 0.02, "its scales were rounded to bf16"
 
 
-def test_a_merge_that_gets_biases_right_is_not_corrected_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_correct_bias_merge_is_not_corrected_again(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     from peft.tuners.lora import Linear4bit
 
@@ -176,7 +174,7 @@ def test_a_merge_that_gets_biases_right_is_not_corrected_again(monkeypatch: pyte
     assert testing.relative_error(merge_and_unload(model).q.bias, expected) < 1e-6
 
 
-def test_what_we_merge_first_is_not_reported_as_merged_already() -> None:
+def test_layers_merged_by_this_call_are_not_reported_as_merged_before() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "All adapters are already merged")
         merge_and_unload(adapted(), quantize=True)

@@ -1,4 +1,4 @@
-"""Adapters that cannot be merged: then nothing is merged."""
+"""If one adapter cannot be merged, nothing is merged."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def zero_row(model: Any) -> None:
         layer.base_layer.weight.data = weight
 
 
-# The last layer is broken: a merge that checks layer by layer would have merged the first.
+# The last layer is broken: a merge that checks layer by layer would already have merged the first.
 NAN, INF = float("nan"), float("inf")
 BROKEN: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "lora_A": (
@@ -99,7 +99,7 @@ def test_safe_merge_of_a_broken_adapter_changes_nothing(base: str, case: str, qu
     assert_refused(model, ValueError, message, safe_merge=True, quantize=quantize)
 
 
-def test_safe_merge_sees_what_dora_divides_by() -> None:
+def test_safe_merge_checks_the_divisor_of_dora() -> None:
     model = adapted("dense", option="dora", patched=False)
     zero_row(model)
     assert_refused(model, ValueError, r"model\.o\.weight: expected finite", safe_merge=True)
@@ -123,7 +123,7 @@ def test_an_adapter_that_is_not_merged_may_be_broken() -> None:
 
 @SAFE
 @pytest.mark.parametrize("base", models.BASES)
-def test_a_bias_has_to_have_somewhere_to_go(base: str, safe: bool) -> None:
+def test_lora_bias_needs_a_base_bias(base: str, safe: bool) -> None:
     model = lora(models.base_model(base), lora_bias=True)  # q has a bias, o does not
     assert_refused(model, RuntimeError, r"model\.o: impossible to merge adapter default", safe_merge=safe)
 

@@ -70,9 +70,7 @@ def assert_same_bits(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 @SAFE
 @DTYPE
 @pytest.mark.parametrize("adapters", [1, 3])
-def test_cycles_bring_back_bits_and_bytes(
-    adapters: int, dtype: torch.dtype, safe: bool, patched: bool
-) -> None:
+def test_cycles_restore_bits_and_memory(adapters: int, dtype: torch.dtype, safe: bool, patched: bool) -> None:
     model, x = adapted(dtype, adapters, patched), testing.tensor(9, 64, dtype=dtype)
     before, size, packed = bits(model), storage_bytes(model), bases(model)["q"].weight.packed.data_ptr()
     y = model(x)
@@ -90,7 +88,7 @@ def test_cycles_bring_back_bits_and_bytes(
     assert safe or bases(model)["q"].weight.packed.data_ptr() == packed, "packed bytes were copied"
 
 
-def test_adapters_come_off_in_any_order() -> None:
+def test_unmerging_in_any_order() -> None:
     weight = pk.NF4Weight.quantize(testing.tensor(48, 64, dtype=torch.bfloat16))
     packed, deltas = weight.packed, [testing.tensor(48, 64, seed=i) for i in range(4)]
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
@@ -102,7 +100,7 @@ def test_adapters_come_off_in_any_order() -> None:
         assert weight.packed is packed and weight.dense is None
 
 
-def test_one_adapter_stays_merged_while_others_come_and_go() -> None:
+def test_one_adapter_stays_merged_while_others_change() -> None:
     weight = pk.NF4Weight.quantize(testing.tensor(48, 64))
     a, b = testing.tensor(48, 64, seed=1), testing.tensor(48, 64, seed=2)
     weight.data += a
@@ -124,7 +122,7 @@ BETWEEN: dict[str, Callable[[pk.NF4Weight, Tensor], object]] = {
 
 
 @pytest.mark.parametrize("how", BETWEEN)
-def test_what_is_written_in_between_is_not_lost(how: str) -> None:
+def test_writes_to_a_merged_weight_are_kept(how: str) -> None:
     weight, delta = pk.NF4Weight.quantize(testing.tensor(48, 64)), testing.tensor(48, 64, seed=1)
     weight.data += delta
     plain = weight.dequantize()
@@ -137,14 +135,14 @@ def test_what_is_written_in_between_is_not_lost(how: str) -> None:
     assert not torch.equal(weight.dequantize(), weight.dequantize().zero_())
 
 
-def test_a_delta_of_another_dtype_is_another_delta() -> None:
+def test_subtracting_a_delta_of_another_dtype_does_not_unmerge() -> None:
     weight, delta = pk.NF4Weight.quantize(testing.tensor(48, 64)), testing.tensor(48, 64, seed=1)
     weight.data += delta
     weight.data -= delta.bfloat16()
     assert weight.is_dense and not weight.is_merged
 
 
-def test_fingerprints_tell_tensors_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprints_differ_between_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     value = testing.tensor(33, 65, dtype=torch.bfloat16)
     first = fingerprint(value)
     assert fingerprint(value.clone()) == fingerprint(value.t().contiguous().t()) == first
@@ -168,7 +166,7 @@ def test_fingerprints_tell_tensors_apart(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.skipif(cpu.BACKEND.probe() is not None, reason=str(cpu.BACKEND.probe()))
 @pytest.mark.parametrize("words", [1, 1000, 3 * 2**16 + 5])
-def test_the_library_hashes_as_torch_does(words: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_and_torch_give_the_same_hash(words: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu.BACKEND.extension.bits_hash  # loads it
     value = testing.tensor(words, dtype=torch.float64)
     value[::3] *= -1
@@ -179,8 +177,9 @@ def test_the_library_hashes_as_torch_does(words: int, monkeypatch: pytest.Monkey
 
 
 @DTYPE
-def test_dora_needs_to_be_told(dtype: torch.dtype) -> None:
-    """DoRA's merge assigns and its unmerge divides: the weight alone cannot recognise its earlier value."""
+def test_dora_cycles_need_the_merging_context(dtype: torch.dtype) -> None:
+    """DoRA's merge assigns and its unmerge divides, so the weight alone cannot recognise its earlier
+    value."""
     model, x = adapted(dtype, use_dora=True), testing.tensor(9, 64, dtype=dtype)
     before, size, y = bits(model), storage_bytes(model), model(x)
     for _ in range(2):
@@ -199,7 +198,7 @@ def test_dora_needs_to_be_told(dtype: torch.dtype) -> None:
     assert all(b.weight.is_dense and not b.weight.is_merged for b in bases(model).values()), "nobody told"
 
 
-def test_unmerging_sees_what_was_written_since() -> None:
+def test_unmerging_keeps_later_writes() -> None:
     weight = pk.NF4Weight.quantize(testing.tensor(48, 64))
     with weight.merging():
         weight.data = weight.dequantize() * 2
@@ -213,7 +212,7 @@ def test_unmerging_sees_what_was_written_since() -> None:
     )
 
 
-def test_a_merge_that_fails_leaves_the_weight_as_it_wrote_it() -> None:
+def test_failed_or_empty_merge_leaves_the_weight_packed() -> None:
     weight = pk.NF4Weight.quantize(testing.tensor(48, 64))
     with pytest.raises(RuntimeError, match="broken"), weight.merging():
         raise RuntimeError("broken")
@@ -242,7 +241,7 @@ def test_a_copy_of_a_merged_model_unmerges_too(how: str) -> None:
     assert_same_bits(bits(model), before)
 
 
-def test_a_merged_model_moves() -> None:
+def test_merged_model_moves_and_unmerges() -> None:
     model, x = adapted(torch.float32), testing.tensor(9, 64)
     before, y = bits(model), model(x)
     model.merge_adapter()

@@ -20,7 +20,7 @@ SAFE = pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"
 
 
 def packed_as(merged: Any, wide: Any) -> None:
-    """The weights of `merged` are those of the dense model `wide`, in 4 bits."""
+    """Checks that the weights of `merged` are those of the dense model `wide`, in 4 bits."""
     for name, weight in weights_of(merged).items():
         assert isinstance(weight, pk.NF4Weight) and not weight.is_dense, name
         dense = dict(wide.named_parameters())[name].detach()
@@ -60,7 +60,7 @@ def test_a_weight_without_an_adapter_keeps_its_4_bits(safe: bool) -> None:
 
 @SEVERAL
 def test_two_adapters_on_experts_are_packed_once() -> None:
-    """If the weight were packed after the first adapter, the second would be added to a rounded weight."""
+    """Packing after the first adapter would add the second to a rounded weight."""
     model = adapt(mixture("nf4"))
     model.add_adapter("second", lora_config(mixture("nf4"), r=2))
     fill(model, "second")
@@ -71,7 +71,7 @@ def test_two_adapters_on_experts_are_packed_once() -> None:
 
 @FAMILY
 @pytest.mark.parametrize("base", ["dense", "nf4"])
-def test_safe_merge_of_experts_gives_what_stock_peft_gives(base: str, family: str) -> None:
+def test_safe_merge_of_experts_equals_stock_peft(base: str, family: str) -> None:
     model = adapt(mixture(base, family))
     expected = copy.deepcopy(model).merge_and_unload(safe_merge=True)
     merged = merge_and_unload(model, safe_merge=True)
@@ -80,7 +80,7 @@ def test_safe_merge_of_experts_gives_what_stock_peft_gives(base: str, family: st
 
 
 @pytest.mark.parametrize("quantize", [False, True])
-def test_nothing_is_merged_when_experts_would_be_broken(quantize: bool) -> None:
+def test_nothing_is_merged_if_experts_overflow(quantize: bool) -> None:
     """Finite adapters whose sum with the weight overflows fp16, in the weight checked last."""
     model = adapt(mixture("nf4", dtype=torch.float16))
     outer = model.base_model.model.experts
@@ -97,7 +97,7 @@ def test_nothing_is_merged_when_experts_would_be_broken(quantize: bool) -> None:
     assert "merge" not in vars(outer)
 
 
-def test_a_nan_on_experts_is_told_before_packing() -> None:
+def test_nan_on_experts_raises_before_packing() -> None:
     model = adapt(mixture("nf4"))
     inner = model.base_model.model.experts.base_layer
     with torch.no_grad():

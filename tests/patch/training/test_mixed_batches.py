@@ -36,7 +36,7 @@ def test_mixed_batches(names: tuple[str, ...], dtype: torch.dtype, base: str) ->
 
 
 @pytest.mark.parametrize("base", models.BASES)
-def test_each_row_of_a_mixed_batch_is_that_of_its_adapter(base: str) -> None:
+def test_each_row_of_a_mixed_batch_equals_its_adapter_alone(base: str) -> None:
     names = ["three", "__base__", "one", "narrow", "two", "one"]
     model, x = adapted(base).eval(), testing.tensor(len(names), 5, 64)
     pk.patch(model)
@@ -58,7 +58,7 @@ def test_each_row_of_a_mixed_batch_is_that_of_its_adapter(base: str) -> None:
         assert torch.equal(model(x, adapter_names=names), mixed)
 
 
-def test_mixed_batches_of_adapters_with_heads_of_their_own() -> None:
+def test_mixed_batches_of_adapters_with_own_heads() -> None:
     model = adapted("nf4", all={"modules_to_save": ["lm_head"]}).eval()
     with torch.no_grad():
         for seed, (name, parameter) in enumerate(model.named_parameters()):
@@ -93,7 +93,7 @@ WRONG_BATCHES: dict[str, tuple[list[str], Callable[[Any], Any], str]] = {
 
 @pytest.mark.parametrize("case", WRONG_BATCHES)
 @pytest.mark.parametrize("patched", [True, False], ids=["patched", "plain"])
-def test_names_that_do_not_fit_the_batch_raise(patched: bool, case: str) -> None:
+def test_mismatched_adapter_names_raise(patched: bool, case: str) -> None:
     names, prepare, message = WRONG_BATCHES[case]
     model, x = adapted(), inputs(3)
     if patched:

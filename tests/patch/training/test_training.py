@@ -1,5 +1,5 @@
-"""Training a patched PEFT model with checkpointing, dropout, copies and gradient scalers, against the stock
-model or the patched one without them. Trainers are in tests/flows."""
+"""Training a patched PEFT model with checkpointing, dropout, copies and gradient scalers, against stock or
+against the patched model without them. Trainers are in tests/flows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ pytestmark = [
 
 
 class CountFused(TorchDispatchMode):
-    """Counts the fused forwards that run inside."""
+    """Counts fused forwards."""
 
     calls = 0
 
@@ -120,7 +120,7 @@ def test_dropout_keeps_the_mean(base: str, p: float) -> None:
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @BASES
-def test_backward_has_the_mask_of_forward(base: str, p: float) -> None:
+def test_backward_uses_the_mask_of_forward(base: str, p: float) -> None:
     """The delta is linear in A, in B and in x: <gradient, argument> is <dy, delta> for each."""
     layer = patched_copy(net(base, lora_dropout=p).train())[0].base_model.model.q
     x = inputs().requires_grad_()
@@ -143,7 +143,7 @@ def test_backward_has_the_mask_of_forward(base: str, p: float) -> None:
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 @BASES
 def test_a_parameter_changed_before_backward_raises(base: str, part: str) -> None:
-    """As torch does, instead of computing gradients at values forward did not use."""
+    """As in torch; else gradients would be those at values that forward did not use."""
     model, _ = patched_copy(net(base))
     loss = net_loss(model, inputs().requires_grad_())
     with torch.no_grad():
@@ -248,7 +248,7 @@ def test_autocast(base: str) -> None:
             return found | {"losses": losses(model)}, dtype
 
     def losses(model: Any) -> Tensor:
-        """Over several batches: the error of a single value is luck."""
+        """Over several batches, because the error of a single value is luck."""
         with torch.no_grad():
             return torch.stack([llama_loss(model, ids(seed)) for seed in range(16)])
 
