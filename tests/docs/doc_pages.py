@@ -46,7 +46,7 @@ def name_of(page: Path) -> str:
 
 
 def snippets(page: Path) -> Iterator[Snippet]:
-    """All fenced blocks. `<!-- needs: ... -->` at the top is for the whole page, else for the next block."""
+    """All fenced blocks. `<!-- needs: ... -->` applies to the page if at its top, else to the next block."""
     text = page.read_text(encoding="utf-8")
     top = NEEDS.match(text)
     end = 0
@@ -64,7 +64,7 @@ def prose(page: Path) -> str:
 
 @functools.cache
 def missing(needs: str) -> str:
-    """Why snippets that need this cannot run here, or ""."""
+    """Why snippets with these needs cannot run here, or ""."""
     modules = {
         "trl": ("trl", "SFTTrainer"),
         "torchrun": ("torch.distributed.run", "main"),
@@ -90,7 +90,7 @@ def command(words: str, folder: Path) -> Done:
 
 
 def torchrun(code: str, folder: Path, processes: int = 2) -> Done:
-    """A script in several processes of torch.distributed, with the environment that torchrun gives them."""
+    """Runs a script in several processes, with the environment of torchrun."""
     return _run(code, folder, processes)
 
 
@@ -133,7 +133,7 @@ def make_model(folder: Path) -> None:
     )
     config = transformers.LlamaConfig(
         vocab_size=len(vocabulary),
-        hidden_size=128,  # columns of whole blocks for two processes
+        hidden_size=128,  # whole blocks for each of two processes
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,

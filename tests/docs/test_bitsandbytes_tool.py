@@ -1,4 +1,4 @@
-"""tools/bitsandbytes_tests.py on a folder of made-up tests, and the comparison of runs."""
+"""tools/bitsandbytes_tests.py on a folder of sample tests, and the comparison of runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_a_test_that_fails_on_our_kernels_is_reported(tmp_path: Path) -> None:
+def test_failure_with_the_kernels_is_reported(tmp_path: Path) -> None:
     (tmp_path / "helpers.py").write_text("SHAPE = (2, 64)\n")
     (tmp_path / "test_ops.py").write_text(TESTS)
     done = run("--tests", str(tmp_path), "-n", "0")
@@ -59,7 +59,9 @@ def test_bad_arguments_are_reported(tmp_path: Path) -> None:
     assert done.returncode == 2 and "test_ops.py: expected a file in" in done.stderr
 
 
-def test_only_what_our_kernels_broke_counts(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_failures_caused_by_the_kernels_count(
+    tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     passing, failing = {"one": ("passed", "")}, {"one": ("failed", "why")}
     served, left = Counter({"gemm_4bit by ours": 1}), Counter({"gemm_4bit left to bitsandbytes": 1})
     assert tool.compare(passing, passing, served) == 0

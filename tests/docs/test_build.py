@@ -22,7 +22,7 @@ Setup = Callable[..., "tuple[int, str]"]
 
 @pytest.fixture
 def setup(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Setup:
-    """Runs setup.py with a torch for a CUDA version or none; returns exit status and output."""
+    """Runs setup.py with a torch built for a CUDA version or without CUDA; returns exit status and output."""
 
     def run(cuda: str | None, **environment: str) -> tuple[int, str]:
         for name in [name for name in os.environ if name.startswith("PEFT_KERNELS_")]:
@@ -72,7 +72,7 @@ def toolkit(folder: Path, version: str) -> str:
     ],
     ids=["no-nvcc", "too-old", "too-new", "old-minor", "torch-without"],
 )
-def test_no_nvcc_that_fits(
+def test_no_suitable_nvcc(
     setup: Setup, tmp_path: Path, cuda: str | None, version: str | None, words: str, wanted: str
 ) -> None:
     home = str(tmp_path / "absent") if version is None else toolkit(tmp_path, version)
@@ -81,7 +81,7 @@ def test_no_nvcc_that_fits(
         assert status != 0 and "CUDA back end was requested, but cannot be built: " in said
     else:
         assert status == 0 and said.startswith("peft_kernels")
-        # With a torch without CUDA the back end is not expected.
+        # Without CUDA in torch the back end is not expected.
         assert ("WARNING" in said) == (cuda is not None)
     if wanted or cuda is not None:
         assert re.search(words, said), said
@@ -117,26 +117,26 @@ LISTS: dict[str, tuple[str, list[str]]] = {
 
 
 @pytest.mark.parametrize("wanted", LISTS)
-def test_which_architectures_are_compiled_for(wanted: str) -> None:
+def test_selected_architectures(wanted: str) -> None:
     words, said = LISTS[wanted]
     got, sentences = architectures.chosen(wanted, [(8, 9), (7, 5), (8, 9)], KNOWN)
     assert " ".join(got) == words
     assert len(sentences) == len(said), sentences
     for sentence, part in zip(sentences, said, strict=True):
         assert part in sentence
-    # What the library carries is what the back end reads.
+    # The back end reads what the library carries.
     assert all(architectures.unserved((99, 0), [word]) is None for word in got if "+PTX" in word)
     for word in got:
         major, minor = word.removesuffix("+PTX").split(".")
         assert architectures.unserved((int(major), int(minor)), [word]) is None
 
 
-def test_without_a_card_all_are_compiled_for() -> None:
+def test_all_architectures_without_a_card() -> None:
     assert architectures.chosen("", [], KNOWN) == (["8.0", "9.0", "10.0", "12.0+PTX"], [])
     assert architectures.chosen("native", [], {(8, 0), (9, 0)}) == (["8.0", "9.0+PTX"], [])
 
 
-def test_a_card_older_than_all_that_nvcc_compiles_for() -> None:
+def test_card_too_old_for_nvcc() -> None:
     words, said = architectures.chosen("8.0", [], {(9, 0)})
     assert words == [] and said == ["8.0 is left out: this nvcc does not compile for it"]
 
@@ -151,7 +151,7 @@ def test_an_unknown_architecture_is_an_error(word: str) -> None:
 def test_nvcc_gets_the_architectures_of_the_library(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """torch, which does not know all of them, adds none of its own."""
+    """torch, which does not know all of them, adds none itself."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", toolkit(tmp_path, "13.0"))
     monkeypatch.setenv("PEFT_KERNELS_CPU", "0")
@@ -173,14 +173,14 @@ def test_nvcc_gets_the_architectures_of_the_library(
 
 
 @pytest.mark.parametrize("wanted", ["", "1"], ids=["unset", "asked-for"])
-def test_no_architecture_that_kernels_serve(setup: Setup, tmp_path: Path, wanted: str) -> None:
+def test_no_supported_architecture(setup: Setup, tmp_path: Path, wanted: str) -> None:
     home = toolkit(tmp_path, "13.0")
     status, said = setup("13.0", CUDA_HOME=home, PEFT_KERNELS_CUDA=wanted, TORCH_CUDA_ARCH_LIST="7.0;Turing")
     assert (status != 0) == bool(wanted)
     assert "7.0 is left out: the kernels need 8.0 or later; 7.5 is left out" in said
 
 
-def test_an_architecture_misspelled(setup: Setup, tmp_path: Path) -> None:
+def test_misspelled_architecture(setup: Setup, tmp_path: Path) -> None:
     status, said = setup("13.0", CUDA_HOME=toolkit(tmp_path, "13.0"), TORCH_CUDA_ARCH_LIST="hoper")
     assert status != 0 and "TORCH_CUDA_ARCH_LIST: expected" in said and "got 'hoper'" in said
 
@@ -218,7 +218,7 @@ def test_files_with_large_torch_headers_begin_with_the_precompiled_one() -> None
 def test_a_wrapped_file_begins_with_the_precompiled_header(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the file itself: a precompiled header is not used in included files."""
+    """In the wrapped file: a precompiled header is ignored in files it includes."""
     wrapped = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["wrapped"]
     monkeypatch.setitem(wrapped.__globals__, "ROOT", tmp_path)
     (tmp_path / "ops.cpp").write_text("// Ops.\n#include <ATen/ATen.h>\n")

@@ -1,4 +1,4 @@
-"""The back end that copies tensors to another device, here to the CPU itself."""
+"""The back end that copies tensors to another device, tested with the CPU as the other device."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ DETOUR = CopiedBackend(BACKENDS["reference"], "cpu")
 
 
 @pytest.fixture
-def detour(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A copying back end over one that runs here."""
+def copying_backend(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Copies to a back end that runs here."""
     DETOUR.load()
     monkeypatch.setitem(BACKENDS, DETOUR.name, DETOUR)
     return DETOUR.name
@@ -31,7 +31,7 @@ def test_views_stay_views() -> None:
         assert copy.untyped_storage().data_ptr() != view.untyped_storage().data_ptr() or not view.numel()
 
 
-def test_ops_and_gradients_are_those_of_the_target(detour: str) -> None:
+def test_ops_and_gradients_are_those_of_the_target(copying_backend: str) -> None:
     weight = testing.nf4_weight(24, 128)
     bases = testing.tensor(5, 128, seed=2), testing.tensor(4, 128, seed=3), testing.tensor(24, 4, seed=4)
 
@@ -42,22 +42,22 @@ def test_ops_and_gradients_are_those_of_the_target(detour: str) -> None:
 
     with pk.use_backend("reference"):
         expected = results()
-    with pk.use_backend(detour):
+    with pk.use_backend(copying_backend):
         got = results()
     assert len(got) == 4 and all(map(torch.equal, got, expected))
 
 
-def test_composite_ops_are_copied_part_by_part(detour: str) -> None:
+def test_composite_ops_are_copied_part_by_part(copying_backend: str) -> None:
     gate, up, down = (testing.nf4_weight(*shape) for shape in ((96, 64), (96, 64), (64, 96)))
     x = testing.tensor(3, 64)
     layers = [pk.AdaptedLinear(weight) for weight in (gate, up, down)]
     with pk.use_backend("reference"):
         expected = pk.gated_mlp(x, *layers)
-    with pk.use_backend(detour):
+    with pk.use_backend(copying_backend):
         assert torch.equal(pk.gated_mlp(x, *layers), expected)
 
 
-def test_errors_of_the_target_are_raised(detour: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_target_are_raised(copying_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BACKENDS["reference"], "supports", lambda op, args: f"{op}: not today", raising=False)
-    with pk.use_backend(detour), pytest.raises(RuntimeError, match="quantize_nf4: not today"):
+    with pk.use_backend(copying_backend), pytest.raises(RuntimeError, match="quantize_nf4: not today"):
         pk.NF4Weight.quantize(testing.tensor(8, 64))

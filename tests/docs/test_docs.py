@@ -1,5 +1,5 @@
-"""README.md and docs/: snippets and notebooks run, quoted figures agree, errors are those of the code, and
-the site builds without a network."""
+"""README.md and docs/: snippets and notebooks run, figures agree, quoted errors exist in the code, and the
+site builds without a network."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def workplace(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def work_folder(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder in which snippets run, with `my-model`, `my-mixture` and `my-adapter`."""
     for name in ("my-model", "my-mixture"):
         (tmp_path / name).symlink_to(model_folder.with_name(name))
@@ -74,7 +74,7 @@ def workplace(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", [page for page, blocks in RUNNABLE.items() if blocks], ids=name_of)
-def test_every_snippet_runs(page: Path, workplace: Path, one_thread: None) -> None:
+def test_every_snippet_runs(page: Path, work_folder: Path, one_thread: None) -> None:
     """The snippets of a page run in order, as a reader would paste them."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     skipped: list[str] = []
@@ -85,16 +85,16 @@ def test_every_snippet_runs(page: Path, workplace: Path, one_thread: None) -> No
         elif block.needs == "torchrun":
             in_processes += block.code + "\n"
         elif block.language == "python":
-            # Line numbers of the page in tracebacks.
+            # Tracebacks then have the page's line numbers.
             code = "\n" * block.line + block.code
             exec(compile(code, block.page, "exec"), namespace)
         else:
             for line in block.code.splitlines():
                 if line.startswith(COMMANDS):
-                    done = doc_pages.command(line.removeprefix(COMMANDS), workplace)
+                    done = doc_pages.command(line.removeprefix(COMMANDS), work_folder)
                     assert done.returncode == 0, f"{line}\n{done.said}"
     if in_processes:
-        done = doc_pages.torchrun(in_processes, workplace)
+        done = doc_pages.torchrun(in_processes, work_folder)
         assert done.returncode == 0, done.said
     if skipped:
         ran = len(RUNNABLE[page]) - len(skipped)
@@ -116,14 +116,12 @@ def printed(cell: Any) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs_and_shows_what_it_showed(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_notebook_output_is_reproduced(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs_modules("nbclient", "nbformat", "ipykernel", "transformers", "peft", "trl")
     import nbclient
     import nbformat
 
-    # Threads of two workers' kernels would compete for cores.
+    # The kernels' threads of two workers would compete for cores.
     for name, value in {
         "PYTHONPATH": str(PACKAGE.parent),
         "OMP_NUM_THREADS": "1",
@@ -153,7 +151,7 @@ def figures(page: Path) -> Iterator[tuple[str, str]]:
             yield name, value
 
 
-def test_figures_have_one_home_and_agree_wherever_they_are_quoted() -> None:
+def test_figures_have_one_source_and_agree_where_quoted() -> None:
     homes: dict[str, str] = {}
     for page in HOMES:
         for name, value in figures(page):
@@ -178,7 +176,7 @@ def test_no_figure_is_quoted_without_its_source(page: Path) -> None:
 
 
 def test_losing_cells_are_bold() -> None:
-    """In tables of ratios; tables of our own times, where less is better, have "time" in their title."""
+    """Tables of ratios only; tables of times, where less is better, have "time" in their title."""
     ratios = 0
     for line in (DOCS / "benchmarks.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in re.sub(r"<!--.*?-->", "", line).strip("|").split("|")]
@@ -221,7 +219,7 @@ def test_the_picture_can_be_drawn(picture_tool: Any, tmp_path: Path) -> None:
     assert shown(drawn) == shown(picture_tool.PICTURE.read_text(encoding="utf-8"))
 
 
-# What the pages say about the project.
+# Claims of the pages about the project.
 
 
 def test_the_readme_is_short_and_its_links_lead_to_files() -> None:
@@ -233,7 +231,7 @@ def test_the_readme_is_short_and_its_links_lead_to_files() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_paths_and_targets_that_a_page_names_are_there(page: Path) -> None:
+def test_paths_and_targets_on_a_page_exist(page: Path) -> None:
     words = re.findall(r"`([^`\n]+)`", prose(page))
     paths = [
         word
@@ -247,7 +245,7 @@ def test_paths_and_targets_that_a_page_names_are_there(page: Path) -> None:
     assert {name for name in targets if not re.search(rf"^{name}\b.*:", makefile, re.MULTILINE)} == set()
 
 
-def sentences_of_the_code() -> str:
+def strings_of_the_code() -> str:
     """Every string of the package, with a gap where an f-string puts a value."""
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -264,7 +262,7 @@ def test_the_faq_quotes_messages_of_the_code() -> None:
     """Headings are error messages, with `...` for variable parts."""
     headings = re.findall(r"^### `(.+)`$", (DOCS / "faq.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(headings) > 25
-    code = sentences_of_the_code()
+    code = strings_of_the_code()
     for heading in headings:
         parts = [part.strip(" :") for part in heading.split("...")]
         assert max(map(len, parts)) >= 8, f"too little of the message: {heading}"

@@ -154,13 +154,13 @@ def test_one_prompt_has_an_answer_for_each_task() -> None:
     assert answers["summary"].response == "Reads." and answers["words"].response == "read all"
 
 
-def test_other_prompts_than_functions_are_named() -> None:
+def test_prompts_that_are_not_functions_are_named() -> None:
     for prompt in ("What is it?", "x = 1;", ""):
         with pytest.raises(UserError, match="expected prompts that end with a function's signature, got"):
             serve.examples_of("words", [Example(prompt, "It.")])
 
 
-def test_answers_are_compared_exactly() -> None:
+def test_comparison_of_answers_is_exact() -> None:
     examples = [Example("p", "a,  b"), Example("p", "c")]
     assert serve.share_right(examples, ["a, b", "C"]) == 0.5
 
@@ -179,7 +179,7 @@ def test_three_adapters_are_served_together(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("broken", "problem"), [("rows", "alone"), ("folders", "trained")])
-def test_adapters_that_are_mixed_up_fail_the_check(
+def test_swapped_adapters_fail_the_check(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     broken: str, problem: str,
 ) -> None:  # fmt: skip

@@ -22,7 +22,7 @@ import finetune_data as data  # noqa: E402
 # The command line
 
 
-def test_arguments_are_read_before_anything_heavy_is_imported() -> None:
+def test_arguments_are_parsed_before_heavy_imports() -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); import finetune; print('torch' in sys.modules)"
     )
@@ -48,7 +48,7 @@ def test_a_wrong_argument_is_named(
     assert message in capsys.readouterr().err
 
 
-def test_a_missing_package_is_a_sentence_with_the_command(
+def test_missing_package_names_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     find = importlib.util.find_spec
@@ -217,7 +217,7 @@ def test_the_demo_model_is_found_without_importing_it(
 # The parts of a run
 
 
-def test_only_responses_are_learnt_and_prompts_come_from_the_template(tiny: Path) -> None:
+def test_only_responses_have_labels_and_prompts_use_the_template(tiny: Path) -> None:
     from finetune_model import load_tokenizer
 
     tokenizer = load_tokenizer(tiny / "model")
@@ -227,9 +227,9 @@ def test_only_responses_are_learnt_and_prompts_come_from_the_template(tiny: Path
     word, end = [tokenizer.convert_tokens_to_ids(f"w{i}") for i in range(9)], tokenizer.eos_token_id
     assert short["input_ids"] == [word[7], word[1], word[8], word[2], word[3], end]
     assert short["labels"] == [data.IGNORED] * 3 + [word[2], word[3], end]
-    # Cut: no room for the end token.
+    # Truncated before the end token.
     assert long["input_ids"] == [word[7], word[1], word[1], word[1], word[8], word[4]]
-    (only,) = data.encode(examples, tokenizer, max_length=5)  # the other has no response left
+    (only,) = data.encode(examples, tokenizer, max_length=5)  # the other's response is truncated away
     assert only["input_ids"] == short["input_ids"][:5]
     with pytest.raises(data.UserError, match="--max-length: the prompts alone reach 3 tokens"):
         data.encode(examples, tokenizer, max_length=3)
@@ -252,17 +252,17 @@ def test_the_loss_is_the_mean_over_response_tokens_of_the_whole_logits(tiny: Pat
     labels = batch["labels"][:, 1:].flatten()
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels, ignore_index=data.IGNORED).item()
     assert loss_of(model, [batch]) == pytest.approx(expected, rel=1e-5)
-    # In batches of one the mean still weighs every token alike.
+    # In batches of one, the mean still weights every token equally.
     assert loss_of(model, batches_of(examples, tokenizer, 1)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_order_follows_from_the_seed_and_holds_like_lengths_together() -> None:
+def test_order_depends_on_the_seed_and_groups_similar_lengths() -> None:
     examples = [{"input_ids": [i] * (10 + (i * 37) % 90)} for i in range(500)]
     order = data.in_order(examples, 8, 100, seed=1)
     assert order == data.in_order(examples, 8, 100, seed=1)
     assert order != data.in_order(examples, 8, 100, seed=2)
     names = [example["input_ids"][0] for example in order]
-    assert len(set(names[: 8 * 62])) == 8 * 62  # an epoch has each once, but for the rest of a batch
+    assert len(set(names[: 8 * 62])) == 8 * 62  # each once per epoch, except for an incomplete batch
     batches = [[len(example["input_ids"]) for example in order[i : i + 8]] for i in range(0, 800, 8)]
     assert sum(8 * max(batch) for batch in batches) < 1.1 * sum(map(sum, batches))
     with pytest.raises(data.UserError, match="--batch-size: expected at most 500"):
@@ -292,7 +292,7 @@ def test_compare_sets_both_back_ends_side_by_side(
 ) -> None:
     pytest.importorskip("bitsandbytes")
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
-    # At a high rate 8 steps make much of a last bit.
+    # At a high learning rate a rounding difference grows within 8 steps.
     assert tiny_run(tiny, tmp_path, "--compare", "--lr", "0.002") == 0
     out = capfd.readouterr().out
     assert "--- bitsandbytes" in out and "largest difference of the losses" in out

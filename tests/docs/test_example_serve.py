@@ -72,7 +72,7 @@ def test_adapters_are_loaded_used_and_removed(http: httpx.Client) -> None:
 
 
 def test_bad_requests_get_plain_errors(http: httpx.Client, tmp_path: Path) -> None:
-    """Without the paths of the server."""
+    """They do not contain the server's paths."""
     ask = {"max_new_tokens": 2}
     typed = {"headers": {"content-type": "application/json"}}
     lone = b'{"prompt": "\\ud800", "max_new_tokens": 2}'
@@ -104,9 +104,7 @@ def test_bad_requests_get_plain_errors(http: httpx.Client, tmp_path: Path) -> No
         assert message in answer.json()["detail"] and str(tmp_path.parent) not in answer.text
 
 
-def test_a_request_that_takes_too_long_is_an_error(
-    serve: Any, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_request_timeout_is_an_error(serve: Any, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "TIMEOUT", -1.0)
     answer = http.post("/generate", json={"prompt": [5], "max_new_tokens": 50})
     assert answer.status_code == 504 and "not done after -1 seconds" in answer.json()["detail"]
@@ -154,7 +152,7 @@ def test_the_load_test_uses_all_adapters(serve: Any, http: httpx.Client) -> None
         ("--load-test --budget-mb nan", "--budget-mb: expected a number above 0, got nan"),
     ],
 )
-def test_wrong_arguments_are_one_sentence(
+def test_wrong_arguments_give_one_sentence(
     serve: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     arguments: str, message: str,
 ) -> None:  # fmt: skip

@@ -1,4 +1,4 @@
-"""tools/peft_tests.py without the package index: its arguments, and the comparison of runs."""
+"""tools/peft_tests.py without the package index: arguments, and the comparison of runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_bad_arguments_are_reported(arguments: list[str], words: str) -> None:
 @pytest.mark.parametrize(
     "version,others", [("0.17.0", True), ("0.17.1", True), ("0.18.0", False), ("0.22.0.dev0", False)]
 )
-def test_an_old_peft_brings_what_it_needs(
+def test_old_peft_is_installed_with_old_transformers(
     version: str, others: bool, tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[str, ...]] = []
@@ -54,7 +54,9 @@ def test_an_old_peft_brings_what_it_needs(
     assert ("transformers==4.57.6" in call) == others
 
 
-def test_only_what_the_patch_broke_counts(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_failures_caused_by_the_patch_count(
+    tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     def run(outcome: str, other: str) -> dict[str, object]:
         outcomes = {"broken": outcome, "other": other, "same": "passed"}
         return {
@@ -68,7 +70,7 @@ def test_only_what_the_patch_broke_counts(tool: ModuleType, capsys: pytest.Captu
     assert "== pass stock, fail patched: 1\nbroken\n    why\n" in said
 
 
-def test_a_test_of_the_inside_of_peft_may_fail(tool: ModuleType) -> None:
+def test_tests_of_peft_internals_may_fail(tool: ModuleType) -> None:
     name = f"tests/test_target_parameters.py::Class::{next(iter(tool.INTERNAL))}"
     stock, patched = (
         {name: tool.Record(outcome, "", 1, Counter(patched=2), Counter())} for outcome in ("passed", "failed")
@@ -76,6 +78,6 @@ def test_a_test_of_the_inside_of_peft_may_fail(tool: ModuleType) -> None:
     assert tool.compare(stock, patched) == 0 and tool.compare({"a" + name[-9:]: stock[name]}, {}) == 1
 
 
-def test_a_run_without_a_fused_call_says_nothing(tool: ModuleType) -> None:
+def test_run_without_a_fused_call_fails(tool: ModuleType) -> None:
     record = tool.Record("passed", "", 1, Counter(patched=2), Counter({"a reason": 2}))
     assert tool.compare({"same": record}, {"same": record}) == 1

@@ -54,7 +54,7 @@ class Card:
 
 @contextmanager
 def stub_card(target: str) -> Iterator[Card]:
-    """Inside, Triton uses a stand-in for the machine's card."""
+    """Replaces the machine's card in Triton by a stand-in."""
     card, cuda = Card(target), torch.cuda
     with (
         compiling_for(target),

@@ -1,4 +1,4 @@
-"""A step of an optimizer in Triton: tables follow the tensors, and addresses are 64 bits wide."""
+"""An optimizer step in Triton: tables follow the tensors, and addresses are 64 bits wide."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def shifted(t: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["adamw", "lion"])
 def test_new_tensors_are_found(kind: str) -> None:
-    """New tensors of the same sizes and dtypes are stepped, not those of the previous step."""
+    """New tensors of the same sizes and dtypes are stepped instead of those of the previous step."""
     kept = []
     for seed in range(2):
         got = adamw_args(kind, [(3, 100), (700,)], [torch.float32] * 2, [8, 32], seed=10 * seed)
-        kept.append(got)  # so that each has memory of its own
+        kept.append(got)  # keeps its memory from being reused
         compare(got)
         got[GRADS][:] = [g.clone() * 2 for g in got[GRADS]]
         compare(got)
@@ -74,12 +74,12 @@ def test_empty_parameters_are_skipped() -> None:
 
 def test_stochastic_rounding_with_compensation() -> None:
     got = adamw_args("adamw", [(700,), (5,)], [torch.bfloat16] * 2, [8, 32], "compensation")
-    # To the bit: the neighbours that may be drawn are as near to each other as what is allowed otherwise.
+    # Bit-equal, as the tolerance used otherwise would accept either neighbour.
     compare((*got[:-2], torch.tensor(-7), None), True)
 
 
 def test_partial_steps_with_a_common_factor() -> None:
-    """Bit-equal, though programs sum their own gradients."""
+    """Bit-equal, although each program sums the gradients itself."""
     got = adamw_args("adamw", [(3, 700), (5,), (0,), (5000,)], [torch.float32] * 4, [8, 32, 8, 8], "clipped")
     got = (*got[:15], torch.tensor(8.0), *got[16:])
     want = copied(got)
@@ -99,7 +99,7 @@ def test_absmax_of_any_size_has_an_exact_reciprocal(most: float) -> None:
 
 
 def test_roots_of_the_smallest_values() -> None:
-    """Without eps they alone are the divisor."""
+    """Without eps the divisor is the root alone."""
     got = list(moment_args(torch.logspace(-22, -19, 256)))
     got[2:6] = [torch.zeros(256)], [torch.zeros(256)], [torch.empty(0)], [torch.empty(0)]
     got[9], got[12] = torch.tensor([1.0]), [0.0]
@@ -115,7 +115,7 @@ def test_tables_hold_any_address() -> None:
 
 @pytest.mark.slow
 def test_more_than_2_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps only the last two chunks, so that the rest of the memory is never touched."""
+    """Steps only the last two chunks, so that the other memory is never touched."""
     if free_gib() < NEEDED_GIB:
         pytest.skip(f"{free_gib():.1f} GiB of memory free, {NEEDED_GIB} needed")
     chunk, numel = adamw_kernels.CHUNK.value, 2**31 + 1500
@@ -135,11 +135,11 @@ def test_more_than_2_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     want[:4] = [[t[first:].clone()] for t in (*halves, *codes)]
     want[4:6] = [[t[first // 256 :].clone()] for t in scales]
 
-    def the_last(kernel: Any, grid: Any, table: Any, *rest: Any, **constants: Any) -> None:
+    def last_chunks(kernel: Any, grid: Any, table: Any, *rest: Any, **constants: Any) -> None:
         shares = torch.tensor([0, chunks - 2, 0, chunks])
         launch.launch(kernel, (1,), table._replace(shares=shares), *rest, **constants)
 
-    monkeypatch.setattr(adamw, "launch", the_last)
+    monkeypatch.setattr(adamw, "launch", last_chunks)
     with testing.running_on("triton"):
         run(tuple(args), "triton")
     run(tuple(want))

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for cards that are absent: every kernel, with every config."""
+"""Compiles every Triton kernel, with every config, for cards that are absent."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_kernels_stay_within_their_limits(target: str) -> None:
 
 @each_target
 def test_gemms_use_tensor_cores(target: str) -> None:
-    """Some fp32 kernels do not; kernels compiled for targets of the same kind count too."""
+    """Some fp32 kernels may not; kernels compiled for targets of the same kind count too."""
     require(target)
     kind = triton_code.kind_of(target)
     assert {code.variant.kernel for code in all_code() if code.target in kind and code.matrix} >= GEMMS
@@ -106,7 +106,7 @@ def launched() -> list[Launched]:
 
 
 def test_every_kernel_is_compiled() -> None:
-    """A function under @triton.jit is launched, or called by one that is."""
+    """Every @triton.jit function is launched, or called by one that is."""
     found = {value.__name__: value for m in modules() for value in vars(m).values() if is_jit(value)}
     called = {
         node.id
@@ -142,7 +142,7 @@ def test_nothing_is_read_on_the_host(target: str) -> None:
 
 
 def test_the_ptx_machine_knows_every_instruction() -> None:
-    """`make triton-ptx` covers only instructions that its tests reach; this covers all for its card."""
+    """`make triton-ptx` reaches only the instructions of its tests; this covers all for its card."""
     if reason := testing.unavailable("ptx"):
         pytest.skip(f"ptx: {reason}")
     require("sm80")
@@ -163,7 +163,7 @@ def spilling_kernel(x, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def product_kernel(a, b, c, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
+def gemm_kernel(a, b, c, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
     row, col, inner = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
     total = tl.zeros((M, N), tl.float32)
     for _ in range(16):
@@ -185,46 +185,46 @@ def refused_kernel(x):
         tl.store(x + STEP, STEP)
 
 
-def judged(target: str, kernel: Any, *args: Any, stages: int = 3, **constants: int) -> Code:
+def compiled_for(target: str, kernel: Any, *args: Any, stages: int = 3, **constants: int) -> Code:
     require(target)
     config = launch.config(4, stages)
     return triton_code.compiled(target, Launched(kernel, args, constants, config, config))
 
 
-def product(target: str, m: int, n: int, k: int, wide: bool = False, stages: int = 3) -> Code:
+def gemm(target: str, m: int, n: int, k: int, wide: bool = False, stages: int = 3) -> Code:
     half = torch.empty(1, dtype=torch.bfloat16, device="meta")
     out = torch.empty(1, device="meta")
-    return judged(target, product_kernel, half, half, out, M=m, N=n, K=k, WIDE=wide, stages=stages)
+    return compiled_for(target, gemm_kernel, half, half, out, M=m, N=n, K=k, WIDE=wide, stages=stages)
 
 
 @pytest.mark.parametrize("target", ("sm80", "sm90", "sm120"))
 def test_a_kernel_that_spills_is_found(target: str) -> None:
     x = torch.empty(1, device="meta")
-    code = judged(target, spilling_kernel, x, BLOCK=1 << 16)
+    code = compiled_for(target, spilling_kernel, x, BLOCK=1 << 16)
     assert code.faults == (f"{code.spills} bytes of local memory",) and code.spills >= 256
-    assert judged(target, spilling_kernel, x, BLOCK=1 << 10).faults == ()
+    assert compiled_for(target, spilling_kernel, x, BLOCK=1 << 10).faults == ()
 
 
 @pytest.mark.parametrize("target", ("sm80", "sm90", "sm100", "gfx942", "gfx1100"))
 def test_a_gemm_in_fp32_is_found(target: str) -> None:
-    good = product(target, 64, 32, 32)
+    good = gemm(target, 64, 32, 32)
     assert good.matrix and good.faults == ()
-    assert product(target, 64, 32, 32, wide=True).faults == ("multiplies in fp32",)
+    assert gemm(target, 64, 32, 32, wide=True).faults == ("multiplies in fp32",)
 
 
 def test_a_gemm_without_tensor_cores_is_found() -> None:
-    assert product("gfx1100", 64, 8, 64).faults == ("no instructions for tensor cores",)
-    assert product("gfx1100", 64, 16, 64).faults == ()
+    assert gemm("gfx1100", 64, 8, 64).faults == ("no instructions for tensor cores",)
+    assert gemm("gfx1100", 64, 16, 64).faults == ()
 
 
 @pytest.mark.parametrize("target", ("sm80", "sm120", "gfx942"))
 def test_too_much_shared_memory_is_found(target: str) -> None:
-    code = product(target, 128, 128, 128, stages=6)
+    code = gemm(target, 128, 128, 128, stages=6)
     assert any(fault.startswith("does not fit") for fault in code.faults)
 
 
 def test_a_kernel_that_does_not_compile_is_found() -> None:
-    (fault,) = judged("sm90", refused_kernel, torch.empty(1, dtype=torch.int32, device="meta")).faults
+    (fault,) = compiled_for("sm90", refused_kernel, torch.empty(1, dtype=torch.int32, device="meta")).faults
     assert re.match(r"does not compile: .*refused_kernel", fault, re.DOTALL)
 
 
@@ -272,7 +272,7 @@ def test_batches_and_adapters_share_compiled_kernels(target: str) -> None:
     def codes(m: int, adapters: int) -> set[Any]:
         return set(triton_code.by_code(target, triton_code.launches(target, lora_calls(m, adapters))))
 
-    # Adapters are launched in pairs; the last launch may have one or two, and pairs in between add to a sum.
+    # Adapters are launched in pairs; the last launch may have one or two, and later pairs add to a sum.
     assert codes(17, 5) == codes(24, 5) == codes(32, 5) == codes(31, 7)
     assert codes(17, 6) == codes(31, 8)
     assert {kernel for kernel, _ in codes(17, 5)} >= GEMMS
@@ -282,13 +282,11 @@ def test_batches_and_adapters_share_compiled_kernels(target: str) -> None:
 
 
 def test_the_table_has_a_line_for_each_config() -> None:
-    code = product("sm90", 64, 32, 32)
+    code = gemm("sm90", 64, 32, 32)
     result = TritonKernels(TritonCase("sm90"), kernels=[code, code])
     text = report.render([result])
     assert "Triton kernels as compiled for sm90" in text
-    assert re.search(
-        r"^product_kernel +4 warps, 3 stages +2 +\d+ +[\d,]+ +\d+ +0 +\d+ *$", text, re.MULTILINE
-    )
+    assert re.search(r"^gemm_kernel +4 warps, 3 stages +2 +\d+ +[\d,]+ +\d+ +0 +\d+ *$", text, re.MULTILINE)
     (kernel,) = result.data()["kernels"][:1]
     assert kernel["matrix"] == code.matrix and kernel["registers"] == code.registers
     assert result.line() == "2 kernels, 0 beyond their limits"

@@ -82,7 +82,7 @@ def test_slots_cover_every_row_once(ends: list[int], rows: int, block_m: int) ->
 @pytest.mark.parametrize("block_m", (8, 16, 64))
 @pytest.mark.parametrize("count", (1, 3, 128))
 def test_the_number_of_slots_is_tight(count: int, block_m: int) -> None:
-    """Every expert, and the rows of none, have one row more than a tile: all slots are used."""
+    """Every expert, and the rows of no expert, exceed a tile by one row: all slots are used."""
     for rows in (0, 1, 2, count, count + 1, (count + 1) * (block_m + 1)):
         groups = min(count + 1, rows)
         sizes = [1] * (groups - 1) + [rows - groups + 1] if groups else []
@@ -156,17 +156,17 @@ each_op = pytest.mark.parametrize("op", NAMES)
     kind=("nested", "plain", "dense"),
     dtype=DTYPES,
 )
-def test_products_of_rows_in_slots(
+def test_gemms_of_rows_in_slots(
     backend: str, op: str, ends: str, sizes: tuple[int, int], kind: str, dtype: torch.dtype
 ) -> None:
-    """Whole runs of weights, shorter ones, rows that begin inside a byte; dense weights."""
+    """Whole runs of weights, shorter runs, rows that begin inside a byte, and dense weights."""
     Case(ENDS[ends], *sizes, kind, dtype).check(op)
 
 
 @on_triton
 @each_op
 @pytest.mark.parametrize("rows", (32, 48, 200))
-def test_products_of_more_rows(backend: str, op: str, rows: int) -> None:
+def test_gemms_of_more_rows(backend: str, op: str, rows: int) -> None:
     """The other table entries: experts with more rows than a tile."""
     case = Case([rows - 9, rows - 3], 64, 128, rows=rows)
     assert experts.Group(case.ends, rows).average_rows > 15
@@ -175,20 +175,20 @@ def test_products_of_more_rows(backend: str, op: str, rows: int) -> None:
 
 @on_triton
 @each_op
-def test_sums_in_splits(backend: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_k(backend: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A single token on a large card; reproducible. The last split is shorter: two splits that finish
     together may both store the result, which the PTX machine reports as a race."""
     monkeypatch.setattr("peft_kernels.triton_kernels.core.gemm.multiprocessors", lambda device: 64)
     found: list[int] = []
     split_k = experts.split_k
-    monkeypatch.setattr(experts, "split_k", lambda *sizes: note(found, split_k(*sizes)))
+    monkeypatch.setattr(experts, "split_k", lambda *sizes: record_splits(found, split_k(*sizes)))
     case = Case([0, 1, 1, 2], *((64, 1600) if op == NAMES[0] else (1600, 64)), rows=2)
     results = [case.check(op) for _ in range(2)]
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
     assert min(found) > 1
 
 
-def note(found: list[int], split: Any) -> Any:
+def record_splits(found: list[int], split: Any) -> Any:
     found.append(split.splits)
     return split
 
@@ -197,8 +197,8 @@ def note(found: list[int], split: Any) -> Any:
 @each_op
 @pytest.mark.parametrize("kind", ("nested", "plain", "dense"))
 @pytest.mark.usefixtures("nan_outputs")
-def test_experts_without_rows_are_not_read(backend: str, op: str, kind: str) -> None:
-    """For any values. Their adapters' gradients and the results of rows of no expert are zero."""
+def test_experts_without_rows_have_no_effect(backend: str, op: str, kind: str) -> None:
+    """Whatever their values. Their adapters' gradients and the rows of no expert are zero."""
     case = Case([0, 9, 9, 30, 30], 64, 128, kind)
     clean, idle, rest = case.run(op), [0, 2, 4], slice(30, None)
     floats = [t for t in (*case.base[:4], case.bias, case.a, case.b) if t is not None]
@@ -264,7 +264,7 @@ def test_wrong_arguments_raise(name: str, value: Tensor, message: str) -> None:
         ("offset", (), r"offset: expected shape \[5\]"),
     ],
 )
-def test_a_weight_whose_parts_do_not_fit_is_refused(part: str, shape: tuple[int, ...], message: str) -> None:
+def test_weight_with_mismatched_parts_is_refused(part: str, shape: tuple[int, ...], message: str) -> None:
     case = Case([1, 2, 3, 4, 5], 64, 128)
     changed: Any = {part: getattr(case.base, part).new_zeros(shape)}
     case.base = case.base._replace(**changed)
@@ -273,8 +273,8 @@ def test_a_weight_whose_parts_do_not_fit_is_refused(part: str, shape: tuple[int,
 
 
 @on_triton
-def test_launches_do_not_depend_on_what_ends_hold() -> None:
-    """The host does not know `ends`, so the number of launches is the same for all."""
+def test_launches_do_not_depend_on_the_values_of_ends() -> None:
+    """The host does not read `ends`."""
     noted: list[str] = []
 
     def launches(call: Call) -> list[str]:

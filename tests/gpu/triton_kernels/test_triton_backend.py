@@ -1,4 +1,4 @@
-"""When back end `triton` is used, and its reasons when it cannot be."""
+"""When back end `triton` is used, and the reasons when it cannot be."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A card that is new enough."""
+    """A supported card."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
@@ -55,7 +55,7 @@ def test_on_an_old_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     refused = "cuda:0 has compute capability 7.5, Triton needs 8.0 or later"
     assert triton.TritonBackend().probe() == refused
-    monkeypatch.setattr(torch.version, "hip", "7.0")  # other numbers
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # AMD numbers its cards differently
     assert triton._unserved(0) is None
 
 
@@ -88,7 +88,7 @@ def test_on_cards_that_differ(monkeypatch: pytest.MonkeyPatch, current: int) -> 
 @needs_triton
 @pytest.mark.usefixtures("card")
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A C compiler is needed at run time, and found as Triton finds it."""
+    """A C compiler is needed at run time, and is found as by Triton."""
     monkeypatch.setattr(triton._kernels(), "check_usable", lambda: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
@@ -110,7 +110,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 @needs_triton
 @pytest.mark.usefixtures("card")
-def test_where_triton_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_triton_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise RuntimeError("no C compiler")
 
@@ -153,12 +153,12 @@ def forced(**environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_triton
-def test_the_environment_forces_it() -> None:
+def test_forced_by_the_environment() -> None:
     done = forced(TRITON_INTERPRET="1")
     assert done.returncode == 0 and "forced: triton" in done.stdout, done.stderr
 
 
 @needs_triton
-def test_forced_where_it_cannot_serve() -> None:
-    """CPU tensors, or no card at all."""
+def test_forced_where_it_is_unusable() -> None:
+    """With CPU tensors, or without a card."""
     assert "back end triton is forced but cannot serve dropout: " in forced().stderr

@@ -1,6 +1,6 @@
-"""The inline assembly that decodes NF4 in Triton kernels, run by a model of its instructions, for every byte.
+"""Runs the inline assembly that decodes NF4 in Triton kernels for every byte, on a model of its instructions.
 
-The model of `prmt` is the PTX ISA's, that of `v_perm_b32` the one of AMD's ISA documents.
+The model of `prmt` follows the PTX ISA, that of `v_perm_b32` AMD's ISA documents.
 """
 
 from __future__ import annotations
@@ -164,8 +164,8 @@ def test_amdgcn(kind: Any) -> None:
 
 @each_kind
 def test_amdgcn_runs_on_gfx9(kind: Any) -> None:
-    """GFX9: at most one scalar register and no constant in an instruction with three operands. Only results
-    and declared clobbers are written, and these before they are read."""
+    """GFX9 allows at most one scalar register and no constant in an instruction with three operands. Only
+    results and declared clobbers are written, and these before they are read."""
     tables, written = tables_of(kind), set()
     count = sum(2 * numbers.itemsize for numbers in tables)
     spare = {f"${count + i}" for i in range(8)} | {"s70", "s71"}

@@ -1,6 +1,6 @@
-"""Launches of Triton kernels: cached and compiled once, and the errors.
+"""Launches of Triton kernels: caching, compiling once, and errors.
 
-A stand-in for Triton's driver takes the launches; kernels are compiled for sm90.
+A stand-in for Triton's driver records the launches; kernels are compiled for sm90.
 """
 
 from __future__ import annotations
@@ -102,9 +102,9 @@ DIFFERENT: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_the_cache_key_is_complete(card: Card, name: str) -> None:
-    """Each launch runs the kernel that Triton would run."""
-    told = DIFFERENT[name]
-    for given in ({}, told, {}, told):
+    """Each launch runs the kernel that Triton would choose."""
+    different = DIFFERENT[name]
+    for given in ({}, different, {}, different):
         run(**given)
         args, constants = values(**given)
         add_kernel[(3,)](*args, **constants, **CONFIG)
@@ -148,7 +148,7 @@ def test_each_device_has_its_own(card: Card) -> None:
 
 
 def test_hooks_are_called(card: Card) -> None:
-    """Hooks of profilers and `add_pre_run_hook`, also after the first launch."""
+    """Profilers' hooks and those of `add_pre_run_hook`, also after the first launch."""
     run()
     seen: list[str] = []
 
@@ -161,8 +161,8 @@ def test_hooks_are_called(card: Card) -> None:
         run()
     finally:
         hook.remove(entered)
-    _, told, enter, leave = card.launched[-1][5:9]
-    assert enter is hook and leave is None and told.get()["name"] == "add_kernel"
+    _, different, enter, leave = card.launched[-1][5:9]
+    assert enter is hook and leave is None and different.get()["name"] == "add_kernel"
     add_kernel.add_pre_run_hook(lambda *args, **kwargs: seen.append("before"))
     try:
         run()
@@ -175,11 +175,11 @@ def test_first_compiles_are_logged(card: Card, caplog: pytest.LogCaptureFixture)
     with caplog.at_level("INFO", "peft_kernels"):
         for given in ({}, {}, {"m": 3}, {"n": 16}, {"n": 16}):
             run(**given)
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 2
+    different = [record.getMessage() for record in caplog.records]
+    assert len(different) == 2
     assert all(
         re.match(r"add_kernel with \{.*'num_stages': 3\}: compiled for cuda, or .* in \d+\.\d\d s$", text)
-        for text in told
+        for text in different
     )
 
 
@@ -259,7 +259,7 @@ def test_a_kernel_that_never_fits_raises(card: Card, error: Exception) -> None:
 
 @pytest.mark.parametrize("hooks", (True, False), ids=("hooks", "no-hooks"))
 def test_a_full_card_raises_and_is_retried(card: Card, hooks: bool) -> None:
-    """Without hooks, Triton would launch the unloaded kernel the next time."""
+    """Without hooks, Triton would launch the unloaded kernel next time."""
     if not hooks:
         triton.knobs.runtime.launch_enter_hook = None
     count = 0
@@ -278,7 +278,7 @@ def test_a_full_card_raises_and_is_retried(card: Card, hooks: bool) -> None:
     assert len(card.launched) == 1 and card.loaded == ["add_kernel"]
     launch._compiled.clear()
     add_kernel.device_caches.clear()
-    count, failures = 0, 1  # torch's unused memory was enough
+    count, failures = 0, 1  # freeing torch's unused memory was enough
     run()
     assert len(card.launched) == 2
 
@@ -336,7 +336,7 @@ def test_a_step_of_an_optimizer_is_one_launch(card: Card, monkeypatch: pytest.Mo
     args[most] = 0.5
     with nothing_read():
         assert launched() == {"squares_kernel": 1, "adamw_kernel": 1}
-    args[most], card.capturing = 0.0, True  # a graph writes tables of its own, each time
+    args[most], card.capturing = 0.0, True  # each graph writes its own tables
     assert launched() == first and launched() == first
     card.capturing = False
     assert launched() == {"adamw_kernel": 1}

@@ -85,7 +85,7 @@ def test_without_splits() -> None:
     assert torch.equal(run(x, None), x[:, 0])
 
 
-def test_numbers_of_launches_differ_and_compile_the_same() -> None:
+def test_launch_numbers_are_unique_and_compile_alike() -> None:
     numbers = [new_partials(1, 4, torch.device("cpu")).number for _ in range(1000)]
     assert len(set(numbers)) == 1000
     assert all(number % 2 and 2**61 <= number < 2**63 for number in numbers)
@@ -102,7 +102,7 @@ def test_splits_cover_the_sum(depth: int, programs: int, monkeypatch: pytest.Mon
 
 
 @triton.jit
-def turned_kernel(x, between, flag, out, SIZE: tl.constexpr, SEEN: tl.constexpr):
+def exchange_kernel(x, between, flag, out, SIZE: tl.constexpr, SEEN: tl.constexpr):
     """Threads read values that other threads of the program have stored."""
     first = tl.program_id(0) * SIZE
     at = tl.arange(0, SIZE)
@@ -123,11 +123,11 @@ on_triton = pytest.mark.skipif(
 def test_threads_see_stores_of_others(dtype: torch.dtype) -> None:
     x, flag = torch.randn(3, 512), torch.tensor([7, 8], dtype=dtype)
     between, out = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
-    turned_kernel[(3,)](x, between, flag, out, 512, True)
+    exchange_kernel[(3,)](x, between, flag, out, 512, True)
     assert torch.equal(out, x.flip(1)) and flag.tolist() == [7, 8]
     if not launch.INTERPRETED:
         with pytest.raises(RuntimeError, match=r"race: (reads|writes) global memory"):
-            turned_kernel[(3,)](x, between, flag, out, 512, False)
+            exchange_kernel[(3,)](x, between, flag, out, 512, False)
 
 
 # Compiled.
@@ -145,7 +145,7 @@ def made_for(target: str) -> Any:
 
 
 def before_the_flag(listing: list[str], store: str, flag: str) -> list[str]:
-    """The code between the last store of a partial sum and the raising of the flag."""
+    """The code from the last store of a partial sum to the raising of the flag."""
     end = next(i for i, line in enumerate(listing) if re.search(flag, line))
     begin = max(i for i, line in enumerate(listing[:end]) if re.search(store, line))
     return listing[begin:end]
@@ -153,7 +153,7 @@ def before_the_flag(listing: list[str], store: str, flag: str) -> list[str]:
 
 @compiled
 @pytest.mark.parametrize("target", ("sm80", "sm90", "sm120"))
-def test_a_flag_is_raised_when_all_threads_have_stored(target: str) -> None:
+def test_flag_is_raised_after_all_stores(target: str) -> None:
     listing = made_for(target).asm["ptx"].splitlines()
     between = before_the_flag(listing, r"st\.global", r"atom\.global\.gpu\.acq_rel\.exch\.b64")
     assert any("bar.sync" in line for line in between)
@@ -167,7 +167,7 @@ WAITS = r"s_waitcnt vmcnt\(0\)|s_waitcnt_vscnt null, 0x0|s_wait_storecnt 0x0"
 @compiled
 @pytest.mark.parametrize("target", ("gfx942", "gfx950", "gfx1100", "gfx1200"))
 def test_waves_wait_for_their_stores_before_the_barrier(target: str) -> None:
-    """On AMD cards a barrier itself waits for shared memory only."""
+    """On AMD cards a barrier waits only for shared memory."""
     listing = made_for(target).asm["amdgcn"].splitlines()
     between = before_the_flag(listing, GLOBAL_STORE, r"_atomic_swap_(x2|b64)")
     barrier = next(i for i, line in enumerate(between) if "s_barrier" in line)
@@ -183,7 +183,7 @@ def test_waves_invalidate_their_caches_after_the_barrier(target: str) -> None:
         pytest.skip(reason)
     x, flag = torch.empty(1, device="meta"), torch.empty(1, dtype=torch.int32, device="meta")
     with triton_code.compiling_for(target):
-        made = turned_kernel.warmup(x, x, flag, x, 512, True, grid=(1,), num_warps=4)
+        made = exchange_kernel.warmup(x, x, flag, x, 512, True, grid=(1,), num_warps=4)
     listing = made.asm["amdgcn"].splitlines()
     barrier = next(i for i, line in enumerate(listing) if "s_barrier" in line)
     assert any(re.search(WAITS, line) for line in before_the_flag(listing, GLOBAL_STORE, "s_barrier"))
@@ -250,7 +250,7 @@ def llama_layer(m: int) -> Iterator[Call]:
         None,
     )
     yield Call("multi_lora_linear", (x, *bases, [inner, inner], [empty(0)] * 2, *rest))
-    for _ in range(2):  # the product is made again in backward
+    for _ in range(2):  # the GEMM is repeated in backward
         yield Call("gated_activation", (gate, gate, "silu"))
     yield Call("gated_activation_backward", (gate, gate, gate, "silu"))
     needs = True, [True] * 2, [True] * 2
@@ -277,7 +277,7 @@ def test_launches_of_a_transformer_layer(processors: int, monkeypatch: pytest.Mo
 
 @compiled
 def test_launches_of_a_decoded_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One for h, one for the GEMM with its delta; split-K needs no further launch."""
+    """One launch for h, one for the GEMM with its delta; split-K adds none."""
     from bench.gpu import triton_code
 
     monkeypatch.setattr(gemm, "multiprocessors", lambda device: 132)

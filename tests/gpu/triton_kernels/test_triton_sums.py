@@ -1,4 +1,4 @@
-"""The numbers policy with the cards' rounding of sums, which Triton's interpreter does not have."""
+"""The numbers policy with the cards' rounding of sums, which Triton's interpreter lacks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("nan_outputs")
 
 @pytest.fixture(autouse=True)
 def _as_on_cards(one_thread: None) -> Iterator[None]:
-    """Plain torch on one thread, where it is most accurate."""
+    """Runs plain torch on one thread, where it is most accurate."""
     with triton_sums.as_on_cards():
         yield
 
@@ -101,7 +101,7 @@ def test_gated_activation(backend: str, shape: str, activation: str) -> None:
     test_gated.test_gated_activation(backend, shape, torch.float32, activation)
 
 
-# fp32 accuracy on tensor cores, with values split into two float16 values.
+# fp32 accuracy on tensor cores, with each value split into two float16 values.
 
 
 @pytest.mark.parametrize("case", test_dora.NORM_CASES, ids=case_id)
@@ -116,7 +116,7 @@ def test_dora_norm_of_any_size(backend: str, size: float) -> None:
 
 
 def test_dora_norm_of_one_large_element(backend: str) -> None:
-    """The others of its rank are small, and so is their contribution."""
+    """The other elements of its rank are small, and so is their share of the sum."""
     group, w = test_dora.norm_base(LONG_SUMS)
     a, b = testing.tensor(4, 1152, seed=3), testing.tensor(100, 4, seed=4)
     a[:, 700] = 3e6
@@ -129,7 +129,7 @@ def test_dora_norm_of_one_large_element(backend: str) -> None:
 def test_tensor_cores_truncate() -> None:
     ones, tiny = np.ones((1, 8)), np.full((8, 1), 2.0**-25)
     acc = np.ones((1, 1))
-    assert triton_sums.truncated(ones, tiny, acc) == 1  # each lies below the bits of the largest
+    assert triton_sums.truncated(ones, tiny, acc) == 1  # each is below the largest term's bits
     assert triton_sums.truncated(ones, 2 * tiny, acc) == 1 + 2.0**-21
     assert triton_sums.truncated(ones[:, :3], 2 * tiny[:3], acc) == 1 + 2.0**-23  # 1.5 units
     assert triton_sums.truncated(-ones[:, :3], 2 * tiny[:3], -acc) == -1 - 2.0**-23

@@ -1,5 +1,5 @@
-"""Fixes of Triton's interpreter: bf16, which it truncates and whose bits tl.dot multiplies; fma, which it
-rounds twice; numpy; speed."""
+"""Fixes Triton's interpreter: bf16, which it truncates and whose bits tl.dot multiplies; fma, which it rounds
+twice; numpy; speed."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
-from triton_pace import remember
+from triton_pace import speed_up
 
 
 def mend() -> None:
-    remember()
+    speed_up()
     np.seterr(all="ignore")  # kernels compute NaN and Inf in silence
     builder: Any = interpreter.InterpreterBuilder
     multiply = builder.create_dot
 
     def cast(self: Any, src: Any, dst_type: Any) -> Any:
-        """Rounds to bf16, to nearest even, as cards do."""
+        """Rounds to bf16 to nearest even, as cards do."""
         data, target = src.data, dst_type.scalar
         if src.dtype.scalar == tl.bfloat16:
             data = (data.astype(np.uint32) << 16).view(np.float32)
@@ -50,8 +50,8 @@ def mend() -> None:
 
     interpreter._patch_lang_tensor = patch
 
-    # A launch patches the language for its time. Helpers would look through all of it in each call; only
-    # the first of a module can find more: what Triton's own use.
+    # Every launch patches the language, and each helper call would search it again. The first call of a
+    # module is enough, since it finds everything that Triton's own functions use.
     patched: set[str] = set()
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:

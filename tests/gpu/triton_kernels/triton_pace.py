@@ -1,6 +1,6 @@
-"""A faster front end for Triton's interpreter, which rebuilds the types and shapes of every value.
+"""Speeds up Triton's interpreter, which rebuilds the types and shapes of every value.
 
-What is remembered here is what Triton itself made of the same arguments; nothing of what a tensor holds is.
+Caches what Triton made of the same arguments, never tensor contents.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
-def remember() -> None:
+def speed_up() -> None:
     """Applies to the rest of the process."""
-    _remember_types()
-    _remember_shapes()
-    _pass_equal_shapes_by()
+    _cache_types()
+    _cache_shapes()
+    _skip_broadcast_of_equal_shapes()
 
 
-def _remember_types() -> None:
+def _cache_types() -> None:
     by_name: dict[str, Any] = {}
-    asked: Callable[[Any], Any] = interpreter._get_np_dtype
+    uncached: Callable[[Any], Any] = interpreter._get_np_dtype
 
     def np_dtype(dtype: Any) -> Any:
         if (found := by_name.get(dtype.name)) is None:
-            found = by_name[dtype.name] = asked(dtype)
+            found = by_name[dtype.name] = uncached(dtype)
         return found
 
     interpreter._get_np_dtype = np_dtype
@@ -46,7 +46,7 @@ def _remember_types() -> None:
     tl.block_type.__init__ = block_type
 
 
-def _remember_shapes() -> None:
+def _cache_shapes() -> None:
     @cache
     def shape_of(sizes: tuple[int, ...]) -> tuple[Any, Any]:
         numel = 1
@@ -61,7 +61,7 @@ def _remember_shapes() -> None:
     tl.tensor.__init__ = tensor
 
 
-def _pass_equal_shapes_by() -> None:
+def _skip_broadcast_of_equal_shapes() -> None:
     broadcast = TritonSemantic.broadcast_impl_value
 
     def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> Any:

@@ -1,9 +1,9 @@
 """Sums, exponentials and quotients with the rounding of NVIDIA's cards, for Triton's interpreter.
 
-Sums on tensor cores: products are exact; eight of them and what they are added to are cut, towards zero, to
-bits of the largest, and so is their sum (Fasi et al. 2021; Ampere's, the shortest of those that are served).
-Products of fp32: a chain of fused multiply-adds. `acc + tl.dot(a, b)` is `tl.dot(a, b, acc)`, as Triton's
-compiler makes of it. `ex2.approx` and `div.full` are off by what PTX allows.
+Sums on tensor cores: products are exact; eight of them and the accumulator are truncated towards zero to the
+bits of the largest, and so is their sum (Fasi et al. 2021; Ampere's width, the shortest of the supported
+cards). Sums in fp32: a chain of fused multiply-adds. `acc + tl.dot(a, b)` is computed as `tl.dot(a, b, acc)`,
+as Triton's compiler does. `ex2.approx` and `div.full` are off by what PTX allows.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from triton.runtime import interpreter
 Array = NDArray[Any]
 
 WIDTH = 8  # products at a time
-BITS = 25  # of the largest term: one more than it has
+BITS = 25  # one more than the largest term has
 
 
-def cut(values: Array, bits: int, largest: Array) -> Array:
+def truncated_to(values: Array, bits: int, largest: Array) -> Array:
     """fp64 values truncated towards zero to that many bits below `largest`."""
     unit = np.exp2(np.frexp(largest)[1] - float(bits))
     return np.trunc(values / unit) * unit
@@ -35,13 +35,13 @@ def truncated(a: Array, b: Array, acc: Array) -> Array:
     for first in range(0, a.shape[1], WIDTH):
         products = a[:, None, first : first + WIDTH] * b.T[None, :, first : first + WIDTH]
         terms = np.concatenate([acc[:, :, None], products], 2)
-        total = cut(terms, BITS, np.abs(terms).max(2, keepdims=True)).sum(2)
-        acc = cut(total, 24, total)
+        total = truncated_to(terms, BITS, np.abs(terms).max(2, keepdims=True)).sum(2)
+        acc = truncated_to(total, 24, total)
     return acc
 
 
 def chained(a: Array, b: Array, acc: Array) -> Array:
-    """The same by sequential fused multiply-adds in fp32."""
+    """The same as a chain of fused multiply-adds in fp32."""
     for i in range(a.shape[1]):
         acc = (a[:, i, None] * b[None, i] + acc).astype(np.float32).astype(np.float64)
     return acc
@@ -79,7 +79,7 @@ def _kind(a: Any, precision: Any) -> str:
     return "tf32x3" if "TF32x3" in str(precision) else "fp32"
 
 
-def _off(values: Array, units: float) -> Array:
+def _off_by(values: Array, units: float) -> Array:
     """fp32 values off by so many ulps, up or down depending on their lowest bit."""
     sign = np.where(values.view(np.uint32) & 1, 1.0, -1.0)
     return (values * (1 + sign * units * 2.0**-24)).astype(np.float32)
@@ -107,7 +107,7 @@ def as_on_cards() -> Iterator[None]:
         return add(self, left, right)
 
     def exp2(values: Array) -> Array:
-        return _off(np.exp2(values.astype(np.float64)).astype(np.float32), 2)
+        return _off_by(np.exp2(values.astype(np.float64)).astype(np.float32), 2)
 
     def create_exp(self: Any, x: Any) -> Any:
         assert x.dtype.scalar == tl.float32
@@ -118,7 +118,7 @@ def as_on_cards() -> Iterator[None]:
 
     def create_fdiv(self: Any, left: Any, right: Any) -> Any:
         assert left.dtype.scalar == tl.float32
-        return handle(_off((left.data / right.data).astype(np.float32), 2), tl.float32)
+        return handle(_off_by((left.data / right.data).astype(np.float32), 2), tl.float32)
 
     made = (create_dot, create_fadd, create_exp, create_exp2, create_fdiv)
     with patch.multiple(builder, **{function.__name__: function for function in made}):
