@@ -41,7 +41,7 @@ def rms_norm_backward_args(*needs: bool, adds: bool = False, **options: Any) -> 
 def angles(
     batch: int, rows: int, features: int, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, ...]:
-    """Cosines and sines whose two halves differ, unlike in any model."""
+    """Cosines and sines whose two halves differ, unlike those of models."""
     of_rows = testing.tensor(batch, rows, features, seed=7, scale=3.0)
     return of_rows.cos().to(dtype), of_rows.sin().to(dtype)
 

@@ -14,7 +14,7 @@ import peft_kernels as pk
 import testing
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# batch, rows, keys, heads, heads of keys, features
+# batch, rows, keys, query heads, key heads, features
 SIZES = [
     (2, 130, 130, 6, 2, 64),
     (1, 7, 33, 3, 1, 80),
@@ -35,7 +35,7 @@ def sides(size: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
 
 
 def spans_for(size: tuple[int, ...], seed: int = 0) -> Tensor:
-    """Spans of all kinds: without keys, beyond the last key, before the first."""
+    """Spans of all kinds: empty, beyond the last key, before the first."""
     batch, rows, keys = size[:3]
     generator = torch.Generator().manual_seed(rows + seed)
     first = torch.randint(-2, keys, (batch, rows), generator=generator)
@@ -61,7 +61,7 @@ def definition(q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None, causal: bo
     if causal:
         attends &= key <= torch.arange(rows)[:, None] + keys - rows
     scores = torch.einsum("brhf,bshf->bhrs", q, k.repeat_interleave(group, 2)) * scale
-    # A row without keys is 0, and so are its gradients.
+    # A row without keys gives 0, and so do its gradients.
     some = attends.any(-1)[:, None, :, None]
     weights = torch.where(attends[:, None] | ~some, scores, -math.inf).softmax(-1) * some
     return torch.einsum("bhrs,bshf->brhf", weights, v.repeat_interleave(group, 2))
@@ -98,8 +98,8 @@ def test_attention(backend: str, size: tuple[int, ...], dtype: torch.dtype, mask
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keys", [129, 200])
 def test_windows(backend: str, keys: int, dtype: torch.dtype) -> None:
-    """Rows side by side whose keys begin in different blocks, so that some have seen none when others have,
-    and a scale by which a score of none is beyond all numbers."""
+    """Neighbouring rows whose keys begin in different blocks, so that some still have no key when others do,
+    and a scale that would overflow the score of an empty row."""
     size = (2, 150, keys, 2, 1, 64)
     row = torch.arange(150) - 3
     spans = torch.stack([row, row + torch.arange(150) % 23], -1).int().expand(2, 150, 2).contiguous()
@@ -116,8 +116,9 @@ def test_windows(backend: str, keys: int, dtype: torch.dtype) -> None:
 def test_completions_share_a_prompt(
     backend: str, prompt: int, completions: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """Each sees it and itself: between the two lie blocks of keys that no query of a strip sees, and a strip
-    may have rows of several completions. What a completion does not see does not change a bit of it."""
+    """Each completion sees the prompt and itself: between them lie key blocks that no query of a strip sees,
+    and a strip may have rows of several completions. Keys that a completion does not see change none of its
+    bits."""
     ends = torch.tensor(completions).cumsum(0) + prompt
     rows = int(ends[-1])
     row = torch.arange(rows)
@@ -132,7 +133,7 @@ def test_completions_share_a_prompt(
     truth = results(lambda *t: definition(*t, spans, False, 32**-0.5), *(t.double() for t in (q, k, v, dy)))
     for name, value in got.items():
         testing.assert_close(value, plain[name], truth[name], name)
-    start, end = prompt + completions[0], int(ends[1])  # of the second completion; then others are huge
+    start, end = prompt + completions[0], int(ends[1])  # of the second completion; the others become huge
     others = torch.ones(rows, dtype=torch.bool)
     others[:prompt] = others[start:end] = False
     k[:, others], v[:, others] = 1e4, -1e4
@@ -141,8 +142,8 @@ def test_completions_share_a_prompt(
     assert torch.equal(again["dq"][:, ~others], got["dq"][:, ~others])
 
 
-def test_two_spans_in_one(backend: str) -> None:
-    """Bit-equal to the single span that they form together."""
+def test_two_spans_that_join(backend: str) -> None:
+    """Bit-equal to the joined span."""
     q, k, v, dy = sides((2, 70, 150, 2, 1, 32), torch.bfloat16)
     one = spans_for((2, 70, 150)).clamp(min=0)
     middle = (one.sum(-1, keepdim=True) // 2).int()
@@ -164,8 +165,7 @@ def test_any_layout(backend: str) -> None:
         assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-def test_the_same_bits(backend: str) -> None:
-    """Results do not depend on the number of threads or on the rest of the batch."""
+def test_bits_do_not_depend_on_threads_or_batch(backend: str) -> None:
     size = (3, 150, 150, 6, 3, 32)
     q, k, v, dy = sides(size, torch.bfloat16)
     want = results(lambda *t: pk.attention(*t, is_causal=True), q, k, v, dy)
@@ -182,7 +182,7 @@ def test_the_same_bits(backend: str) -> None:
 
 
 def test_masked_values_have_no_effect(backend: str) -> None:
-    """Masked values may be large, and have gradient 0."""
+    """They may be large, and have gradient 0."""
     q, k, v, dy = sides((1, 20, 90, 2, 1, 16), torch.float32)
     spans = torch.tensor([3, 70]).int().expand(1, 20, 2)
     want = results(lambda *t: pk.attention(*t, spans), q, k, v, dy)
@@ -194,8 +194,8 @@ def test_masked_values_have_no_effect(backend: str) -> None:
 
 
 def test_large_scores(backend: str) -> None:
-    """Their exponentials alone would be infinite; each chunk of keys has a greater one. Nearly all weight is
-    on one key, so that gradients are what is left of a difference."""
+    """Exponentials alone would overflow, and each chunk of keys has a larger score. Nearly all weight is on
+    one key, so gradients are small differences."""
     q, k, v, dy = sides((1, 4, 1200, 1, 1, 8), torch.float32)
     k = k * torch.linspace(1, 100, 1200)[None, :, None, None]
     got = results(lambda *t: pk.attention(*t), q, k, v, dy)
@@ -205,7 +205,7 @@ def test_large_scores(backend: str) -> None:
 
 
 def test_large_scores_of_many_rows(backend: str) -> None:
-    """As above, with more rows than kernels for few rows take."""
+    """As above, with more rows than the kernels for few rows accept."""
     q, k, v, dy = sides((1, 40, 1200, 1, 1, 8), torch.float32)
     k = k * torch.linspace(1, 100, 1200)[None, :, None, None]
     got = results(lambda *t: pk.attention(*t), q, k, v, dy)
@@ -230,9 +230,8 @@ def test_saved() -> None:
     assert saved == q.nbytes + 2 * 2 * 4 * 200 * 4
 
 
-def test_torch_agrees(backend: str) -> None:
-    """Agrees with scaled_dot_product_attention in the default scale and in which query heads share a key
-    head."""
+def test_equals_scaled_dot_product_attention(backend: str) -> None:
+    """In the default scale and in which query heads share a key head."""
     dtype = torch.float64 if backend == "reference" else torch.float32
     q, k, v, dy = (t.to(dtype) for t in sides((2, 50, 50, 6, 2, 32), torch.float32))
 

@@ -29,8 +29,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def stock(x: Tensor, weight: Tensor, eps: float = EPS, offset: float = 0.0, casting: str = "llama") -> Tensor:
-    """As LlamaRMSNorm: in fp32, rounded to x's dtype, times the weight; as GemmaRMSNorm and Olmo2RMSNorm:
-    times the weight, then rounded. In fp64 where that is x's."""
+    """LlamaRMSNorm rounds to x's dtype and then multiplies by the weight; GemmaRMSNorm and Olmo2RMSNorm
+    multiply, then round. All compute in fp32, or in fp64 if x is fp64."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if casting == "gemma":
@@ -71,7 +71,7 @@ def test_rms_norm(backend: str, shape: str, dtype: torch.dtype, of_weight: torch
     for name, value in got.items():
         assert value.dtype == plain[name].dtype and value.shape == plain[name].shape, name
         assert value.is_contiguous()
-        # dx is a difference: of a row of one feature nothing is left but roundings.
+        # dx is a difference: in a row of one feature only roundings remain.
         if value.numel() > 60:
             testing.assert_close(value, plain[name], truth[name], name)
         elif shape != "one":
@@ -83,8 +83,8 @@ def test_rms_norm(backend: str, shape: str, dtype: torch.dtype, of_weight: torch
 
 @pytest.mark.parametrize("of_weight", [torch.bfloat16, torch.float32], ids=short)
 def test_x_over_rms_is_rounded(backend: str, of_weight: torch.dtype) -> None:
-    """To x's dtype, before it meets the weight: all but a few elements, of rows whose sums round otherwise,
-    have the bits of stock. Without that rounding many have others."""
+    """To x's dtype, before the weight: all but a few elements, in rows whose sums round differently, have
+    stock's bits. Without that rounding many would differ."""
     x, weight, _ = inputs((64, 576), torch.bfloat16, of_weight)
     got, want = pk.rms_norm(x, weight, EPS), stock(x, weight)
     assert (got != want).double().mean() < 0.01
@@ -93,7 +93,7 @@ def test_x_over_rms_is_rounded(backend: str, of_weight: torch.dtype) -> None:
 @each_dtype
 @pytest.mark.parametrize("kind", ["gemma", "olmo2"])
 def test_other_castings(backend: str, kind: str, dtype: torch.dtype) -> None:
-    """Of the result's dtype are no roundings but one: nearly all elements have stock's bits."""
+    """Only the result is rounded: nearly all elements have stock's bits."""
     options = KINDS[kind]
     x, weight, _ = inputs(SHAPES["chains"], dtype, dtype)
     dy = testing.tensor(*x.shape, dtype=dtype, seed=3)
@@ -111,7 +111,7 @@ def test_other_castings(backend: str, kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=short)
 @pytest.mark.parametrize("of_x", [torch.float32, torch.bfloat16], ids=lambda dtype: f"of_{short(dtype)}")
 def test_results_of_another_dtype(backend: str, of_x: torch.dtype, dtype: torch.dtype) -> None:
-    """Rounded once more, and their gradients are of that dtype: bit for bit what a cast behind would give."""
+    """Bit-equal to a cast after the op, forward and backward."""
     x, weight, dy = inputs((70, 333), of_x, torch.float32)
     dy = dy.to(dtype)
     if dtype not in (of_x, torch.float32) and of_x != torch.float32:
@@ -143,7 +143,7 @@ def added(x: Tensor, residual: Tensor, weight: Tensor, **options: Any) -> tuple[
 @pytest.mark.parametrize("of_residual", DTYPES, ids=lambda dtype: f"to_{short(dtype)}")
 @pytest.mark.parametrize("kind", KINDS)
 def test_add_rms_norm(backend: str, kind: str, of_residual: torch.dtype, dtype: torch.dtype) -> None:
-    """Also of two dtypes, like a branch under autocast and an fp32 residual stream."""
+    """Also with two dtypes, such as a branch under autocast and an fp32 residual stream."""
     options = KINDS[kind]
     total = torch.promote_types(dtype, of_residual)
     for shape in ("odd", "chains", "chunks"):
@@ -160,8 +160,8 @@ def test_add_rms_norm(backend: str, kind: str, of_residual: torch.dtype, dtype: 
         assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True)), "an input was changed"
 
 
-def test_add_rms_norm_gives_what_autocast_reads(backend: str) -> None:
-    """A bf16 branch and an fp32 residual stream, normed for bf16 projections."""
+def test_add_rms_norm_under_autocast(backend: str) -> None:
+    """A bf16 branch and an fp32 residual stream, normalised for bf16 projections."""
     x, weight, _ = inputs((70, 576), torch.bfloat16, torch.float32)
     residual = testing.tensor(70, 576, seed=4)
     got = pk.add_rms_norm(x, residual, weight, EPS, dtype=torch.bfloat16)
@@ -171,8 +171,8 @@ def test_add_rms_norm_gives_what_autocast_reads(backend: str) -> None:
 
 
 @pytest.mark.parametrize("used", ["y", "sum", "neither"])
-def test_one_result_is_not_used(backend: str, used: str) -> None:
-    """Its gradient is None, and costs nothing."""
+def test_unused_result(backend: str, used: str) -> None:
+    """Its gradient is None and is not computed."""
     x, weight, dy = inputs((70, 40), torch.float32, torch.float32)
     leaves = [t.clone().requires_grad_() for t in (x, 2 * x, weight)]
     y, summed = pk.add_rms_norm(*leaves, EPS)
@@ -241,7 +241,7 @@ def test_rows_do_not_mix(backend: str) -> None:
 
 
 @each_dtype
-def test_only_what_is_trained_gets_a_gradient(backend: str, dtype: torch.dtype) -> None:
+def test_only_trainable_tensors_get_a_gradient(backend: str, dtype: torch.dtype) -> None:
     x, weight, dy = inputs((70, 33), dtype, torch.float32)
     want = results(pk.rms_norm, x, weight, dy)
     saved: list[Tensor] = []
@@ -259,7 +259,7 @@ def test_only_what_is_trained_gets_a_gradient(backend: str, dtype: torch.dtype) 
         got = leaves[0 if x_trained else 1].grad
         assert got is not None and torch.equal(got, want["dx" if x_trained else "dweight"])
         assert leaves[1 if x_trained else 0].grad is None
-        assert [t.numel() for t in saved] == [x.numel(), 33, 70]  # and an fp32 number for each row
+        assert [t.numel() for t in saved] == [x.numel(), 33, 70]  # and an fp32 value per row
         frozen = ops.rms_norm_backward(dy, x, weight, saved[2], None, 0.0, True, x_trained, not x_trained)
         assert [t.numel() > 0 for t in frozen] == [x_trained, not x_trained]
 
@@ -270,7 +270,7 @@ def test_rms_norm_reads_views(backend: str) -> None:
     wide = torch.stack((weight, weight), 1)[:, 0]
     for given in ((transposed(x), weight, transposed(dy)), (x, wide, dy), (x, weight, dy[:1].expand(70, 35))):
         got = results(pk.rms_norm, *given)
-        if backend.startswith("cpu"):  # torch's own sums depend on how a tensor lies
+        if backend.startswith("cpu"):  # torch's sums depend on the memory layout
             assert torch.equal(got["y"], want["y"])
         assert all(t.is_contiguous() for t in got.values())
         if given[2] is not dy:
@@ -339,8 +339,8 @@ def test_add_rms_norm_refuses(residual: Tensor, message: str) -> None:
         pk.add_rms_norm(torch.ones(3, 8), residual, torch.ones(8))
 
 
-def test_the_op_refuses() -> None:
-    """Checks for memory safety in the op itself, behind the typed call."""
+def test_compiled_op_refuses() -> None:
+    """The op itself checks for memory safety, not only the typed call."""
     if (reason := testing.unavailable("cpu")) is not None:
         pytest.skip(f"cpu: {reason}")
     cpu: Any = torch.ops.peft_kernels_cpu

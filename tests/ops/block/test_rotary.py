@@ -26,7 +26,7 @@ def rotate_half(x: Tensor) -> Tensor:
 
 
 def stock(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`apply_rotary_pos_emb` with heads behind the rows."""
+    """`apply_rotary_pos_emb` with (rows, heads) instead of (heads, rows)."""
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
@@ -62,8 +62,8 @@ def test_bit_equal_to_stock(backend: str, size: str, batch: str, dtype: torch.dt
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 @pytest.mark.parametrize("of_angles", DTYPES, ids=lambda dtype: f"by_{short(dtype)}")
 def test_mixed_types(backend: str, dtype: torch.dtype, of_angles: torch.dtype) -> None:
-    """The forward has stock's bits, in the dtype that torch promotes to; gradients are rounded once, to that
-    of q, where stock rounds each of their terms."""
+    """The forward has stock's bits, in torch's promoted dtype. Gradients are rounded once, to q's dtype,
+    where stock rounds each term."""
     q, k = sides(SIZES["lanes"], dtype)
     of_rows = angles(1, q.shape[1], q.shape[3], of_angles)
     want, got = results(stock, q, k, *of_rows), results(pk.rotary, q, k, *of_rows)
@@ -79,7 +79,8 @@ def test_mixed_types(backend: str, dtype: torch.dtype, of_angles: torch.dtype) -
 
 
 def test_results_in_another_type(backend: str) -> None:
-    """stock's results rounded once more; incoming gradients have that dtype, outgoing ones q's."""
+    """Bit-equal to stock's results rounded once more; incoming gradients have that dtype, outgoing ones
+    q's."""
     q, k = sides(SIZES["lanes"], torch.float32)
     of_rows = angles(1, q.shape[1], q.shape[3])
 
@@ -106,7 +107,7 @@ def test_any_layout(backend: str) -> None:
     assert torch.equal(got["q"].transpose(1, 2), want["q"])
 
 
-def test_one_side_alone_has_a_gradient(backend: str) -> None:
+def test_gradient_of_q_or_k_alone(backend: str) -> None:
     q, k = sides(SIZES["odd"], torch.float32)
     of_rows = angles(1, q.shape[1], q.shape[3])
     want = results(pk.rotary, q, k, *of_rows)
@@ -120,7 +121,7 @@ def test_one_side_alone_has_a_gradient(backend: str) -> None:
     assert torch.equal(dk, want["dk"])
 
 
-def test_nothing_of_q_and_k_is_saved(backend: str) -> None:
+def test_q_and_k_are_not_saved(backend: str) -> None:
     q, k = (t.requires_grad_() for t in sides(SIZES["odd"], torch.float32))
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -171,8 +172,8 @@ def test_rotary_refuses(case: str) -> None:
         pk.rotary(**given | wrong)
 
 
-def test_the_op_refuses() -> None:
-    """Checks for memory safety in the op itself, behind the typed call."""
+def test_compiled_op_refuses() -> None:
+    """The op itself checks for memory safety, not only the typed call."""
     if (reason := testing.unavailable("cpu")) is not None:
         pytest.skip(f"cpu: {reason}")
     cpu: Any = torch.ops.peft_kernels_cpu

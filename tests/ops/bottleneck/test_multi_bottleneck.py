@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("nan_outputs", "one_thread")
 
 
 def adapters(dtype: torch.dtype, features: int = K) -> list[BottleneckParameters]:
-    """Adapters of all kinds; the fourth serves no row."""
+    """Adapters of all kinds; the fourth has no rows."""
 
     def one(i: int, r: int, activation: str, kind: str, kept: torch.dtype) -> BottleneckParameters:
         def vector(n: int, seed: int, centre: float = 0.0) -> Tensor:
@@ -89,7 +89,7 @@ def test_values_equal_single_adapters(backend: str, beside: bool, dtype: torch.d
             want = x[one] if beside_it is None else beside_it
         if backend.startswith("cpu"):
             assert torch.equal(y[one], want), row
-        else:  # torch's products may add in another order where rows are more
+        else:  # torch's GEMM may sum in another order for more rows
             assert testing.relative_error(y[one], want.double()) < 4 * torch.finfo(dtype).eps, row
     assert torch.equal(x, before[0]) and torch.equal(GROUPS, before[1])
 
@@ -115,7 +115,7 @@ def test_gradients_equal_single_adapters(backend: str, beside: bool, dtype: torc
         assert a.dtype == b.dtype and torch.equal(a, b)
 
 
-def test_only_what_is_trained_gets_a_gradient(backend: str) -> None:
+def test_only_trainable_tensors_get_a_gradient(backend: str) -> None:
     x, residual, every = inputs(torch.float32, True)
     leaves, mine = leaves_of(every)
     y = multi_bottleneck(x, mine, GROUPS, residual)
@@ -143,7 +143,7 @@ def test_leading_sizes_groups_of_32_bits_and_no_adapters(backend: str, leading: 
 
 
 def test_other_rows_reach_no_gradient(backend: str) -> None:
-    """Values in rows of other adapters, or of none, do not matter."""
+    """Values in rows of other adapters, or of none, have no effect."""
     x, _, every = inputs(torch.float32, False)
     leaves, mine = leaves_of(every[:1])
 
@@ -157,7 +157,7 @@ def test_other_rows_reach_no_gradient(backend: str) -> None:
 
 
 def test_dropout(backend: str) -> None:
-    """Each adapter draws its own mask for its rows, as it does alone."""
+    """Each adapter draws the mask that it draws alone."""
     x = testing.tensor(8, K)
     one = replace(adapters(torch.float32)[1], dropout_p=0.5)
     groups = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1])

@@ -1,4 +1,4 @@
-"""Casts of lists, sums of two dtypes, and adapters that a call rounds, bit-equal to torch."""
+"""Casts of lists, sums of two dtypes, and adapters rounded by a call, bit-equal to torch."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_gradients_of_a_sum() -> None:
     assert torch.equal(dx, dy.to(half)) and torch.equal(d_residual, dy)
 
 
-def test_what_cannot_be_added() -> None:
+def test_unsupported_sums_are_refused() -> None:
     x = torch.ones(2, 3)
     with pytest.raises(ValueError, match=r"residual: expected shape \(2, 3\) like x, got \(3,\)"):
         add_residual(x, torch.ones(3))
@@ -70,7 +70,7 @@ def test_what_cannot_be_added() -> None:
         add_residual(x, torch.ones(2, 3, device="meta"))
 
 
-# Adapters that a call rounds.
+# Adapters rounded by a call.
 
 
 def adapted(op: str, rounds: bool, frozen: bool = False) -> tuple[Any, list[Tensor]]:
@@ -142,8 +142,8 @@ def test_no_rounding_without_16_bit_activations(op: str) -> None:
 
 
 @each_op
-def test_what_autograd_sees(op: str) -> None:
-    """The parameters are direct inputs of the op's node, and hooks on them run."""
+def test_parameters_are_inputs_of_the_node(op: str) -> None:
+    """Hooks on them run."""
     call, trained = adapted(op, True)
     seen: list[torch.dtype] = []
     for one in trained:
@@ -218,10 +218,10 @@ class Casts(TorchDispatchMode):
 def test_one_call_casts_all() -> None:
     with Casts() as casts:
         results(*adapted("gated_mlp", True))
-    assert casts.given == [6, 6]  # there and back
+    assert casts.given == [6, 6]  # forward and backward
 
 
-def test_every_op_that_rounds_names_arguments_of_its_own() -> None:
+def test_rounded_arguments_are_differentiable() -> None:
     assert {op.name for op in registry.OPS.values() if op.rounding} == {
         "lora_linear", "multi_lora_linear", "gated_mlp",
     }  # fmt: skip

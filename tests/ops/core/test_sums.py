@@ -35,7 +35,7 @@ def test_any_shape_and_order_in_memory(backend: str) -> None:
         got = ops.column_sums(same)
         if backend.startswith("cpu"):
             assert torch.equal(got, want)
-        else:  # torch may add in another order
+        else:  # torch may sum in another order
             assert testing.relative_error(got, want) < 1e-6
     assert torch.equal(ops.column_sums(x[3]), x[3])
     assert torch.equal(ops.column_sums(x[3].expand(2, 35)), 2 * x[3])
@@ -62,7 +62,7 @@ def test_any_number_of_threads(backend: str, dtype: torch.dtype) -> None:
 
 @each_dtype
 @pytest.mark.parametrize("kind", ["nf4_linear", "lora_linear"])
-def test_biases_get_it(backend: str, kind: str, dtype: torch.dtype) -> None:
+def test_bias_gradients(backend: str, kind: str, dtype: torch.dtype) -> None:
     """The gradient of a 16-bit bias is rounded once, for any number of rows."""
     x, weight = testing.tensor(300, 64, dtype=dtype), testing.nf4_weight(33, 64)
     dy = testing.tensor(300, 33, dtype=dtype, seed=1)

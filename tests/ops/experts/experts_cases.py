@@ -1,5 +1,4 @@
-"""Inputs of the ops of experts, their truth in fp64 by formulas that are written here, and the checks against
-it."""
+"""Inputs of the experts' ops, the truth in fp64 by separate formulas, and the comparison."""
 
 from __future__ import annotations
 
@@ -54,8 +53,8 @@ def experts_weight(experts: int, n: int, k: int, bs: int, nested: bool, seed: in
         return NF4Weight.quantize(dense, bs, nested)
 
 
-def as_peft_has_it(b: Tensor) -> Tensor:
-    """(experts, out, r) in the layout of PEFT's lora_B, (out, r * experts)."""
+def in_peft_layout(b: Tensor) -> Tensor:
+    """(experts, out, r) in PEFT's layout of lora_B, (out, r * experts)."""
     return b.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
@@ -66,7 +65,7 @@ def expanded(t: Tensor) -> Tensor:
 
 STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t,
-    "peft": as_peft_has_it,
+    "peft": in_peft_layout,
     "transposed": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
     "expanded": expanded,
 }
@@ -174,7 +173,7 @@ def check_experts_lora_linear_backward(case: dict[str, Any]) -> None:
         c = experts_case(sized(case), seed)
         h = c.truth["h"].float()
         dy, x, *rest = c.backward_args(h)
-        if case["layout"] == "expanded":  # of these torch has sums that nobody else's can match
+        if case["layout"] == "expanded":  # torch's sums of these cannot be matched
             dy, x = dy.contiguous(), x.contiguous()
         plain = testing.reference_op("experts_lora_linear_backward")(dy, x, *rest)
         got = ops.experts_lora_linear_backward(*c.backward_args(h, case["needs"]))

@@ -54,7 +54,7 @@ def experts(kind: str, dtype: torch.dtype = torch.float32, implementation: str =
     modeling = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
     module: nn.Module = getattr(modeling, f"{name}Experts")(config)
     for seed, parameter in enumerate(module.parameters()):
-        if parameter.dim() > 1:  # else it is a norm's, which is something already
+        if parameter.dim() > 1:  # norms are initialised already
             parameter.data = testing.tensor(*parameter.shape, seed=seed, scale=0.2)
     return module.to(dtype).requires_grad_(False)
 
@@ -135,7 +135,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 def model(kind: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A language model with random weights. In fp32, for in 16 bits a rounding sends a token to other
+    """A language model with random weights, in fp32 because a 16-bit rounding can route a token to other
     experts."""
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(MODELS[kind]()).to(dtype)

@@ -1,4 +1,4 @@
-"""The experts' ops by the numbers policy on every back end, and against ops of single layers."""
+"""The experts' ops on every back end by the numbers policy, and against ops of single layers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ops = torch.ops.peft_kernels
 
 pytestmark = pytest.mark.usefixtures("nan_outputs")
 
-# Rows of a matrix alone: there are no leading dimensions.
+# x is a matrix: there are no leading dimensions.
 LAYOUTS = tuple(layout for layout in testing.LAYOUTS if layout != "3-d")
 NO_ADAPTER = {"r": 1, "adapter": "fp32", "strides": "contiguous"}
 
@@ -189,7 +189,7 @@ def test_an_expert_is_a_layer_to_the_bit(
 
 
 def test_rows_of_no_expert_are_zero(backend: str) -> None:
-    """Rows behind the last end, and gradients of experts without rows."""
+    """Rows after the last end, and gradients of experts without rows."""
     c = ExpertsCase(sizes("gaps", 33, 96, "nested", torch.float32) | {"bias": "same"})
     got = everything(c)
     for name in ("y", "h", "dx", "linear", "linear_dx"):
@@ -202,7 +202,8 @@ def test_rows_of_no_expert_are_zero(backend: str) -> None:
 @pytest.mark.parametrize("adapter", ["fp32", "same", "mixed"])
 @pytest.mark.parametrize("swapped", [False, True], ids=["as-they-are", "swapped"])
 def test_the_layout_of_adapters_changes_no_bit(backend: str, adapter: str, swapped: bool) -> None:
-    """More experts and elements than a block of the copy, with gaps; `swapped`: as PEFT swaps A and B."""
+    """More experts and elements than a block of the copy, with gaps; `swapped`: A and B as swapped by
+    PEFT."""
     if backend in ("ptx", "triton"):
         pytest.skip(f"{backend}: too many elements for an interpreter")
     if backend == "reference":
@@ -255,7 +256,7 @@ each_sum = pytest.mark.parametrize("dtype,adapter", SUMS, ids=["-".join(map(shor
 @pytest.mark.parametrize("split,base", [("decode", "nested"), ("uneven", "dense"), ("uneven", "nested")])
 @each_sum
 def test_same_inputs_same_bits(backend: str, dtype: torch.dtype, adapter: str, base: str, split: str) -> None:
-    """Also after the scratch memory has held NaN: nothing of an earlier call may be read."""
+    """Also after the scratch memory held NaN: nothing of an earlier call may be read."""
     c = ExpertsCase(sizes(split, 136, 320, base, dtype, adapter))
     inputs = [c.x, c.dy, c.a, c.b, c.ends, *(t for t in c.group if isinstance(t, Tensor))]
     before = [t.clone() for t in inputs]
@@ -276,7 +277,6 @@ def test_same_inputs_same_bits(backend: str, dtype: torch.dtype, adapter: str, b
 def test_threads_do_not_change_a_bit(
     backend: str, dtype: torch.dtype, adapter: str, split: tuple[int, ...]
 ) -> None:
-    """For any division of the work."""
     if backend in ("reference", "ptx", "triton"):
         pytest.skip(f"{backend}: torch's own matmul may split sums by threads")
     c = ExpertsCase(sizes(split, 200, 192, "nested", dtype, adapter))

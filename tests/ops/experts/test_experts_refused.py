@@ -1,5 +1,5 @@
-"""What the ops of experts refuse: the typed calls with a ValueError, the compiled ops, past all checks in
-Python, with a sentence too. No memory is read that a tensor does not have."""
+"""Bad arguments of the experts' ops: the typed calls raise ValueError; the compiled ops, without Python's
+checks, raise too and never read out of bounds."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_experts_lora_linear_refuses(case: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.* bytes for each value of an NF4 weight")
-def test_experts_linear_wants_packed_values() -> None:
+def test_experts_linear_needs_packed_values() -> None:
     x, ends = good()["x"], good()["ends"]
     with pytest.raises(ValueError, match=r"^weight: expected an NF4Weight, got Tensor$"):
         pk.experts_linear(x, ends, ones(E, N, K))  # type: ignore[arg-type]
@@ -155,7 +155,7 @@ def test_bad_ends_are_refused(cpu_ops: Any, op: str, bad: str) -> None:
 @pytest.mark.parametrize("bad", BAD_ENDS)
 @pytest.mark.parametrize("op", ["linear", "linear_dx", "lora_linear", "lora_linear_backward"])
 def test_bad_ends_are_safe(backend: str, op: str, bad: str) -> None:
-    """On every back end: an error, or results of the right shapes from existing rows."""
+    """Every back end raises, or returns results of the right shapes from existing rows."""
     ends = torch.tensor(BAD_ENDS[bad], dtype=INT)
     call = each_op(torch.ops.peft_kernels, ends, weight())[op]
     try:

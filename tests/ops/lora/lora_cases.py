@@ -1,5 +1,4 @@
-"""Inputs of nf4_linear and lora_linear, their truth in fp64 by formulas that are written here, and the checks
-against it."""
+"""Inputs of nf4_linear and lora_linear, the truth in fp64 by separate formulas, and the comparison."""
 
 from __future__ import annotations
 
@@ -68,7 +67,7 @@ def lora_case(m: int, n: int, k: int, base: str, dtype: torch.dtype) -> dict[str
 
 
 class LoraCase:
-    """The inputs of one case, and the truth in fp64 by formulas of its own."""
+    """The inputs of one case, and the truth in fp64 by separate formulas."""
 
     def __init__(self, case: dict[str, Any], seed: int = 0) -> None:
         m, n, k, r, dtype = (case[name] for name in ("m", "n", "k", "r", "dtype"))
@@ -121,7 +120,7 @@ class LoraCase:
     @functools.cached_property
     def plain_gradients(self) -> tuple[Tensor, ...]:
         dy, x, *rest = self.backward_args(self.truth["h"].float())
-        # Of contiguous tensors: of rows expanded from one, torch has sums that nobody else's can match.
+        # Contiguous tensors: torch's sums of rows expanded from one cannot be matched.
         return testing.reference_op("lora_linear_backward")(dy.contiguous(), x.contiguous(), *rest)
 
 

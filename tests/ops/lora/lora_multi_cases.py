@@ -1,5 +1,5 @@
-"""Inputs of multi_lora_linear and of lora_linear with dropout, and their truth in fp64: by formulas that are
-written here, with masks from a Philox of the tests' own."""
+"""Inputs of multi_lora_linear and of lora_linear with dropout, and the truth in fp64 by separate formulas,
+with masks from an independent Philox."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEED = -987654321012345
 
 
 def multi_case(**changes: Any) -> dict[str, Any]:
-    """An ordinary case, with changes."""
+    """A typical case, with changes."""
     return {
         "m": 17, "k": 96, "n": 100, "r": 8, "layers": 2, "adapters": "010", "base": "nested", "bs": 64,
         "dtype": torch.float32, "adapter": "fp32", "bias": "same", "layout": "contiguous", "p": 0.5,
@@ -29,7 +29,7 @@ def multi_case(**changes: Any) -> dict[str, Any]:
 
 
 def groups_of(kind: str, m: int, count: int) -> tuple[list[int], Tensor | None]:
-    """The group of each adapter, and those of the rows."""
+    """The group of each adapter, and of each row."""
     row, group = torch.arange(m), [i % 3 for i in range(count)]
     if kind == "none":
         return group, None
@@ -52,7 +52,7 @@ def nf4_weight(n: int, k: int, blocksize: int, nested: bool, seed: int) -> Any:
 
 
 class MultiCase:
-    """The inputs of one case, and the truth in fp64 by formulas of its own."""
+    """The inputs of one case, and the truth in fp64 by separate formulas."""
 
     def __init__(self, case: dict[str, Any], seed: int = 0) -> None:
         self.case, dtype, m, k = case, case["dtype"], case["m"], case["k"]
@@ -155,7 +155,7 @@ class MultiCase:
 
     @functools.cached_property
     def plain_gradients(self) -> dict[str, Tensor]:
-        """Those that the case needs."""
+        """The gradients that the case needs."""
         needs = self.case["needs"]
         args = self.backward_args(self.truth["h"].float(), needs)
         return named_gradients(self, needs, *testing.reference_op("multi_lora_linear_backward")(*args))
@@ -170,7 +170,7 @@ def named_outputs(y: Any, h: Tensor) -> dict[str, Tensor]:
 
 
 def named_gradients(c: MultiCase, needs: str, dx: Tensor, da: Any, db: Any) -> dict[str, Tensor]:
-    """Those that are needed; the others must have no elements."""
+    """The needed gradients; the others must have no elements."""
     need_dx, need_da, need_db = c.flags(needs)
     assert len(da) == len(db) == len(c.layer)
     found = [("dx", dx, c.x, need_dx)]

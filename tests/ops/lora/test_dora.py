@@ -194,7 +194,7 @@ def norm_base(case: dict[str, Any]) -> tuple[tuple[Any, ...], Tensor]:
 
 
 def check_norm(group: tuple[Any, ...], w: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """The square, a sum of positive and negative terms, is exact to rounding; the norm is not."""
+    """The square, a sum of terms of both signs, is exact up to rounding; the norm is not."""
     got = ops.dora_norm(*group, a, b, scaling)
     assert got.shape == (w.shape[0],) and got.dtype == torch.float32
     truth = (w + scaling * b.double() @ a.double()).square().sum(1)
@@ -226,9 +226,9 @@ def test_dora_norm(backend: str, case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("base", ["nf4", "nested", "fp32"])
 @pytest.mark.parametrize("r", [1, 8, 9, 33])
-def test_dora_norm_has_all_bits_of_its_products(backend: str, r: int, base: str) -> None:
-    """Of one sign, and most of the norm: what a factor loses beyond its upper bits adds up, where among
-    random signs it hides behind the rounding of w . w."""
+def test_dora_norm_keeps_all_bits_of_its_terms(backend: str, r: int, base: str) -> None:
+    """The terms have one sign and are most of the norm, so bits lost by a factor add up. With random signs
+    they would hide behind the rounding of w . w."""
     n, k = 70, 576
     if base == "fp32":
         w = testing.tensor(n, k, seed=1).abs()
@@ -275,7 +275,7 @@ def test_dora_norm_of_a_delta_that_cancels_the_base(backend: str, rank: int, sca
     assert (got.double() <= 2e-3 * w.double().norm(dim=1)).all()
 
 
-def test_dora_norm_lets_nan_through(backend: str) -> None:
+def test_dora_norm_propagates_nan(backend: str) -> None:
     w = testing.tensor(5, 40)
     w[1, 39], w[3, 0] = NAN, INF
     got = ops.dora_norm(w, None, None, None, 0, testing.tensor(2, 40), testing.tensor(5, 2), 1.0)

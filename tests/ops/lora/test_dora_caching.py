@@ -62,7 +62,7 @@ def test_train_and_the_end_of_caching_drop_them(norms: list[torch.dtype]) -> Non
     model, x = patched_dora("nf4"), models.inputs()
 
     def assert_right(count: int, right: bool = True) -> None:
-        """Checks that the output uses current norms, and how many were computed."""
+        """Checks that the output uses current norms, and the number of norms computed."""
         norms.clear()
         got, made = model(x), len(norms)
         stock = copy.deepcopy(model)
@@ -73,12 +73,12 @@ def test_train_and_the_end_of_caching_drop_them(norms: list[torch.dtype]) -> Non
     with caching.DoraCaching():
         assert_right(2)
         change(model)
-        assert_right(0, right=False)  # as with PEFT: the user has said that nothing changes
+        assert_right(0, right=False)  # as in PEFT: the user states that nothing changes
         model.train().eval()
         assert_right(2)
     change(model)
     assert_right(2)
-    with caching.DoraCaching():  # and what was kept inside is not found again
+    with caching.DoraCaching():  # norms cached in the earlier context are not reused
         assert_right(2)
 
 
@@ -89,7 +89,7 @@ def test_training_caches_none(norms: list[torch.dtype]) -> None:
     assert len(norms) == 4
 
 
-def test_norms_are_those_of_the_adapter_and_dtype(norms: list[torch.dtype]) -> None:
+def test_norms_are_cached_by_adapter_and_dtype(norms: list[torch.dtype]) -> None:
     model, x = patched_dora("dense"), models.inputs()
     model.add_adapter("other", peft.LoraConfig(r=8, target_modules=["q", "o"], use_dora=True))
     model.eval()
@@ -121,7 +121,7 @@ def test_gradients_with_cached_norms() -> None:
                 assert torch.equal(dict(model.named_parameters())[name].grad, grad), name
 
 
-def test_a_norm_that_does_not_fit_is_refused() -> None:
+def test_mismatched_norm_is_refused() -> None:
     x, w, a, b = (testing.tensor(*shape) for shape in ((3, 64), (32, 64), (4, 64), (32, 4)))
     for norm in (torch.ones(31), torch.ones(32, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match=r"norm: expected float32 \(32,\), got torch.* \(3"):

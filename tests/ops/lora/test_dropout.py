@@ -48,7 +48,7 @@ def test_dropout_of_any_seed(backend: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("p", [2.0**-33, 2.0**-32, 0.75 * 2.0**-32, 1 - 2.0**-33, 1 - 2.0**-40])
-def test_dropout_near_the_ends(backend: str, p: float) -> None:
+def test_dropout_near_0_and_1(backend: str, p: float) -> None:
     x = testing.tensor(5000)
     torch.testing.assert_close(ops.dropout(x, p, torch.tensor(3)), dropout_truth(x, p, 3), rtol=1e-6, atol=0)
 
@@ -80,7 +80,7 @@ def test_dropout_keep_rate(backend: str, p: float) -> None:
 
 @each_dtype
 def test_dropout_of_extreme_values(backend: str, dtype: torch.dtype) -> None:
-    """NaN stays, Inf stays where kept, and the largest value overflows by the scale."""
+    """NaN stays, Inf stays if kept, and the largest value overflows when scaled."""
     info = torch.finfo(dtype)
     values = (NAN, INF, -INF, info.max, -info.max, info.smallest_normal, info.tiny * info.eps, -0.0)
     x = torch.tensor(values).to(dtype).repeat(40)

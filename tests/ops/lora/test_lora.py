@@ -70,7 +70,7 @@ def test_lora_linear_backward(backend: str, case: dict[str, Any]) -> None:
     check_lora_linear_backward(case)
 
 
-# Sums differ by these; fp16 is summed like bf16.
+# Sums differ in these; fp16 is summed like bf16.
 SUMS = ((torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.bfloat16, "same"))
 each_sum = pytest.mark.parametrize("dtype,adapter", SUMS, ids=["-".join(map(short, one)) for one in SUMS])
 LONG = {"m17-n4096-k64": (17, 4096, 64), "m17-n64-k4096": (17, 64, 4096), "m3000-n32-k48": (3000, 32, 48)}
@@ -79,7 +79,7 @@ LONG = {"m17-n4096-k64": (17, 4096, 64), "m17-n64-k4096": (17, 64, 4096), "m3000
 @pytest.mark.parametrize("shape", LONG)
 @each_sum
 def test_long_sums(backend: str, dtype: torch.dtype, adapter: str, shape: str) -> None:
-    """Thousands of terms: one fp32 chain drifts where plain torch's blocked sums do not."""
+    """Over thousands of terms one fp32 chain drifts, while plain torch's blocked sums do not."""
     m, n, k = LONG[shape]
     case = lora_case(m, n, k, "nested", dtype) | {"nested": True, "needs": "xab", "adapter": adapter}
     if adapter == "fp32":
@@ -138,7 +138,7 @@ def big_case(base: str, dtype: torch.dtype, adapter: str, m: int = 70) -> LoraCa
 @pytest.mark.parametrize("base", ["dense", "nested"])
 @each_sum
 def test_same_inputs_same_bits(backend: str, dtype: torch.dtype, adapter: str, base: str) -> None:
-    """Also after the scratch memory has held NaN: nothing of an earlier call may be read."""
+    """Also after the scratch memory held NaN: nothing of an earlier call may be read."""
     c = big_case(base, dtype, adapter)
     inputs = [t for t in (*c.forward_args, c.dy) if isinstance(t, Tensor)]
     before = [t.clone() for t in inputs]
@@ -157,7 +157,7 @@ THREADED = {
     "m3": (3, 200, 576),
     "m70": (70, 200, 576),
     "m70-narrow": (70, 2048, 64),
-    "m600": (600, 96, 64),  # more rows than dA and dB sum at once
+    "m600": (600, 96, 64),  # more rows than dA and dB sum in one pass
 }
 
 
@@ -176,8 +176,8 @@ def test_threads_do_not_change_a_bit(backend: str, dtype: torch.dtype, adapter: 
 @pytest.mark.parametrize("unequal", ["a", "b"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 def test_an_fp32_adapter_keeps_its_bits(backend: str, dtype: torch.dtype, unequal: str, m: int) -> None:
-    """Two ranks cancel except for 1/512 of them, which rounding to 16 bits (of h or B forward, of dh or A
-    backward) would lose."""
+    """Two ranks cancel except for 1/512, which rounding h or B (forward), or dh or A (backward), to 16 bits
+    would lose."""
     n, k = 72, 128
     a, b = testing.tensor(1, k, seed=3, scale=k**-0.5), testing.tensor(n, 1, seed=4)
     near = 1 + 2**-9 + 2**-11

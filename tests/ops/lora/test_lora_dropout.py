@@ -1,4 +1,4 @@
-"""lora_linear with dropout, and the masks of one adapter and of several, on every back end."""
+"""lora_linear with dropout, and the masks of one and of several adapters, on every back end."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_lora_linear_backward_with_dropout(backend: str, case: dict[str, Any]) -
 def mask_args(
     m: int, k: int, ps: list[float], seed: int, dtype: torch.dtype, row_group: Tensor | None = None
 ) -> tuple[Any, ...]:
-    """x of ones, a base of zeros and identities for A, so that h is every mask exactly."""
+    """x of ones, a base of zeros and identities for A, so that h is exactly each mask."""
     count, eye = len(ps), torch.eye(k)
     x, w = torch.ones(m, k, dtype=dtype), torch.zeros(1, k, dtype=dtype)
     a, b = [eye] * count, [torch.ones(1, k)] * count
@@ -104,14 +104,14 @@ def mask_args(
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63), SEED], ids="seed{}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_masks_are_those_of_philox(backend: str, dtype: torch.dtype, seed: int) -> None:
+def test_masks_equal_philox(backend: str, dtype: torch.dtype, seed: int) -> None:
     """Stream i for adapter i, bit-equal in forward, dx and dA."""
     m, k, ps = 37, 71, [0.5, 0.25, 0.0, 0.875, 1.0, 2.0**-33]
     args = mask_args(m, k, ps, seed, dtype)
     _, h = ops.multi_lora_linear(*args)
     want = [philox.factors((m, k), p, seed, i).float() for i, p in enumerate(ps)]
     assert torch.equal(h, torch.cat(want, 1))
-    # With dy = 1, one row of ones as A and B = 1: dx is the sum of the masks, dA the sum over rows of each.
+    # With dy = 1, one row of ones as A, and B = 1, dx is the sum of the masks and dA the row sum of each.
     x, weights, rest = args[0], args[1:6], args[10:]
     a, b = [torch.ones(1, k)] * len(ps), [torch.ones(1, 1)] * len(ps)
     dy, h = [torch.ones(m, 1, dtype=dtype)], torch.zeros(m, len(ps))

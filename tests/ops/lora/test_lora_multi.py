@@ -63,13 +63,13 @@ def test_multi_lora_linear_backward(backend: str, case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("groups", ["none", "runs", "alternating"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_many_rows(backend: str, dtype: torch.dtype, groups: str) -> None:
-    """More rows than a kernel takes at a time, split within a group."""
+    """More rows than a kernel takes at once, split within a group."""
     case = multi_case(m=530, k=33, n=40, layers=1, adapters="000", bs=32, dtype=dtype, groups=groups)
     check_forward(case)
     check_backward(case)
 
 
-# Rows that an adapter does not serve
+# Rows of other adapters
 
 
 @pytest.mark.parametrize("base", ["dense", "nested"])
@@ -104,7 +104,7 @@ def test_other_groups_rows_are_untouched(backend: str, dtype: torch.dtype, group
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_other_groups_rows_are_not_summed(backend: str, dtype: torch.dtype) -> None:
-    """Values of rows that no adapter serves reach no adapter's gradient."""
+    """Rows without an adapter reach no adapter's gradient."""
     if backend == "reference":
         pytest.skip("reference: multiplies by 0")
     c = MultiCase(multi_case(m=41, dtype=dtype, groups="nobody", needs="ab"))
@@ -117,7 +117,7 @@ def test_other_groups_rows_are_not_summed(backend: str, dtype: torch.dtype) -> N
     assert_same(got, clean)
 
 
-def test_a_layer_does_not_see_the_adapters_of_others(backend: str) -> None:
+def test_adapters_of_other_layers_have_no_effect(backend: str) -> None:
     c = MultiCase(multi_case(layers=3, adapters="02", groups="none"))
     alone = MultiCase(multi_case(layers=3, adapters="", groups="none"))
     y, _ = ops.multi_lora_linear(*c.forward_args)
@@ -141,7 +141,7 @@ TILES = BIG | {"k": 320, "n": 136}  # several tiles in each direction, the last 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_same_inputs_same_bits(backend: str, dtype: torch.dtype) -> None:
-    """Also after the scratch memory has held NaN; no input is changed."""
+    """Also after the scratch memory held NaN; inputs are unchanged."""
     c = MultiCase(multi_case(**TILES, dtype=dtype))
     inputs = [c.x, *c.dy, *c.a, *c.b, *c.bias, c.seed, c.row_group, *c.weights[0]]
     before = [t.clone() for t in inputs]

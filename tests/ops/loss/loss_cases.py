@@ -1,4 +1,4 @@
-"""Heads, labels and the definition of their loss, for tests of ops and calls."""
+"""Heads, labels and the definition of the loss, for tests of ops and calls."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def torchs(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Te
     return F.cross_entropy(F.linear(hidden, weight).flatten(0, -2), labels.flatten(), **options)
 
 
-def test_reductions_are_torchs(backend: str) -> None:
+def test_reductions_equal_torch(backend: str) -> None:
     x, w = testing.tensor(2, 9, 32).requires_grad_(), testing.tensor(50, 32, seed=1)
     labels = labels_of(18, 50).view(2, 9)
     for reduction in ("mean", "sum", "none"):
@@ -45,7 +45,7 @@ def test_reductions_are_torchs(backend: str) -> None:
     torch.testing.assert_close(got, torchs(x, w, other, ignore_index=7))
 
 
-def test_shift_is_that_of_causal_models(backend: str) -> None:
+def test_shift_equals_causal_models(backend: str) -> None:
     x, w = testing.tensor(2, 9, 32).requires_grad_(), testing.tensor(50, 32, seed=1)
     labels = labels_of(18, 50).view(2, 9)
     got = pk.linear_cross_entropy(x, w, labels, shift=True)
@@ -80,7 +80,7 @@ def test_log_probs_and_entropy(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rows", [6, 300])
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 def test_top1_and_mean(backend: str, dtype: torch.dtype, rows: int, trained: bool) -> None:
-    """The label's logit is the greatest in every other row, and ties with another in every sixth."""
+    """The label's logit is the largest in every other row, and ties with another in every sixth."""
     if backend == "triton" and rows > 100:
         pytest.skip("triton: each row is a program of its own, as where they are fewer")
     w, labels = weight_of("dense", 700, 64, dtype), torch.arange(rows) % 600
@@ -97,7 +97,7 @@ def test_top1_and_mean(backend: str, dtype: torch.dtype, rows: int, trained: boo
     assert log_probs.requires_grad == trained and not mean.requires_grad
 
 
-def test_what_is_saved(backend: str) -> None:
+def test_saved_tensors(backend: str) -> None:
     """For a frozen head a tensor like hidden; for a trained one a value per token."""
     x, w = testing.tensor(40, 64).requires_grad_(), testing.tensor(900, 64, seed=1)
     labels = labels_of(40, 900)
@@ -147,7 +147,7 @@ def test_memory_is_a_small_part_of_the_logits(backend: str, head: str, tmp_path:
 
 
 def test_under_autocast(backend: str) -> None:
-    """Hidden and a dense head are rounded as by F.linear, trained or not; losses stay fp32."""
+    """Hidden states and a dense head are rounded as by F.linear, trained or not; losses stay fp32."""
     x, w = testing.tensor(20, 64).requires_grad_(), weight_of("dense", 300, 64, torch.float32)
     labels = labels_of(20, 300)
     for trained in (False, True):

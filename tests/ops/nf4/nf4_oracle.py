@@ -1,6 +1,6 @@
 """NF4 packing in numpy, written from the format's description.
 
-Shares no code with the package but its tables.
+Shares only the tables with the package.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def oracle_scaled(flat: np.ndarray, blocksize: int) -> tuple[np.ndarray, np.ndar
     return flat * np.repeat(inverse, blocksize)[: flat.size], absmax
 
 
-def told_apart(thresholds: np.ndarray) -> list[tuple[np.float32, np.ndarray]]:
+def distinguishing_absmax(thresholds: np.ndarray) -> list[tuple[np.float32, np.ndarray]]:
     """Absmax values, each with values whose codes by x / absmax and x * (1 / absmax) differ."""
     found = []
     for absmax in np.random.default_rng(0).uniform(1, 2, 200).astype(np.float32):

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from nf4_oracle import (
     DTYPES,
     assert_same,
+    distinguishing_absmax,
     dtype_id,
     each_dtype,
     oracle_dequantize,
     oracle_quantize,
-    told_apart,
 )
 from numbers_policy import same_with_any_threads
 from torch import Tensor
@@ -91,7 +91,7 @@ def test_quantize_ties_take_the_lower_code(backend: str, nibble: str, scale: flo
     inf = torch.tensor(float("inf"))
     below, above = torch.nextafter(thresholds, -inf), torch.nextafter(thresholds, inf)
     values = torch.stack((below, thresholds, above), 1).view(-1)
-    # A power of two scales without rounding. One +-absmax per block of 64 fixes the scale.
+    # Scaling by a power of two is exact. One +-absmax per block of 64 fixes the scale.
     block = torch.zeros(128)
     block[nibble == "low" :: 2][: values.numel()] = values
     block[127 - (nibble == "low")] = 1.0 if scale > 0 else -1.0
@@ -103,7 +103,9 @@ def test_quantize_ties_take_the_lower_code(backend: str, nibble: str, scale: flo
 
 def test_quantize_multiplies_by_the_inverse(backend: str) -> None:
     weight = torch.zeros(200, 64)
-    for row, (absmax, x) in zip(weight, told_apart(np.array(NF4_THRESHOLDS, np.float32)), strict=True):
+    for row, (absmax, x) in zip(
+        weight, distinguishing_absmax(np.array(NF4_THRESHOLDS, np.float32)), strict=True
+    ):
         row[0], row[1 : 1 + len(x)] = float(absmax), torch.from_numpy(x)
     assert_quantizes(weight, 64, "beside thresholds")
 
@@ -175,7 +177,7 @@ def test_quantize_every_16_bit_value(backend: str, order: str, dtype: torch.dtyp
 def test_round_trip(
     backend: str, shape: tuple[int, int], blocksize: int, dtype: torch.dtype, layout: str, seed: int
 ) -> None:
-    """Within half a gap of the code table; a weight of 4-bit values round-trips bit-equal."""
+    """Within half a gap of the code table; 4-bit values round-trip bit-equal."""
     weight = testing.activations(*shape, layout, dtype, seed)
     packed, absmax = ops.quantize_nf4(weight, blocksize)
     back = ops.dequantize_nf4(packed, absmax, None, None, blocksize, list(weight.shape), torch.float32)
@@ -245,7 +247,7 @@ def test_dequantize_shapes_and_views(backend: str) -> None:
             assert_same(got.view(-1), want, what)
 
 
-# Across threads, and what the C++ refuses
+# Across threads, and weights that the C++ refuses
 
 
 def test_threads_do_not_change_a_bit(backend: str) -> None:
@@ -280,7 +282,7 @@ BAD_WEIGHTS = {
 
 
 @pytest.mark.parametrize("name", BAD_WEIGHTS)
-def test_compiled_ops_refuse_a_weight_that_does_not_fit(compiled_ops: Any, name: str) -> None:
+def test_compiled_ops_refuse_a_mismatched_weight(compiled_ops: Any, name: str) -> None:
     """The C++ ops check every length for memory safety."""
     message, change = BAD_WEIGHTS[name]
     good = {

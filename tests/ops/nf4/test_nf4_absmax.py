@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nf4_oracle import CPU, assert_same, oracle_codes, oracle_scaled, told_apart
+from nf4_oracle import CPU, assert_same, distinguishing_absmax, oracle_codes, oracle_scaled
 from torch import Tensor
 
 import testing
@@ -52,7 +52,7 @@ def test_quantize_absmax_ties_take_the_lower_code(backend: str) -> None:
     expected = [code for i in range(255) for code in (i, i, i + 1)]
     for begin in range(0, values.numel(), 100):
         chunk = values[begin : begin + 100]
-        # +1 and -1 fix the scale, a mirrored copy the mean: ties stay ties only with an offset of 0.
+        # +1 and -1 fix the scale, a mirrored copy the mean: ties remain ties only if the offset is 0.
         absmax = torch.cat((torch.tensor([1.0, -1.0]), torch.stack((chunk, -chunk), 1).view(-1)))
         q8, absmax2, offset = ops.quantize_absmax(absmax)
         assert offset.item() == 0.0 and absmax2.item() == 1.0, "the sample does not test ties"
@@ -61,10 +61,10 @@ def test_quantize_absmax_ties_take_the_lower_code(backend: str) -> None:
 
 def test_quantize_absmax_multiplies_by_the_inverse(backend: str) -> None:
     tested = 0
-    for largest, x in told_apart(dynamic_thresholds(CPU).numpy()):
+    for largest, x in distinguishing_absmax(dynamic_thresholds(CPU).numpy()):
         group = torch.from_numpy(np.append(largest, x[:127]))
         absmax = torch.stack((group, -group), 1).view(-1)
-        if absmax.mean() != 0:  # its sum was rounded on the way, and another offset moves all
+        if absmax.mean() != 0:  # a rounded sum shifts the offset, and with it every value
             continue
         q8, absmax2, _ = ops.quantize_absmax(absmax)
         want_q8, want_absmax2 = oracle_quantize_absmax(absmax, torch.tensor(0.0))
@@ -103,13 +103,13 @@ def test_unpack_absmax_reads_views(backend: str) -> None:
 
 @given(numel=st.integers(1, 2000), seed=st.integers(0, 1000), spread=st.sampled_from([0.0, 1e-3, 1.0, 6.0]))
 def test_absmax_round_trip(backend: str, numel: int, seed: int, spread: float) -> None:
-    """Within half a gap of the dynamic map, of its group's scale, and a few roundings."""
+    """Within half a gap of the dynamic map times its group's scale, plus a few roundings."""
     absmax = torch.exp(spread * testing.tensor(numel, seed=seed))
     q8, absmax2, offset = ops.quantize_absmax(absmax)
     back = ops.unpack_absmax(q8, absmax2, offset)
     table = dynamic_map(CPU)
     half_gap = float((table[1:] - table[:-1]).max()) / 2
     scale = absmax2.repeat_interleave(256)[:numel]
-    # -1 is not in the map: what lies there is off by up to 1 - 0.99297.
+    # -1 is not in the map: values next to it are off by up to 1 - 0.99297.
     rounding = 4 * torch.finfo(torch.float32).eps * (scale + offset)
     assert ((back - absmax).abs() <= scale * max(half_gap, 1 - 0.99296) + rounding).all()

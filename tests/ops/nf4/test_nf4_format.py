@@ -1,6 +1,6 @@
 """The format: value tables, checkpoint layout, size; and cases in which bitsandbytes fails.
 
-The last of those, weights beyond 2^31 elements, is test_large.py.
+The last of these, weights beyond 2^31 elements, is in test_large.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from peft_kernels.core import code_tables
 
 CPU = torch.device("cpu")
 
-# As bitsandbytes' CUDA source writes them, with an f at the end: decimal digits rounded to fp32 once.
+# As in bitsandbytes' CUDA source, with an f at the end: decimal digits rounded to fp32 once.
 CODE_LITERALS = [
     "-1.0",
     "-0.6961928009986877",
@@ -67,7 +67,7 @@ def rounded_once(digits: str) -> float:
     return min((float(c) for c in candidates), key=lambda c: abs(Fraction(c) - exact))
 
 
-# Number tables
+# Value tables
 
 
 def test_code_and_thresholds_are_the_literals_rounded_once() -> None:
@@ -127,7 +127,7 @@ def test_cost_is_4_127_bits_a_weight() -> None:
     assert plain.nbytes * 8 / plain.numel() == 4.5
 
 
-# Where bitsandbytes is wrong or weak, and this project is not: a test for each row of the table
+# Cases in which bitsandbytes is wrong or weak: one test per row of the table
 
 
 def quantization_bound(weight: Tensor, blocksize: int) -> Tensor:

@@ -57,7 +57,7 @@ def test_hundred_steps(backend: str, dtype: torch.dtype, kind: str, bits: int) -
             args[STEP].fill_(step + 1)
         run(got, backend)
         run(want)
-    # Back ends for cards divide approximately, and so may differ in p.
+    # Back ends for cards divide approximately, so p may differ.
     assert_same(got, want, backend.startswith(("cpu", "reference")))
 
 
@@ -74,7 +74,7 @@ def test_options(backend: str, kind: str, option: str) -> None:
 
 
 def test_stochastic_rounding_with_compensation(backend: str) -> None:
-    """Compensation holds the error of stochastic rounding, up to a whole ulp."""
+    """Compensation holds the error of stochastic rounding, up to a full ulp."""
     got = adamw_args("adamw", [(700,), (5,)], [torch.bfloat16] * 2, [8, 32], "compensation")
     got = (*got[:-2], torch.tensor(-7), None)
     want = copied(got)
@@ -150,7 +150,7 @@ def test_unsigned_codes_are_the_nearest(backend: str) -> None:
 
 
 def test_a_second_moment_too_small_for_a_code_divides_by_more_than_eps(backend: str) -> None:
-    """Read as 0, it would let the parameter jump by a thousand learning rates."""
+    """Read as 0, it would move the parameter by a thousand learning rates."""
     gradients = torch.tensor([1.0, 1e-4, 0.0, -1e-4]).repeat(75)
     args = list(moment_args(gradients))
     args[10], args[11], args[9] = [0.9], [0.999], torch.tensor([1e-3])
@@ -254,7 +254,7 @@ def test_versions_are_incremented(backend: str) -> None:
         loss.backward()
 
 
-def test_gradients_that_have_no_factor(compiled_ops: Any) -> None:
+def test_clip_factor_refuses(compiled_ops: Any) -> None:
     with pytest.raises(RuntimeError, match="grads: expected some elements, got none"):
         compiled_ops.clip_factor([torch.empty(0)], None, 1.0)
     with pytest.raises(RuntimeError, match="max_grad_norm: expected a positive number, got 0"):
