@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import peft_models
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
@@ -77,17 +78,9 @@ def assert_fused(model: nn.Module, report: Any, blocks: int | None = None) -> No
     assert not fallbacks(report), str(report)
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
 def step(model: nn.Module, loss: Callable[[Any], Tensor], seed: int = 5) -> dict[str, Tensor]:
     """Loss and gradients of one step, with the random seed `seed`."""
-    model.zero_grad()
-    torch.manual_seed(seed)
-    value = loss(model)
-    value.backward()
-    return {"loss": value.detach(), **gradients(model)}
+    return peft_models.step(model, lambda: loss(model), seed)
 
 
 def language_loss(model: Any, batch: Tensor) -> Tensor:

@@ -19,11 +19,11 @@ from flow_checks import (
     block_fallbacks,
     fused_blocks,
     fused_layers,
-    gradients,
     layer_fallbacks,
     lora_layers,
 )
 from flow_models import adapted, ids, in_fp64
+from peft_models import gradients
 from torch import Tensor
 
 import peft_kernels as pk

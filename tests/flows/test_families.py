@@ -14,8 +14,9 @@ import peft
 import pytest
 import torch
 import transformers
-from flow_checks import Calls, assert_near, gradients, layer_fallbacks
+from flow_checks import Calls, assert_near, layer_fallbacks
 from flow_models import adapted, arguments, ids, in_fp64, llama, tokenizer, words
+from peft_models import gradients
 from torch import Tensor, nn
 
 import peft_kernels as pk

@@ -17,11 +17,11 @@ from flow_checks import (
     fallbacks,
     fused_blocks,
     fused_layers,
-    gradients,
     language_loss,
     step,
 )
 from flow_models import adapted, config, ids, llama, patched_copy
+from peft_models import gradients
 from torch import Tensor, nn
 
 import peft_kernels as pk

@@ -11,9 +11,10 @@ import peft
 import pytest
 import torch
 import transformers
-from flow_checks import Calls, assert_curve, assert_near, fallbacks, gradients, language_loss, step, train
+from flow_checks import Calls, assert_curve, assert_near, fallbacks, language_loss, step, train
 from flow_models import arguments, ids
 from peft_experts import skip_transposed, weights_of
+from peft_models import gradients
 from torch import Tensor
 
 import peft_kernels as pk

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from flow_checks import gradients, language_loss
+from flow_checks import language_loss
 from flow_models import adapted, ids, llama
+from peft_models import gradients
 from test_moe import mixture
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks

@@ -16,12 +16,12 @@ from flow_checks import (
     assert_near,
     fallbacks,
     fused_layers,
-    gradients,
     language_loss,
     lora_layers,
     step,
 )
 from flow_models import adapted, ids, llama, patched_copy
+from peft_models import gradients
 from torch import Tensor, nn
 
 import peft_kernels as pk

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from flow_checks import assert_fused, assert_near, gradients, language_loss
+from flow_checks import assert_fused, assert_near, language_loss
 from flow_models import adapted, config, ids, llama
+from peft_models import gradients
 from ranks import assert_no_errors, errors_by_rank
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
