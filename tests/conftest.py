@@ -36,7 +36,7 @@ if capability := triton_driver.wanted():
 elif triton.BACKEND.interpreted and testing.unavailable("triton") is None:
     import triton_interpreter
 
-    triton_interpreter.mend()
+    triton_interpreter.patch_interpreter()
 
 BACKEND_IDS = [*testing.backend_ids(), *copied_ids()]
 
@@ -159,7 +159,7 @@ def python() -> Iterator[Python]:
 
 @pytest.fixture(scope="module")
 def told(request: pytest.FixtureRequest) -> dict[int, dict[str, str]]:
-    """What went wrong in the CASES of a module, by process: they run in two, or in as many as its RANKS."""
+    """Tracebacks of a module's CASES by rank; they run in its RANKS processes, by default two."""
     from ranks import errors_by_rank  # torch may be without distributed
 
     return errors_by_rank(getattr(request.module, "RANKS", 2), request.module.CASES)
@@ -167,7 +167,7 @@ def told(request: pytest.FixtureRequest) -> dict[int, dict[str, str]]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Tiny products on several threads mostly wait for each other."""
+    """Uses one thread: for tiny tensors several mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 from flow_checks import Calls, assert_near, block_fallbacks, language_loss
 from flow_models import adapted, ids, llama
-from ranks import assert_no_errors
+from ranks import rank_tests
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -70,7 +70,4 @@ def fsdp2(folder: Path) -> None:
 
 CASES = [ddp, fsdp2]
 
-
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_on_two_processes(told: dict[int, dict[str, str]], case: str) -> None:
-    assert_no_errors(told, case)
+errors, test_on_two_processes = rank_tests(2, CASES)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from flow_checks import assert_fused, assert_near, language_loss
 from flow_models import adapted, config, ids, llama
 from peft_models import gradients
-from ranks import assert_no_errors, errors_by_rank
+from ranks import assert_no_errors, errors_by_rank, rank_tests
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -283,14 +283,11 @@ def gradients_of_a_step(stock: Any, wrap: Callable[[Any], Any], patched: bool = 
 
 CASES = [when_patched, options, unused, rows_of_their_own, accumulation, overlap, dropped, mixed_precision]
 
-
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_on_two_processes(told: dict[int, dict[str, str]], case: str) -> None:
-    assert_no_errors(told, case)
+errors, test_on_two_processes = rank_tests(2, CASES)
 
 
 def test_on_three_processes() -> None:
     cases = [accumulation]
-    told = errors_by_rank(3, cases)
+    errors = errors_by_rank(3, cases)
     for case in cases:
-        assert_no_errors(told, case.__name__)
+        assert_no_errors(errors, case.__name__)

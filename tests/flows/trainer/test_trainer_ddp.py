@@ -15,7 +15,7 @@ import torch.distributed as dist
 import transformers
 from flow_checks import assert_near
 from flow_models import adapted, arguments, ids, llama, tokenizer, words
-from ranks import assert_no_errors
+from ranks import assert_no_errors, rank_tests
 from torch import Tensor
 
 import peft_kernels as pk
@@ -159,13 +159,15 @@ def sft(folder: Path) -> None:
 
 CASES = [trainer, one_bar, sft]
 
+errors, _ = rank_tests(RANKS, CASES)
+
 
 @pytest.mark.parametrize("case", ["trainer", "one_bar"])
-def test_trainer(told: dict[int, dict[str, str]], case: str) -> None:
-    assert_no_errors(told, case)
+def test_trainer(errors: dict[int, dict[str, str]], case: str) -> None:
+    assert_no_errors(errors, case)
 
 
-def test_sft(told: dict[int, dict[str, str]]) -> None:
+def test_sft(errors: dict[int, dict[str, str]]) -> None:
     pytest.importorskip("trl", reason="TRL is not installed")
     pytest.importorskip("datasets", reason="datasets is not installed")
-    assert_no_errors(told, "sft")
+    assert_no_errors(errors, "sft")

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from flow_checks import assert_fused, assert_near
 from flow_models import adapted, llama
-from ranks import assert_no_errors
+from ranks import rank_tests
 from test_moe import mixture
 from test_trainer_ddp import ADAPTERS, LOSSES, RANKS, STEPS, losses, options, sft_trainer, single_process
 from torch import Tensor
@@ -157,10 +157,7 @@ def spoil(model: Any) -> None:
 
 CASES = [sft, resumed, efficient_loading]
 
-
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_on_two_processes(told: dict[int, dict[str, str]], case: str) -> None:
-    assert_no_errors(told, case)
+errors, test_on_two_processes = rank_tests(2, CASES)
 
 
 def test_the_configuration_is_one_of_accelerate() -> None:

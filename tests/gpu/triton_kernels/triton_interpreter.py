@@ -12,7 +12,7 @@ from triton.runtime import interpreter
 from triton_pace import speed_up
 
 
-def mend() -> None:
+def patch_interpreter() -> None:
     speed_up()
     np.seterr(all="ignore")  # kernels compute NaN and Inf in silence
     builder: Any = interpreter.InterpreterBuilder
