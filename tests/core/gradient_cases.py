@@ -154,7 +154,7 @@ class Layers:
         return y
 
 
-class Many(Layers):
+class MultiLora(Layers):
     """multi_lora_linear: three layers, the last without adapters; rows of three groups and of none."""
 
     def __init__(

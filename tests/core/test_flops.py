@@ -113,14 +113,14 @@ def test_dora(backend: str) -> None:
     assert counted(lambda: dora(x, weight, a, b, magnitude, 1.0, None, 0.5)) == layer + norm + 2 * M * N * K
 
 
-def test_every_namespace_is_known() -> None:
+def test_every_namespace_is_counted() -> None:
     flops.update_counters()
     known: Any = torch.utils.flop_counter.flop_registry
     others = ("gated_mlp", "dora_norm", "attention", "attention_backward")
-    products = [name for name in registry.OPS if "linear" in name or "bottleneck" in name or name in others]
+    gemm_ops = [name for name in registry.OPS if "linear" in name or "bottleneck" in name or name in others]
     for namespace in NAMESPACES.values():
         ops = getattr(torch.ops, namespace)
-        assert [name for name in registry.OPS if getattr(ops, name) in known] == products
+        assert [name for name in registry.OPS if getattr(ops, name) in known] == gemm_ops
 
 
 @pytest.mark.parametrize("first", ["peft_kernels", "torch.utils.flop_counter"])

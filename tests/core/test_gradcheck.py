@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gradient_cases import ACTIVATIONS, SCALING, K, Many, Mlp, N, inputs, leaf
+from gradient_cases import ACTIVATIONS, SCALING, K, Mlp, MultiLora, N, inputs, leaf
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -90,7 +90,7 @@ def gradcheck_layers(c: Any) -> None:
 @pytest.mark.parametrize("groups", [False, True], ids=["all-rows", "groups"])
 @pytest.mark.parametrize("base", ["dense", "nested"])
 def test_gradcheck_multi_lora_linear(base: str, groups: bool) -> None:
-    gradcheck_layers(Many(base, torch.float64, groups))
+    gradcheck_layers(MultiLora(base, torch.float64, groups))
 
 
 @pytest.mark.usefixtures("_reference")
@@ -129,7 +129,7 @@ def test_gradcheck_elementwise_ops() -> None:
 
 
 def second_order_cases() -> dict[str, tuple[Callable[[], Any], list[Tensor]]]:
-    many, mlp = Many("dense", torch.float32, True), Mlp("dense", torch.float32)
+    many, mlp = MultiLora("dense", torch.float32, True), Mlp("dense", torch.float32)
     z, scale, up = (leaf(*s, dtype=torch.float32, seed=2) for s in ((3, 5), (5,), (3, 5)))
     leaves = inputs(torch.float32, "dense", torch.float32, None)
     x, w, a, b = (leaves[name] for name in ("x", "weight", "lora_a", "lora_b"))

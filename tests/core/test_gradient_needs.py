@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gradient_cases import SCALING, Many, Mlp, N, call, gradients, gradients_of, inputs, leaf
+from gradient_cases import SCALING, Mlp, MultiLora, N, call, gradients, gradients_of, inputs, leaf
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -67,7 +67,9 @@ def flat(*values: Any) -> list[Tensor]:
 def test_only_needed_gradients_of_lists_are_computed(backend: str, kind: str, trained: str) -> None:
     def make() -> Any:
         return (
-            Many("dense", torch.float32, True) if kind == "multi_lora_linear" else Mlp("dense", torch.float32)
+            MultiLora("dense", torch.float32, True)
+            if kind == "multi_lora_linear"
+            else Mlp("dense", torch.float32)
         )
 
     _, everything = gradients_of(make())
@@ -126,7 +128,9 @@ def test_lora_linear_with_dropout_saves_no_mask(backend: str, base: str) -> None
 @pytest.mark.parametrize("base", ["dense", "nested"])
 @pytest.mark.parametrize("kind", ["multi_lora_linear", "gated_mlp"])
 def test_lists_of_layers_save_no_mask_and_no_gemm_result(backend: str, kind: str, base: str) -> None:
-    c: Any = Many(base, torch.bfloat16, True) if kind == "multi_lora_linear" else Mlp(base, torch.bfloat16)
+    c: Any = (
+        MultiLora(base, torch.bfloat16, True) if kind == "multi_lora_linear" else Mlp(base, torch.bfloat16)
+    )
     outputs, saved = saved_by(lambda: getattr(ops, kind)(*c.args()))
     allowed = {"x": c.x, "seed": c.seed}
     if kind == "gated_mlp":

@@ -12,8 +12,8 @@ from gradient_cases import (
     DTYPES,
     SHORT,
     K,
-    Many,
     Mlp,
+    MultiLora,
     N,
     R,
     check_against_fp64,
@@ -94,7 +94,7 @@ ops = torch.ops.peft_kernels
 @pytest.mark.parametrize("base", ["dense", "nested"])
 def test_multi_lora_linear_gradients(backend: str, base: str, groups: bool, dtype: torch.dtype) -> None:
     for adapter in {torch.float32, dtype}:
-        check_against_fp64(lambda adapter=adapter: Many(base, dtype, groups, adapter))
+        check_against_fp64(lambda adapter=adapter: MultiLora(base, dtype, groups, adapter))
 
 
 @each_dtype

@@ -135,10 +135,10 @@ def test_the_load_test_uses_all_adapters(serve: Any, http: httpx.Client) -> None
     assert "1 clients, 0 adapters: " in serve.load_test(http.base_url.port, 1, 1, [], new_tokens=2)
     with pytest.raises(SystemExit, match=r"2 of 2 requests failed: .*'three'"):
         serve.load_test(http.base_url.port, 2, 1, ["three"], new_tokens=3)
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
         with pytest.raises(SystemExit, match=r"2 of 2 requests failed: ConnectError"):
-            serve.load_test(nobody.getsockname()[1], 2, 2, ["one"])
+            serve.load_test(unused.getsockname()[1], 2, 2, ["one"])
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ BASES: dict[str, Callable[[], Any]] = {
 }
 
 
-class Elsewhere(saved_tensors_hooks):
+class CopiedTensors(saved_tensors_hooks):
     """Copies saved tensors; `save_on_cpu` would keep those on the CPU as they are."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ def test_gradients_are_the_same_to_the_bit(base: str, patched: bool) -> None:
     model = adapted(BASES[base]())
     if patched:
         pk.patch(model, loss=base == "nf4")
-    copied = Elsewhere()
+    copied = CopiedTensors()
     ways = nullcontext(), copied, trl.OffloadActivations(use_streams=False, min_offload_size=0)
     found = []
     for way in ways:

@@ -334,9 +334,9 @@ def test_trainer_does_not_replicate_an_nf4_model(tmp_path: Path, monkeypatch: py
     arguments._n_gpu = 2
     trainer = transformers.Trainer(model=adapted(llama("nf4")), args=arguments)
 
-    class Refused(nn.DataParallel):
+    class NoDataParallel(nn.DataParallel):
         def __init__(self, *_: Any) -> None:
             pytest.fail("DataParallel over NF4 weights")
 
-    monkeypatch.setattr(nn, "DataParallel", Refused)
+    monkeypatch.setattr(nn, "DataParallel", NoDataParallel)
     assert trainer._wrap_model(trainer.model) is trainer.model

@@ -66,10 +66,10 @@ def test_only_empty_stock_caches_in_training(monkeypatch: pytest.MonkeyPatch) ->
     assert empty_cache.fill(cache, k, v, 0)
     assert cache.layers[0].keys is k and cache.layers[0].values is v
     assert not empty_cache.fill(cache, k, v, 0), "it is not empty any more"
-    mine, own, own_layer = OtherCache(), cache_of(update=None), DynamicLayer()
-    mine.layers, own_layer.update = [DynamicLayer()], None  # type: ignore[method-assign,assignment]
+    other_cache, own, own_layer = OtherCache(), cache_of(update=None), DynamicLayer()
+    other_cache.layers, own_layer.update = [DynamicLayer()], None  # type: ignore[method-assign,assignment]
     others = [
-        mine, own, cache_of(offloading=True), cache_of(DynamicSlidingWindowLayer(sliding_window=8)),
+        other_cache, own, cache_of(offloading=True), cache_of(DynamicSlidingWindowLayer(sliding_window=8)),
         cache_of(OtherLayer()), cache_of(own_layer), DynamicCache(), None,
     ]  # fmt: skip
     assert not any(empty_cache.fill(other, k, v, 0) for other in others)

@@ -69,12 +69,12 @@ def ddp(folder: Path) -> None:
 def fsdp2(folder: Path) -> None:
     """Shards blocks, and the rest with the head as one unit, which is gathered again for backward or stays
     gathered."""
-    for head, anew in ((head, anew) for head in HEADS for anew in (False, True)):
+    for head, reshard in ((head, reshard) for head in HEADS for reshard in (False, True)):
 
-        def wrap(model: Any, anew: bool = anew) -> Any:
+        def wrap(model: Any, reshard: bool = reshard) -> Any:
             for layer in model.base_model.model.model.layers:
                 fully_shard(layer)
-            return fully_shard(model, reshard_after_forward=anew)
+            return fully_shard(model, reshard_after_forward=reshard)
 
         compare(head, wrap)
 

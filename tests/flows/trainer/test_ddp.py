@@ -226,13 +226,11 @@ def overlap(folder: Path) -> None:
         events = events_of_a_step(each)
         layers = [event for event in events if event != "sent"]
         assert layers == sorted(layers, reverse=True) and len(layers) == 56
-        still_to_come = [
-            len(layers) - i + events[:i].count("sent") for i, e in enumerate(events) if e == "sent"
-        ]
-        assert len(still_to_come) > 8
+        remaining = [len(layers) - i + events[:i].count("sent") for i, e in enumerate(events) if e == "sent"]
+        assert len(remaining) > 8
         for layer in (2, 1, 0):  # most buckets of a layer are sent when the next layer begins
-            assert min(n for n in still_to_come if n >= 14 * (layer + 1)) <= 14 * (layer + 1) + 7
-        early[each is model] = sum(still_to_come) / len(still_to_come)
+            assert min(n for n in remaining if n >= 14 * (layer + 1)) <= 14 * (layer + 1) + 7
+        early[each is model] = sum(remaining) / len(remaining)
     assert early[True] > early[False] - 3.5, early  # gradients of half a block are ready at once
 
 

@@ -141,5 +141,5 @@ def test_3xtf32() -> None:
     a, b = (
         generator.standard_normal(shape).astype(np.float32).astype(np.float64) for shape in ((4, 8), (8, 4))
     )
-    got = triton_sums.product(a, b, np.zeros((4, 4)), "tf32x3")
+    got = triton_sums.multiply_add(a, b, np.zeros((4, 4)), "tf32x3")
     assert 0 < np.abs(got - a @ b).max() < 3e-6

@@ -52,7 +52,7 @@ def tf32(values: Array) -> Array:
     return (values.astype(np.float32).view(np.uint32) & 0xFFFFE000).view(np.float32).astype(np.float64)
 
 
-def product(a: Array, b: Array, acc: Array, kind: str) -> Array:
+def multiply_add(a: Array, b: Array, acc: Array, kind: str) -> Array:
     if not all(np.isfinite(part).all() for part in (a, b, acc)):
         return a @ b + acc
     if kind == "fp32":
@@ -94,7 +94,7 @@ def as_on_cards() -> Iterator[None]:
     def create_dot(self: Any, a: Any, b: Any, acc: Any, precision: Any, _: Any) -> Any:
         kind = _kind(a, precision)
         assert acc.dtype.scalar == tl.float32
-        result = handle(product(_wide(a), _wide(b), _wide(acc), kind).astype(np.float32), tl.float32)
+        result = handle(multiply_add(_wide(a), _wide(b), _wide(acc), kind).astype(np.float32), tl.float32)
         if not acc.data.any():
             result.dot = a, b, precision
         return result

@@ -67,10 +67,10 @@ def alone(x: Tensor, adapter: BottleneckParameters, residual: Tensor | None) -> 
 def leaves_of(adapters: Sequence[BottleneckParameters]) -> tuple[list[Tensor], list[BottleneckParameters]]:
     leaves, copies = [], []
     for one in adapters:
-        mine = {name: t.detach().clone().requires_grad_() for name in PARAMETERS
+        with_grad = {name: t.detach().clone().requires_grad_() for name in PARAMETERS
                 if (t := getattr(one, name)) is not None}  # fmt: skip
-        leaves += mine.values()
-        copies.append(replace(one, **mine))
+        leaves += with_grad.values()
+        copies.append(replace(one, **with_grad))
     return leaves, copies
 
 
@@ -98,18 +98,19 @@ def test_values_equal_single_adapters(backend: str, beside: bool, dtype: torch.d
 @pytest.mark.parametrize("beside", [False, True])
 def test_gradients_equal_single_adapters(backend: str, beside: bool, dtype: torch.dtype) -> None:
     x, residual, every = inputs(dtype, beside)
-    leaves, mine = leaves_of(every)
+    leaves, with_grad = leaves_of(every)
     leaves += [t.requires_grad_() for t in (x, residual) if t is not None]
-    y = multi_bottleneck(x, mine, GROUPS, residual)
+    y = multi_bottleneck(x, with_grad, GROUPS, residual)
     dy = testing.tensor(*y.shape, dtype=dtype, seed=3)
     got = torch.autograd.grad(y, leaves, dy)
     rows = [torch.nonzero(torch.eq(GROUPS, i))[:, 0] for i in range(len(every))]
     parts = [
-        alone(x[r], one, None if residual is None else residual[r]) for one, r in zip(mine, rows, strict=True)
+        alone(x[r], one, None if residual is None else residual[r])
+        for one, r in zip(with_grad, rows, strict=True)
     ]
-    nobody = torch.tensor([2, 6])
-    parts.append((x if residual is None else residual)[nobody])
-    whole = torch.cat([*rows, nobody])
+    no_adapter = torch.tensor([2, 6])
+    parts.append((x if residual is None else residual)[no_adapter])
+    whole = torch.cat([*rows, no_adapter])
     want = torch.autograd.grad(torch.cat(parts), leaves, dy[whole], materialize_grads=True)
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
@@ -117,15 +118,15 @@ def test_gradients_equal_single_adapters(backend: str, beside: bool, dtype: torc
 
 def test_only_trainable_tensors_get_a_gradient(backend: str) -> None:
     x, residual, every = inputs(torch.float32, True)
-    leaves, mine = leaves_of(every)
-    y = multi_bottleneck(x, mine, GROUPS, residual)
+    leaves, with_grad = leaves_of(every)
+    y = multi_bottleneck(x, with_grad, GROUPS, residual)
     everything = dict(zip(map(id, leaves), torch.autograd.grad(y.sum(), leaves), strict=True))
     for name in PARAMETERS:
         for leaf in leaves:
-            leaf.requires_grad_(any(leaf is getattr(mine[i], name) for i in (1, 2)))
+            leaf.requires_grad_(any(leaf is getattr(with_grad[i], name) for i in (1, 2)))
         trained = [leaf for leaf in leaves if leaf.requires_grad]
         assert trained, name
-        got = torch.autograd.grad(multi_bottleneck(x, mine, GROUPS, residual).sum(), trained)
+        got = torch.autograd.grad(multi_bottleneck(x, with_grad, GROUPS, residual).sum(), trained)
         for leaf, gradient in zip(trained, got, strict=True):
             assert torch.equal(gradient, everything[id(leaf)]), name
 
@@ -145,10 +146,10 @@ def test_leading_sizes_groups_of_32_bits_and_no_adapters(backend: str, leading: 
 def test_other_rows_reach_no_gradient(backend: str) -> None:
     """Values in rows of other adapters, or of none, have no effect."""
     x, _, every = inputs(torch.float32, False)
-    leaves, mine = leaves_of(every[:1])
+    leaves, with_grad = leaves_of(every[:1])
 
     def gradients() -> Sequence[Tensor]:
-        y = multi_bottleneck(x, mine + every[1:], GROUPS)
+        y = multi_bottleneck(x, with_grad + every[1:], GROUPS)
         return torch.autograd.grad(y[GROUPS == 0].sum(), leaves)
 
     clean = gradients()
@@ -179,8 +180,8 @@ def test_any_number_of_threads(backend: str, dtype: torch.dtype) -> None:
 
     def run() -> list[Tensor]:
         x, residual, every = inputs(dtype, True)
-        leaves, mine = leaves_of(every)
-        y = multi_bottleneck(x, mine, GROUPS, residual)
+        leaves, with_grad = leaves_of(every)
+        y = multi_bottleneck(x, with_grad, GROUPS, residual)
         return [y.detach(), *torch.autograd.grad(y.sum(), leaves)]
 
     same_with_any_threads(run)
@@ -194,11 +195,11 @@ def test_gradcheck() -> None:
 
     def call(x: Tensor, residual: Tensor, *values: Tensor) -> Tensor:
         left = iter(values)
-        mine = [
+        with_grad = [
             replace(one, **{name: next(left) for name in PARAMETERS if getattr(one, name) is not None})
             for one in every
         ]
-        return multi_bottleneck(x, mine, GROUPS[:4], residual)
+        return multi_bottleneck(x, with_grad, GROUPS[:4], residual)
 
     with pk.use_backend("reference"):
         assert gradcheck(call, [x[:4].requires_grad_(), residual[:4].requires_grad_(), *leaves])

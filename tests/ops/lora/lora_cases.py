@@ -91,7 +91,7 @@ class LoraCase:
         flags = tuple(name in needs for name in "xab")
         return (self.dy, self.x, h, *self.group, self.a, self.b, SCALING, 0.0, None, None, *flags)
 
-    def products(self, widen: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    def gemm_results(self, widen: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """y, h, dx, da, db; with `widen` the absolute value, the sums of absolute terms."""
         x, dy, a, b, w = (widen(t.double()) for t in (self.x, self.dy, self.a, self.b, self.w))
         x2, dy2 = x.flatten(0, -2), dy.flatten(0, -2)
@@ -107,11 +107,11 @@ class LoraCase:
 
     @functools.cached_property
     def truth(self) -> dict[str, Tensor]:
-        return self.products(lambda t: t)
+        return self.gemm_results(lambda t: t)
 
     @functools.cached_property
     def magnitude(self) -> dict[str, Tensor]:
-        return self.products(torch.abs)
+        return self.gemm_results(torch.abs)
 
     @functools.cached_property
     def plain_outputs(self) -> tuple[Tensor, ...]:

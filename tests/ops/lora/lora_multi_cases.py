@@ -115,7 +115,7 @@ class MultiCase:
     def backward_args(self, h: Tensor, needs: str = "xab") -> tuple[Any, ...]:
         return (self.dy, self.x, h, *self.weights, self.a, self.b, *self.serving, *self.flags(needs))
 
-    def products(self, widen: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    def gemm_results(self, widen: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """y0.., h, dx, da0.., db0.., of x's leading sizes; `widen` abs: the sums of absolute terms."""
 
         def wide(tensors: list[Tensor]) -> list[Tensor]:
@@ -143,11 +143,11 @@ class MultiCase:
 
     @functools.cached_property
     def truth(self) -> dict[str, Tensor]:
-        return self.products(lambda t: t)
+        return self.gemm_results(lambda t: t)
 
     @functools.cached_property
     def magnitude(self) -> dict[str, Tensor]:
-        return self.products(torch.abs)
+        return self.gemm_results(torch.abs)
 
     @functools.cached_property
     def plain_outputs(self) -> dict[str, Tensor]:

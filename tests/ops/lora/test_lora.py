@@ -105,7 +105,7 @@ def test_long_sums(backend: str, dtype: torch.dtype, adapter: str, shape: str) -
 )
 def test_any_shape(backend: str, **case: Any) -> None:
     c = LoraCase(case | {"bias": "none"})
-    truth, magnitude = c.products(lambda t: t), c.products(torch.abs)
+    truth, magnitude = c.gemm_results(lambda t: t), c.gemm_results(torch.abs)
     y, h = ops.lora_linear(*c.forward_args)
     dx, da, db = ops.lora_linear_backward(*c.backward_args(truth["h"].float()))
     got = {"y": y, "h": h, "dx": dx, "da": da, "db": db}

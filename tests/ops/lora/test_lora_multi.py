@@ -177,10 +177,10 @@ def test_threads_do_not_change_a_bit(backend: str, dtype: torch.dtype) -> None:
 def test_flags_do_not_change_a_bit(backend: str) -> None:
     c = MultiCase(multi_case(dtype=torch.bfloat16, base="various"))
     _, h = ops.multi_lora_linear(*c.forward_args)
-    all_of_them = named_gradients(c, "xab", *ops.multi_lora_linear_backward(*c.backward_args(h)))
+    every_gradient = named_gradients(c, "xab", *ops.multi_lora_linear_backward(*c.backward_args(h)))
     for needs in ("", "x", "a", "b", "some", "ab"):
         got = named_gradients(c, needs, *ops.multi_lora_linear_backward(*c.backward_args(h, needs)))
-        assert_same(got, {name: all_of_them[name] for name in got})
+        assert_same(got, {name: every_gradient[name] for name in got})
 
 
 @pytest.mark.parametrize("shape", [(96,), (0, 96), (2, 0, 96), (2, 3, 96), (2, 1, 3, 96)], ids=str)
