@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from flow_checks import train
 from models import inputs, pickled, saved_and_loaded
 from peft_models import in_fp64, step
 from torch import Tensor, nn
@@ -153,18 +154,6 @@ def test_a_parameter_changed_before_backward_raises(base: str, part: str) -> Non
 
 
 # Copies.
-
-
-def train(model: nn.Module, loss: Callable[[nn.Module, int], Tensor], steps: int) -> list[float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for i in range(steps):
-        optimizer.zero_grad()
-        value = loss(model, i)
-        value.backward()
-        optimizer.step()
-        losses.append(value.item())
-    return losses
 
 
 def net_batch(model: nn.Module, i: int) -> Tensor:
