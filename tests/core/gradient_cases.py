@@ -225,7 +225,6 @@ def assert_near(got: Tensor, truth: Tensor, what: str) -> None:
 
 
 def check_against_fp64(make: Callable[[], Any]) -> None:
-    """Compares values and all gradients with the definition in fp64."""
     c = make()
     y, got = gradients_of(c)
     wide = c.wide()

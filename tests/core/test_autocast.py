@@ -72,7 +72,6 @@ def test_gradients(op: str, sample: str) -> None:
 
 
 def calls(base: str) -> dict[str, Any]:
-    """The public calls, in fp32."""
     x = testing.tensor(9, K)
 
     def layer(n: int, k: int, seed: int) -> AdaptedLinear:

@@ -257,8 +257,6 @@ def test_explain_cards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class OnCard(Tensor):
-    """A CPU tensor whose device is a card."""
-
     kind, index = "cuda", 0
 
     @property

@@ -38,7 +38,6 @@ def lora(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def cases(base: str) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-    """The calls, and plain torch."""
     x = testing.tensor(2, M // 2, K).requires_grad_()
     weights: list[Any] = [testing.nf4_weight(*s, 32) for s in ((N, K), (N, K), (K, N))]
     dense = [w.dequantize(torch.float32) for w in weights]

@@ -103,7 +103,6 @@ def test_lora_linear_on_a_dense_base_refuses(case: str) -> None:
 
 @pytest.mark.parametrize("case", SHARED)
 def test_a_weight_made_dense_is_checked_too(case: str) -> None:
-    """After a merge, the same mistakes raise the same messages."""
     changes, message = SHARED[case]
     merged = testing.nf4_weight(12, 64)
     merged.add_(1.0)

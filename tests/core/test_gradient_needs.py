@@ -42,8 +42,6 @@ ops = torch.ops.peft_kernels
 
 
 class Spy(TorchDispatchMode):
-    """Records the arguments of every op of the package."""
-
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, tuple[Any, ...]]] = []

@@ -31,7 +31,6 @@ def test_every_differentiable_op_is_covered() -> None:
 
 @pytest.fixture(params=[name for name in NAMESPACES if name != "public"])
 def namespace(request: pytest.FixtureRequest) -> str:
-    """The op namespace of a back end."""
     if (reason := testing.unavailable(request.param)) is not None:
         pytest.skip(f"{request.param}: {reason}")
     return NAMESPACES[request.param]

@@ -75,7 +75,6 @@ def test_dequantize_more_than_2_31_weights(weight: torch.Tensor) -> None:
 
 @pytest.mark.slow
 def test_more_than_2_31_weights_on_every_isa(weight: torch.Tensor) -> None:
-    """The forward again, on the other ISAs."""
     ops = torch.ops.peft_kernels_cpu
     packed = torch.from_numpy(np.zeros(N * K // 2, np.uint8))
     absmax = torch.from_numpy(np.zeros(N * K // BLOCKSIZE, np.float32))

@@ -84,7 +84,6 @@ class Done(NamedTuple):
 
 
 def command(words: str, folder: Path) -> Done:
-    """`peft-kernels` with these arguments."""
     arguments = shlex.split(words, comments=True)
     return _run(f"import sys\nfrom peft_kernels.cli.main import main\nsys.exit(main({arguments!r}))", folder)
 

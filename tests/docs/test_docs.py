@@ -145,7 +145,6 @@ def test_notebook_output_is_reproduced(path: Path, tmp_path: Path, monkeypatch: 
 
 
 def figures(page: Path) -> Iterator[tuple[str, str]]:
-    """Name and value of each marked figure."""
     for value, name in QUOTE.findall(page.read_text(encoding="utf-8")):
         if name != "-":
             yield name, value

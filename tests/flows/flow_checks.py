@@ -144,7 +144,6 @@ def assert_curve(got: list[float], stock: list[float], truth: list[float], bound
 def train(
     model: nn.Module, loss: Callable[[Any, int], Tensor], steps: int = 4, lr: float = 1e-2
 ) -> list[float]:
-    """Losses of a plain training loop."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     losses = []
     for i in range(steps):

@@ -64,7 +64,6 @@ def adapted(model: Any, **options: Any) -> Any:
 
 
 def patched_copy(stock: nn.Module) -> tuple[Any, Any]:
-    """A patched copy of a model, and its report."""
     model = copy.deepcopy(stock)
     return model, pk.patch(model)
 

@@ -113,7 +113,6 @@ def batch(name: str, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
 
 
 def results(name: str, model: Any, seed: int) -> dict[str, Tensor]:
-    """Logits and all gradients."""
     model.zero_grad()
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     logits = model(**batch(name, dtype, seed)).logits

@@ -70,7 +70,6 @@ def packed(name: str) -> Any:
 
 
 def patched(model: Any) -> Any:
-    """Patched with all options."""
     attention.use(model)
     return pk.patch(model, loss=True, block=True)
 
@@ -169,7 +168,6 @@ def classifier(kind: Any) -> Any:
 
 
 def test_rewards() -> None:
-    """Reward modeling on pairs of texts."""
     model = classifier(transformers.AutoModelForSequenceClassification)
     assert type(model.get_base_model().score.modules_to_save["default"]) is nn.Linear, "new, and trained"
     report = patched(model)

@@ -87,8 +87,6 @@ def test_a_subclass_of_linear_in_an_mlp(part: str, is_adapted: bool, moment: str
 
 
 def test_subclass_of_linear_without_overrides() -> None:
-    """It is treated like nn.Linear."""
-
     class Renamed(nn.Linear):
         pass
 
@@ -308,7 +306,6 @@ def falcon() -> Any:
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 @pytest.mark.parametrize("make", [gpt2, falcon])
 def test_plain_layers_of_other_classes(make: Callable[[], Any], base: str, adapter: str) -> None:
-    """They are fused, and packed by quantize_model."""
     torch.manual_seed(0)
     model = make()
     if base == "nf4":

@@ -99,7 +99,6 @@ def test_assisted(base: str) -> None:
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_training_after_generating_under_inference_mode(base: str) -> None:
-    """No inference tensors remain for training."""
     stock = adapted(llama(base))
     model, report = patched_copy(stock)
     generate(model.eval(), torch.inference_mode, do_sample=False)

@@ -89,7 +89,6 @@ def test_patching_while_there_are_hooks() -> None:
 
 
 def test_hooks_added_between_decoded_tokens() -> None:
-    """With a cached call."""
     model, _ = patched(adapted(llama()).eval())
     seen: list[nn.Module] = []
     inside = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer

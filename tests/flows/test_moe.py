@@ -81,7 +81,6 @@ def pair(family: str = "qwen3_moe") -> tuple[Any, Any]:
 
 
 def adapted(model: Any) -> Any:
-    """Nonzero adapters on attention and on the experts."""
     torch.manual_seed(1)
     attention = ["q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "kv_b_proj"]
     config = peft.LoraConfig(

@@ -109,7 +109,6 @@ def test_flops_are_counted(backward: bool) -> None:
 
 @OWN
 def test_functional_gradients(base: str) -> None:
-    """With torch.func.grad over functional_call."""
     stock = adapted(llama(base, num_hidden_layers=1)).eval()
     model, report = patched_copy(stock)
     names = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}

@@ -52,7 +52,6 @@ def _gloo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def _single_process(_gloo: None) -> Iterator[None]:
-    """A process group of one process."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

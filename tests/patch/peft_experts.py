@@ -57,13 +57,11 @@ class Mixture(nn.Module):
 
 
 def mixture(base: str, family: str = "qwen3_moe", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """A Mixture whose experts are "dense" or "nf4"."""
     model = Mixture(family, dtype, **options)
     return pk.quantize_model(model, experts=True) if base == "nf4" else model
 
 
 def weights_of(model: nn.Module) -> dict[str, Any]:
-    """Weights of experts, NF4 or dense, by name."""
     return {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -72,7 +70,6 @@ def weights_of(model: nn.Module) -> dict[str, Any]:
 
 
 def adapt(model: nn.Module, **options: Any) -> Any:
-    """Adds nonzero PEFT adapters to the weights of experts."""
     torch.manual_seed(3)
     model = peft.get_peft_model(model, lora_config(model, **options))
     fill(model)

@@ -45,7 +45,6 @@ def add_adapter(model: Any, name: str, **options: Any) -> None:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every gradient."""
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -35,8 +35,6 @@ class Mlp(nn.Module):
 
 
 class Only(nn.Sequential):
-    """Passes all arguments on."""
-
     def forward(self, *args: Any) -> Any:
         return self[0](*args)
 

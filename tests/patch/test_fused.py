@@ -59,7 +59,6 @@ def bias_values(model: Any) -> None:
 
 
 def moved_magnitudes(model: Any) -> None:
-    """Moves the magnitudes away from their initial norms."""
     for name, parameter in model.named_parameters():
         if "magnitude" in name:
             parameter.data *= 1 + testing.tensor(*parameter.shape, seed=4, scale=0.2)

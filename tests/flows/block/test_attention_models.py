@@ -49,8 +49,6 @@ def sliding(**options: Any) -> Any:
 
 
 class Calls:
-    """Counts calls of the op and of sdpa."""
-
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ours = self.theirs = 0
         op, sdpa = ours.attention, ours.sdpa_attention_forward

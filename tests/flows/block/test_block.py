@@ -33,7 +33,6 @@ FAMILIES = {
 
 @pytest.fixture(autouse=True)
 def _clear_verdicts() -> Iterator[None]:
-    """Drops verdicts on functions that a test replaced."""
     yield
     eligibility._attentions.clear()
 

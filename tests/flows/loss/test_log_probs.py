@@ -44,7 +44,6 @@ def batch(left: bool = False) -> dict[str, Tensor]:
 
 
 def install(model: Any, **options: Any) -> ours.LogProbs:
-    """Called as by a trainer."""
     model.requires_grad_(False)
     add_fused_lm_head(model, temperature=options.get("temperature", 1.0), outputs=("log_probs", *OUTPUTS))
     return ours.LogProbs(model, **{"never": "", "temperature": 1.0, "outputs": OUTPUTS, "head": ""} | options)

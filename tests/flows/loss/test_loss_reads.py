@@ -95,8 +95,6 @@ def through_a_function(out: Any) -> Tensor:
 
 
 class InPlace(torch.autograd.Function):
-    """Writes into its argument."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x.mul_(3.0)

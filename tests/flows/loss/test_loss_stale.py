@@ -53,7 +53,6 @@ WRITERS = (fused_adamw, by_data, by_other_data, by_numpy, rows_swapped, signs, f
 
 
 def head_weight(model: Any) -> Any:
-    """The trained copy of the head."""
     trained = [p for n, p in model.named_parameters() if "lm_head" in n and p.requires_grad]
     return trained[-1]
 

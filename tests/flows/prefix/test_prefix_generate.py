@@ -36,7 +36,6 @@ CASES = [("llama", "dense"), ("llama", "nf4"), ("gpt2", "dense"), ("t5", "nf4"),
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
 def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
-    """Stock, and patched."""
     family, base = request.param
     stock = prefixed(bare(family, base), projection=True).eval()
     return stock, patched_copy(stock)[0]

@@ -270,7 +270,6 @@ def mixed_precision(folder: Path) -> None:
 
 
 def gradients_of_a_step(stock: Any, wrap: Callable[[Any], Any], patched: bool = False) -> dict[str, Tensor]:
-    """Gradients of one step on a copy of a model."""
     model = copy.deepcopy(stock)
     report = pk.patch(model) if patched else None
     language_loss(wrap(model), share(0)).backward()

@@ -54,7 +54,6 @@ def trained_adapters(trainer: Any) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def single_process() -> Any:
-    """Makes this process train alone, as if there were no others."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     states = PartialState, AcceleratorState, GradientState

@@ -108,7 +108,6 @@ def sft(folder: Path) -> None:
 
 
 def resumed(folder: Path) -> None:
-    """Resumed from a Trainer checkpoint."""
     with fsdp2():
         curves = []
         for checkpoint in (None, str(folder / "checkpoint-3")):

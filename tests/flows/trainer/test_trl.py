@@ -53,7 +53,6 @@ def preferences() -> Any:
 
 
 def labelled() -> Any:
-    """Completions labelled as good or bad."""
     return datasets.Dataset.from_list(
         [
             {"prompt": words(row[:3]), "completion": " " + words(row[3:7]), "label": i % 2 == 0}

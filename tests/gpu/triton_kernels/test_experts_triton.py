@@ -95,8 +95,6 @@ NAMES = "experts_lora_linear", "experts_lora_linear_backward"
 
 
 class Case:
-    """Arguments of the ops with adapters."""
-
     def __init__(
         self,
         ends: list[int],

@@ -28,7 +28,6 @@ MASKS = ["none", "causal", "spans", "both", "two", "two causal"]
 
 
 def sides(size: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-    """q, k, v and dy."""
     batch, rows, keys, heads, key_heads, features = size
     shapes = (rows, heads), (keys, key_heads), (keys, key_heads), (rows, heads)
     return [testing.tensor(batch, r, h, features, dtype=dtype, seed=i) for i, (r, h) in enumerate(shapes)]

@@ -39,7 +39,6 @@ def stock(x: Tensor, weight: Tensor, eps: float = EPS, offset: float = 0.0, cast
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, of_weight: torch.dtype) -> tuple[Tensor, ...]:
-    """x, weight and dy."""
     x = testing.tensor(*shape, dtype=dtype, seed=1, scale=3.0)
     weight = 1 + 0.3 * testing.tensor(shape[-1], seed=2)
     result = torch.promote_types(dtype, of_weight)

@@ -46,7 +46,6 @@ KINDS = tuple(_KINDS)
 
 
 def experts(kind: str, dtype: torch.dtype = torch.float32, implementation: str = "eager") -> Any:
-    """A dense module of experts."""
     name, config_name, sizes = _KINDS[kind]
     home = importlib.import_module(f"transformers.models.{kind}")
     config = getattr(home, config_name)(hidden_size=HIDDEN, **sizes)

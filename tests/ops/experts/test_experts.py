@@ -231,7 +231,6 @@ def test_flags_do_not_change_a_bit(backend: str, base: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_a_bad_row_stays_in_its_row(backend: str, dtype: torch.dtype) -> None:
-    """Inf or NaN of one expert must not reach the rows of another."""
     clean, bad = (ExpertsCase(sizes("uneven", 33, 71, "nested", dtype)) for _ in range(2))
     row, others = 70, [i for i in range(80) if i != 70]  # expert 1's only one
     bad.x[row], bad.dy[row] = float("inf"), float("nan")

@@ -21,7 +21,6 @@ def weight() -> pk.NF4Weight:
 
 
 def good() -> dict[str, Any]:
-    """Valid arguments."""
     return {
         "x": testing.tensor(ROWS, K), "ends": torch.tensor([2, 2, 6], dtype=torch.int32), "weight": weight(),
         "lora_a": testing.tensor(E, R, K), "lora_b": testing.tensor(E, N, R), "scaling": 0.5,
@@ -119,7 +118,6 @@ NEED = True, True, True
 
 
 def each_op(ops: Any, ends: Tensor, of: pk.NF4Weight) -> dict[str, Any]:
-    """A call of each op."""
     x, dy, h = testing.tensor(ROWS, K), testing.tensor(ROWS, N), testing.tensor(ROWS, R)
     a, b, group = testing.tensor(E, R, K), testing.tensor(E, N, R), of._state.op_args
     return {

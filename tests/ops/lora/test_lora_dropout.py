@@ -54,8 +54,6 @@ each_single_case = pytest.mark.parametrize("case", SINGLE_CASES, ids=case_id)
 
 
 class SingleCase(MultiCase):
-    """A case with one layer and one adapter, for lora_linear."""
-
     def __init__(self, case: dict[str, Any], seed: int = 0) -> None:
         super().__init__(case | {"layers": 1, "adapters": "0", "groups": "none"}, seed)
         bias = self.bias[0] if self.bias[0].numel() else None

@@ -159,7 +159,6 @@ def test_same_inputs_same_bits(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("k", [35, 96])
 def test_many_layers(backend: str, k: int, dtype: torch.dtype) -> None:
-    """Their gradients of x are summed."""
     case = multi_case(m=17, k=k, n=32, layers=6, adapters="0123", dtype=dtype, p=0.0)
     check_forward(case)
     check_backward(case)

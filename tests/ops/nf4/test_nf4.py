@@ -283,7 +283,6 @@ BAD_WEIGHTS = {
 
 @pytest.mark.parametrize("name", BAD_WEIGHTS)
 def test_compiled_ops_refuse_a_mismatched_weight(compiled_ops: Any, name: str) -> None:
-    """The C++ ops check every length for memory safety."""
     message, change = BAD_WEIGHTS[name]
     good = {
         "packed": torch.zeros(32, dtype=torch.uint8),

@@ -40,8 +40,6 @@ pytestmark = [
 
 
 class CountFused(TorchDispatchMode):
-    """Counts fused forwards."""
-
     calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -19,7 +19,6 @@ ROWS = 24  # for a batch that is halved
 
 
 def net(base: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """A stock PEFT model over q and o."""
     return lora(models.base_model(base, dtype), **options)
 
 
