@@ -157,14 +157,6 @@ def python() -> Iterator[Python]:
     processes.close()
 
 
-@pytest.fixture(scope="module")
-def told(request: pytest.FixtureRequest) -> dict[int, dict[str, str]]:
-    """Tracebacks of a module's CASES by rank; they run in its RANKS processes, by default two."""
-    from ranks import errors_by_rank  # torch may be without distributed
-
-    return errors_by_rank(getattr(request.module, "RANKS", 2), request.module.CASES)
-
-
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Uses one thread: for tiny tensors several mostly wait for each other."""

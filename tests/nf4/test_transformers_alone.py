@@ -8,7 +8,8 @@ import pytest
 from fresh_process import Python
 from transformers_models import Auto, assert_same_state, bnb_config, loaded, read, saved
 
-TESTS = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent
+FOLDERS = [str(HERE), str(HERE.parent)]
 
 WITHOUT_BITSANDBYTES = f"""
 import importlib.machinery, os, sys
@@ -19,7 +20,7 @@ class Hidden(importlib.machinery.PathFinder):
         return None if name.partition(".")[0] == "bitsandbytes" else super().find_spec(name, path, target)
 
 sys.meta_path[:] = [Hidden if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
-sys.path.append({str(TESTS)!r})
+sys.path += {FOLDERS!r}
 os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 torch.set_num_threads(1)
@@ -45,7 +46,7 @@ def test_importing_imports_no_transformers_and_replaces_nothing(python: Python) 
 
 def test_old_transformers_is_named_and_quantize_model_works(python: Python) -> None:
     python(
-        f"import sys; sys.path.append({str(TESTS)!r})\n"
+        f"import sys; sys.path += {FOLDERS!r}\n"
         "import transformers\n"
         "from transformers.quantizers.base import HfQuantizer\n"
         "del HfQuantizer.get_new_dtype\n"
