@@ -97,7 +97,7 @@ RULES: Sequence[Rule] = (
     Rule(r"ScaleColumns<(bf16|fp16), true>", 15.0, written=2, read=2),
     Rule(r"ScaleColumnsBackward<float, true>", 15.0, written=4, read=8),
     Rule(r"ScaleColumnsBackward<(bf16|fp16), true>", 15.0, written=2, read=4),
-    # fp32 parameters with 32-bit moments; adamw_loops.py has every loop.
+    # fp32 parameters with 32-bit moments. The limits of the other dtypes are in adamw_loops.py.
     Rule(r"AdamWStep<false>", 41.0, written=12, read=16),
     Rule(r"AdamWStep<true>", 36.0, written=8, read=12),
 )

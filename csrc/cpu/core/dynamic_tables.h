@@ -24,8 +24,8 @@ struct CodeSearch {
       third[8];        // the same, as a binary search reads them: indexed by the result of the previous steps
   float border[32];    // by the exponent's low five bits: the threshold in that binade, or infinity
   int32_t before[32];  // and the number of thresholds below it, in the exponent's bits and in the lowest
-  float slope[16];     // by the number of thresholds passed, or that modulo 8
-  float first;         // y at x = 0, halved for signed codes, as slopes are
+  float slope[16];     // dy/dx in a decade, indexed by the thresholds passed, or by that modulo 8
+  float first;         // y at x = 0; for signed codes this and the slopes are halved
   float limit;         // upper bound of y: less than half a code below 2
   float base;          // added to shift into fixed point
   float least;         // lower bound of the sum: code 0
