@@ -35,7 +35,8 @@ Card& card() {
   static Card card{80, 4, 163 << 10, 1024};
   return card;
 }
-// Number of cards set so far, used as the device index: device memory does not survive a change of card.
+// Number of cards set so far, used as the device index: device memory does not survive a change of card, so what a
+// kernel left there when it was stopped is gone after set_card().
 int cards = 0;
 
 }  // namespace
@@ -58,6 +59,8 @@ void set_card(const Card& new_card) {
 uint32_t* CallContext::counters(int64_t count) {
   // A kernel runs to its end in the calling thread before launch() returns.
   thread_local std::vector<uint32_t> counters;
+  thread_local int owner = 0;
+  if (owner != cards) counters.clear(), owner = cards;
   if (static_cast<int64_t>(counters.size()) < count) counters.resize(static_cast<size_t>(count));
   return count == 0 ? nullptr : counters.data();
 }
