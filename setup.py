@@ -7,8 +7,10 @@ PEFT_KERNELS_CUDA  unset: build the CUDA back end if torch has CUDA and a matchi
 TORCH_CUDA_ARCH_LIST  compute capabilities to build for ("8.0;9.0+PTX", "Hopper"); unset or "native": those of
                    the cards of this machine, or without one all from 8.0 on. Unsupported ones are dropped
                    with a message
-PEFT_KERNELS_EMULATE  1, for tests: also build emulated instruction sets and, with nvcc, the CUDA kernels as
-                   PTX that runs on the CPU
+PEFT_KERNELS_ISA   unset: build every instruction set of this kind of processor, to choose from at run time;
+                   native: only the one that this machine chooses, and scalar code
+PEFT_KERNELS_EMULATE  1, for tests: also build emulated instruction sets and the tests' own ops
+PEFT_KERNELS_PTX   1, for tests: also build the CUDA kernels as PTX that runs on the CPU; fail without nvcc
 PEFT_KERNELS_SANITIZE  address (with undefined behaviour) or thread: a build for `make sanitize`, by gcc
 
 A compile error is always an error: a machine with a compiler should not get the slow package by accident.
@@ -33,6 +35,9 @@ from typing import Any
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
+sys.path.append(str(ROOT / "tools"))
+from cuda_toolkit import Toolkit  # noqa: E402
+
 PACKAGE = ROOT / "peft_kernels"
 # Read as a single file: importing the package would import torch.
 ARCHITECTURES = runpy.run_path(str(ROOT / "peft_kernels" / "core" / "backends" / "architectures.py"))
@@ -43,7 +48,14 @@ def sources(folder: str, suffix: str) -> list[str]:
     return [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / folder).rglob(f"*{suffix}"))]
 
 
-X86_SOURCES = [f"csrc/cpu/isa/{isa}.cpp" for isa in ("avx2", "avx512", "avx512_bf16", "amx")]
+# In ascending order, with macros that gcc defines under -march=native where the processor has the ISA.
+X86_ISAS = {
+    "avx2": ("AVX2", "FMA", "F16C"),
+    "avx512": ("AVX512F", "AVX512BW", "AVX512DQ", "AVX512VL"),
+    "avx512_bf16": ("AVX512BF16", "AVX512VBMI"),
+    "amx": ("AMX_BF16", "AMX_TILE"),
+}
+X86_SOURCES = [f"csrc/cpu/isa/{isa}.cpp" for isa in X86_ISAS]
 ARM_SOURCES = [f"csrc/cpu/isa/{isa}.cpp" for isa in ("neon", "neon_bf16")]
 CPU_SOURCES = [name for name in sources("csrc/cpu", ".cpp") if name not in (*X86_SOURCES, *ARM_SOURCES)]
 EMULATED_SOURCES = ["tests/ops/cpu/amx/amx_emulated.cpp", "tests/ops/cpu/threads/checks.cpp"]
@@ -85,8 +97,6 @@ __m512 probe(__m512 sum, __m512bh a) { return _mm512_dpbf16_ps(sum, a, a); }
 #pragma GCC pop_options
 int main() { return int(std::vector<int>().size()); }
 """
-
-# The sources that take longest come first, so that no core waits for one at the end.
 
 # Contracting a * b + c into an FMA would round once where the NF4 format rounds twice.
 HOST_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]
@@ -157,12 +167,34 @@ def generated_headers() -> str:
     return str(folder)
 
 
+def cxx() -> list[str]:
+    """The command of the C++ compiler."""
+    return shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
+
+
+def isa_sources() -> list[str]:
+    """The source files of the instruction sets to build, as PEFT_KERNELS_ISA says."""
+    wanted = os.environ.get("PEFT_KERNELS_ISA", "")
+    if wanted not in ("", "native"):
+        raise SystemExit(f"PEFT_KERNELS_ISA: expected native, or unset, got {wanted!r}")
+    if not wanted or not IS_X86:
+        return LEVEL_SOURCES
+    told = subprocess.run(
+        [*cxx(), "-march=native", "-dM", "-E", "-x", "c++", os.devnull],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    macros = set(re.findall(r"^#define __(\w+)__ 1$", told, re.M))
+    found = [f"csrc/cpu/isa/{isa}.cpp" for isa, needed in X86_ISAS.items() if macros >= {*needed}]
+    # Linux may refuse AMX to a process, which then takes the ISA below.
+    return found[-2:] if "AMX_TILE" in macros else found[-1:]
+
+
 def compiler_problem() -> str | None:
     """None if the C++ compiler of the build compiles a small file, otherwise its error.
 
     On x86 the file uses a target pragma, as the kernels do; clang has none.
     """
-    command = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
+    command = cxx()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text(X86_PROBE if IS_X86 else PROBE)
@@ -192,12 +224,10 @@ def cpu_extension(emulate: bool) -> Any:
         compile_args.append("-fopenmp")
     return CppExtension(
         name="peft_kernels._C",
-        sources=(EMULATED_SOURCES if emulate else []) + LEVEL_SOURCES + CPU_SOURCES,
+        # Those that take longest come first, so that no core waits for one at the end.
+        sources=(EMULATED_SOURCES if emulate else []) + isa_sources() + CPU_SOURCES,
         depends=headers("csrc/common", "csrc/cpu", "tests/ops/cpu/amx"),
         include_dirs=[generated_headers()],
-        define_macros=[
-            ("PEFT_KERNELS_EMULATE", str(int(emulate))),
-        ],
         extra_compile_args={"cxx": compile_args + sanitize_flags()},
         extra_link_args=sanitize_flags(),
     )
@@ -256,60 +286,16 @@ def ptx_extension(toolkit: Toolkit) -> Any:
     )
 
 
-class Toolkit:
-    """The CUDA toolkit of the build, or the reason why there is none."""
+def architectures_to_build(toolkit: Toolkit) -> tuple[list[str], list[str]]:
+    """Compute capabilities, and a sentence for each one of those asked for that was changed or dropped."""
+    import torch
 
-    def __init__(self) -> None:
-        self.home, self.version, self.problem = "", (0, 0), None
-        import torch
-        from torch.utils import cpp_extension
-
-        if torch.version.cuda is None:
-            self.problem = f"torch {torch.__version__} is built without CUDA"
-            return
-        home = cpp_extension.CUDA_HOME
-        nvcc = Path(home or "/nonexistent", "bin", "nvcc")
-        if not nvcc.exists():
-            self.problem = (
-                f"nvcc was not found{f' in {home}' if home else ''}: install the CUDA {torch.version.cuda} "
-                "toolkit, and set CUDA_HOME if it is not on the path"
-            )
-            return
-        text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False).stdout
-        match = re.search(r"release (\d+)\.(\d+)", text)
-        self.version = (int(match[1]), int(match[2])) if match else (0, 0)
-        major = int(torch.version.cuda.split(".")[0])
-        if self.version[0] != major or self.version < (12, 4):
-            self.problem = (
-                f"{nvcc} is of CUDA {self.version[0]}.{self.version[1]}, this torch needs "
-                f"{'12.4 or later' if major == 12 else f'{major}.x'}: "
-                "install that toolkit, and set CUDA_HOME to it"
-            )
-            return
-        # The nvcc on the path may be a script that calls another one, whose headers are needed too.
-        told = subprocess.run(
-            [str(nvcc), "--dryrun", "probe.cu"], capture_output=True, text=True, check=False
-        ).stderr
-        match = re.search(r"^#\$ TOP=(.+)$", told, re.M)
-        self.home = str(Path(match[1] if match else str(home)).resolve())
-        self._nvcc = str(nvcc)
-
-    def compiles(self) -> set[tuple[int, int]]:
-        """The compute capabilities that this nvcc supports."""
-        told = subprocess.run(
-            [self._nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False
-        ).stdout
-        return {(int(major), int(minor)) for major, minor in re.findall(r"^compute_(\d+)(\d)$", told, re.M)}
-
-    def architectures(self) -> tuple[list[str], list[str]]:
-        """The architectures to build for, and a sentence for each one that was changed or dropped."""
-        import torch
-
-        here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        try:
-            return ARCHITECTURES["chosen"](os.environ.get("TORCH_CUDA_ARCH_LIST", ""), here, self.compiles())
-        except ValueError as error:
-            raise SystemExit(str(error)) from None
+    here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    try:
+        wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        return ARCHITECTURES["chosen"](wanted, here, toolkit.compiles())
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 def cuda_extension(toolkit: Toolkit, architectures: list[str]) -> Any:
@@ -359,20 +345,21 @@ def extensions() -> tuple[list[Any], dict[str, Any]]:
         return [], {}
 
     found: list[Any] = []
-    emulate = bool(switch("PEFT_KERNELS_EMULATE"))
-    if emulate:
-        sys.path.append(str(ROOT / "tools"))
+    emulate, ptx = bool(switch("PEFT_KERNELS_EMULATE")), bool(switch("PEFT_KERNELS_PTX"))
+    if emulate or ptx or "PEFT_KERNELS_ISA" in os.environ:  # a developer's build
         from precompiled import Build as BuildExtension
     if cpu is not False:
         found.append(cpu_extension(emulate and IS_X86))
-    if emulate or cuda is not False:
+    if ptx or cuda is not False:
         toolkit = Toolkit()
-        if emulate and toolkit.problem is None:
-            found.append(ptx_extension(toolkit))
+    if ptx:
+        if toolkit.problem is not None:
+            left_out("library of CUDA kernels for tests", toolkit.problem, wanted=True)
+        found.append(ptx_extension(toolkit))
     if cuda is not False:
         problem, architectures, changes = toolkit.problem, [], []
         if problem is None:
-            architectures, changes = toolkit.architectures()
+            architectures, changes = architectures_to_build(toolkit)
             problem = None if architectures else f"compute capability {'; '.join(changes)}"
         if problem is None:
             for change in changes:

@@ -12,7 +12,8 @@ standard library:
     python examples/finetune.py --model ./my-llama --data pairs.jsonl --steps 500 --output my-adapter
 
 This file has the stages of a run; finetune_data.py has the examples, finetune_model.py the model and its
-training, finetune_report.py tables and pictures. To write your own script, copy qlora_sft.py.
+training, finetune_turns.py the turns of --compare, finetune_report.py tables and pictures. To write your own
+script, copy qlora_sft.py.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import importlib.util
 import json
 import logging
 import re
-import subprocess
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_data import UserError, docstring_examples, encode, in_order, read_jsonl, split
+from finetune_turns import STEPS, inherited, run_in_turns
 
 # torch, transformers and PEFT take seconds to import: functions import them when needed, so that --help and
 # wrong arguments are answered at once.
@@ -88,7 +90,10 @@ def require_packages(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, measures, checks and reports. Returns the exit status."""
-    stage = Stages()
+    turns = inherited()
+    if turns is not None:
+        turns.wait()
+    stage = Stages(args.backend if turns is not None else "")
     examples, held_out = split(read_jsonl(args.data) if args.data else docstring_examples())
     sample, held_out = held_out[0], held_out[:VALIDATION_EXAMPLES]
     stage("data", f"{len(examples):,} examples to train on, {len(held_out)} to validate")
@@ -117,8 +122,9 @@ def run(args: argparse.Namespace) -> int:
     stage("before", f"validation loss {start['loss']:.3f}")
 
     lib.reset_peak_memory()
-    trainer = lib.make_trainer(model, tokenizer, training, args)
-    speed = trainer.train(resume_from_checkpoint=args.resume).metrics
+    speed = lib.Speed(turns)
+    trainer = lib.make_trainer(model, tokenizer, training, args, speed)
+    trainer.train(resume_from_checkpoint=args.resume)
     peak = lib.peak_memory_mb()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     losses = [entry["loss"] for entry in steps]
@@ -137,8 +143,8 @@ def run(args: argparse.Namespace) -> int:
         "loss_before": start["loss"],
         "loss_after": lib.loss_of(model, validation),
         "losses": losses,
-        "tokens_per_second": steps[-1]["train_tokens_per_second"],
-        "seconds_per_step": 1 / speed["train_steps_per_second"],
+        "tokens_per_second": speed.tokens / sum(speed.seconds),
+        "seconds_per_step": statistics.median(speed.seconds),
         "peak_memory_mb": peak,
         "trainable_parameters": trained,
         "total_parameters": total,
@@ -218,33 +224,34 @@ def read_start(path: Path, settings: dict[str, str]) -> dict[str, Any]:
 
 
 class Stages:
-    """Prints a line with the seconds taken at the end of each stage."""
+    """Prints a line with the seconds taken at the end of each stage, and the run if there are two."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: str) -> None:
+        self.run = f"{run:<13}" if run else ""
         self.start = time.perf_counter()
 
     def __call__(self, name: str, text: str) -> None:
         now = time.perf_counter()
-        print(f"{name:<10} {text} ({now - self.start:.1f} s)", flush=True)
+        print(f"{self.run}{name:<10} {text} ({now - self.start:.1f} s)", flush=True)
         self.start = now
 
 
 def compare(args: argparse.Namespace, argv: list[str]) -> int:
-    """Runs both back ends, each in its own process, and compares them."""
+    """Runs both back ends, each in its own process and a few steps in turn, and compares them."""
     from finetune_model import model_folder
     from finetune_report import plot, print_comparison
 
     folder = model_folder(args.model, args.output)  # once, and not in the first run's process
-    results = []
-    for backend in BACKENDS:
-        output = args.output / backend
-        own = ["--model", str(folder), "--backend", backend, "--output", str(output)]
-        print(f"--- {backend}", flush=True)
-        arguments = [word for word in argv if word != "--compare"]
-        if code := subprocess.run([sys.executable, __file__, *arguments, *own]).returncode:
-            print(f"finetune.py: the run on {backend} ended with exit code {code}", file=sys.stderr)
-            return code
-        results.append(json.loads((output / "metrics.json").read_text(encoding="utf-8")))
+    arguments = [word for word in argv if word != "--compare"]
+    outputs = [args.output / backend for backend in BACKENDS]
+    own = [["--backend", b, "--output", str(o)] for b, o in zip(BACKENDS, outputs, strict=True)]
+    print(f"{' and '.join(BACKENDS)} train in turns, {STEPS} steps at a time", flush=True)
+    if code := run_in_turns(
+        [[sys.executable, __file__, *arguments, "--model", str(folder), *words] for words in own]
+    ):
+        print(f"finetune.py: a run ended with exit code {code}", file=sys.stderr)
+        return code
+    results = [json.loads((output / "metrics.json").read_text(encoding="utf-8")) for output in outputs]
     agree = print_comparison(*results)
     plot(results, args.output / "loss.png")
     print(f"written: {args.output / 'loss.png'}")
@@ -264,7 +271,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--data", type=Path, metavar="FILE.jsonl", help='lines of {"prompt": "...", "response": "..."}')
     add("--output", type=Path, default=Path("demo-output"), metavar="FOLDER", help="(demo-output)")
     add("--resume", action="store_true", help="continue from the last checkpoint in the output folder")
-    add("--compare", action="store_true", help="run stock PEFT + bitsandbytes too, side by side")
+    add("--compare", action="store_true", help="train stock PEFT + bitsandbytes too, in turns")
     add("--backend", choices=BACKENDS, default=BACKENDS[0], help="library of the 4-bit layers (peft_kernels)")
     add("--steps", type=positive, default=50, metavar="N", help="optimiser steps (50)")
     add("--batch-size", type=positive, default=8, metavar="N", help="examples a step (8)")

@@ -7,6 +7,7 @@ import re
 import resource
 import signal
 import sys
+import time
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from finetune_data import IGNORED, Encoded, UserError, in_order, prompt_text
+from finetune_turns import STEPS, Turns
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -28,6 +30,7 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     logging,
 )
@@ -162,7 +165,9 @@ class ResponseTrainer(Trainer):
         return F.cross_entropy(*response_logits(model, inputs))
 
 
-def make_trainer(model: nn.Module, tokenizer: Any, examples: list[Encoded], args: Namespace) -> Trainer:
+def make_trainer(
+    model: nn.Module, tokenizer: Any, examples: list[Encoded], args: Namespace, speed: Speed
+) -> Trainer:
     """A Trainer that saves checkpoints beside the adapter and uses the examples in the given order."""
     arguments = TrainingArguments(
         output_dir=str(args.output / "checkpoints"),
@@ -185,6 +190,7 @@ def make_trainer(model: nn.Module, tokenizer: Any, examples: list[Encoded], args
     trainer.patched = args.backend == "peft_kernels" and DEVICE == "cpu"
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress)
+    trainer.add_callback(speed)
     return trainer
 
 
@@ -217,6 +223,29 @@ def training_batches(
     order = in_order(examples, size, steps, seed)
     starts = range(0, len(order), size)
     return [batch for at in starts for batch in batches_of(order[at : at + size], tokenizer, size)]
+
+
+class Speed(TrainerCallback):  # type: ignore[misc]
+    """Times the training steps, and between them lets another run have its turn."""
+
+    def __init__(self, turns: Turns | None) -> None:
+        self.turns, self.seconds, self.tokens = turns, list[float](), 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.first = state.num_input_tokens_seen
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.turns is not None and self.seconds and len(self.seconds) % STEPS == 0:
+            self.turns.swap()
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.start)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.tokens = state.num_input_tokens_seen - self.first
+        if self.turns is not None:
+            self.turns.swap()
 
 
 class Progress(ProgressCallback):  # type: ignore[misc]

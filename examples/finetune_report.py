@@ -80,29 +80,43 @@ def print_comparison(ours: Metrics, theirs: Metrics) -> bool:
 
 
 def plot(runs: list[Metrics], path: Path) -> None:
-    """The loss curve of each run."""
+    """The training loss of each run, smoothed, with its validation losses and its peak memory."""
     if importlib.util.find_spec("matplotlib") is None:
         print("no picture drawn: pip install matplotlib (or peft_kernels[demo])")
         return
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    axes, bars = figure.subplots(1, 2, width_ratios=[4, 1])
     # The curves overlap: a wide pale line under a thin dark one shows both.
-    styles = [("tab:blue", 1.5, 1.0), ("tab:orange", 5.0, 0.5)]
+    styles = [("#0072B2", 1.5, 1.0), ("#E69F00", 5.0, 0.6)]
     for run, (colour, width, alpha) in reversed(list(zip(runs, styles, strict=False))):
-        losses, speed, memory = run["losses"], run["tokens_per_second"], run["peak_memory_mb"]
-        label = f"{run['backend']}: {speed:.0f} tokens/s, {memory:,.0f} MB"
-        axes.plot(range(1, len(losses) + 1), losses, color=colour, linewidth=width, alpha=alpha, label=label)
+        losses = run["losses"]
+        steps = range(1, len(losses) + 1)
+        axes.plot(steps, losses, color=colour, linewidth=0.8, alpha=0.3)
+        label = f"{run['backend']}: {run['tokens_per_second']:,.0f} tokens/s"
+        axes.plot(steps, smoothed(losses), color=colour, linewidth=width, alpha=alpha, label=label)
         ends = [run["loss_before"], run["loss_after"]]
-        axes.plot(
-            [0, len(losses)], ends, "o:", color=colour, alpha=alpha, label="validation, before and after"
-        )
+        axes.plot([0, len(losses)], ends, "o", color=colour, alpha=alpha, markersize=6 + width)
+        for step, loss in zip((0, len(losses)), ends, strict=True):
+            axes.annotate(f"{loss:.2f}", (step, loss), xytext=(0, 9), textcoords="offset points", ha="center")
+        bar = bars.bar(run["backend"].replace("_", "\n"), run["peak_memory_mb"], color=colour, width=0.6)
+        bars.bar_label(bar, fmt="{:,.0f}", padding=2)
+    axes.plot([], [], "o", color="grey", label="validation, before and after")
     axes.set(
         xlabel="step",
-        ylabel="loss (nats per response token)",
+        ylabel="loss (nats per response token), mean of 9 steps",
         title=f"QLoRA of {Path(runs[0]['model']).name}",
     )
     axes.grid(alpha=0.3)
     axes.legend()
+    bars.set(title="peak memory, MB")
+    bars.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
+
+
+def smoothed(values: list[float], width: int = 9) -> list[float]:
+    """The mean of up to `width` values around each."""
+    half = width // 2
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]

@@ -13,7 +13,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Shared modules of tests are imported by name from any folder; names are unique in the tree.
-for _folder in sorted({path.parent for path in Path(__file__).resolve().parent.rglob("*.py")}):
+TESTS = Path(__file__).resolve().parent
+for _folder in sorted({path.parent for path in TESTS.rglob("*.py")}):
     if str(_folder) not in sys.path:
         sys.path.append(str(_folder))
 
@@ -112,12 +113,43 @@ LONGEST = [
 ]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backends",
+        choices=("native", "isa", "ptx"),
+        help="isa: only tests of instruction sets that this machine does not choose, and tests/ops/cpu; "
+        "ptx: of the CUDA kernels, run as PTX, and tests/gpu; native: all others",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
         name = item.path.stem.removeprefix("test_")
         return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
+    if wanted := config.getoption("--backends"):
+        others = other_isas()
+        left_out = [item for item in items if backends_of(item, others) != wanted]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if backends_of(item, others) == wanted]
     items.sort(key=place)
+
+
+def other_isas() -> set[str]:
+    """The instruction sets besides scalar and the one that this machine chooses."""
+    names = {*testing.ISA_LEVELS, *testing.EMULATED.values()}
+    chosen = BACKENDS["cpu"].extension.isa_levels()[-1] if testing.unavailable("cpu") is None else ""
+    return names - {"scalar", chosen}
+
+
+def backends_of(item: pytest.Item, others: set[str]) -> str:
+    """The value of --backends that selects a test, by its folder and the words of its id."""
+    folders = item.path.relative_to(TESTS).parts
+    callspec = getattr(item, "callspec", None)
+    words = set(callspec.id.split("-")) if callspec else set()
+    if folders[0] == "gpu" or words & {"ptx", "cuda"} or item.get_closest_marker("ptx"):
+        return "ptx"
+    return "isa" if folders[:2] == ("ops", "cpu") or words & others else "native"
 
 
 # Seeding absent devices takes half a millisecond, thousands of times: torch records the caller.

@@ -1,6 +1,6 @@
 """Back end `ptx`, for tests: the CUDA kernels as compiled by nvcc, run on the CPU by tests/gpu/ptx.
 
-In the compiled library `peft_kernels._C_ptx`, which a build with PEFT_KERNELS_EMULATE=1 makes where there is
+In the compiled library `peft_kernels._C_ptx`, which a build with PEFT_KERNELS_PTX=1 makes where there is
 an nvcc. Nobody but `testing.register_emulators` puts it among the back ends, and nothing chooses it.
 
 PEFT_KERNELS_PTX_ARCH      whose PTX runs where a test does not say: 80 (unset), 90, 100 or 120
@@ -29,7 +29,7 @@ class PtxBackend(CompiledBackend):
     namespace = "peft_kernels_ptx"
     device_type = "cpu"
     library = "peft_kernels._C_ptx"
-    not_built = "not built (needs nvcc, and PEFT_KERNELS_EMULATE=1, at installation)"
+    not_built = "not built (needs nvcc, and PEFT_KERNELS_PTX=1, at installation)"
 
     def load(self) -> None:
         super().load()

@@ -1,132 +1,93 @@
-"""Draws the README's picture, docs/images/bench.svg, from the tables of docs/benchmarks.md.
+"""Draws the README's picture, docs/images/bench.svg, from docs/figures.json.
+
+Training step, decoded token and peak memory against tokens, beside PEFT on bitsandbytes.
 
     python tools/bench_picture.py [OUTPUT.svg]
-
-Bars are ratios of times, the other implementation / ours, from 1 on a logarithmic axis; losing ones have
-another colour. A test compares the picture with the tables.
 """
 
 from __future__ import annotations
 
-import re
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES, PICTURE = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images" / "bench.svg"
-LARGE = "4096x4096"
-WINS_COLOUR, LOSES_COLOUR = "#0072B2", "#D55E00"  # distinguishable by colour-blind readers
+FIGURES, PICTURE = ROOT / "docs" / "figures.json", ROOT / "docs" / "images" / "bench.svg"
+TOKENS = (1024, 2048, 4096, 8192)
+CONTENDERS = {"stock": ("PEFT + bitsandbytes", "#E69F00"), "ours": ("peft_kernels", "#0072B2")}
+"""Names and colours, which colour-blind readers can tell apart."""
 
 
-class Bar(NamedTuple):
-    label: str
-    ratio: float
+def names() -> list[str]:
+    """The figures that the picture shows, in its order."""
+    bars = [f"{kind}-{who}" for kind in ("step", "decode") for who in CONTENDERS]
+    return [*bars, *(f"peak-{tokens}-{who}" for who in CONTENDERS for tokens in TOKENS)]
 
 
-class Panel(NamedTuple):
-    title: str
-    bars: list[Bar]
-
-
-def tables(text: str) -> list[list[list[str]]]:
-    """All tables of a page as rows of cells without markup; the first row has the titles."""
-    found: list[list[list[str]]] = []
-    before = ""
-    for line in re.sub(r"<!--.*?-->", "", text).splitlines():
-        if line.startswith("|"):
-            cells = [cell.strip().strip("*") for cell in line.strip("|").split("|")]
-            if not before.startswith("|"):
-                found.append([])
-            if not set("".join(cells)) <= set("-: "):
-                found[-1].append(cells)
-        before = line
-    return found
-
-
-def row(table: list[list[str]], title: str, columns: slice = slice(None)) -> list[Bar]:
-    """One row of a table, with a bar per column."""
-    (cells,) = [cells[1:] for cells in table if cells[0] == title]
-    names = [name.removeprefix(LARGE).strip() for name in table[0][1:]]
-    names = [name if re.match(r"\D", name) or "x" in name else f"M={name}" for name in names]
-    return [Bar(name, float(cell)) for name, cell in zip(names[columns], cells[columns], strict=True)]
-
-
-def panels(text: str) -> list[Panel]:
-    """The panels: for each peer its most common use, with all timed numbers of rows."""
-    forward, training, block = tables(text)[:3]
-    names = {
-        "LoRA": "LoRA, dense base: stock PEFT",
-        "QLoRA": "LoRA, NF4 base: stock PEFT on bitsandbytes",
-        "LoRA, dropout": "LoRA with dropout 0.05, dense base: stock PEFT",
-        "DoRA": "DoRA, dense base: stock PEFT",
-    }
-    return [
-        Panel(
-            f"QLoRA layer, {LARGE}, forward + backward\nbeside PEFT on bitsandbytes",
-            row(training, "NF4 base: stock PEFT on bitsandbytes", slice(4)),
-        ),
-        Panel(
-            f"NF4 layer, {LARGE}, forward\nbeside torch's dense bf16 layer",
-            row(forward, f"{LARGE}, torch dense bf16"),
-        ),
-        Panel(
-            f"NF4 layer, {LARGE}, forward\nbeside bitsandbytes in evaluation mode",
-            row(forward, f"{LARGE}, bitsandbytes in evaluation"),
-        ),
-        Panel(
-            "Decoder block of SmolLM2-135M, forward + backward\nbeside stock PEFT",
-            [
-                Bar(f"{name}, {bar.label}", bar.ratio)
-                for name, title in names.items()
-                for bar in row(block, title)[1:]
-            ],
-        ),
-    ]
-
-
-def draw(shown: Sequence[Panel], path: Path) -> None:
+def draw(values: Mapping[str, str], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
     settings = {
-        "svg.fonttype": "none",  # text stays text: small, searchable, and the test can read it
+        "svg.fonttype": "none",  # text stays text: small, searchable, and a test can read it
         "svg.hashsalt": "peft_kernels",
         "font.family": "sans-serif",
+        "font.size": 10,
     }
-    longest = max(bar.ratio for panel in shown for bar in panel.bars)  # one scale, so that bars compare
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(10.5, 5.6), layout="constrained", facecolor="white")
-        for axes, panel in zip(figure.subplots(2, 2).flat, shown, strict=True):
-            _panel(axes, panel, longest, WINS_COLOUR, LOSES_COLOUR)
-        figure.suptitle(
-            "Speed-up by peft_kernels (orange: slower). 2 cores of a Zen 5 CPU, bf16, M rows of input",
-            fontsize=11,
-        )
+        figure = Figure(figsize=(10.5, 3.4), layout="constrained", facecolor="white")
+        step, decode, memory = figure.subplots(1, 3, width_ratios=[1, 1, 2])
+        _bars(step, "Training step of 1,024 tokens, ms", [values[name] for name in names()[:2]])
+        _bars(decode, "One decoded token, ms", [values[name] for name in names()[2:4]])
+        _lines(memory, values)
+        figure.suptitle("QLoRA of SmolLM2-135M, bf16, two cores of a Zen 4 CPU. Less is better", fontsize=11)
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
-def _panel(axes: Any, panel: Panel, longest: float, wins: str, loses: str) -> None:
-    axes.set_xscale("log")
-    for y, bar in enumerate(panel.bars):
-        colour = loses if bar.ratio < 1.0 else wins
-        axes.barh(y, bar.ratio - 1.0, left=1.0, color=colour, height=0.7)
-        axes.text(max(bar.ratio, 1.0) * 1.03, y, f"{bar.ratio:.2f}", va="center", fontsize=9, color=colour)
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(panel.bars)), [bar.label for bar in panel.bars], fontsize=9)
-    axes.set_ylim(len(panel.bars) - 0.4, -0.6)
-    axes.set_xlim(0.85, longest * 1.2)
-    ticks = [tick for tick in (1, 1.5, 2, 3, 4, 6, 8, 12, 16) if tick <= longest]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
-    axes.minorticks_off()
-    axes.set_title(panel.title, fontsize=10)
+def number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def _bars(axes: Any, title: str, shown: Sequence[str]) -> None:
+    for at, (text, (name, colour)) in enumerate(zip(shown, CONTENDERS.values(), strict=True)):
+        axes.bar(at, number(text), color=colour, width=0.6, label=name)
+        axes.text(at, number(text), text, ha="center", va="bottom")
+    axes.set_xticks(range(2), ["PEFT +\nbitsandbytes", "peft_kernels"])
+    axes.set_yticks([])
+    axes.set_ylim(0, max(map(number, shown)) * 1.15)
+    axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _lines(axes: Any, values: Mapping[str, str]) -> None:
+    for who, (name, colour) in CONTENDERS.items():
+        shown = [values[f"peak-{tokens}-{who}"] for tokens in TOKENS]
+        axes.plot(range(len(TOKENS)), [number(text) / 1000 for text in shown], "o-", color=colour, label=name)
+        for at, text in enumerate(shown):
+            axes.annotate(
+                text,
+                (at, number(text) / 1000),
+                xytext=(0, 5),
+                textcoords="offset points",
+                ha="center",
+                color=colour,
+            )
+    axes.set_xticks(range(len(TOKENS)), [f"1 x {tokens:,}" for tokens in TOKENS])
+    axes.margins(x=0.1, y=0.15)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens of the step")
+    axes.set_ylabel("GB")
+    axes.set_title("Peak memory of the training process, MB", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def main(arguments: Sequence[str]) -> int:
     path = Path(arguments[0]) if arguments else PICTURE
-    draw(panels(TABLES.read_text(encoding="utf-8")), path)
+    draw(json.loads(FIGURES.read_text(encoding="utf-8"))["values"], path)
     print(f"written: {path}")
     return 0
 

@@ -7,6 +7,7 @@ same environment).
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 try:
@@ -17,8 +18,16 @@ except ImportError:  # Python 3.10
 
 def main() -> None:
     extras = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
-    wanted = {requirement for name in sys.argv[1:] for requirement in extras[name]}
-    print(" ".join(sorted(r.replace(" ", "") for r in wanted if not r.startswith("peft_kernels["))))
+    print(" ".join(sorted(set(requirements(extras, sys.argv[1:])))))
+
+
+def requirements(extras: dict[str, list[str]], names: Iterable[str]) -> Iterator[str]:
+    """What the named extras require, also through other extras (`peft_kernels[hf]`)."""
+    for requirement in (requirement.replace(" ", "") for name in names for requirement in extras[name]):
+        if requirement.startswith("peft_kernels["):
+            yield from requirements(extras, requirement[len("peft_kernels[") : -1].split(","))
+        else:
+            yield requirement
 
 
 if __name__ == "__main__":

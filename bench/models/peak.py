@@ -118,7 +118,8 @@ class Peaks(report.Outcome):
 
 
 def standard(dtype: str) -> list[Case]:
-    return [Case(group, 8, 512, dtype) for group in (STEP, TEXTBOOK)]
+    longer = [Case(STEP, 1, tokens, dtype) for tokens in (1024, 2048, 4096, 8192)]
+    return [*(Case(group, 8, 512, dtype) for group in (STEP, TEXTBOOK)), *longer]
 
 
 def step_alone(case: Case, name: str) -> Peak:

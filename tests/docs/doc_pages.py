@@ -27,8 +27,6 @@ HOMES = [DOCS / "benchmarks.md", DOCS / "gpu.md"]
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NEEDS = re.compile(r"<!-- needs: (\w+) -->")
-QUOTE = re.compile(r"(\d[\d,.]*)%?\**<!-- f:([\w-]+) -->")
-"""A figure and its name; `-` marks a figure that is not measured."""
 MEASURED = re.compile(r"\d[\d.,]*\**(?:%| ?(?:times (?:as|the)\b|ms\b|us\b|tokens/s|[MG]B\b))")
 
 

@@ -156,7 +156,8 @@ def test_nvcc_gets_the_architectures_of_the_library(
     monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", toolkit(tmp_path, "13.0"))
     monkeypatch.setenv("PEFT_KERNELS_CPU", "0")
     monkeypatch.setenv("PEFT_KERNELS_CUDA", "1")
-    monkeypatch.delenv("PEFT_KERNELS_EMULATE", raising=False)
+    for name in ("EMULATE", "PTX", "ISA"):
+        monkeypatch.delenv(f"PEFT_KERNELS_{name}", raising=False)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 9.0a Blackwell")
     (found,), _ = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["extensions"]()
     (carried,) = (value for name, value in found.define_macros if name.endswith("_ARCHITECTURES"))

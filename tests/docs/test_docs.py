@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from doc_pages import (
     NOTEBOOKS,
     PACKAGE,
     PAGES,
-    QUOTE,
     README,
     ROOT,
     name_of,
@@ -144,34 +142,48 @@ def test_notebook_output_is_reproduced(path: Path, tmp_path: Path, monkeypatch: 
 # Figures.
 
 
-def figures(page: Path) -> Iterator[tuple[str, str]]:
-    for value, name in QUOTE.findall(page.read_text(encoding="utf-8")):
-        if name != "-":
-            yield name, value
+@pytest.fixture(scope="module")
+def figures_tool() -> Any:
+    return tool_module("figures")
 
 
-def test_figures_have_one_source_and_agree_where_quoted() -> None:
-    homes: dict[str, str] = {}
-    for page in HOMES:
-        for name, value in figures(page):
-            assert name not in homes, f"{name_of(page)}: {name} is defined twice"
-            homes[name] = value
-    quoted = [(page, *figure) for page in PAGES if page not in HOMES for figure in figures(page)]
-    assert len(quoted) > 20
-    wrong = [
-        f"{name_of(page)}: {name} is {value}, and {homes.get(name, 'nowhere')} in the benchmarks"
-        for page, name, value in quoted
-        if homes.get(name) != value
-    ]
-    assert not wrong, "\n".join(wrong)
-    assert set(homes) == {name for _, name, _ in quoted}, "marks that are never quoted"
+def test_pages_have_the_figures_of_the_file(figures_tool: Any) -> None:
+    figures = figures_tool.load()
+    assert len(figures.passages) > 10 and len(figures.values) > 100
+    lacking = {
+        page: missing
+        for page in figures.passages
+        if (missing := figures.without_passages(page, (ROOT / page).read_text(encoding="utf-8"))[1])
+    }
+    assert not lacking, "change figures with tools/figures.py, or their passages in docs/figures.json"
+
+
+def test_every_figure_is_on_a_page(figures_tool: Any, picture_tool: Any) -> None:
+    figures = figures_tool.load()
+    named = figures_tool.PLACE.findall("".join(text for page in figures.passages.values() for text in page))
+    assert set(figures.values) == {*named} and {*picture_tool.names()} <= {*named}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in HOMES], ids=name_of)
-def test_no_figure_is_quoted_without_its_source(page: Path) -> None:
-    """`1.26<!-- f:step --> times as fast`: the mark ties it to the benchmarks."""
-    words = re.sub(r"`[^`\n]*`", "", QUOTE.sub("", prose(page)))
-    assert MEASURED.findall(words) == [], name_of(page)
+def test_no_figure_is_quoted_without_its_source(page: Path, figures_tool: Any) -> None:
+    """What looks measured is part of a passage of docs/figures.json."""
+    others, _ = figures_tool.load().without_passages(name_of(page), prose(page))
+    assert MEASURED.findall(re.sub(r"`[^`\n]*`", "", others)) == [], name_of(page)
+
+
+def test_changed_figures_reach_the_pages(figures_tool: Any, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    passages = {"a.md": ["is {x} times as fast, {y} MB"], "docs/b.md": ["| step | {x} |"]}
+    file = tmp_path / "docs" / "figures.json"
+    file.write_text(json.dumps({"values": {"x": "1.5", "y": "20"}, "passages": passages}))
+    (tmp_path / "a.md").write_text("It is 1.5 times\nas fast, 20 MB. 1.5 elsewhere.")
+    (tmp_path / "docs" / "b.md").write_text("| step  | 1.5 |")
+    assert figures_tool.update({"x": "2.25"}, tmp_path) == ["a.md", "docs/b.md"]
+    assert (tmp_path / "a.md").read_text() == "It is 2.25 times\nas fast, 20 MB. 1.5 elsewhere."
+    assert (tmp_path / "docs" / "b.md").read_text() == "| step  | 2.25 |"
+    assert json.loads(file.read_text())["values"] == {"x": "2.25", "y": "20"}
+    with pytest.raises(SystemExit, match=r"not in figures.json: z$"):
+        figures_tool.update({"z": "1"}, tmp_path)
 
 
 def test_losing_cells_are_bold() -> None:
@@ -197,16 +209,13 @@ def picture_tool() -> Any:
 
 
 def shown(svg: str) -> list[str]:
-    return [
-        text for text in re.findall(r"<text [^>]*>([^<]*)</text>", svg) if re.fullmatch(r"\d+\.\d\d", text)
-    ]
+    return re.findall(r"<text [^>]*>(\d{2}|\d+,\d{3})</text>", svg)
 
 
-def test_the_picture_shows_the_figures_of_the_tables(picture_tool: Any) -> None:
-    text = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
-    expected = [f"{bar.ratio:.2f}" for panel in picture_tool.panels(text) for bar in panel.bars]
+def test_the_picture_shows_the_figures_of_the_table(figures_tool: Any, picture_tool: Any) -> None:
+    values = figures_tool.load().values
     svg = picture_tool.PICTURE.read_text(encoding="utf-8")
-    assert len(expected) > 20 and shown(svg) == expected, "draw it again: python tools/bench_picture.py"
+    assert shown(svg) == [values[name] for name in picture_tool.names()], "python tools/bench_picture.py"
     assert len(svg) < LARGEST_PICTURE
     assert "images/bench.svg" in README.read_text(encoding="utf-8")
 

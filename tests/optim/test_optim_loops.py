@@ -20,9 +20,11 @@ from torch import Tensor, nn
 import peft_kernels as pk
 import testing
 
-needs_stub = pytest.mark.skipif(
-    testing.unavailable("ptx") is not None, reason=f"ptx: {testing.unavailable('ptx')}"
-)
+
+def needs_stub(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that runs the CUDA kernels on a simulated device."""
+    reason = testing.unavailable("ptx")
+    return pytest.mark.ptx(pytest.mark.skipif(reason is not None, reason=f"ptx: {reason}")(test))
 
 
 def test_step_in_a_compiled_loop() -> None:

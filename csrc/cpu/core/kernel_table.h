@@ -75,9 +75,10 @@ struct KernelTable {
   void (*row_squares)(const MatrixView& matrix, int64_t cols, int64_t begin, int64_t end, float* out);
 };
 
-#define PEFT_KERNELS_TABLE_OF(isa)   \
-  namespace isa {                    \
-  extern const KernelTable kKernels; \
+// Weak: the address is null where an ISA's file is not in the build.
+#define PEFT_KERNELS_TABLE_OF(isa)                         \
+  namespace isa {                                          \
+  extern const KernelTable kKernels __attribute__((weak)); \
   }
 PEFT_KERNELS_TABLE_OF(scalar)
 PEFT_KERNELS_TABLE_OF(neon)

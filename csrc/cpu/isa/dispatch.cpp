@@ -1,6 +1,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 #include "../core/kernel_table.h"
 #include "fast_dense.h"
@@ -20,7 +21,7 @@ namespace {
 
 struct IsaEntry {
   const char* name;
-  const KernelTable* kernels;  // null when not built
+  const KernelTable* kernels;  // null when not in this build
 };
 
 #if defined(__x86_64__)
@@ -38,23 +39,8 @@ struct IsaEntry {
 #else
 #  define PEFT_KERNELS_NEON_BF16(table) nullptr
 #endif
-#if PEFT_KERNELS_EMULATE
-#  define PEFT_KERNELS_EMULATED(table) PEFT_KERNELS_X86(table)
-#else
-#  define PEFT_KERNELS_EMULATED(table) nullptr
-#endif
 
-#if defined(__x86_64__)
-constexpr char kExpectedNames[] = "PEFT_KERNELS_CPU_ISA: expected scalar, avx2, avx512, avx512_bf16 or amx";
-#elif PEFT_KERNELS_HAS_NEON_BF16
-constexpr char kExpectedNames[] = "PEFT_KERNELS_CPU_ISA: expected scalar, neon or neon_bf16";
-#elif defined(__aarch64__)
-constexpr char kExpectedNames[] = "PEFT_KERNELS_CPU_ISA: expected scalar or neon";
-#else
-constexpr char kExpectedNames[] = "PEFT_KERNELS_CPU_ISA: expected scalar";
-#endif
-
-constexpr IsaEntry kIsas[kIsaCount + 1] = {
+const IsaEntry kIsas[kIsaCount + 1] = {
     {"scalar", &scalar::kKernels},
     {"neon", PEFT_KERNELS_NEON(neon::kKernels)},
     {"neon_bf16", PEFT_KERNELS_NEON_BF16(neon_bf16::kKernels)},
@@ -62,7 +48,7 @@ constexpr IsaEntry kIsas[kIsaCount + 1] = {
     {"avx512", PEFT_KERNELS_X86(avx512::kKernels)},
     {"avx512_bf16", PEFT_KERNELS_X86(avx512_bf16::kKernels)},
     {"amx", PEFT_KERNELS_X86(amx::kKernels)},
-    {"amx_emulated", PEFT_KERNELS_EMULATED(amx_emulated::kKernels)},
+    {"amx_emulated", PEFT_KERNELS_X86(amx_emulated::kKernels)},
 };
 
 #if defined(__x86_64__)
@@ -132,6 +118,18 @@ int isa_by_name(const char* name) {
   return -1;
 }
 
+// What PEFT_KERNELS_CPU_ISA may be in this build.
+const char* expected_names() {
+  static const std::string text = [] {
+    std::string names = kIsas[0].name;
+    for (int i = 1; i < kIsaCount; ++i) {
+      if (kIsas[i].kernels) names += std::string(", ") + kIsas[i].name;
+    }
+    return "PEFT_KERNELS_CPU_ISA: expected one of " + names;
+  }();
+  return text.c_str();
+}
+
 // As recorded in fast_dense.h, or as PEFT_KERNELS_AMX_DENSE says, which is for measuring.
 bool amx_has_fast_dense() {
   static const bool is_fast = [] {
@@ -184,7 +182,7 @@ const char* select_isa_from_environment() {
   const char* name = std::getenv("PEFT_KERNELS_CPU_ISA");
   if (name && *name) {
     cap = isa_by_name(name);
-    if (cap < 0) return kExpectedNames;
+    if (cap < 0) return expected_names();
   }
   while (!usable_isa_name(static_cast<Isa>(cap))) --cap;
   current.store(&kIsas[cap], std::memory_order_relaxed);

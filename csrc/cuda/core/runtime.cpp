@@ -35,8 +35,8 @@ Card& card() {
   static Card card{80, 4, 163 << 10, 1024};
   return card;
 }
-// Number of cards set so far, used as the device index: device memory does not survive a change of card, so what a
-// kernel left there when it was stopped is gone after set_card().
+// Number of cards set so far, used as the device index: device memory does not survive a change of card, so
+// what a kernel left there when it was stopped is gone after set_card().
 int cards = 0;
 
 }  // namespace

@@ -116,7 +116,7 @@ def test_the_best_isa_is_selected(program: Program, cpu: str) -> None:
     assert program(cpu, "isa", isa="neon") == "isa: neon\n"
     assert program(cpu, "isa", isa="neon_bf16") == f"isa: {ISAS[cpu]}\n"
     assert program(cpu, "isa", isa="scalar") == "isa: scalar\n"
-    error = "PEFT_KERNELS_CPU_ISA: expected scalar, neon or neon_bf16\n"
+    error = "PEFT_KERNELS_CPU_ISA: expected one of scalar, neon, neon_bf16\n"
     assert program(cpu, "isa", isa="avx2") == error
 
 

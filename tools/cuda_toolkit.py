@@ -1,0 +1,53 @@
+"""Finds the CUDA toolkit that a build uses."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+
+class Toolkit:
+    """The CUDA toolkit of the build, or the reason why there is none."""
+
+    def __init__(self) -> None:
+        self.home, self.version, self.problem = "", (0, 0), None
+        import torch
+        from torch.utils import cpp_extension
+
+        if torch.version.cuda is None:
+            self.problem = f"torch {torch.__version__} is built without CUDA"
+            return
+        home = cpp_extension.CUDA_HOME
+        nvcc = Path(home or "/nonexistent", "bin", "nvcc")
+        if not nvcc.exists():
+            self.problem = (
+                f"nvcc was not found{f' in {home}' if home else ''}: install the CUDA {torch.version.cuda} "
+                "toolkit, and set CUDA_HOME if it is not on the path"
+            )
+            return
+        text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False).stdout
+        match = re.search(r"release (\d+)\.(\d+)", text)
+        self.version = (int(match[1]), int(match[2])) if match else (0, 0)
+        major = int(torch.version.cuda.split(".")[0])
+        if self.version[0] != major or self.version < (12, 4):
+            self.problem = (
+                f"{nvcc} is of CUDA {self.version[0]}.{self.version[1]}, this torch needs "
+                f"{'12.4 or later' if major == 12 else f'{major}.x'}: "
+                "install that toolkit, and set CUDA_HOME to it"
+            )
+            return
+        # The nvcc on the path may be a script that calls another one, whose headers are needed too.
+        told = subprocess.run(
+            [str(nvcc), "--dryrun", "probe.cu"], capture_output=True, text=True, check=False
+        ).stderr
+        match = re.search(r"^#\$ TOP=(.+)$", told, re.M)
+        self.home = str(Path(match[1] if match else str(home)).resolve())
+        self._nvcc = str(nvcc)
+
+    def compiles(self) -> set[tuple[int, int]]:
+        """The compute capabilities that this nvcc supports."""
+        told = subprocess.run(
+            [self._nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False
+        ).stdout
+        return {(int(major), int(minor)) for major, minor in re.findall(r"^compute_(\d+)(\d)$", told, re.M)}
