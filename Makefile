@@ -207,7 +207,7 @@ lint: $(VENV)/.packages $(VENV)/.packages-lint ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	@$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/.packages $(VENV)/.packages-lint ## Put everything into the project's format
 	$(BIN)/ruff check --fix .
