@@ -298,12 +298,7 @@ def _addition(func: Any, args: Any, kwargs: Any) -> Addition | None:
     return Addition.of(_dense(args[1]), sign * alpha, args[0].dtype)
 
 
-_ADDS = {
-    aten.add_.Tensor: 1,
-    aten.add_.Scalar: 1,
-    aten.sub_.Tensor: -1,
-    aten.sub_.Scalar: -1,
-}
+_ADDS = {aten.add_.Tensor: 1, aten.add_.Scalar: 1, aten.sub_.Tensor: -1, aten.sub_.Scalar: -1}
 
 
 def _alias(func: Any, args: Any, kwargs: Any) -> Tensor:

@@ -11,11 +11,7 @@ from .groups import check_number
 
 
 def lora_plus_groups(
-    model: nn.Module,
-    lr: float,
-    lr_ratio: float = 16.0,
-    weight_decay: float = 0.0,
-    lr_embedding: float = 1e-6,
+    model: nn.Module, lr: float, lr_ratio: float = 16.0, weight_decay: float = 0.0, lr_embedding: float = 1e-6
 ) -> list[dict[str, Any]]:
     """Parameter groups in which the LoRA B matrices have `lr_ratio` times the learning rate of A.
 

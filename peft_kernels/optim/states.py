@@ -50,11 +50,7 @@ def unwrapped(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checked(
-    entry: Mapping[str, Any],
-    parameter: Tensor,
-    what: str,
-    lion: bool,
-    copied: Copied,
+    entry: Mapping[str, Any], parameter: Tensor, what: str, lion: bool, copied: Copied
 ) -> dict[str, Any]:
     """A parameter's state as a step takes it, sharing no memory with the checkpoint. Raises ValueError for
     what does not fit."""

@@ -26,15 +26,9 @@ KNOWN: dict[str, dict[str, str]] = {
         "98f89e665b2bce14": "0.17.0 to 0.17.1",
         "f680ce66ce51f6d8": "0.18.0 to 0.21.2",
     },
-    "peft.tuners.lora.layer.LoraLayer._check_forward_args": {
-        "d04d6192f6c9ddc1": "0.17.0 to 0.21.2",
-    },
-    "peft.tuners.tuners_utils.BaseTunerLayer._cast_input_dtype": {
-        "7e8ecb3f75bbbb5b": "0.17.0 to 0.21.2",
-    },
-    "peft.tuners.lora.layer.ParamWrapper.forward": {
-        "cb359d7242d14315": "0.17.0 to 0.21.2",
-    },
+    "peft.tuners.lora.layer.LoraLayer._check_forward_args": {"d04d6192f6c9ddc1": "0.17.0 to 0.21.2"},
+    "peft.tuners.tuners_utils.BaseTunerLayer._cast_input_dtype": {"7e8ecb3f75bbbb5b": "0.17.0 to 0.21.2"},
+    "peft.tuners.lora.layer.ParamWrapper.forward": {"cb359d7242d14315": "0.17.0 to 0.21.2"},
     "peft.tuners.lora.layer.ParamWrapper._activate_lora": {
         "50c15e239770dc8e": "0.17.0 to 0.18.1",
         "3e792c73458461ec": "0.19.0 to 0.20.0",
@@ -44,12 +38,8 @@ KNOWN: dict[str, dict[str, str]] = {
         "9031af3f8d80f4cd": "0.17.0 to 0.18.1",
         "64be0d16fda5334b": "0.19.0 to 0.21.2",
     },
-    "peft.tuners.lora.layer.ParamWrapper.get_delta_factors": {
-        "5f2205026029792c": "0.21.0 to 0.21.2",
-    },
-    "peft.tuners.lora.layer.ParamWrapper.get_param": {
-        "b6c5e30d2c7099f8": "0.17.0 to 0.21.2",
-    },
+    "peft.tuners.lora.layer.ParamWrapper.get_delta_factors": {"5f2205026029792c": "0.21.0 to 0.21.2"},
+    "peft.tuners.lora.layer.ParamWrapper.get_param": {"b6c5e30d2c7099f8": "0.17.0 to 0.21.2"},
     "peft.tuners.lora.bnb.Linear4bit.forward": {
         "00cfa8aa2173b65d": "0.17.0 to 0.17.1",
         "4f76d5fb0d5e860b": "0.18.0 to 0.21.2",
@@ -71,12 +61,8 @@ KNOWN: dict[str, dict[str, str]] = {
         "1b5cd237056df8d5": "0.17.0 to 0.18.1",
         "90ae12a68132eb6e": "0.19.0 to 0.21.2",
     },
-    "peft.tuners.lora.dora.DoraLinearLayer.get_lora_weight": {
-        "4c4445d4c9f2e0cc": "0.19.0 to 0.21.2",
-    },
-    "peft.tuners.lora.dora.cache_decorator": {
-        "288b4d50b73adb54": "0.19.0 to 0.21.2",
-    },
+    "peft.tuners.lora.dora.DoraLinearLayer.get_lora_weight": {"4c4445d4c9f2e0cc": "0.19.0 to 0.21.2"},
+    "peft.tuners.lora.dora.cache_decorator": {"288b4d50b73adb54": "0.19.0 to 0.21.2"},
     "bitsandbytes.nn.modules.Linear4bit.forward": {
         "50ff1ada6852030f": "0.46.0 to 0.46.1",
         "d122e1a9505cbfbb": "0.47.0",
@@ -89,18 +75,10 @@ KNOWN: dict[str, dict[str, str]] = {
         "868b005a5d2d7800": "0.47.0 to 0.49.2",
         "d1f7a6eb3da2dd81": "0.50.0 to 0.50.2",
     },
-    "transformers.models.llama.modeling_llama.LlamaRMSNorm.forward": {
-        "2f53ab0ccb1a5679": "5.0.0 to 5.24.0",
-    },
-    "transformers.models.gemma.modeling_gemma.GemmaRMSNorm.forward": {
-        "eb2b79c61fd5c59a": "5.0.0 to 5.24.0",
-    },
-    "transformers.models.gemma.modeling_gemma.GemmaRMSNorm._norm": {
-        "4a3e49eb57fd8d1c": "5.0.0 to 5.24.0",
-    },
-    "transformers.models.olmo2.modeling_olmo2.Olmo2RMSNorm.forward": {
-        "cbd8715dd591c742": "5.0.0 to 5.24.0",
-    },
+    "transformers.models.llama.modeling_llama.LlamaRMSNorm.forward": {"2f53ab0ccb1a5679": "5.0.0 to 5.24.0"},
+    "transformers.models.gemma.modeling_gemma.GemmaRMSNorm.forward": {"eb2b79c61fd5c59a": "5.0.0 to 5.24.0"},
+    "transformers.models.gemma.modeling_gemma.GemmaRMSNorm._norm": {"4a3e49eb57fd8d1c": "5.0.0 to 5.24.0"},
+    "transformers.models.olmo2.modeling_olmo2.Olmo2RMSNorm.forward": {"cbd8715dd591c742": "5.0.0 to 5.24.0"},
     "transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward": {
         "32b079b20740fb2e": "5.0.0 to 5.2.0",
         "d39fb29dbb6d1f76": "5.4.0 to 5.23.0",
@@ -115,9 +93,7 @@ KNOWN: dict[str, dict[str, str]] = {
         "8475d71fe5f5fa05": "5.0.0 to 5.12.0",
         "73b8f1be688e9d28": "5.18.0 to 5.24.0",
     },
-    "transformers.models.llama.modeling_llama.rotate_half": {
-        "3718d708a300358f": "5.0.0 to 5.24.0",
-    },
+    "transformers.models.llama.modeling_llama.rotate_half": {"3718d708a300358f": "5.0.0 to 5.24.0"},
     "transformers.models.llama.modeling_llama.LlamaAttention.forward": {
         "77f7d5720e95a24f": "5.6.0 to 5.23.0",
         "2e89277ac6ecccb7": "5.24.0",
@@ -146,11 +122,9 @@ KNOWN: dict[str, dict[str, str]] = {
         "d22ab01dd7083c76": "5.4.0 to 5.23.0",
         "785b397087e82e6a": "5.24.0",
     },
-    "transformers.pytorch_utils.Conv1D.forward": {
-        "dcf8ce4ff2064634": "5.0.0 to 5.24.0",
-    },
+    "transformers.pytorch_utils.Conv1D.forward": {"dcf8ce4ff2064634": "5.0.0 to 5.24.0"},
     "transformers.models.falcon.modeling_falcon.FalconLinear.forward": {
-        "8fb580e19d223db9": "5.0.0 to 5.24.0",
+        "8fb580e19d223db9": "5.0.0 to 5.24.0"
     },
     "transformers.cache_utils.Cache.update": {
         "cc622ba5559b438b": "5.0.0",

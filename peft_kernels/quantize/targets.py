@@ -23,10 +23,7 @@ _WRAPPED = (".base_layer", ".original_module")  # suffixes of modules that PEFT 
 
 
 def targets(
-    model: nn.Module,
-    skip: tuple[str, ...] | None,
-    left: dict[str, str],
-    tied: Collection[str] = (),
+    model: nn.Module, skip: tuple[str, ...] | None, left: dict[str, str], tied: Collection[str] = ()
 ) -> Iterator[tuple[str, Any]]:
     """Yields the layers to quantise by name, and adds the reasons for skipped ones to `left`.
 
@@ -108,10 +105,7 @@ def check_names(model: nn.Module, skip: Iterable[str], argument: str = "skip") -
 
 
 def expert_targets(
-    model: nn.Module,
-    skip: tuple[str, ...] | None,
-    left: dict[str, str],
-    tied: Collection[str] = (),
+    model: nn.Module, skip: tuple[str, ...] | None, left: dict[str, str], tied: Collection[str] = ()
 ) -> Iterator[tuple[str, Any]]:
     """As `targets`, for experts modules."""
     owners: Counter[int] = Counter()

@@ -219,10 +219,7 @@ class BottleneckParameters:
 
 @names_wrong_types
 def multi_bottleneck(
-    x: Tensor,
-    adapters: Sequence[BottleneckParameters],
-    row_group: Tensor,
-    residual: Tensor | None = None,
+    x: Tensor, adapters: Sequence[BottleneckParameters], row_group: Tensor, residual: Tensor | None = None
 ) -> Tensor:
     """`bottleneck` with adapters[i] for the rows of group i; bit-equal to it on compiled back ends.
 
