@@ -128,7 +128,9 @@ def run(args: argparse.Namespace) -> int:
     peak = lib.peak_memory_mb()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     losses = [entry["loss"] for entry in steps]
-    stage("training", f"{len(losses)} of {args.steps} steps")
+    stage(
+        "training", f"{len(losses)} of {args.steps} steps, of {statistics.median(speed.seconds):.2f} s each"
+    )
     if len(losses) < args.steps:
         print("to continue: the same command with --resume")
         return EXIT_INTERRUPTED

@@ -89,8 +89,8 @@ def plot(runs: list[Metrics], path: Path) -> None:
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes, bars = figure.subplots(1, 2, width_ratios=[4, 1])
     # The curves overlap: a wide pale line under a thin dark one shows both.
-    styles = [("#0072B2", 1.5, 1.0), ("#E69F00", 5.0, 0.6)]
-    for run, (colour, width, alpha) in reversed(list(zip(runs, styles, strict=False))):
+    styles = [("#0072B2", 1.5, 1.0, -16), ("#E69F00", 5.0, 0.6, 9)]
+    for run, (colour, width, alpha, below) in reversed(list(zip(runs, styles, strict=False))):
         losses = run["losses"]
         steps = range(1, len(losses) + 1)
         axes.plot(steps, losses, color=colour, linewidth=0.8, alpha=0.3)
@@ -99,7 +99,9 @@ def plot(runs: list[Metrics], path: Path) -> None:
         ends = [run["loss_before"], run["loss_after"]]
         axes.plot([0, len(losses)], ends, "o", color=colour, alpha=alpha, markersize=6 + width)
         for step, loss in zip((0, len(losses)), ends, strict=True):
-            axes.annotate(f"{loss:.2f}", (step, loss), xytext=(0, 9), textcoords="offset points", ha="center")
+            axes.annotate(
+                f"{loss:.2f}", (step, loss), xytext=(0, below), textcoords="offset points", ha="center"
+            )
         bar = bars.bar(run["backend"].replace("_", "\n"), run["peak_memory_mb"], color=colour, width=0.6)
         bars.bar_label(bar, fmt="{:,.0f}", padding=2)
     axes.plot([], [], "o", color="grey", label="validation, before and after")

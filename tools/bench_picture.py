@@ -37,10 +37,11 @@ def draw(values: Mapping[str, str], path: Path) -> None:
         "font.size": 10,
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(10.5, 3.4), layout="constrained", facecolor="white")
+        figure = Figure(figsize=(10.5, 3.6), layout="constrained", facecolor="white")
         step, decode, memory = figure.subplots(1, 3, width_ratios=[1, 1, 2])
-        _bars(step, "Training step of 1,024 tokens, ms", [values[name] for name in names()[:2]])
-        _bars(decode, "One decoded token, ms", [values[name] for name in names()[2:4]])
+        bars = [values[name] for name in names()[:4]]
+        _bars(step, f"Training step of 1,024 tokens, ms\n{values['step-whole']} times as fast", bars[:2])
+        _bars(decode, f"One decoded token, ms\n{values['decode-zen4']} times as fast", bars[2:])
         _lines(memory, values)
         figure.suptitle("QLoRA of SmolLM2-135M, bf16, two cores of a Zen 4 CPU. Less is better", fontsize=11)
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
@@ -62,27 +63,26 @@ def _bars(axes: Any, title: str, shown: Sequence[str]) -> None:
 
 
 def _lines(axes: Any, values: Mapping[str, str]) -> None:
-    for who, (name, colour) in CONTENDERS.items():
+    # The figures of the upper line stand above and to the left of its points, those of the lower line below.
+    places: list[dict[str, Any]] = [
+        {"xytext": (-6, 5), "ha": "right", "va": "bottom"},
+        {"xytext": (0, -5), "ha": "center", "va": "top"},
+    ]
+    for (who, (name, colour)), place in zip(CONTENDERS.items(), places, strict=True):
         shown = [values[f"peak-{tokens}-{who}"] for tokens in TOKENS]
-        axes.plot(range(len(TOKENS)), [number(text) / 1000 for text in shown], "o-", color=colour, label=name)
+        axes.plot(range(len(TOKENS)), list(map(number, shown)), "o-", color=colour, label=name)
         for at, text in enumerate(shown):
-            axes.annotate(
-                text,
-                (at, number(text) / 1000),
-                xytext=(0, 5),
-                textcoords="offset points",
-                ha="center",
-                color=colour,
-            )
-    axes.set_xticks(range(len(TOKENS)), [f"1 x {tokens:,}" for tokens in TOKENS])
-    axes.margins(x=0.1, y=0.15)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens of the step")
-    axes.set_ylabel("GB")
-    axes.set_title("Peak memory of the training process, MB", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper left")
-    axes.spines[["top", "right"]].set_visible(False)
+            axes.annotate(text, (at, number(text)), textcoords="offset points", color=colour, **place)
+    axes.set_xticks(range(len(TOKENS)), [f"{tokens:,}" for tokens in TOKENS])
+    axes.set_yticks([])
+    axes.set_xlim(-0.5, len(TOKENS) - 0.7)
+    axes.set_ylim(0, 18000)
+    axes.set_xlabel("tokens of a training step")
+    axes.set_title(
+        f"Peak memory of the process, MB\n{values['peak-4096-share']}% at 4,096 tokens", fontsize=10
+    )
+    axes.legend(loc="upper left", frameon=False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
 
 
 def main(arguments: Sequence[str]) -> int:
