@@ -89,8 +89,10 @@ CODE   := $(patsubst %,tests/%,core ops nf4 patch adapters optim checkpoints ser
 # One flow of each kind: the others are in test-flows.
 FIRST_FLOWS := $(patsubst %,tests/flows/%.py,test_textbook test_generate loss/test_loss_trainer)
 
-test: $(VENV)/.built $(VENV)/.packages-test ## Run the tests for this machine (ARGS='-k patch' and others)
-	$(PYTEST) --backends native $(CODE) $(FIRST_FLOWS) $(ARGS)
+TESTS  ?= $(CODE) $(FIRST_FLOWS)
+
+test: $(VENV)/.built $(VENV)/.packages-test ## Run the tests for this machine (TESTS=tests/ops/lora ARGS='-k dora' and others)
+	$(PYTEST) --backends native $(TESTS) $(ARGS)
 
 test-isa: $(VENV)/.built-isa $(VENV)/.packages-test ## Run the kernels' tests on other instruction sets
 	$(PYTEST) --backends isa $(CODE) $(ARGS)
