@@ -166,9 +166,8 @@ SANITIZED := $(KERNELS) tests/core/test_autocast.py tests/ops/cpu/test_threads.p
 # Indices beyond 2^31 (under TSan they would take several times the memory), and damaged checkpoints.
 asan: SANITIZED += tests/core/test_large.py $(patsubst %,tests/checkpoints/test_%_checkpoints.py,bad fuzzed)
 asan: SANITIZER := address
+asan: export PEFT_KERNELS_PTX := $(if $(NVCC),1)
 tsan: SANITIZER := thread
-# The PTX machine has one thread: no need to build it.
-tsan: export CUDA_HOME := /nonexistent
 # Built beside the ordinary library, in build/. Python itself has no sanitizer, so the sanitizer's library is preloaded,
 # and libstdc++ with it, whose throw it wraps. It needs fixed addresses: randomisation is switched off where possible.
 # pytest's capture and faulthandler would swallow the reports; the first report ends the process. Switched off: leaks

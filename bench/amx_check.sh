@@ -5,7 +5,7 @@
 #
 # The tests of that ISA on real tiles; the tables of docs/benchmarks.md for this machine; and whether dense GEMMs are
 # ours or torch's: csrc/cpu/isa/fast_dense.h is written from the measurement, to be committed, if all tests passed.
-# Kernels must be built (make setup). OUT gets summary.txt, a log of each part, and the tables.
+# Kernels must be built (make setup-all). OUT gets summary.txt, a log of each part, and the tables.
 #
 # Exits with 0 when every part passed, 1 when one failed, 2 on a wrong call, 3 without AMX.
 # PYTHON    an interpreter with torch (python3)
