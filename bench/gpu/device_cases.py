@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ..lib import cases, correctness, layers
 from ..lib.cases import DEQUANTIZE, DX, FORWARD, QLORA, Shape
 from ..lib.contenders import Entry, contenders
 from ..lib.harness import Absent, Case, Contender, copies
-from ..lib.layers import BNB, RANK, LayerCache, Weights
+from ..lib.layers import BNB, LayerCache, Weights
 from ..lib.report import OURS
 from ..ops import optimizers
 from .roofline import Gpu
@@ -59,25 +59,6 @@ class DeviceWeights(Weights):
     def normal(self, *shape: int, seed: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(seed)
         return (torch.randn(*shape, generator=generator, device=self.device) * scale).to(dtype or self.dtype)
-
-    @cached_property
-    def original(self) -> Tensor:
-        return self.normal(self.out_features, self.in_features, seed=1, scale=self.in_features**-0.5)
-
-    @cached_property
-    def lora_a(self) -> Tensor:
-        scale = self.in_features**-0.5
-        return self.normal(RANK, self.in_features, seed=2, scale=scale, dtype=torch.float32)
-
-    @cached_property
-    def lora_b(self) -> Tensor:
-        return self.normal(self.out_features, RANK, seed=3, scale=RANK**-0.5, dtype=torch.float32)
-
-    def x(self, m: int) -> Tensor:
-        return self.normal(m, self.in_features, seed=4)
-
-    def dy(self, m: int) -> Tensor:
-        return self.normal(m, self.out_features, seed=5)
 
 
 class Suite:
@@ -137,10 +118,7 @@ class Suite:
 
     def copies(self, weights: Weights, contenders: int) -> tuple[int, int]:
         """Number of copies of the packed and of the dense weight to rotate through."""
-        if self.tiny:
-            return 2, 2
-        packed = copies(weights.nf4.nbytes, contenders, self.cache)
-        return packed, copies(weights.rounded.nbytes, contenders, self.cache)
+        return (2, 2) if self.tiny else cases.weight_copies(weights, contenders, self.cache)
 
     def forward(self, weights: DeviceWeights, m: int) -> list[Entry]:
         def ours(weight: pk.NF4Weight) -> Call:

@@ -291,6 +291,7 @@ def _batches(group: str) -> list[tuple[int, int]]:
     return [(adapters, batch * tokens // adapters) for batch, tokens in BATCHES]
 
 
-def weight_copies(weights: Weights, contenders: int) -> tuple[int, int]:
+def weight_copies(weights: Weights, contenders: int, cache: int | None = None) -> tuple[int, int]:
     """Number of copies of the packed and of the dense weight to rotate through."""
-    return copies(weights.nf4.nbytes, contenders), copies(weights.rounded.nbytes, contenders)
+    packed, dense = (copies(w.nbytes, contenders, cache) for w in (weights.nf4, weights.rounded))
+    return packed, dense

@@ -16,3 +16,13 @@ def module(name: str) -> Any:
     if str(FOLDER) not in sys.path:
         sys.path.append(str(FOLDER))
     return importlib.import_module(name)
+
+
+def batches(
+    pairs: Path | None, tokenizer: Any, length: int, size: int, steps: int, seed: int, held_out: int
+) -> tuple[list[Any], list[Any]]:
+    """Batches to train on, and held-out ones, of a file of pairs or the demo's."""
+    data, lib = module("finetune_data"), module("finetune_model")
+    train, rest = data.split(data.read_jsonl(pairs) if pairs else data.docstring_examples())
+    training = lib.training_batches(data.encode(train, tokenizer, length), tokenizer, size, steps, seed)
+    return training, lib.batches_of(data.encode(rest[:held_out], tokenizer, length), tokenizer, 8)

@@ -161,8 +161,7 @@ class Result(report.Outcome):
         if not {OURS, name} <= self.seconds.keys():
             return None
         over, under = (OURS, name) if name in self.yardsticks else (name, OURS)
-        pairs = zip(self.seconds[over], self.seconds[under], strict=True)
-        return Spread.of([one / other for one, other in pairs])
+        return Spread.of_ratios(self.seconds[over], self.seconds[under])
 
     def ratios(self) -> dict[str, Spread]:
         return {peer: ratio for peer in self.peers if (ratio := self.against(peer)) is not None}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
+from peft_kernels.patch import PatchReport
 
 RANK, ALPHA = 16, 32
 SCALING = ALPHA / RANK
@@ -48,11 +49,13 @@ class Weights(LayerCache):
         super().__init__()
         self.out_features, self.in_features, self.dtype = out_features, in_features, dtype
 
+    def normal(self, *shape: int, seed: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        return testing.tensor(*shape, dtype=dtype or self.dtype, seed=seed, scale=scale)
+
     @cached_property
     def original(self) -> Tensor:
         """(out, in), before quantisation, scaled as weights are at initialisation."""
-        scale = self.in_features**-0.5
-        return testing.tensor(self.out_features, self.in_features, dtype=self.dtype, seed=1, scale=scale)
+        return self.normal(self.out_features, self.in_features, seed=1, scale=self.in_features**-0.5)
 
     @cached_property
     def nf4(self) -> pk.NF4Weight:
@@ -71,17 +74,18 @@ class Weights(LayerCache):
 
     @cached_property
     def lora_a(self) -> Tensor:
-        return testing.tensor(RANK, self.in_features, seed=2, scale=self.in_features**-0.5)
+        scale = self.in_features**-0.5
+        return self.normal(RANK, self.in_features, seed=2, scale=scale, dtype=torch.float32)
 
     @cached_property
     def lora_b(self) -> Tensor:
-        return testing.tensor(self.out_features, RANK, seed=3, scale=RANK**-0.5)
+        return self.normal(self.out_features, RANK, seed=3, scale=RANK**-0.5, dtype=torch.float32)
 
     def x(self, m: int) -> Tensor:
-        return testing.tensor(m, self.in_features, dtype=self.dtype, seed=4)
+        return self.normal(m, self.in_features, seed=4)
 
     def dy(self, m: int) -> Tensor:
-        return testing.tensor(m, self.out_features, dtype=self.dtype, seed=5)
+        return self.normal(m, self.out_features, seed=5)
 
 
 def dequantized(weight: pk.NF4Weight) -> Tensor:
@@ -171,10 +175,16 @@ def peft_loras(
             layer.lora_A["default"].weight.copy_(weights.lora_a)
             layer.lora_B["default"].weight.copy_(weights.lora_b)
     if patch:
-        report = pk.patch(wrapped)
-        if report.original or len(report.fused) < len(bases):
-            raise RuntimeError(f"pk.patch: {report}")
+        patched(wrapped, len(bases))
     return layers
+
+
+def patched(model: nn.Module, count: int = 0) -> PatchReport:
+    """Patches a model, all LoRA layers of which must run fused, and at least `count`."""
+    report = pk.patch(model)
+    if report.original or len(report.fused) < count:
+        raise RuntimeError(f"pk.patch: {report}")
+    return report
 
 
 def own_loras(bases: Sequence[nn.Linear], weights: Weights) -> list[nn.Module]:

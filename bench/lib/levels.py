@@ -9,39 +9,23 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
 
-LEVELS: Mapping[str, Mapping[str, str]] = {
-    "scalar": {
-        "ATEN_CPU_CAPABILITY": "default",
-        "ONEDNN_MAX_CPU_ISA": "SSE41",
-        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
-    },
-    "avx2": {
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    },
-    "avx512": {
-        "ATEN_CPU_CAPABILITY": "avx512",
-        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
-    },
-    "avx512_bf16": {
-        "ATEN_CPU_CAPABILITY": "avx512",
-        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX512_E1",
-    },
+VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+LEVELS = {
+    "scalar": ("default", "SSE41", "SSE4_2"),
+    "avx2": ("avx2", "AVX2", "AVX2"),
+    "avx512": ("avx512", "AVX512_CORE", "AVX512"),
+    "avx512_bf16": ("avx512", "AVX512_CORE_BF16", "AVX512_E1"),
 }
-WITH_BF16 = ("avx512_bf16",)
+"""Values of the variables by level."""
 
 
 def limit(level: str) -> None:
     """Limits everything in this process but our kernels. RuntimeError if torch is already imported."""
     if "torch" in sys.modules:
         raise RuntimeError("level: torch reads it when it is imported, and is already imported")
-    os.environ |= LEVELS[level]
-    if level not in WITH_BF16 and importlib.util.find_spec("bitsandbytes"):
+    os.environ |= zip(VARIABLES, LEVELS[level], strict=True)
+    if level != "avx512_bf16" and importlib.util.find_spec("bitsandbytes"):
         import bitsandbytes.backends.cpu.ops
         import bitsandbytes.nn.modules
 

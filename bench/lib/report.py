@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -26,8 +26,7 @@ class Timing(NamedTuple):
 ONCE = Timing(0.0, 1)
 
 
-class Progress(Protocol):
-    def __call__(self, phase: str, /) -> None: ...
+Progress = Callable[[str], None]
 
 
 def silent(phase: str) -> None:
@@ -57,6 +56,10 @@ class Spread(NamedTuple):
     def of(cls, values: Sequence[float]) -> Spread:
         q1, median, q3 = statistics.quantiles(values, method="inclusive") if values[1:] else values * 3
         return cls(median, q1, q3)
+
+    @classmethod
+    def of_ratios(cls, over: Iterable[float], under: Iterable[float]) -> Spread:
+        return cls.of([one / other for one, other in zip(over, under, strict=True)])
 
 
 @dataclass

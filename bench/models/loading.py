@@ -42,32 +42,13 @@ SLACK = 1.5
 """Memory beyond the model at most, as a multiple of the largest tensor."""
 CHILD = Path(__file__).with_name("loading_child.py")
 
-SIZES: dict[str, dict[str, int]] = {
-    "tinyllama": {
-        "vocab_size": 32000,
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-    },
-    "small": {
-        "vocab_size": 8192,
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-    },
-}
-TINY = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+SIZES = {"tinyllama": (32000, 2048, 5632, 22, 32, 4), "small": (8192, 1024, 2816, 4, 16, 4)}
+TINY = (128, 64, 128, 1, 4, 2)
+FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads",
+)  # fmt: skip
+"""Of LlamaConfig, in the order of the sizes."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -205,13 +186,14 @@ def standard(dtype: str) -> list[Case]:
     return [Case(size, stored) for size in SIZES for stored in DTYPES]
 
 
-def write(folder: Path, sizes: Mapping[str, int], dtype: torch.dtype) -> int:
+def write(folder: Path, sizes: Sequence[int], dtype: torch.dtype) -> int:
     """Writes a Llama of random weights in two files. Returns the largest tensor's bytes."""
     import transformers
     from safetensors.torch import save_file
 
     folder.mkdir()
-    config = transformers.LlamaConfig(**sizes, dtype=dtype, architectures=["LlamaForCausalLM"])
+    named: dict[str, Any] = dict(zip(FIELDS, sizes, strict=True))
+    config = transformers.LlamaConfig(**named, dtype=dtype, architectures=["LlamaForCausalLM"])
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in transformers.LlamaForCausalLM(config).named_parameters()}

@@ -169,8 +169,7 @@ class Models:
     """The model of each method, from one checkpoint, and the training data."""
 
     def __init__(self, case: Case, folder: Path) -> None:
-        self.case = case
-        self.data, self.lib = map(examples.module, ("finetune_data", "finetune_model"))
+        self.lib = examples.module("finetune_model")
         self.folder = self.lib.model_folder(case.model, folder)
 
     def base(self, kind: str) -> Any:
@@ -297,19 +296,15 @@ class Decoding:
 def _ratios(found: Measured, seconds: dict[str, list[float]], yardstick: str) -> None:
     """Time / the yardstick's time, within each round."""
     for name, times in seconds.items():
-        pairs = zip(times, seconds[yardstick], strict=True)
-        found.spreads[name] = Spread.of([one / other for one, other in pairs])
+        found.spreads[name] = Spread.of_ratios(times, seconds[yardstick])
         found.values[name] = found.spreads[name].median
 
 
 def _losses(found: Measured, models: Models, timing: report.Timing, progress: report.Progress) -> None:
-    case, lib, data = found.case, models.lib, models.data
-    tokenizer = lib.load_tokenizer(models.folder)
-    train, held_out = data.split(data.read_jsonl(case.data) if case.data else data.docstring_examples())
-    batches = lib.training_batches(
-        data.encode(train, tokenizer, MAX_LENGTH), tokenizer, BATCH_SIZE, case.steps, SEED
+    case, lib = found.case, models.lib
+    batches, validation = examples.batches(
+        case.data, lib.load_tokenizer(models.folder), MAX_LENGTH, BATCH_SIZE, case.steps, SEED, HELD_OUT
     )
-    validation = lib.batches_of(data.encode(held_out[:HELD_OUT], tokenizer, MAX_LENGTH), tokenizer, 8)
     for name, base in ((BASE, "nf4"), (DENSE, "bf16")):
         progress(name)
         found.values[name] = lib.loss_of(models.base(base), validation)

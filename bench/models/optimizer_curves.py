@@ -21,7 +21,7 @@ from torch import Tensor
 
 import peft_kernels as pk
 
-from ..lib import examples, report
+from ..lib import examples, layers, report
 from ..lib.layers import BNB, RANK
 from ..lib.report import OURS, missing
 
@@ -99,27 +99,13 @@ class Training:
     """The model with its initial adapter, the batches and the held-out examples."""
 
     def __init__(self, case: Case, folder: Path) -> None:
-        finetune_data, finetune_model = map(examples.module, ("finetune_data", "finetune_model"))
-        self.case, self.lib = case, finetune_model
-        source = finetune_model.model_folder(case.model, folder)
-        tokenizer = finetune_model.load_tokenizer(source)
-        pairs = finetune_data.read_jsonl(case.data) if case.data else finetune_data.docstring_examples()
-        train, held_out = finetune_data.split(pairs)
-        encoded = finetune_data.encode(train, tokenizer, MAX_LENGTH)
-        order = finetune_data.in_order(encoded, BATCH_SIZE, case.steps, SEED)
-        starts = range(0, len(order), BATCH_SIZE)
-        self.batches = [
-            batch
-            for at in starts
-            for batch in finetune_model.batches_of(order[at:][:BATCH_SIZE], tokenizer, BATCH_SIZE)
-        ]
-        self.held_out = finetune_model.batches_of(
-            finetune_data.encode(held_out[:HELD_OUT], tokenizer, MAX_LENGTH), tokenizer, 8
+        self.case, self.lib = case, examples.module("finetune_model")
+        source = self.lib.model_folder(case.model, folder)
+        self.batches, self.held_out = examples.batches(
+            case.data, self.lib.load_tokenizer(source), MAX_LENGTH, BATCH_SIZE, case.steps, SEED, HELD_OUT
         )
-        self.model = finetune_model.add_lora(finetune_model.load_base(source, "peft_kernels"), RANK, SEED)
-        patched = pk.patch(self.model)
-        if patched.original:
-            raise RuntimeError(f"pk.patch: {patched}")
+        self.model = self.lib.add_lora(self.lib.load_base(source, "peft_kernels"), RANK, SEED)
+        layers.patched(self.model)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.start = [p.detach().clone() for p in self.trained]
         self.before = self.held_out_loss()

@@ -84,11 +84,7 @@ class Trainers(layers.LayerCache):
             dtype = torch.float32 if kind == "exact" else torch.bfloat16
             for name, module in list(model.named_modules()):
                 if isinstance(getattr(module, "weight", None), pk.NF4Weight):
-                    dense = torch.nn.Linear(
-                        module.in_features, module.out_features, bias=False, device="meta"
-                    )
-                    dense.weight = torch.nn.Parameter(module.weight.dequantize(dtype), requires_grad=False)
-                    model.set_submodule(name, dense)
+                    model.set_submodule(name, layers.dense_linear(module.weight.dequantize(dtype)))
             model.is_loaded_in_4bit = False
             model.to(dtype)
         return model
@@ -141,9 +137,7 @@ class Trainers(layers.LayerCache):
                 value = testing.tensor(*shape, seed=zlib.crc32(name.encode()), scale=scale)
                 p.data = value.to(torch.bfloat16).to(p.dtype)
         if patch:
-            report = pk.patch(trainer.model)
-            if report.original:
-                raise RuntimeError(f"pk.patch: {report}")
+            layers.patched(trainer.model)
         if self.checkpointing:  # as in Trainer.train()
             trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
         trainer.model.train()

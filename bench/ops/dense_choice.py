@@ -65,7 +65,7 @@ def ratio(shape: cases.Shape, m: int, levels: dict[str, str], timing: Timing) ->
         calls = [call(level, weights, base, weights.x(m), weights.dy(m)) for base in bases]
         contenders.append(harness.Contender(name, calls, verify=lambda result: 0.0))
     seconds = harness.interleave(contenders, timing)
-    return Spread.of([t / o for t, o in zip(seconds[TORCHS], seconds[OURS], strict=True)]).median
+    return Spread.of_ratios(seconds[TORCHS], seconds[OURS]).median
 
 
 def decide(ratios: dict[str, float]) -> tuple[float, bool]:
@@ -77,13 +77,9 @@ def record(ratios: dict[str, float], facts: dict[str, Any]) -> str:
     """The text of the header file."""
     mean, fast = decide(ratios)
     lines = "".join(f"//   {name}: {value:.2f}\n" for name, value in ratios.items())
-    return RECORD.format(
-        cpu=facts["cpu"],
-        cores=facts["cores"],
-        torch=facts["versions"]["torch"],
-        lines=lines,
-        mean=mean,
-        fast=str(fast).lower(),
+    torch_version = facts["versions"]["torch"]
+    return RECORD.format_map(
+        facts | {"torch": torch_version, "lines": lines, "mean": mean, "fast": str(fast).lower()}
     )
 
 

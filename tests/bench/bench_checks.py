@@ -60,7 +60,7 @@ def line_of(outcome: report.Outcome) -> Any:
 @pytest.fixture
 def small_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two copies of a tiny weight instead of thousands."""
-    monkeypatch.setattr(cases, "copies", lambda nbytes, contenders: 2)
+    monkeypatch.setattr(cases, "copies", lambda nbytes, contenders, cache=None: 2)
     layers.shared.cache_clear()
 
 
