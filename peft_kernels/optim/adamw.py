@@ -111,17 +111,13 @@ class Adam8bit(BlockwiseOptimizer):
         is_paged: bool = False,
         *,
         decoupled_weight_decay: bool = True,
-        max_grad_norm: float | None = None,
-        rounding: str = "nearest",
-        seed: int = 0,
-        page_budget: int | None = None,
+        **options: Any,
     ) -> None:
         _check_8bit(type(self).__name__, amsgrad, optim_bits)
         super().__init__(
             params, _adam_defaults(lr, betas, eps, weight_decay),
             kind="adamw" if decoupled_weight_decay else "adam", optim_bits=8, min_8bit_size=min_8bit_size,
-            is_paged=is_paged, args=args, max_grad_norm=max_grad_norm, rounding=rounding, seed=seed,
-            page_budget=page_budget,
+            is_paged=is_paged, args=args, **options,
         )  # fmt: skip
 
 
@@ -175,18 +171,14 @@ class PagedAdamW(BlockwiseOptimizer):
         optim_bits: int = 32,
         args: Any = None,
         min_8bit_size: int = 4096,
-        *,
-        max_grad_norm: float | None = None,
-        rounding: str = "nearest",
-        seed: int = 0,
-        page_budget: int | None = None,
+        **options: Any,
     ) -> None:
         if amsgrad:
             raise ValueError("amsgrad: PagedAdamW does not support it, expected False")
         super().__init__(
             params, _adam_defaults(lr, betas, eps, weight_decay), kind="adamw",
             optim_bits=getattr(args, "optim_bits", optim_bits), min_8bit_size=min_8bit_size, is_paged=True,
-            args=args, max_grad_norm=max_grad_norm, rounding=rounding, seed=seed, page_budget=page_budget,
+            args=args, **options,
         )  # fmt: skip
 
 
@@ -211,16 +203,11 @@ class Lion8bit(BlockwiseOptimizer):
         args: Any = None,
         min_8bit_size: int = 4096,
         is_paged: bool = False,
-        *,
-        max_grad_norm: float | None = None,
-        rounding: str = "nearest",
-        seed: int = 0,
-        page_budget: int | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(
             params, _adam_defaults(lr, betas, 0.0, weight_decay), kind="lion", optim_bits=8,
-            min_8bit_size=min_8bit_size, is_paged=is_paged, args=args, max_grad_norm=max_grad_norm,
-            rounding=rounding, seed=seed, page_budget=page_budget,
+            min_8bit_size=min_8bit_size, is_paged=is_paged, args=args, **options,
         )  # fmt: skip
 
 

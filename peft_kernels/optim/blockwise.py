@@ -17,6 +17,7 @@ from torch._compile import _disable_dynamo
 
 from ..core import dispatch
 from ..core.code_tables import dynamic_map
+from ..core.wrong_types import refuses_wrong_types
 from .checkpoint import read
 from .groups import UNSUPPORTED, check_number, check_numbers
 from .pager import Pager
@@ -34,6 +35,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
     # GradScaler hands over grad_scale and found_inf instead of reading found_inf on the host.
     _step_supports_amp_scaling = True
 
+    @refuses_wrong_types
     def __init__(
         self,
         params: Any,
@@ -228,17 +230,8 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = (
-            "_kind",
-            "_rounding",
-            "_seed",
-            "_max_grad_norm",
-            "_bits",
-            "_page_budget",
-            "is_paged",
-            "_overrides",
-            "_dtypes",
-        )
+        options = ("_kind", "_rounding", "_seed", "_max_grad_norm", "_bits", "_page_budget", "is_paged")
+        names = (*options, "_overrides", "_dtypes")
         self._pager.synchronize()
         return super().__getstate__() | {name: getattr(self, name) for name in names}
 
