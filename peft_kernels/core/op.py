@@ -98,9 +98,9 @@ class Op:
 
     def __init_subclass__(cls) -> None:
         taken, given = cls.full_schema().split(" -> ")
-        cls.arguments, cls.returns = _names(taken), _names(given)
+        cls.arguments, cls.returns = argument_names(taken), argument_names(given)
         group = re.search(r"\$(\w+)", cls.schema)
-        names = _names(cls.schema.split(" -> ")[0])
+        names = argument_names(cls.schema.split(" -> ")[0])
         cls._group = None
         if group is not None:
             cls._group = names.index("$" + group[1]), group[1] == "bases"
@@ -146,8 +146,8 @@ def _bases(lists: Sequence[Sequence[Any]]) -> list[Base]:
     return [Base(*one) for one in zip(*lists, strict=True)]
 
 
-def _names(declared: str) -> list[str]:
-    """["x", "n"] for "(Tensor x, int n)"; [] for "Tensor" and "()"."""
+def argument_names(declared: str) -> list[str]:
+    """["x", "n"] for "(Tensor x, int n=0)"; [] for "Tensor" and "()"."""
     if not declared.startswith("(") or declared == "()":
         return []
-    return [item.split()[-1] for item in declared[1:-1].split(", ")]
+    return [item.split()[-1].partition("=")[0] for item in declared[1:-1].split(", ")]
