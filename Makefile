@@ -87,7 +87,7 @@ demo: $(VENV)/.built $(if $(findstring --compare,$(ARGS)),$(VENV)/.packages-benc
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 CODE   := $(patsubst %,tests/%,core ops nf4 patch adapters optim checkpoints serving)
 # One flow of each kind: the others are in test-flows.
-FIRST_FLOWS := $(patsubst %,tests/flows/%.py,test_textbook test_generate loss/test_loss_trainer)
+FIRST_FLOWS := $(patsubst %,tests/flows/%.py,test_textbook test_generate trainer/test_trainer)
 
 TESTS  ?= $(CODE) $(FIRST_FLOWS)
 
