@@ -124,7 +124,7 @@ def experts_kernel(
     tensors = (x_ptr, own, bias_ptr, own_delta, out_ptr, parts)
     sizes = (token, stop, first, features, depth, split)
     mask = (None, 0, 0)
-    weight_tile(*tensors, *sizes, mask, BLOCK_SHIFT, BACKWARD, RUN, UNIT, BLOCK_M, BLOCK_F)
+    weight_tile(tensors, sizes, mask, BLOCK_SHIFT, BACKWARD, RUN, UNIT, BLOCK_M, BLOCK_F)
 
 
 @triton.jit(do_not_specialize=VARYING)

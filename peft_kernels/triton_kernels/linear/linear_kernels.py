@@ -1,9 +1,10 @@
 """GEMMs with an NF4 weight on tensor cores, y = x W^T and dx = dY W, each with the delta of an adapter.
 
 `linear_tile` and `linear_dx_tile` take weights whose rows are made of runs: elements that share an absmax and
-fill whole bytes. `unaligned_tile` reads elements one by one, for all other weights and for dense ones.
-Features are the rows of a tile and tokens its columns: a tensor core takes at least 16 rows, but only 8
-columns.
+fill whole bytes. `unaligned_tile` reads elements one by one, for all other weights and for dense ones. Their
+`tensors` are (x, weight, bias, delta, out, parts), their `sizes` (token, m, first_feature, features, depth,
+split). Features are the rows of a tile and tokens its columns: a tensor core takes at least 16 rows, but only
+8 columns.
 """
 
 from __future__ import annotations
@@ -34,23 +35,11 @@ def load_run_packed_absmax(weight, element, there, BLOCK_SHIFT: tl.constexpr):
 
 
 @triton.jit
-def finish_tile(
-    out_ptr,
-    acc,
-    parts,
-    bias_ptr,
-    delta,
-    mask,
-    token,
-    m,
-    first,
-    features,
-    dtype: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    QUADS: tl.constexpr,
-):
+def finish_tile(acc, tensors, sizes, mask, dtype: tl.constexpr, BLOCK_F: tl.constexpr, QUADS: tl.constexpr):
     """Store the sum of the splits [features, tokens], for activations of `dtype`. The first split adds
     mask(delta) and bias. `mask` and QUADS as in `keep_mask`."""
+    _x, _weight, bias_ptr, delta, out_ptr, parts = tensors
+    token, m, first, features, _depth, _split = sizes
     feature = first + tl.arange(0, BLOCK_F)
     if tl.program_id(1) == 0:
         if delta is not None:
@@ -68,18 +57,8 @@ def finish_tile(
 
 @triton.jit
 def linear_tile(
-    x_ptr,
-    weight,
-    bias_ptr,
-    delta,
-    out_ptr,
-    parts,
-    token,
-    m,
-    first_feature,
-    features,
-    depth,
-    split,
+    tensors,
+    sizes,
     mask,
     BLOCK_SHIFT: tl.constexpr,
     RUN: tl.constexpr,
@@ -93,6 +72,8 @@ def linear_tile(
     RUN divides the blocksize, 2^BLOCK_SHIFT. Decoded codes are multiplied unscaled; the sum of each run is
     multiplied by its absmax. `mask` as in `keep_mask`.
     """
+    x_ptr, weight, _bias, _delta, _out, _parts = tensors
+    token, m, first_feature, features, depth, split = sizes
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     # Indices outside are clamped, and their results not stored.
     x_rows = tl.minimum(token, m - 1).to(tl.int64) * depth
@@ -129,25 +110,13 @@ def linear_tile(
         x_tile += STEP
         w_tile += STEP // 2
     acc *= 1.0 / decode_scale(dtype)
-    finish_tile(
-        out_ptr, acc, parts, bias_ptr, delta, mask, token, m, first_feature, features, dtype, BLOCK_F, True
-    )
+    finish_tile(acc, tensors, sizes, mask, dtype, BLOCK_F, True)
 
 
 @triton.jit
 def linear_dx_tile(
-    dy_ptr,
-    weight,
-    bias_ptr,
-    delta,
-    out_ptr,
-    parts,
-    token,
-    m,
-    first_feature,
-    features,
-    depth,
-    split,
+    tensors,
+    sizes,
     mask,
     BLOCK_SHIFT: tl.constexpr,
     RUN: tl.constexpr,
@@ -160,6 +129,8 @@ def linear_dx_tile(
 
     features is a multiple of RUN, which divides the blocksize, 2^BLOCK_SHIFT.
     """
+    dy_ptr, weight, _bias, _delta, _out, _parts = tensors
+    token, m, first_feature, features, depth, split = sizes
     dtype: tl.constexpr = dy_ptr.dtype.element_ty
     dy_rows = tl.minimum(token, m - 1).to(tl.int64) * depth
     first = tl.program_id(1) * split * BLOCK_D
@@ -182,9 +153,7 @@ def linear_dx_tile(
             acc = add_dot(acc, dot(tl.trans(weights), tl.trans(gradients), dtype))
         else:
             acc = dot(tl.trans(weights), tl.trans(gradients), dtype, acc)
-    finish_tile(
-        out_ptr, acc, parts, bias_ptr, delta, mask, token, m, first_feature, features, dtype, BLOCK_F, True
-    )
+    finish_tile(acc, tensors, sizes, mask, dtype, BLOCK_F, True)
 
 
 @triton.jit
@@ -198,18 +167,8 @@ def load_any(weight, element, mask, BLOCK_SHIFT: tl.constexpr):
 
 @triton.jit
 def unaligned_tile(
-    x_ptr,
-    weight,
-    bias_ptr,
-    delta,
-    out_ptr,
-    parts,
-    token,
-    m,
-    first_feature,
-    features,
-    depth,
-    split,
+    tensors,
+    sizes,
     mask,
     BLOCK_SHIFT: tl.constexpr,
     BACKWARD: tl.constexpr,
@@ -221,6 +180,8 @@ def unaligned_tile(
 
     W is the weight [depth, features] with BACKWARD, else the transpose of the weight [features, depth].
     """
+    x_ptr, weight, _bias, _delta, _out, _parts = tensors
+    token, m, first_feature, features, depth, split = sizes
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     # Indices outside are clamped, and their results not stored.
     feature = tl.minimum(first_feature + tl.arange(0, BLOCK_F), features - 1).to(tl.int64)
@@ -242,25 +203,13 @@ def unaligned_tile(
             acc = add_dot(acc, dot(weights, tl.trans(tokens), dtype))
         else:
             acc = dot(weights, tl.trans(tokens), dtype, acc)
-    finish_tile(
-        out_ptr, acc, parts, bias_ptr, delta, mask, token, m, first_feature, features, dtype, BLOCK_F, False
-    )
+    finish_tile(acc, tensors, sizes, mask, dtype, BLOCK_F, False)
 
 
 @triton.jit
 def weight_tile(
-    x_ptr,
-    weight,
-    bias_ptr,
-    delta,
-    out_ptr,
-    parts,
-    token,
-    m,
-    first_feature,
-    features,
-    depth,
-    split,
+    tensors,
+    sizes,
     mask,
     BLOCK_SHIFT: tl.constexpr,
     BACKWARD: tl.constexpr,
@@ -272,14 +221,12 @@ def weight_tile(
     """x times the weight [depth, features] with BACKWARD, else times the transposed weight [features, depth],
     by the function for its layout. RUN 0: elements are read one by one, as those of a dense weight. A program
     sums over `split` times UNIT."""
-    tensors = (x_ptr, weight, bias_ptr, delta, out_ptr, parts)
-    sizes = (token, m, first_feature, features, depth, split)
     if RUN == 0:
-        unaligned_tile(*tensors, *sizes, mask, BLOCK_SHIFT, BACKWARD, BLOCK_M, BLOCK_F)
+        unaligned_tile(tensors, sizes, mask, BLOCK_SHIFT, BACKWARD, BLOCK_M, BLOCK_F)
     elif BACKWARD:
-        linear_dx_tile(*tensors, *sizes, mask, BLOCK_SHIFT, RUN, UNIT, BLOCK_M, BLOCK_F)
+        linear_dx_tile(tensors, sizes, mask, BLOCK_SHIFT, RUN, UNIT, BLOCK_M, BLOCK_F)
     else:
-        linear_tile(*tensors, *sizes, mask, BLOCK_SHIFT, RUN, UNIT // RUN, BLOCK_M, BLOCK_F)
+        linear_tile(tensors, sizes, mask, BLOCK_SHIFT, RUN, UNIT // RUN, BLOCK_M, BLOCK_F)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -312,29 +259,4 @@ def linear_kernel(
     mask = (seed_ptr, stream, threshold)
     tensors = (x_ptr, weight, bias_ptr, delta, out_ptr, parts)
     sizes = (token, m, first, features, depth, split)
-    weight_tile(*tensors, *sizes, mask, BLOCK_SHIFT, BACKWARD, RUN, UNIT, BLOCK_M, BLOCK_F)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def unaligned_piece_kernel(
-    weight,
-    out_ptr,
-    first_row,
-    rows,
-    first_col,
-    cols,
-    k,
-    out_stride,
-    BLOCK_SHIFT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):
-    """Dequantise part of a weight [.., k] to out."""
-    col_tiles = tl.cdiv(cols, BLOCK_COLS)
-    row = tl.program_id(0) // col_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    col = tl.program_id(0) % col_tiles * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    inside = (row < rows)[:, None] & (col < cols)[None, :]
-    element = ((first_row + row).to(tl.int64) * k + first_col)[:, None] + col[None, :]
-    weights = load_elements(weight, element, inside, BLOCK_SHIFT)
-    at = out_ptr + row.to(tl.int64)[:, None] * out_stride + col[None, :]
-    tl.store(at, weights.to(out_ptr.dtype.element_ty), mask=inside)
+    weight_tile(tensors, sizes, mask, BLOCK_SHIFT, BACKWARD, RUN, UNIT, BLOCK_M, BLOCK_F)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -12,8 +11,7 @@ from torch import Tensor
 
 from ..core.launch import VARYING, cdiv, config, launch
 from ..nf4.nf4 import Nf4
-from ..nf4.nf4_decode import decode, load_absmax
-from .linear_kernels import unaligned_piece_kernel
+from ..nf4.nf4_decode import decode, load_absmax, load_elements
 
 MOST_BYTES = 128 << 20  # of a piece
 UNIT = 256  # rows or columns of the weight: whole tiles of torch's GEMM
@@ -36,22 +34,25 @@ def piece_kernel(
     BLOCK_COLS: tl.constexpr,
 ):
     """Dequantise part of a weight [.., k] to out. k and first_col are multiples of RUN, which divides the
-    blocksize, 2^BLOCK_SHIFT."""
-    RUNS: tl.constexpr = BLOCK_COLS // RUN
+    blocksize, 2^BLOCK_SHIFT; with RUN 0 elements are read one by one."""
     col_tiles = tl.cdiv(cols, BLOCK_COLS)
     row = tl.program_id(0) // col_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     first = tl.program_id(0) % col_tiles * BLOCK_COLS
-    start = (first_row + row).to(tl.int64) * k + first_col
-    half = first // 2 + tl.arange(0, BLOCK_COLS // 2)
-    there = (row < rows)[:, None] & (2 * half < cols)[None, :]
-    packed = tl.load(weight.packed + (start >> 1)[:, None] + half[None, :], mask=there, other=0)
-    run = first + RUN * tl.arange(0, RUNS)
-    there = (row < rows)[:, None] & (run < cols)[None, :]
-    scales = load_absmax(weight, (start[:, None] + run[None, :]) >> BLOCK_SHIFT, there)
-    weights = tl.reshape(decode(packed, tl.float32), (BLOCK_ROWS, RUNS, RUN)) * scales[:, :, None]
-    weights = tl.reshape(weights, (BLOCK_ROWS, BLOCK_COLS))
     col = first + tl.arange(0, BLOCK_COLS)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
+    start = (first_row + row).to(tl.int64) * k + first_col
+    if RUN == 0:
+        weights = load_elements(weight, start[:, None] + col[None, :], inside, BLOCK_SHIFT)
+    else:
+        RUNS: tl.constexpr = BLOCK_COLS // RUN
+        half = first // 2 + tl.arange(0, BLOCK_COLS // 2)
+        there = (row < rows)[:, None] & (2 * half < cols)[None, :]
+        packed = tl.load(weight.packed + (start >> 1)[:, None] + half[None, :], mask=there, other=0)
+        run = first + RUN * tl.arange(0, RUNS)
+        there = (row < rows)[:, None] & (run < cols)[None, :]
+        scales = load_absmax(weight, (start[:, None] + run[None, :]) >> BLOCK_SHIFT, there)
+        weights = tl.reshape(decode(packed, tl.float32), (BLOCK_ROWS, RUNS, RUN)) * scales[:, :, None]
+        weights = tl.reshape(weights, (BLOCK_ROWS, BLOCK_COLS))
     at = out_ptr + row.to(tl.int64)[:, None] * out_stride + col[None, :]
     tl.store(at, weights.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -59,13 +60,10 @@ def piece_kernel(
 def dequantize_part(weight: Nf4, k: int, rows: range, cols: range, out: Tensor) -> None:
     """Dequantises rows and columns of a weight [.., k] to out [rows, cols], of any row stride."""
     tiles = cdiv(len(rows), PIECE["BLOCK_ROWS"]) * cdiv(len(cols), PIECE["BLOCK_COLS"])
-    kernel: Any = unaligned_piece_kernel
-    constants = {"BLOCK_SHIFT": weight.shift}
-    for run in (32, 64):
-        if k % run == cols.start % run == weight.blocksize % run == 0:
-            kernel, constants["RUN"] = piece_kernel, run
+    whole = (run for run in (64, 32) if k % run == cols.start % run == weight.blocksize % run == 0)
+    constants = {"BLOCK_SHIFT": weight.shift, "RUN": next(whole, 0)}
     args = rows.start, len(rows), cols.start, len(cols), k, out.stride(0)
-    launch(kernel, (tiles,), weight.pointers, out, *args, config=PIECE, **constants)
+    launch(piece_kernel, (tiles,), weight.pointers, out, *args, config=PIECE, **constants)
 
 
 def pieces(count: int, length: int, itemsize: int) -> Iterator[range]:

@@ -16,8 +16,9 @@ from ..core.common import check, check_float, check_shape
 from ..core.gemm import add_dot, dot, split_k
 from ..core.launch import VARYING, cdiv, config, launch, power_of_2, targets_amd, targets_ptx
 from ..linear.linear import run_length
+from ..linear.linear_kernels import load_any
 from ..nf4.nf4 import Nf4, Pointers, nf4
-from ..nf4.nf4_decode import SPLIT_SCALE, absmax_of, decode_split, load_elements, load_packed_absmax
+from ..nf4.nf4_decode import SPLIT_SCALE, absmax_of, decode_split, load_packed_absmax
 
 HALVES = config(8, 2, BLOCK_K=4096)
 RUNS = config(4, 3, BLOCK_N=64)
@@ -156,10 +157,7 @@ def norm_kernel(
         col = first + tl.arange(0, BLOCK_K)
         element = row.to(tl.int64)[:, None] * k + col[None, :]
         inside = (row < n)[:, None] & (col < k)[None, :]
-        if weight.absmax is None:
-            w = tl.load(weight.packed + element, mask=inside, other=0.0)
-        else:
-            w = load_elements(weight, element, inside, BLOCK_SHIFT)
+        w = load_any(weight, element, inside, BLOCK_SHIFT)
         wide = w.to(tl.float32)
         squares += wide * wide
         at = rank.to(tl.int64)[None, :] * k + col[:, None]
