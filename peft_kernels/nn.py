@@ -204,50 +204,16 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
         """Converts dense values between (out_features, in_features) and the layout of `plain_class`."""
         return values if issubclass(self.plain_class, nn.Linear) else values.t().contiguous()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key = prefix + "weight"
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        key, load_rest = prefix + "weight", super()._load_from_state_dict
         if is_dtensor(state_dict.get(key)):
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
-            return
-        mine = [k for k in state_dict if k == key or k.startswith(key + ".")]
-        if mine and is_tensor_parallel(self.weight):
+            load_rest(state_dict, prefix, *rest)
+        elif is_tensor_parallel(self.weight) and any(k == key or k.startswith(f"{key}.") for k in state_dict):
+            *_, error_msgs = rest
             error_msgs.append(f"{key}: {PARALLEL}, expected no tensor of it: load by from_pretrained")
-            return
-        new: Any = None
-        if not mine and accelerate_loading.is_awaited(self.weight):
-            accelerate_loading.receive(self, "weight", key, state_dict)
-        elif not mine:
-            missing_keys.append(key)
         else:
-            try:
-                new = loading.read_weight(self.weight, state_dict, prefix, transpose=self._transposed)
-            except ValueError as error:
-                error_msgs.append(str(error))
-                return  # load nothing rather than half a layer
-        rest = {k: v for k, v in state_dict.items() if k not in mine}
-        weight = self._parameters.pop("weight")
-        errors = len(error_msgs)
-        try:
-            super()._load_from_state_dict(
-                rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
-        finally:
-            self._parameters["weight"] = weight
-        if new is not None and len(error_msgs) == errors:
-            with torch.no_grad():
-                assign = local_metadata.get("assign_to_params_buffers", False)
-                loading.assign_weight(self, key, new, assign)
+            weights: dict[str, Any] = {"weight": self.weight}
+            loading.load_layer(self, weights, self._transposed, load_rest, state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         weight = self.weight

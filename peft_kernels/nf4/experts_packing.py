@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .experts_forward import experts_forward
-from .loading import assign_weight, read_weight
+from .loading import load_layer
 from .model import ModelLink
 from .sharded import accelerate_loading
 from .sharded.checks import is_sharded, is_tensor_parallel
@@ -102,48 +102,9 @@ class NF4Experts(accelerate_loading.ReceivesWeights):
             else:
                 destination[prefix + name] = _transposed(self, dense)
 
-    def _load_from_state_dict(
-        self: Any,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        weights, new, mine = _weights(self), dict[str, Tensor](), set[str]()
-        for name, weight in weights.items():
-            key = prefix + name
-            items = {k for k in state_dict if k == key or k.startswith(f"{key}.")}
-            mine |= items
-            if not items and accelerate_loading.is_awaited(weight):
-                accelerate_loading.receive(self, name, key, state_dict)
-                continue
-            if not items:
-                missing_keys.append(key)
-                continue
-            try:
-                new[name] = read_weight(
-                    weight, state_dict, prefix, name, functools.partial(_transposed, self)
-                )
-            except ValueError as error:
-                error_msgs.append(str(error))
-                return  # load nothing rather than half a module
-        rest = {k: v for k, v in state_dict.items() if k not in mine}
-        parameters, errors = self._parameters, len(error_msgs)
-        self.__dict__["_parameters"] = {k: v for k, v in parameters.items() if k not in weights}
-        try:
-            super()._load_from_state_dict(  # type: ignore[misc]
-                rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
-        finally:
-            parameters.update(self._parameters)  # with `assign=True` the others were replaced
-            self.__dict__["_parameters"] = parameters
-        if len(error_msgs) > errors:
-            return
-        for name, loaded in new.items():
-            assign_weight(self, prefix + name, loaded, local_metadata.get("assign_to_params_buffers", False))
+    def _load_from_state_dict(self: Any, *args: Any) -> None:
+        load_rest: Any = super()._load_from_state_dict  # type: ignore[misc]
+        load_layer(self, _weights(self), functools.partial(_transposed, self), load_rest, *args)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)

@@ -6,19 +6,62 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..core.nf4_state import NF4State
+from .sharded import accelerate_loading
 from .sharded.checks import is_dtensor, is_sharded, load_rows
 from .weight import NF4Weight
 
 
-def read_weight(
-    own: Tensor,
-    state_dict: Mapping[str, Any],
+def load_layer(
+    module: nn.Module,
+    weights: Mapping[str, Any],
+    transpose: Callable[[Tensor], Tensor],
+    load_rest: Callable[..., None],
+    state_dict: dict[str, Any],
     prefix: str,
-    name: str = "weight",
-    transpose: Callable[[Tensor], Tensor] = lambda values: values,
+    local_metadata: Any,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """`_load_from_state_dict` of a module: `weights`, its packed parameters by name, all or none of them, and
+    the rest by `load_rest`, that of its class. `transpose` as in `read_weight`."""
+    new, mine = dict[str, Tensor](), set[str]()
+    for name, weight in weights.items():
+        key = prefix + name
+        items = {k for k in state_dict if k == key or k.startswith(f"{key}.")}
+        mine |= items
+        if not items and accelerate_loading.is_awaited(weight):
+            accelerate_loading.receive(module, name, key, state_dict)
+        elif not items:
+            missing_keys.append(key)
+        else:
+            try:
+                new[name] = read_weight(weight, state_dict, prefix, name, transpose)
+            except ValueError as error:
+                error_msgs.append(str(error))
+                return  # load nothing rather than half a module
+    rest = {k: v for k, v in state_dict.items() if k not in mine}
+    parameters, errors = module._parameters, len(error_msgs)
+    module.__dict__["_parameters"] = {k: v for k, v in parameters.items() if k not in weights}
+    try:
+        load_rest(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+    finally:
+        parameters.update(module._parameters)  # with `assign=True` the others were replaced
+        module.__dict__["_parameters"] = parameters
+    if len(error_msgs) == errors:
+        with torch.no_grad():
+            for name, loaded in new.items():
+                assign = local_metadata.get("assign_to_params_buffers", False)
+                assign_weight(module, prefix + name, loaded, assign)
+
+
+def read_weight(
+    own: Tensor, state_dict: Mapping[str, Any], prefix: str, name: str, transpose: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """The NF4Weight or the dense values that a state dict has for the weight `own`.
 
