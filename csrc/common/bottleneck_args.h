@@ -62,9 +62,7 @@ struct BottleneckArgs {
 
  private:
   Tensor parameter(const Tensor& t, const char* name) const {
-    dtype_of(t, name);
-    TORCH_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == x.scalar_type(), name,
-                ": expected Float or ", x.scalar_type(), ", got ", t.scalar_type());
+    parameter_dtype(t, x.scalar_type(), name);
     return t.contiguous();
   }
 };

@@ -45,10 +45,16 @@ inline void check_shape(const Tensor& t, at::IntArrayRef expected, const char* n
   TORCH_CHECK(t.sizes() == expected, name, ": expected shape ", expected, ", got ", t.sizes());
 }
 
+// The dtype of a parameter, which is fp32 or that of the activations.
+inline DType parameter_dtype(const Tensor& t, at::ScalarType activation_dtype, const char* name) {
+  const DType dtype = dtype_of(t, name);
+  TORCH_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == activation_dtype, name,
+              ": expected Float or ", activation_dtype, ", got ", t.scalar_type());
+  return dtype;
+}
+
 inline void check_bias(const Tensor& bias, int64_t features, at::ScalarType activation_dtype) {
-  dtype_of(bias, "bias");
-  TORCH_CHECK(bias.scalar_type() == at::kFloat || bias.scalar_type() == activation_dtype,
-              "bias: expected Float or ", activation_dtype, ", got ", bias.scalar_type());
+  parameter_dtype(bias, activation_dtype, "bias");
   check_shape(bias, {features}, "bias");
 }
 
@@ -101,6 +107,11 @@ inline Tensor matching(const Tensor& t, const Tensor& like, const char* name) {
   check_dtype(t, like.scalar_type(), name);
   check_shape(t, like.sizes(), name);
   return t.contiguous();
+}
+
+// A tensor like `t`, without elements unless it is needed.
+inline Tensor empty_unless(bool need, const Tensor& t) {
+  return need ? at::empty(t.sizes(), t.options()) : at::empty({0}, t.options());
 }
 
 // A new tensor in its final shape. Not a view: autograd forbids changing an op's views in place.

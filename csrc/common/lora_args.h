@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
@@ -101,12 +102,20 @@ struct AdapterArgs {
 
  private:
   static void check(const Tensor& t, at::ScalarType activation_dtype, const char* name) {
-    dtype_of(t, name);
+    parameter_dtype(t, activation_dtype, name);
     TORCH_CHECK(t.dim() == 2, name, ": expected 2 dimensions, got ", t.dim());
-    TORCH_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == activation_dtype, name,
-                ": expected Float or ", activation_dtype, ", got ", t.scalar_type());
   }
 };
+
+// The adapters of experts: [experts, r, in_features] and [experts, out_features, r].
+inline void check_experts_adapters(const Tensor& a, const Tensor& b, const Tensor& x, int64_t experts) {
+  for (const auto& [t, name] : {std::pair{&a, "lora_a"}, {&b, "lora_b"}}) {
+    parameter_dtype(*t, x.scalar_type(), name);
+    TORCH_CHECK(t->dim() == 3, name, ": expected 3 dimensions, got ", t->dim());
+  }
+  check_shape(a, {experts, a.size(1), x.size(1)}, "lora_a");
+  check_shape(b, {experts, b.size(1), a.size(1)}, "lora_b");
+}
 
 // Columns of h.
 template <class Adapters>

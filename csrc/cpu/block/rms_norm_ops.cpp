@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_in, const Tensor& 
   check_shape(rstd_in, x.sizes().slice(0, x.dim() - 1), "rstd");
   const Tensor dy = dy_in.contiguous(), rstd = rstd_in.contiguous();
   const Tensor add = add_in ? matching(*add_in, x, "add") : Tensor();
-  Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
+  Tensor dx = empty_unless(need_dx, x);
   RmsNormParams params = args.params;
   params.dy = dy.const_data_ptr();
   params.rstd = const_cast<float*>(rstd.const_data_ptr<float>());

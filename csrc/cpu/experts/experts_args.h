@@ -51,9 +51,7 @@ class ExpertBias {
  public:
   ExpertBias(const OptionalTensor& bias, int64_t experts, int64_t features, at::ScalarType dtype) {
     if (!bias) return;
-    dtype_ = dtype_of(*bias, "bias");
-    TORCH_CHECK(bias->scalar_type() == at::kFloat || bias->scalar_type() == dtype, "bias: expected Float or ",
-                dtype, ", got ", bias->scalar_type());
+    dtype_ = parameter_dtype(*bias, dtype, "bias");
     check_shape(*bias, {experts, features}, "bias");
     bias_ = bias->contiguous();
   }

@@ -146,20 +146,6 @@ void add_sums(std::vector<Gemm>& gemms, const Hidden& hidden, const Tensor& rows
   }
 }
 
-void check_adapter(const Tensor& t, at::ScalarType dtype, const char* name) {
-  dtype_of(t, name);
-  TORCH_CHECK(t.dim() == 3, name, ": expected 3 dimensions, got ", t.dim());
-  TORCH_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == dtype, name, ": expected Float or ", dtype,
-              ", got ", t.scalar_type());
-}
-
-void check_adapters(const Tensor& a, const Tensor& b, const Tensor& x, int64_t experts) {
-  check_adapter(a, x.scalar_type(), "lora_a");
-  check_adapter(b, x.scalar_type(), "lora_b");
-  check_shape(a, {experts, a.size(1), x.size(1)}, "lora_a");
-  check_shape(b, {experts, b.size(1), a.size(1)}, "lora_b");
-}
-
 Tensor experts_linear(const Tensor& x, const Tensor& ends, const Tensor& packed, const Tensor& absmax,
                       const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize,
                       int64_t out_features, const OptionalTensor& bias) {
@@ -193,7 +179,7 @@ std::tuple<Tensor, Tensor> experts_lora_linear(const Tensor& x, const Tensor& en
   const Tensor rows = expert_activation(x, "x");
   const Runs runs = expert_rows(ends, rows.size(0));
   const int64_t experts = ends.size(0);
-  check_adapters(lora_a, lora_b, rows, experts);
+  check_experts_adapters(lora_a, lora_b, rows, experts);
   const int64_t out_features = lora_b.size(1);
   const ExpertWeights weights(weight, absmax, absmax2, offset, blocksize, experts, out_features, rows.size(1),
                               x.scalar_type());
@@ -216,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor> experts_lora_linear_backward(
   const Tensor rows = expert_activation(x, "x");
   const Runs runs = expert_rows(ends, rows.size(0));
   const int64_t experts = ends.size(0);
-  check_adapters(lora_a, lora_b, rows, experts);
+  check_experts_adapters(lora_a, lora_b, rows, experts);
   const int64_t rank = lora_a.size(1), out_features = lora_b.size(1);
   check_dtype(dy, x.scalar_type(), "dy");
   check_shape(dy, {rows.size(0), out_features}, "dy");

@@ -97,12 +97,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_ba
                     norm_eps, down, up, activation, scaling, dropout_p, seed, adds_dy, need_dx, need_dnorm,
                     need_ddown, need_ddown_bias, need_dup, need_dup_bias);
   }
-  const auto result = [](bool need, at::IntArrayRef sizes, const at::TensorOptions& options) {
-    return need ? at::empty(sizes, options) : at::empty({0}, options);
-  };
-  const Tensor dx = result(need_dx, x.sizes(), x.options());
-  const Tensor ddown = result(need_ddown, down.sizes(), down.options());
-  const Tensor dup = result(need_dup, up.sizes(), up.options());
+  const Tensor dx = empty_unless(need_dx, x), ddown = empty_unless(need_ddown, down),
+               dup = empty_unless(need_dup, up);
   const bool need_dz = need_dx || need_ddown || need_ddown_bias;
   const BottleneckView view = view_of(args, seed);
   const LoraBatch lora = as_lora(view);

@@ -21,56 +21,27 @@ class ExpertsWeight {
   ExpertsWeight(const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2,
                 const OptionalTensor& offset, int64_t blocksize, int64_t experts, int64_t out_features,
                 int64_t in_features)
-      : experts_(experts),
+      : tensors_(packed, absmax, absmax2, offset, blocksize, out_features * in_features, experts),
+        experts_(experts),
         out_features_(out_features),
-        in_features_(in_features),
-        block_shift_(block_shift_of(blocksize)) {
-    const int64_t elements = out_features * in_features, blocks = ceil_div(elements, blocksize);
-    packed_ = part(packed, at::kByte, (elements + 1) / 2, "packed");
-    TORCH_CHECK(absmax2.has_value() == offset.has_value(),
-                "absmax2, offset: expected both or neither, got only one of them");
-    if (absmax2) {
-      scale_stride_ = ceil_div(blocks, nf4::kAbsmaxBlock);
-      absmax_ = part(absmax, at::kByte, blocks, "absmax");
-      absmax2_ = part(*absmax2, at::kFloat, scale_stride_, "absmax2");
-      offset_ = part(*offset, at::kFloat, 1, "offset");
-    } else {
-      scale_stride_ = blocks;
-      absmax_ = part(absmax, at::kFloat, blocks, "absmax");
-    }
-  }
+        in_features_(in_features) {}
 
   int64_t experts() const { return experts_; }
   int64_t out_features() const { return out_features_; }
   int64_t in_features() const { return in_features_; }
-  int block_shift() const { return block_shift_; }
-  int64_t scale_stride() const { return scale_stride_; }
-  bool is_aligned() const { return are_aligned({packed_.const_data_ptr()}); }
-
-  // The view of the first expert.
-  Nf4View view() const {
-    const auto* packed = packed_.const_data_ptr<uint8_t>();
-    if (!absmax2_.defined())
-      return {packed, packed, absmax_.const_data_ptr<float>(), nullptr, 0, block_shift_};
-    return {packed,
-            absmax_.const_data_ptr<uint8_t>(),
-            absmax2_.const_data_ptr<float>(),
-            offset_.const_data_ptr<float>(),
-            nf4::kAbsmaxBlockShift,
-            block_shift_};
+  int block_shift() const { return tensors_.block_shift(); }
+  // Scales of one expert, of the second level if there are two.
+  int64_t scale_stride() const {
+    const int64_t blocks = ceil_div(out_features_ * in_features_, int64_t{1} << block_shift());
+    return tensors_.is_nested() ? ceil_div(blocks, nf4::kAbsmaxBlock) : blocks;
   }
+  bool is_aligned() const { return are_aligned({tensors_.packed()}); }
+  // The view of the first expert.
+  Nf4View view() const { return view_of(tensors_); }
 
  private:
-  Tensor part(const Tensor& t, at::ScalarType dtype, int64_t of_one, const char* name) const {
-    check_dtype(t, dtype, name);
-    check_numel(t, experts_ * of_one, name);
-    return t.contiguous();
-  }
-
+  Nf4Tensors tensors_;
   int64_t experts_, out_features_, in_features_;
-  int block_shift_;
-  int64_t scale_stride_ = 0;
-  Tensor packed_, absmax_, absmax2_, offset_;
 };
 
 void check_ends(const Tensor& ends) {
@@ -142,13 +113,10 @@ int tile_rows(const Tensor& x, const ExpertsWeight& weight, bool is_dx) {
 Tensor set_bias(const OptionalTensor& bias, const ExpertsWeight& weight, const Tensor& x,
                 ExpertsParams& params) {
   if (!bias) return {};
-  dtype_of(*bias, "bias");
-  TORCH_CHECK(bias->scalar_type() == at::kFloat || bias->scalar_type() == x.scalar_type(),
-              "bias: expected Float or ", x.scalar_type(), ", got ", bias->scalar_type());
+  params.linear.bias_dtype = parameter_dtype(*bias, x.scalar_type(), "bias");
   check_shape(*bias, {weight.experts(), weight.out_features()}, "bias");
   const Tensor own = bias->contiguous();
   params.linear.bias = own.const_data_ptr();
-  params.linear.bias_dtype = dtype_of(own, "bias");
   return own;
 }
 
@@ -200,25 +168,16 @@ Tensor experts_linear_dx_op(const Tensor& dy, const Tensor& ends, const Tensor& 
 struct Adapters {
   Tensor a, b;  // [experts, rank, in_features], [experts, out_features, rank]
 
-  Adapters(const Tensor& lora_a, const Tensor& lora_b, const Tensor& ends, const Tensor& x)
-      : a(own(lora_a, x, "lora_a")), b(own(lora_b, x, "lora_b")) {
-    check_shape(a, {ends.size(0), a.size(1), x.size(1)}, "lora_a");
-    check_shape(b, {ends.size(0), b.size(1), a.size(1)}, "lora_b");
+  Adapters(const Tensor& lora_a, const Tensor& lora_b, const Tensor& ends, const Tensor& x) {
+    check_experts_adapters(lora_a, lora_b, x, ends.size(0));
+    a = aligned(lora_a);
+    b = aligned(lora_b);
   }
 
   int rank() const { return static_cast<int>(a.size(1)); }
   int64_t out_features() const { return b.size(1); }
   ExpertsFactor factor_a() const { return {a.const_data_ptr(), a.scalar_type() == at::kFloat, rank()}; }
   ExpertsFactor factor_b() const { return {b.const_data_ptr(), b.scalar_type() == at::kFloat, rank()}; }
-
- private:
-  static Tensor own(const Tensor& t, const Tensor& x, const char* name) {
-    dtype_of(t, name);
-    TORCH_CHECK(t.dim() == 3, name, ": expected 3 dimensions, got ", t.dim());
-    TORCH_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == x.scalar_type(), name,
-                ": expected Float or ", x.scalar_type(), ", got ", t.scalar_type());
-    return aligned(t);
-  }
 };
 
 std::tuple<Tensor, Tensor> experts_lora_linear_op(const Tensor& x, const Tensor& ends, const Tensor& weight,
@@ -285,11 +244,8 @@ std::tuple<Tensor, Tensor, Tensor> experts_lora_linear_backward_op(
   const DType dtype = dtype_of(dy, "dy");
   const auto scale = static_cast<float>(scaling);
   const Tensor own_dy = aligned(dy), own_x = aligned(x), own_h = h.contiguous();
-  const Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
-  const auto gradient_of = [](bool need, const Tensor& t) {
-    return need ? at::empty(t.sizes(), t.options()) : at::empty({0}, t.options());
-  };
-  const Tensor da = gradient_of(need_da, adapters.a), db = gradient_of(need_db, adapters.b);
+  const Tensor dx = empty_unless(need_dx, x), da = empty_unless(need_da, adapters.a),
+               db = empty_unless(need_db, adapters.b);
   const ListedRows listed(ends, x.size(0), rows_of_tile,
                           need_dx ? std::vector<Tensor>{dx} : std::vector<Tensor>{});
   Tensor dh;

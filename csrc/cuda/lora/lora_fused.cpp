@@ -105,8 +105,7 @@ class FusedAdapters : public Adapters {
     std::vector<void*> out;
     bool any = false;
     for (size_t i = 0; i < list().size(); ++i) {
-      const Tensor& of = list()[i].*parameter;
-      found.push_back(need[i] ? at::empty(of.sizes(), of.options()) : at::empty({0}, of.options()));
+      found.push_back(empty_unless(need[i], list()[i].*parameter));
       out.push_back(need[i] ? found[i].mutable_data_ptr() : nullptr);
       any |= need[i];
     }
