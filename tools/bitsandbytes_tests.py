@@ -58,13 +58,10 @@ def main() -> int:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = upstream_tests.parser(__doc__)
     parser.add_argument("files", nargs="*", metavar="test_FILE.py", help="files in that folder")
     parser.add_argument("--tests", type=Path, required=True, help="folder tests/ of bitsandbytes")
     parser.add_argument("-k", default=FOUR_BITS, help=f"pytest's -k (default {FOUR_BITS}); '' for all")
-    parser.add_argument("-n", type=int, default=2, help="processes (default 2); 0: in one, without xdist")
     options = parser.parse_args()
     if not (options.tests / "helpers.py").is_file():
         parser.error(

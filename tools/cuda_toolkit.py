@@ -26,8 +26,8 @@ class Toolkit:
                 "toolkit, and set CUDA_HOME if it is not on the path"
             )
             return
-        text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False).stdout
-        match = re.search(r"release (\d+)\.(\d+)", text)
+        self._nvcc = str(nvcc)
+        match = re.search(r"release (\d+)\.(\d+)", self._run("--version").stdout)
         self.version = (int(match[1]), int(match[2])) if match else (0, 0)
         major = int(torch.version.cuda.split(".")[0])
         if self.version[0] != major or self.version < (12, 4):
@@ -38,16 +38,13 @@ class Toolkit:
             )
             return
         # The nvcc on the path may be a script that calls another one, whose headers are needed too.
-        told = subprocess.run(
-            [str(nvcc), "--dryrun", "probe.cu"], capture_output=True, text=True, check=False
-        ).stderr
-        match = re.search(r"^#\$ TOP=(.+)$", told, re.M)
+        match = re.search(r"^#\$ TOP=(.+)$", self._run("--dryrun", "probe.cu").stderr, re.M)
         self.home = str(Path(match[1] if match else str(home)).resolve())
-        self._nvcc = str(nvcc)
+
+    def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([self._nvcc, *arguments], capture_output=True, text=True, check=False)
 
     def compiles(self) -> set[tuple[int, int]]:
         """The compute capabilities that this nvcc supports."""
-        told = subprocess.run(
-            [self._nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False
-        ).stdout
+        told = self._run("--list-gpu-arch").stdout
         return {(int(major), int(minor)) for major, minor in re.findall(r"^compute_(\d+)(\d)$", told, re.M)}

@@ -172,12 +172,9 @@ def test(options: argparse.Namespace, version: str, folder: Path, path: list[Pat
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = upstream_tests.parser(__doc__)
     parser.add_argument("files", nargs="*", metavar="test_FILE.py", help="files of PEFT's tests/")
     parser.add_argument("-k", help="pytest's -k, for all files")
-    parser.add_argument("-n", type=int, default=2, help="processes (default 2); 0: in one, without xdist")
     parser.add_argument(
         "--every-option",
         action="store_true",

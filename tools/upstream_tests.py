@@ -3,6 +3,7 @@ test."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -61,6 +62,14 @@ def show(title: str, names: Sequence[str], messages: Mapping[str, str]) -> None:
     print(f"\n== {title}: {len(names)}")
     for name in names:
         print(f"{name}\n    {' '.join(messages.get(name, 'did not run').split())[:300]}")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser of the options of both scripts."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    found = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    found.add_argument("-n", type=int, default=2, help="processes (default 2); 0: in one, without xdist")
+    return found
 
 
 # In the plugins.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..lib import report
-from ..lib.report import MET, unique
+from ..lib.report import MET, ONCE, Progress, Timing, silent, unique
 from . import limits, sass
 from .limits import Finding
 from .roofline import BY_ARCHITECTURE, Gpu
@@ -43,9 +43,7 @@ class CudaCase:
     def gpu(self) -> Gpu:
         return BY_ARCHITECTURE[self.architecture]
 
-    def run(
-        self, timing: report.Timing = report.ONCE, progress: report.Progress = report.silent
-    ) -> CudaKernels:
+    def run(self, timing: Timing = ONCE, progress: Progress = silent) -> CudaKernels:
         progress("compile")
         tools, files = sass.tools(), sass.sources()
         if not files:
@@ -122,9 +120,7 @@ class TritonCase:
     def name(self) -> str:
         return f"triton-{self.target}"
 
-    def run(
-        self, timing: report.Timing = report.ONCE, progress: report.Progress = report.silent
-    ) -> TritonKernels:
+    def run(self, timing: Timing = ONCE, progress: Progress = silent) -> TritonKernels:
         progress("compile")
         if importlib.util.find_spec("triton") is None:
             return TritonKernels(self, absent={self.name: "Triton is not installed"})

@@ -18,7 +18,7 @@ from peft_kernels.core.backends import BACKENDS
 from ..lib import cases, correctness, layers
 from ..lib.cases import DEQUANTIZE, DX, FORWARD, QLORA, Shape
 from ..lib.contenders import Entry, contenders
-from ..lib.harness import Absent, Case, Contender, copies
+from ..lib.harness import Case, Contenders, copies
 from ..lib.layers import BNB, LayerCache, Weights
 from ..lib.report import OURS
 from ..ops import optimizers
@@ -84,7 +84,7 @@ class Suite:
                 found += [optimizers.case(group, shapes, build=self.step) for group, shapes in steps]
         return found
 
-    def step(self, shapes: optimizers.Shapes) -> list[Contender | Absent]:
+    def step(self, shapes: optimizers.Shapes) -> Contenders:
         """Contenders of an optimizer step, in as many copies as the rotation needs."""
         self._weights = self._layers = None  # frees memory for parameters
         size = sum(a * b for a, b in shapes)
@@ -92,7 +92,7 @@ class Suite:
         return contenders(optimizers.entries(shapes, self.device, count))
 
     def case(self, group: str, shape: Shape, m: int | None, entries: Callable[..., Sequence[Entry]]) -> Case:
-        def build() -> list[Contender | Absent]:
+        def build() -> Contenders:
             weights = self.weights(shape)
             found = entries(weights, *([] if m is None else [m]))
             return contenders(found, cache=self.layers(group, shape))

@@ -55,29 +55,27 @@ class Rule:
         return len(path) / weights if weights else None
 
 
+def by_groups(pattern: str, limits: Sequence[float], architectures: Sequence[int]) -> list[Rule]:
+    """Rules of kernels that multiply by 1, 2 and 4 groups of eight tokens."""
+    return [
+        Rule(pattern.format(1 << i), limit, tokens=8 << i, architectures=architectures)
+        for i, limit in enumerate(limits)
+    ]
+
+
 # The wide table takes 64 KB and no arithmetic. Cards with less shared memory have issue slots to spare.
 WIDE, NARROW = (80, 90, 100), (86, 89, 120)
 RULES: Sequence[Rule] = (
     Rule(r"DequantizeNf4<float>", 8.0, written=4),
     Rule(r"DequantizeNf4<(bf16|fp16)>", 8.0, written=2),
-    Rule(r"LinearSmall<\w+, WideTable, 1, \d>", 1.8, tokens=8, architectures=WIDE),
-    Rule(r"LinearSmall<\w+, WideTable, 2, \d>", 2.2, tokens=16, architectures=WIDE),
-    Rule(r"LinearSmall<\w+, WideTable, 4, \d>", 2.8, tokens=32, architectures=WIDE),
-    Rule(r"LinearSmall<\w+, NarrowTable, 1, \d>", 2.4, tokens=8, architectures=NARROW),
-    Rule(r"LinearSmall<\w+, NarrowTable, 2, \d>", 2.8, tokens=16, architectures=NARROW),
-    Rule(r"LinearSmall<\w+, NarrowTable, 4, \d>", 3.5, tokens=32, architectures=NARROW),
+    *by_groups(r"LinearSmall<\w+, WideTable, {}, \d>", (1.8, 2.2, 2.8), WIDE),
+    *by_groups(r"LinearSmall<\w+, NarrowTable, {}, \d>", (2.4, 2.8, 3.5), NARROW),
     Rule(r"LinearTiles<\w+, WideTable, \d>", 4.8, tokens=64, architectures=WIDE),
     Rule(r"LinearTiles<\w+, NarrowTable, \d>", 5.7, tokens=64, architectures=NARROW),
-    Rule(r"LinearDx<bf16, WideTable, 1>", 2.5, tokens=8, architectures=WIDE),
-    Rule(r"LinearDx<fp16, WideTable, 1>", 2.9, tokens=8, architectures=WIDE),
-    Rule(r"LinearDx<bf16, WideTable, 2>", 2.7, tokens=16, architectures=WIDE),
-    Rule(r"LinearDx<fp16, WideTable, 2>", 3.1, tokens=16, architectures=WIDE),
-    Rule(r"LinearDx<bf16, WideTable, 4>", 3.1, tokens=32, architectures=WIDE),
-    Rule(r"LinearDx<fp16, WideTable, 4>", 3.4, tokens=32, architectures=WIDE),
-    Rule(r"LinearDx<bf16, NarrowTable, 1>", 2.9, tokens=8, architectures=NARROW),
-    Rule(r"LinearDx<fp16, NarrowTable, 1>", 3.4, tokens=8, architectures=NARROW),
-    Rule(r"LinearDx<bf16, NarrowTable, 2>", 3.1, tokens=16, architectures=NARROW),
-    Rule(r"LinearDx<fp16, NarrowTable, 2>", 3.5, tokens=16, architectures=NARROW),
+    *by_groups(r"LinearDx<bf16, WideTable, {}>", (2.5, 2.7, 3.1), WIDE),
+    *by_groups(r"LinearDx<fp16, WideTable, {}>", (2.9, 3.1, 3.4), WIDE),
+    *by_groups(r"LinearDx<bf16, NarrowTable, {}>", (2.9, 3.1), NARROW),
+    *by_groups(r"LinearDx<fp16, NarrowTable, {}>", (3.4, 3.5), NARROW),
     Rule(r"LinearDx<bf16, NarrowTable, 4>", 3.7, tokens=32),
     Rule(r"LinearDx<fp16, NarrowTable, 4>", 3.9, tokens=32),
     Rule(r"LinearDx<\w+, NarrowTable, 8>", 4.5, tokens=64, architectures=WIDE),

@@ -16,7 +16,7 @@ from . import correctness, layers
 from .adapted import SMOLLM2, Model, Sizes, Variant
 from .block import Blocks
 from .contenders import Entry, contenders
-from .harness import Absent, Case, Contender, Goal, copies
+from .harness import Build, Case, Contenders, Goal, copies
 from .layers import BNB, Weights
 from .report import OURS, missing
 
@@ -89,7 +89,7 @@ def case(
     shape: Shape,
     m: int | None,
     dtype: str,
-    build: Callable[[], list[Contender | Absent]],
+    build: Build,
     batch: int | None = None,
     needs: str = "",
 ) -> Case:
@@ -101,7 +101,7 @@ def case(
 def forward(shape: Shape, m: int, dtype: str) -> Case:
     """nf4_linear beside torch's dense layer and bitsandbytes in both modes."""
 
-    def build() -> list[Contender | Absent]:
+    def build() -> Contenders:
         weights = layers.shared(Weights, FORWARD, *shape, DTYPES[dtype])
         x = weights.x(m)
         expected = correctness.linear(x, weights.exact)
@@ -130,7 +130,7 @@ def forward(shape: Shape, m: int, dtype: str) -> Case:
 def training(group: str, shape: Shape, m: int, dtype: str) -> Case:
     """A LoRA layer beside PEFT's on the same kind of base and the frozen dense layer alone."""
 
-    def build() -> list[Contender | Absent]:
+    def build() -> Contenders:
         weights = layers.shared(Weights, group, *shape, DTYPES[dtype])
         entries, call = training_entries(weights, m, group == QLORA, weight_copies(weights, 3))
         return contenders(entries, call, weights)
@@ -172,7 +172,7 @@ def block(group: str, batch: int, tokens: int, dtype: str, sizes: Sizes = SMOLLM
     """A patched decoder block with adapters on all projections beside PEFT's on the same kind of base."""
     variant = BLOCKS[group]
 
-    def build() -> list[Contender | Absent]:
+    def build() -> Contenders:
         blocks = layers.shared(Blocks, group, sizes, DTYPES[dtype])
         inputs = blocks.inputs(batch, tokens)
         ours, theirs = blocks.expected(variant, inputs)
@@ -213,7 +213,7 @@ def block(group: str, batch: int, tokens: int, dtype: str, sizes: Sizes = SMOLLM
 def overhead(group: str, dtype: str) -> Case:
     """What a patched PEFT layer adds to the op: the layer is so small that overhead dominates."""
 
-    def build() -> list[Contender | Absent]:
+    def build() -> Contenders:
         weights = layers.shared(Weights, group, 64, 64, DTYPES[dtype])
         x, packed = weights.x(1), group == OVERHEAD_NF4
         exact = weights.exact if packed else weights.rounded
@@ -232,7 +232,7 @@ def overhead(group: str, dtype: str) -> Case:
 
 
 def quantize(shape: Shape, dtype: str) -> Case:
-    def build() -> list[Contender | Absent]:
+    def build() -> Contenders:
         weights = layers.shared(Weights, QUANTIZE, *shape, DTYPES[dtype])
         _, dense = weight_copies(weights, 2)
         expected = correctness.Bits(layers.nf4_parts(weights.nf4))
@@ -260,7 +260,7 @@ def quantize(shape: Shape, dtype: str) -> Case:
 
 
 def dequantize(shape: Shape, dtype: str) -> Case:
-    def build() -> list[Contender | Absent]:
+    def build() -> Contenders:
         weights = layers.shared(Weights, DEQUANTIZE, *shape, DTYPES[dtype])
         return contenders(dequantize_entries(weights, weight_copies(weights, 2)[0]), cache=weights)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from .harness import Absent, Contender, first_line
+from .correctness import Expected
+from .harness import Absent, Contender, Contenders, first_line
 from .layers import LayerCache
-from .report import missing
+from .report import OURS, missing
 
 
 @dataclass
@@ -30,9 +31,9 @@ def contenders(
     entries: Sequence[Entry],
     call: Callable[[Any], Callable[[], Any]] = lambda layer: layer,
     cache: LayerCache | None = None,
-) -> list[Contender | Absent]:
+) -> Contenders:
     """Builds the entries; an entry that cannot be built is absent. `cache` keeps layers for later cases."""
-    built: list[Contender | Absent] = []
+    built: Contenders = []
     for entry in entries:
         if reason := missing(entry.needs):
             built.append(Absent(entry.name, reason))
@@ -45,3 +46,13 @@ def contenders(
         calls = [(entry.call or call)(layer) for layer in layers]
         built.append(Contender(entry.name, calls, entry.verify, partial(entry.remark, layers[0])))
     return built
+
+
+def compared(wanted: Expected, makes: Mapping[str, Callable[[], Any]], needs: str = "") -> Contenders:
+    """Contenders of one call each, which `makes` makes. Ours is held to the bounds of the tests."""
+    return contenders(
+        [
+            Entry(name, lambda make=make: [make()], wanted.strict if name == OURS else wanted.sane, needs)
+            for name, make in makes.items()
+        ]
+    )

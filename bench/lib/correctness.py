@@ -67,9 +67,7 @@ def lora_forward(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scal
     return Expected({"y": whole.plain["y"]}, {"y": whole.truth["y"]})
 
 
-def _lora(
-    x: Tensor, dy: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
-) -> dict[str, Tensor]:
+def _lora(x: Tensor, dy: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensors:
     base = (weight, None, None, None, 0)
     y, h = testing.reference_op("lora_linear")(x, *base, None, lora_a, lora_b, scaling, 0.0, None, None)
     backward = testing.reference_op("lora_linear_backward")
@@ -80,9 +78,7 @@ def _lora(
 class Dropout(Expected):
     """Expected results under dropout with a fixed seed of torch's generator."""
 
-    def __init__(
-        self, plain: Tensors, truth: Tensors, no_dropout: Tensors, usual: Mapping[str, float]
-    ) -> None:
+    def __init__(self, plain: Tensors, truth: Tensors, no_dropout: Tensors, usual: dict[str, float]) -> None:
         super().__init__(plain, truth)
         self.no_dropout, self.usual = no_dropout, usual
         """The truth without dropout, and the relative change of each tensor by PEFT's dropout."""

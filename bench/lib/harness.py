@@ -55,6 +55,10 @@ class Absent:
     reason: str
 
 
+Contenders = list[Contender | Absent]
+Build = Callable[[], Sequence[Contender | Absent]]
+
+
 @dataclass(frozen=True)
 class Goal:
     """A bound on our time relative to that of one contender."""
@@ -81,7 +85,7 @@ class Case:
     in_features: int
     m: int | None
     dtype: str
-    build: Callable[[], Sequence[Contender | Absent]]
+    build: Build
     batch: int | None = None
     """Of a block: the samples that the M rows belong to."""
     goals: Sequence[Goal] = ()

@@ -164,9 +164,7 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     return {name: m for name, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
 
 
-def peft_loras(
-    bases: Sequence[nn.Module], weights: Weights, patch: bool, **options: Any
-) -> Sequence[nn.Module]:
+def peft_loras(bases: Sequence[nn.Module], weights: Weights, patch: bool, **options: Any) -> list[Any]:
     """PEFT's LoRA layers over the bases, patched or not."""
     wrapped = adapted(nn.Sequential(*bases), r"\d+", len(bases), ("default",), **options)
     layers = list(lora_layers(wrapped).values())

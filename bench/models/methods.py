@@ -192,6 +192,13 @@ class Models:
         pk.patch(model)
         return model
 
+    def training(self, name: str, found: Measured, progress: report.Progress) -> Any:
+        """The model in training mode; counts its trained parameters."""
+        progress(name)
+        model = self.make(name).train()
+        found.trained[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return model
+
     def tokens(self, batch: int, length: int) -> Tensor:
         generator = torch.Generator().manual_seed(1)
         size = self.config.vocab_size
@@ -204,18 +211,11 @@ class Models:
         return transformers.AutoConfig.from_pretrained(self.folder)
 
 
-def _count(model: Any) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
 def _bytes(found: Measured, models: Models, timing: report.Timing, progress: report.Progress) -> None:
     """From the difference between two lengths, so that fixed costs (bf16 copies of weights, a prefix) do not
     count. Without the head, which is the same for all methods."""
     for name in METHODS:
-        progress(name)
-        model = models.make(name).train()
-        found.trained[name] = _count(model)
-        saved = []
+        model, saved = models.training(name, found, progress), []
         for length in LENGTHS:
             ids = models.tokens(1, length)
             run = partial(model, input_ids=ids, logits_to_keep=1, use_cache=False)
@@ -234,9 +234,7 @@ def _steps(found: Measured, models: Models, timing: report.Timing, progress: rep
 
     runners = []
     for name in METHODS:
-        progress(name)
-        model = models.make(name).train()
-        found.trained[name] = _count(model)
+        model = models.training(name, found, progress)
         runners.append(harness.Contender(name, [partial(step, model)], lambda _: 0.0))
     progress("time")
     _ratios(found, harness.interleave(runners, timing), LORA)
@@ -309,9 +307,7 @@ def _losses(found: Measured, models: Models, timing: report.Timing, progress: re
         progress(name)
         found.values[name] = lib.loss_of(models.base(base), validation)
     for name, method in METHODS.items():
-        progress(name)
-        model = models.make(name)
-        found.trained[name] = _count(model)
+        model = models.training(name, found, progress)
         losses = lib.train(model, batches, method.lr, name, method.ahead)
         found.values[name] = lib.loss_of(model, validation, method.ahead)
         if not all(map(math.isfinite, (*losses, found.values[name]))):

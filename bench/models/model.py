@@ -20,7 +20,7 @@ from ..lib import correctness, layers
 from ..lib.adapted import SMOLLM2, Adapted, Model, Sizes, Variant
 from ..lib.cases import DTYPES, PEFT_ON_BNB
 from ..lib.contenders import Entry, contenders
-from ..lib.harness import Absent, Case, Contender, Goal
+from ..lib.harness import Build, Case, Contenders, Goal
 from ..lib.layers import BNB
 from ..lib.report import OURS
 
@@ -190,7 +190,7 @@ def textbook(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_13
     """A training step of the tutorials' script with `pk.patch` and all opt-in parts, beside the unpatched
     one, `pk.patch` alone, and ours on `pk.quantize_model` instead of bitsandbytes."""
 
-    def build() -> list[Contender | Absent]:
+    def build() -> Contenders:
         models = layers.shared(Models, TEXTBOOK, sizes, DTYPES[dtype])
 
         def call(model: Model) -> Callable[[], Any]:
@@ -225,7 +225,7 @@ def _model_case(
     group: str, batch: int, rows: int, dtype: str, sizes: ModelSizes,
     run: Callable[[Models, Model], Callable[[], Any]],
 ) -> Case:  # fmt: skip
-    def build() -> list[Contender | Absent]:
+    def build() -> Contenders:
         models = layers.shared(Models, group, sizes, DTYPES[dtype])
         call = partial(run, models)
         expected = models.expected(call)
@@ -241,10 +241,7 @@ def _model_case(
     return _case(group, batch, rows, dtype, sizes, build)
 
 
-def _case(
-    group: str, batch: int, rows: int, dtype: str, sizes: ModelSizes,
-    build: Callable[[], list[Contender | Absent]],
-) -> Case:  # fmt: skip
+def _case(group: str, batch: int, rows: int, dtype: str, sizes: ModelSizes, build: Build) -> Case:
     shape = sizes.block.hidden, sizes.block.intermediate
     needs = f"peft transformers {BNB if group == TEXTBOOK else ''}"
     goals, title, seconds = GOALS[group], TITLES[group], SECONDS[group]

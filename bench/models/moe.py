@@ -22,7 +22,7 @@ import testing
 from ..lib import correctness, layers, report
 from ..lib.cases import DTYPES
 from ..lib.contenders import Entry, contenders
-from ..lib.harness import Absent, Case, Contender
+from ..lib.harness import Build, Case, Contenders
 from ..lib.layers import ALPHA, RANK, SCALING
 from ..lib.report import OURS, missing
 
@@ -246,7 +246,7 @@ def standard(dtype: str, sizes: Sizes = QWEN3) -> list[Any]:
 def forward(tokens: int, dtype: str, sizes: Sizes = QWEN3) -> Case:
     """Packed experts beside dense ones in transformers' implementations, and dequantising each."""
 
-    def build() -> list[Contender | Absent]:
+    def build() -> Contenders:
         mixtures = layers.shared(Mixtures, MOE, sizes, DTYPES[dtype])
         x, index, weights, _ = mixtures.inputs(tokens)
 
@@ -269,7 +269,7 @@ def forward(tokens: int, dtype: str, sizes: Sizes = QWEN3) -> Case:
 def training(tokens: int, dtype: str, sizes: Sizes = QWEN3) -> Case:
     """Patched adapters on packed experts beside PEFT's on dense ones and on packed ones."""
 
-    def build() -> list[Contender | Absent]:
+    def build() -> Contenders:
         mixtures = layers.shared(Mixtures, MOE_LORA, sizes, DTYPES[dtype])
 
         def call(model: Any) -> Callable[[], dict[str, Tensor]]:
@@ -292,9 +292,7 @@ def training(tokens: int, dtype: str, sizes: Sizes = QWEN3) -> Case:
     return _case(MOE_LORA, tokens, dtype, sizes, build)
 
 
-def _case(
-    group: str, tokens: int, dtype: str, sizes: Sizes, build: Callable[[], list[Contender | Absent]]
-) -> Case:
+def _case(group: str, tokens: int, dtype: str, sizes: Sizes, build: Build) -> Case:
     at_once, by_rows = SECONDS[group]
     weights = 3 * sizes.hidden * sizes.inner
     seconds = at_once + by_rows * min(tokens * sizes.top_k, 8 * sizes.experts) * weights / 1e9

@@ -21,8 +21,8 @@ from peft_kernels.patch.prefix import cache as prefix_cache
 
 from ..lib import correctness, layers
 from ..lib.cases import DTYPES
-from ..lib.contenders import Entry, contenders
-from ..lib.harness import Absent, Case, Contender
+from ..lib.contenders import compared
+from ..lib.harness import Build, Case, Contenders
 from ..lib.report import OURS
 from .model import SMOLLM2_135M, Models, ModelSizes
 
@@ -130,7 +130,7 @@ def tensors_of(virtual: int, batch: int, tokens: int, dtype: str) -> dict[str, T
 
 
 def attention(virtual: int, batch: int, tokens: int, dtype: str) -> Case:
-    def build() -> list[Contender | Absent]:
+    def build() -> Contenders:
         tensors = tensors_of(virtual, batch, tokens, dtype)
         dy = testing.tensor(*tensors["dq"].shape, dtype=DTYPES[dtype], seed=5)
 
@@ -139,19 +139,15 @@ def attention(virtual: int, batch: int, tokens: int, dtype: str) -> Case:
             return layers.differentiated(lambda: attend(*inputs.values()), inputs, widen(dy))
 
         wanted = correctness.Expected(call(copied)(), call(copied, Tensor.double)())
-        entries = (
-            Entry(OURS, lambda: [call(shared)], wanted.strict),
-            Entry(PEFT, lambda: [call(copied)], wanted.sane),
-            Entry(MERGED, lambda: [call(merged)], wanted.sane),
-        )
-        return contenders(entries)
+        attends = {OURS: shared, PEFT: copied, MERGED: merged}
+        return compared(wanted, {name: partial(call, attend) for name, attend in attends.items()})
 
     title = f"attention over {virtual} virtual tokens and {tokens} others, forward + backward"
     return case(f"{ATTENTION}-{virtual}", batch, tokens, dtype, build, title)
 
 
 def join(virtual: int, batch: int, tokens: int, dtype: str) -> Case:
-    def build() -> list[Contender | Absent]:
+    def build() -> Contenders:
         tensors = tensors_of(virtual, batch, tokens, dtype)
         del tensors["dq"]
         shape = batch, KV_HEADS, virtual + tokens, HEAD_DIM
@@ -169,19 +165,13 @@ def join(virtual: int, batch: int, tokens: int, dtype: str) -> Case:
             return run
 
         wanted = correctness.Expected(call(with_copies)(), call(with_copies, Tensor.double)())
-        entries = (
-            Entry(OURS, lambda: [call(with_one)], wanted.strict),
-            Entry(PEFT, lambda: [call(with_copies)], wanted.sane),
-        )
-        return contenders(entries)
+        return compared(wanted, {OURS: partial(call, with_one), PEFT: partial(call, with_copies)})
 
     title = f"{virtual} virtual tokens put before the keys and values of {tokens} others, forward + backward"
     return case(f"{JOIN}-{virtual}", batch, tokens, dtype, build, title)
 
 
-def case(
-    group: str, batch: int, tokens: int, dtype: str, build: Callable[[], list[Contender | Absent]], title: str
-) -> Case:
+def case(group: str, batch: int, tokens: int, dtype: str, build: Build, title: str) -> Case:
     return Case(group, HEADS, HEAD_DIM, batch * tokens, dtype, build, batch, title=title, seconds=3.0)
 
 
@@ -191,7 +181,7 @@ def step(
     """A training step of an NF4 model; ours and PEFT's differ only in the prefix."""
     sizes = sizes or ModelSizes(SMOLLM2_135M.block, layers=6, vocabulary=2048)
 
-    def build() -> list[Contender | Absent]:
+    def build() -> Contenders:
         models = Models(sizes, DTYPES[dtype])
         ids = models.tokens(batch, tokens)
 
@@ -213,18 +203,16 @@ def step(
 
             return run
 
-        def ours() -> list[Any]:
+        def ours() -> Callable[[], Any]:
             model = made("nf4")
             pk.patch(model)
-            return [call(model)]
+            return call(model)
 
-        stock = partial(made, "nf4")
-        wanted = correctness.Expected(call(stock())(), call(made("exact").double())())
-        entries = (
-            Entry(OURS, ours, wanted.strict, "peft transformers"),
-            Entry(PEFT, lambda: [call(stock())], wanted.sane, "peft transformers"),
-        )
-        return contenders(entries)
+        def stock() -> Callable[[], Any]:
+            return call(made("nf4"))
+
+        wanted = correctness.Expected(stock()(), call(made("exact").double())())
+        return compared(wanted, {OURS: ours, PEFT: stock}, "peft transformers")
 
     group = f"{STEP}-{virtual}" + ("-projection" if projection else "")
     kind = "through a projection" if projection else "plain"

@@ -23,7 +23,7 @@ import testing
 
 from ..lib import examples, layers
 from ..lib.contenders import Entry, contenders
-from ..lib.harness import Absent, Case, Contender, Goal
+from ..lib.harness import Case, Contenders, Goal
 from ..lib.layers import ALPHA, BNB, RANK
 from ..lib.report import OURS
 from .model import SMOLLM2_135M
@@ -201,7 +201,7 @@ def case(group: str, lengths: Lengths, checkpointing: bool) -> Case:
     completions = {DPO: 2, GRPO: GENERATIONS, SFT: 1}[group]
     batch, length = lengths.count * completions, lengths.prompt + lengths.completion
 
-    def build() -> list[Contender | Absent]:
+    def build() -> Contenders:
         trainers = Trainers(group, checkpointing)
         short = partial(trainers.step, lengths.short)
         truth = short(trainers.make("exact", False, False))()

@@ -19,7 +19,7 @@ from ..lib import correctness, layers
 from ..lib.adapted import Variant
 from ..lib.cases import DTYPES
 from ..lib.contenders import Entry, contenders
-from ..lib.harness import Absent, Case, Contender, Goal
+from ..lib.harness import Build, Case, Contenders, Goal
 from ..lib.layers import RANK
 from ..lib.report import OURS
 from .model import SMOLLM2_135M, Models, ModelSizes
@@ -108,7 +108,7 @@ class Served(Models):
 def whole(prompt: int, new: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
     """Eight requests from prompt to end."""
 
-    def build() -> list[Contender | Absent]:
+    def build() -> Contenders:
         models = layers.shared(Served, WHOLE, sizes, DTYPES[dtype])
         prompts = models.prompts(prompt)
         options: dict[str, Any] = {"max_new_tokens": new}
@@ -151,7 +151,7 @@ def whole(prompt: int, new: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -
 def decode(group: str, prompt: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
     """A few decoded tokens of each of eight requests, after prompts of the given length."""
 
-    def build() -> list[Contender | Absent]:
+    def build() -> Contenders:
         models = layers.shared(Served, group, sizes, DTYPES[dtype])
         given = models.prompts(prompt + STEPS)
 
@@ -222,9 +222,7 @@ def _alone(
     return correctness.Expected(run(False), run(True))
 
 
-def _case(
-    group: str, rows: int, dtype: str, sizes: ModelSizes, build: Callable[[], list[Contender | Absent]]
-) -> Case:
+def _case(group: str, rows: int, dtype: str, sizes: ModelSizes, build: Build) -> Case:
     shape = sizes.block.intermediate, sizes.block.hidden
     goals, title, seconds = GOALS[group], TITLES[group], SECONDS[group]
     return Case(group, *shape, rows, dtype, build, REQUESTS, goals, title, seconds, "peft transformers")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ import testing
 
 from ..lib import correctness, layers
 from ..lib.cases import DTYPES
-from ..lib.contenders import Entry, contenders
-from ..lib.harness import Absent, Case, Contender, Goal
+from ..lib.contenders import compared
+from ..lib.harness import Case, Contenders, Goal
 from ..lib.report import OURS
 
 SDPA = "torch's sdpa"
@@ -46,7 +47,7 @@ def padding(batch: int, tokens: int) -> Tensor:
 
 
 def attention(heads: Heads, batch: int, tokens: int, dtype: str, train: bool, padded: bool = False) -> Case:
-    def build() -> list[Contender | Absent]:
+    def build() -> Contenders:
         from peft_kernels.integrations import attention as ours
 
         counts = {"dq": heads.queries, "dk": heads.keys, "dv": heads.keys}
@@ -75,11 +76,8 @@ def attention(heads: Heads, batch: int, tokens: int, dtype: str, train: bool, pa
         wide = {name: t.double() for name, t in tensors.items()}
         theirs = ours.sdpa_attention_forward
         wanted = correctness.Expected(call(theirs, tensors, dy)(), call(theirs, wide, dy.double())())
-        entries = (
-            Entry(OURS, lambda: [call(ours.attention_forward, tensors, dy)], wanted.strict),
-            Entry(SDPA, lambda: [call(theirs, tensors, dy)], wanted.sane),
-        )
-        return contenders(entries)
+        forwards = {OURS: ours.attention_forward, SDPA: theirs}
+        return compared(wanted, {name: partial(call, f, tensors, dy) for name, f in forwards.items()})
 
     group = "-".join(["attention", *["padded"] * padded, "train" if train else "forward"])
     title = f"attention of query heads by features, causal{', padded' * padded}"

@@ -19,7 +19,7 @@ from peft_kernels.integrations import bitsandbytes
 from ..lib import cases, correctness, harness, layers
 from ..lib.cases import DTYPES, LARGE, Shape
 from ..lib.contenders import Entry, contenders
-from ..lib.harness import Absent, Case, Clock, Contender, Turn
+from ..lib.harness import Case, Clock, Contender, Contenders, Turn
 from ..lib.layers import BNB, Weights
 from ..lib.report import OURS
 
@@ -76,7 +76,7 @@ def standard(dtype: str) -> list[Case]:
 def linear4bit(group: str, shape: Shape, m: int, dtype: str) -> Case:
     training = group == TRAIN
 
-    def build() -> list[Contender | Absent]:
+    def build() -> Contenders:
         weights = Weights(*shape, DTYPES[dtype])
         x, dy = weights.x(m), weights.dy(m)
         expected = with_dx(x, dy, weights.exact) if training else correctness.linear(x, weights.exact)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from peft_kernels.adapters.adapter import BottleneckAdapter
 
 from ..lib import correctness, layers
 from ..lib.cases import DTYPES
-from ..lib.contenders import Entry, contenders
-from ..lib.harness import Absent, Case, Contender, Goal
+from ..lib.contenders import compared
+from ..lib.harness import Case, Contenders, Goal
 from ..lib.report import OURS
 
 WIDTH, BOTTLENECK, SCALING = 768, 48, 2.0
@@ -129,7 +130,7 @@ def expected(kind: Kind, inputs: Mapping[str, Tensor], dy: Tensor) -> correctnes
 def bottleneck(
     kind: Kind, m: int, dtype: str, width: int = WIDTH, r: int = BOTTLENECK, compiles: bool = True
 ) -> Case:
-    def build() -> list[Contender | Absent]:
+    def build() -> Contenders:
         inputs = inputs_of(kind, width, r, m, DTYPES[dtype])
         dy = testing.tensor(m, width, dtype=DTYPES[dtype], seed=5)
         wanted = expected(kind, inputs, dy)
@@ -155,16 +156,10 @@ def bottleneck(
 
         if kind.autocast:
             wanted = correctness.Expected(call(of(plain))(), wanted.truth)
-        entries = [
-            Entry(
-                OURS, lambda: [call(lambda: adapter(x, residual if kind.parallel else None))], wanted.strict
-            ),
-            Entry(MODULES, lambda: [call(of(plain))], wanted.sane),
-        ]
+        forwards = {OURS: partial(adapter, x, residual if kind.parallel else None), MODULES: of(plain)}
         if compiles:
-            compiled = torch.compile(plain, dynamic=False)
-            entries.append(Entry(COMPILED, lambda: [call(of(compiled))], wanted.sane))
-        return contenders(entries)
+            forwards[COMPILED] = of(torch.compile(plain, dynamic=False))
+        return compared(wanted, {name: partial(call, forward) for name, forward in forwards.items()})
 
     goals = [Goal(MODULES, 1.5)] if kind.train and m == max(ROWS) else []
     return Case(kind.group, width, width, m, dtype, build, goals=goals, title=kind.title, seconds=20.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ import testing
 
 from ..lib import correctness, layers
 from ..lib.cases import DTYPES
-from ..lib.contenders import Entry, contenders
-from ..lib.harness import Absent, Case, Contender
+from ..lib.contenders import compared
+from ..lib.harness import Case, Contenders
 from ..lib.layers import RANK, SCALING
 from ..lib.report import OURS
 
@@ -104,7 +104,7 @@ def expected(
 
 
 def experts(group: str, shape: Shape, tokens: int, dtype: str) -> Case:
-    def build() -> list[Contender | Absent]:
+    def build() -> Contenders:
         weights = layers.shared(Experts, "experts", shape, DTYPES[dtype])
         ends, rows = weights.ends(tokens), tokens * shape.top
         x = testing.tensor(rows, shape.in_features, dtype=weights.dtype, seed=4)
@@ -134,12 +134,8 @@ def experts(group: str, shape: Shape, tokens: int, dtype: str) -> Case:
             return layers.differentiated(lambda: forward(leaf), inputs, dy)
 
         dense, dequantised = peer(lambda: weights.rounded), peer(lambda: weights.nf4.dequantize(x.dtype))
-        entries = (
-            Entry(OURS, lambda: [call(ours)], wanted.strict),
-            Entry(DENSE, lambda: [call(dense)], wanted.sane),
-            Entry(DEQUANTISED, lambda: [call(dequantised)], wanted.sane),
-        )
-        return contenders(entries)
+        forwards = {OURS: ours, DENSE: dense, DEQUANTISED: dequantised}
+        return compared(wanted, {name: partial(call, forward) for name, forward in forwards.items()})
 
     name = f"{group}-{shape.experts}"
     return Case(

@@ -21,8 +21,8 @@ import testing
 
 from ..lib import correctness
 from ..lib.cases import DTYPES
-from ..lib.contenders import Entry, contenders
-from ..lib.harness import Absent, Case, Contender, Goal
+from ..lib.contenders import compared
+from ..lib.harness import Case, Contenders, Goal
 from ..lib.report import OURS
 
 TORCH, CHUNKS = "F.cross_entropy", "in chunks, compiled"
@@ -97,7 +97,7 @@ def case(
 ) -> Case:
     trained = head == "trained"
 
-    def build() -> list[Contender | Absent]:
+    def build() -> Contenders:
         x = testing.tensor(rows, shape[1], dtype=DTYPES[dtype]).requires_grad_()
         dense = testing.tensor(*shape, dtype=DTYPES[dtype], seed=1, scale=2 * shape[1] ** -0.5)
         packed = pk.NF4Weight.quantize(dense) if head == "nf4" else None
@@ -127,16 +127,10 @@ def case(
             return partial(differentiated, loss, x, weight, labels, trained)
 
         ours = partial(pk.linear_cross_entropy, softcap=cap)
-        entries = [
-            Entry(OURS, lambda: [call(ours, dense if packed is None else packed)], wanted.strict),
-            Entry(TORCH, lambda: [call(by_torch, dense)], wanted.sane),
-        ]
+        calls = {OURS: call(ours, dense if packed is None else packed), TORCH: call(by_torch, dense)}
         if compiles:
-            chunks = InChunks(trained, cap)
-            entries.append(
-                Entry(CHUNKS, lambda: [partial(chunks, x.detach(), dense.detach(), labels)], wanted.sane)
-            )
-        return contenders(entries)
+            calls[CHUNKS] = partial(InChunks(trained, cap), x.detach(), dense.detach(), labels)
+        return compared(wanted, {name: lambda run=run: run for name, run in calls.items()})
 
     group = f"loss-{head}" + ("-capped" if cap else "")
     kinds = {"frozen": "a frozen head", "trained": "a trained head", "nf4": "a frozen head in NF4"}

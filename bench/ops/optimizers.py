@@ -18,7 +18,7 @@ import peft_kernels as pk
 import testing
 
 from ..lib.contenders import Entry, contenders
-from ..lib.harness import Absent, Case, Contender, Goal
+from ..lib.harness import Case, Contenders, Goal
 from ..lib.layers import BNB
 from ..lib.report import OURS
 
@@ -58,14 +58,14 @@ def case(
     shapes: Shapes,
     goals: Sequence[Goal] = (),
     yardstick: Shapes | None = None,
-    build: Callable[[Shapes], list[Contender | Absent]] | None = None,
+    build: Callable[[Shapes], Contenders] | None = None,
 ) -> Case:
     rows = sum(a * b for a, b in shapes) // shapes[-1][1]
     make = partial(build or partial(_build, yardstick=yardstick), shapes)
     return Case(group, rows, shapes[-1][1], None, "fp32", make, goals=goals, title=TITLES[group], seconds=5.0)
 
 
-def _build(shapes: Shapes, yardstick: Shapes | None) -> list[Contender | Absent]:
+def _build(shapes: Shapes, yardstick: Shapes | None) -> Contenders:
     found = entries(shapes)
     if yardstick is not None:
         found.append(replace(entries(yardstick)[0], name=ONE_TENSOR))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.lib import adapted, cases, layers, report
+from bench.lib import adapted, cases, report
 from bench.lib.harness import Absent, Case, Contender, Result
 from bench.lib.report import Timing
 from bench.models import model
@@ -57,16 +57,13 @@ def line_of(outcome: report.Outcome) -> Any:
     return json.loads(json.dumps(report.json_data(outcome, FACTS)))
 
 
-@pytest.fixture
-def small_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two copies of a tiny weight instead of thousands."""
-    monkeypatch.setattr(cases, "copies", lambda nbytes, contenders, cache=None: 2)
-    layers.shared.cache_clear()
+def skip_without(*libraries: str) -> None:
+    for library in libraries:
+        pytest.importorskip(library, reason=f"{library} is not installed")
 
 
 def model_case(group: str, dtype: str = "bf16") -> Case:
-    pytest.importorskip("peft")
-    pytest.importorskip("transformers")
+    skip_without("peft", "transformers")
     sizes = model.ModelSizes(TINY_BLOCK, layers=2, vocabulary=500)
     if group == model.DECODE:
         return model.decode(2, 8, 4, dtype, sizes)
@@ -74,14 +71,7 @@ def model_case(group: str, dtype: str = "bf16") -> Case:
 
 
 def block_case(group: str, dtype: str = "bf16") -> Case:
-    pytest.importorskip("peft")
-    pytest.importorskip("transformers")
+    skip_without("peft", "transformers")
     batch = max(2, cases.BLOCKS[group].adapters)
     # Not smaller: errors of gradients over few roundings say little.
     return cases.block(group, batch, 16, dtype, TINY_BLOCK)
-
-
-def one_element_off(y: torch.Tensor) -> torch.Tensor:
-    y = y.clone()
-    y.view(-1)[-1] += 1.0
-    return y

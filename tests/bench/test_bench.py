@@ -12,17 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench_checks import (
-    TINY,
-    TINY_BLOCK,
-    Machine,
-    block_case,
-    case_of,
-    line_of,
-    measure,
-    one_element_off,
-    small_rotation,  # noqa: F401
-)
+from bench_checks import TINY, TINY_BLOCK, Machine, block_case, case_of, line_of, measure, skip_without
 from broken_ops import break_op
 
 import peft_kernels as pk
@@ -63,10 +53,7 @@ def test_goals_are_reported_with_measured_values(goal: Goal, seconds: float, met
 
 @pytest.mark.parametrize("case", memory.standard("bf16"), ids=lambda case: case.name)
 def test_every_kind_of_saved_bytes(case: memory.Case) -> None:
-    pytest.importorskip("peft")
-    pytest.importorskip("transformers")
-    if case.base == "nf4":
-        pytest.importorskip("bitsandbytes")
+    skip_without("peft", "transformers", *["bitsandbytes"] * (case.base == "nf4"))
     saved = dataclasses.replace(case, sizes=TINY_BLOCK).run()
     assert saved.absent == {} and saved.ratio is not None and saved.ratio <= 1.0
     assert f"{saved.ratio:.1%}" in report.render([saved])
@@ -151,7 +138,7 @@ def test_run_writes_json_lines_and_table(
     said = capsys.readouterr().out
     assert "4 cases, about" in said and "[4/4]" in said
 
-    break_op(monkeypatch, "nf4_linear", one_element_off)
+    break_op(monkeypatch, "nf4_linear", lambda y: y * 1.02)
     layers.shared.cache_clear()
     status, _, table = run_of(monkeypatch, tmp_path, tiny[1])
     assert status == 1 and "WRONG" in table
@@ -182,6 +169,20 @@ def test_unknown_cases_and_isa_are_errors(tmp_path: Path, capsys: pytest.Capture
     assert run.main(["--isa", "sse9", "--output", str(tmp_path / "b")]) == 2
     assert "sse9" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_names_of_cases() -> None:
+    modules = map(importlib.import_module, (*run.TIMED, *run.BY_NAME))
+    names = [case.name for module in modules for case in module.standard("bf16")]
+    assert len(names) == len(set(names))
+    some = """
+        forward-14336x4096-m2048-bf16 block-lora-576x1536-4x256-bf16 block-mixed-576x1536-8x128-bf16
+        bottleneck-train-768x768-m2048-bf16 bottleneck-parallel-mixed-forward-768x768-m1-bf16
+        serving-decode-1536x576-8x1-bf16 moe-bytes moe-lora-2048x768-m1024-bf16
+    """
+    assert set(some.split()) < set(names)
+    busy = {"busy-own-session-4x256-bf16", "busy-other-session-4x256-bf16"}
+    assert {name for name in names if name.startswith("busy")} == busy
 
 
 def test_default_cases_fit_in_five_minutes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from bench_checks import TINY, small_rotation  # noqa: F401
+from bench_checks import TINY
 from bnb_layers import bnb
 
 from bench.lib.report import ONCE, OURS

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench_checks import TINY_BLOCK
+from bench_checks import TINY_BLOCK, skip_without
 
 import peft_kernels as pk
 from bench.lib.harness import Case
@@ -44,6 +44,7 @@ def decode(group: str) -> Case:
 whole = partial(serving.whole, 4, 3, "bf16", MODEL)
 bottleneck_peers = {bottlenecks.MODULES}
 experts_peers = {experts.DENSE, experts.DEQUANTISED}
+prefix_peers = {prefix.PEFT, prefix.MERGED}
 moe_peers = {moe.GROUPED, moe.EAGER, moe.DEQUANTISE}
 moe_lora_peers = {moe.PEFT_GROUPED, moe.PEFT_EAGER, moe.PEFT_NF4}
 
@@ -61,10 +62,7 @@ CASES: dict[str, Made] = {
         for m in (1, 9)
     },
     **{
-        f"prefix-attention-{dtype}": (
-            partial(prefix.attention, 5, 3, 7, dtype),
-            {prefix.PEFT, prefix.MERGED},
-        )
+        f"prefix-attention-{dtype}": (partial(prefix.attention, 5, 3, 7, dtype), prefix_peers)
         for dtype in ("bf16", "fp32")
     },
     "prefix-join": (partial(prefix.join, 5, 3, 7, "bf16"), {prefix.PEFT}),
@@ -88,8 +86,7 @@ CASES: dict[str, Made] = {
 @pytest.mark.parametrize("name", CASES)
 def test_all_contenders_run_and_agree(name: str) -> None:
     if not name.startswith(("bottleneck", "experts")):
-        pytest.importorskip("transformers", reason="transformers is not installed")
-        pytest.importorskip("peft", reason="PEFT is not installed")
+        skip_without("transformers", "peft")
     make, peers = CASES[name]
     result = make().run(ONCE)
     assert not result.wrong and not result.absent, (result.wrong, result.absent)
@@ -135,8 +132,7 @@ WRONG: dict[str, tuple[Callable[[], Case], Any, str, Any]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_result_is_not_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if not name.startswith(("bottleneck", "experts")):
-        pytest.importorskip("transformers", reason="transformers is not installed")
-        pytest.importorskip("peft", reason="PEFT is not installed")
+        skip_without("transformers", "peft")
     make, owner, function, change = WRONG[name]
     owner = importlib.import_module(owner) if isinstance(owner, str) else owner
     monkeypatch.setattr(owner, function, change(getattr(owner, function)))
@@ -149,16 +145,3 @@ def test_every_token_has_its_experts() -> None:
     assert ends.shape == (128,) and ends.dtype == torch.int32 and ends[-1] == 16 * 8
     counts = ends.diff(prepend=ends.new_zeros(1))
     assert counts.min() >= 0 and counts.max() <= 16
-
-
-def test_names() -> None:
-    for module, some in (
-        (
-            bottlenecks,
-            "bottleneck-train-768x768-m2048-bf16 bottleneck-parallel-mixed-forward-768x768-m1-bf16",
-        ),
-        (serving, "serving-decode-1536x576-8x1-bf16"),
-        (moe, "moe-bytes moe-lora-2048x768-m1024-bf16"),
-    ):
-        names = [case.name for case in module.standard("bf16")]
-        assert len(set(names)) == len(names) and {*some.split()} <= {*names}

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from bench_checks import TINY_BLOCK, Machine, line_of
+from bench_checks import TINY_BLOCK, Machine, line_of, skip_without
 
 from bench.lib import report
 from bench.lib.cases import PEFT_ON_BNB
@@ -83,19 +83,14 @@ def test_no_neighbours() -> None:
 
 
 def test_a_tiny_case() -> None:
-    for library in ("peft", "transformers", "bitsandbytes"):
-        pytest.importorskip(library)
+    skip_without("peft", "transformers", "bitsandbytes")
     slowed = TINY.run(ONCE)
     assert not slowed.wrong and not slowed.absent, (slowed.wrong, slowed.absent)
     assert set(slowed.seconds) == {Key(name, n) for name in (OURS, PEFT_ON_BNB) for n in (0, 1, 2)}
     line = line_of(slowed)
     assert line["name"] == "busy-own-session-2x16-bf16" and line["layers"] == 1
     assert line["slowdown"][OURS].keys() == {"1", "2"}
-    assert line["times_ms"][PEFT_ON_BNB].keys() == {
-        "0",
-        "1",
-        "2",
-    }
+    assert line["times_ms"][PEFT_ON_BNB].keys() == {"0", "1", "2"}
 
 
 def slowed(ones: float, twos: float) -> Slowed:
@@ -127,10 +122,3 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         found.wrong == {OURS: "off"} and found.absent == {PEFT_ON_BNB: "not installed"} and not found.seconds
     )
     assert all(met is None for _, met in found.goals()) and report.WRONG in found.line()
-
-
-def test_names() -> None:
-    assert [case.name for case in noisy_neighbour.standard("bf16")] == [
-        "busy-own-session-4x256-bf16",
-        "busy-other-session-4x256-bf16",
-    ]

@@ -5,11 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from bench_checks import (
-    Machine,
-    case_of,
-    measure,
-)
+from bench_checks import Machine, case_of, measure
 
 from bench.lib import harness
 from bench.lib.harness import Result

@@ -48,14 +48,9 @@ def test_bitsandbytes_comes_with_one_library(tool: ModuleType, tmp_path: Path) -
         "bitsandbytes/libbitsandbytes_cuda130.so"
     ]
     code = "import bitsandbytes as b, importlib.metadata as m; print(b.__file__, m.version('bitsandbytes'))"
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", code],
-        env={"PYTHONPATH": str(python)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.split() == [str(python / "bitsandbytes" / "__init__.py"), "9.9"]
+    command, variables = [sys.executable, "-S", "-c", code], {"PYTHONPATH": str(python)}
+    said = subprocess.check_output(command, env=variables, text=True)
+    assert said.split() == [str(python / "bitsandbytes" / "__init__.py"), "9.9"]
 
 
 @pytest.mark.usefixtures("contender")

@@ -26,30 +26,25 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
+def bash(*words: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    options = {"capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run(["bash", *words], cwd=cwd, env=os.environ | variables, check=False, **options)
+
+
 def gpu_check(
     out: Path, *arguments: str, python: str | Path = sys.executable, **variables: str
 ) -> tuple[int, str]:
     """Exit status and output."""
-    done = subprocess.run(
-        ["bash", str(SCRIPT), *arguments, out.name],
-        cwd=out.parent,
-        env={**os.environ, "PYTHON": str(python), **variables},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    words = str(SCRIPT), *arguments, out.name
+    done = bash(*words, cwd=out.parent, PYTHON=str(python), **variables)
     return done.returncode, done.stdout + done.stderr
 
 
 def results(out: Path) -> dict[str, str]:
     """Files of the archive by name."""
     with tarfile.open(out / "results.tar.gz") as archive:
-        files = [member for member in archive if member.isfile()]
-        opened = {member.name.removeprefix("./"): archive.extractfile(member) for member in files}
-        return {
-            name: file.read().decode(errors="replace") for name, file in opened.items() if file is not None
-        }
+        opened = {member.name.removeprefix("./"): archive.extractfile(member) for member in archive}
+        return {name: file.read().decode(errors="replace") for name, file in opened.items() if file}
 
 
 def outcomes(out: Path) -> dict[str, str]:
@@ -130,9 +125,7 @@ def test_without_a_gpu_the_script_says_so(tmp_path: Path) -> None:
     ids=" ".join,
 )
 def test_a_wrong_call_prints_the_usage(arguments: list[str], tmp_path: Path) -> None:
-    done = subprocess.run(
-        ["bash", str(SCRIPT), *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = bash(str(SCRIPT), *arguments, cwd=tmp_path)
     usage = "usage: bench/gpu_check.sh [--part tests|speed] [--carry FOLDER] OUT\n"
     assert (done.returncode, done.stderr) == (2, usage)
     assert not list(tmp_path.iterdir())
@@ -241,14 +234,7 @@ def test_pytest_reports_its_results_when_time_is_up(tmp_path: Path, machine: Stu
     )
     run = f'case "$*" in *"-k cuda") exec {sys.executable} -m pytest -q -p no:cacheprovider {test};; esac'
     command = f"bash {SCRIPT} --part tests {tmp_path}/out & wait $!"
-    done = subprocess.run(
-        ["bash", "-c", command],
-        env={**os.environ, "PYTHON": str(machine(run=run)), "GPU_CHECK_SECONDS": "30"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = bash("-c", command, cwd=tmp_path, PYTHON=str(machine(run=run)), GPU_CHECK_SECONDS="30")
     assert done.returncode == 1, done.stdout + done.stderr
     assert outcomes(tmp_path / "out")["tests-cuda"].startswith("FAILED (status 124, out of time")
     log = results(tmp_path / "out")["tests-cuda.log"]
