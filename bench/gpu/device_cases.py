@@ -17,8 +17,7 @@ from peft_kernels.core.backends import BACKENDS
 
 from ..lib import cases, correctness, layers
 from ..lib.cases import DEQUANTIZE, DX, FORWARD, QLORA, Shape
-from ..lib.contenders import Entry, contenders
-from ..lib.harness import Case, Contenders, copies
+from ..lib.harness import Case, Contenders, Entry, contenders, copies
 from ..lib.layers import BNB, LayerCache, Weights
 from ..lib.report import OURS
 from ..ops import optimizers
@@ -50,8 +49,6 @@ Call = Callable[[Tensor], Tensor]
 
 
 class DeviceWeights(Weights):
-    """`Weights` made on the device."""
-
     def __init__(self, shape: Shape, device: str) -> None:
         super().__init__(*shape, cases.DTYPES[DTYPE])
         self.device = device
@@ -117,7 +114,6 @@ class Suite:
         return self._layers[2]
 
     def copies(self, weights: Weights, contenders: int) -> tuple[int, int]:
-        """Number of copies of the packed and of the dense weight to rotate through."""
         return (2, 2) if self.tiny else cases.weight_copies(weights, contenders, self.cache)
 
     def forward(self, weights: DeviceWeights, m: int) -> list[Entry]:

@@ -107,8 +107,6 @@ SHARED_UNIT = 128
 
 @dataclass(frozen=True)
 class Finding:
-    """A compiled kernel beside its limits."""
-
     kernel: Kernel
     warps: int
     """Resident on a multiprocessor."""

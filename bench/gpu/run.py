@@ -95,10 +95,7 @@ class Checked(Result):
     @classmethod
     def of(cls, case: Case) -> Checked:
         result = cls(case)
-        for contender in case.build():
-            if contender.name == OURS:
-                result.contenders.append(OURS)
-                harness.admit(contender, result)
+        harness.admitted([contender for contender in case.build() if contender.name == OURS], result)
         return result
 
     def line(self) -> str:

@@ -85,7 +85,7 @@ def compile_all(
     Cached under a hash of the file, everything it includes from this repository, the flags and the compiler.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    version = _run([tools.nvcc, "--version"]).stdout
+    version = run([tools.nvcc, "--version"]).stdout
     first = {architecture: one for one, same in SAME_PTX.items() for architecture in same}
 
     def build(source: Path, of: Path, name: str, *flags: str, text: str | None = None) -> tuple[Path, str]:
@@ -99,7 +99,7 @@ def compile_all(
             unfinished, messages = path.with_suffix(f".{os.getpid()}"), ""
             if text is None:
                 command = [tools.nvcc, *FLAGS, *flags, f"-I{include}", str(source), "-o", str(unfinished)]
-                messages = _run(command).stderr
+                messages = run(command).stderr
             else:
                 unfinished.write_text(text, encoding="utf-8")
             log.write_text(messages, encoding="utf-8")
@@ -145,7 +145,7 @@ def _key(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _run(command: Sequence[str], stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+def run(command: Sequence[str], stdin: str | None = None) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
@@ -244,11 +244,10 @@ class Kernel:
 
 
 def read(tools: Tools, cubins: Sequence[Cubin], include: Path = SOURCES, cache: Path = CACHE) -> list[Kernel]:
-    """The kernels of all cubins."""
     with ThreadPoolExecutor(JOBS) as pool:
-        texts = list(pool.map(lambda cubin: _run([tools.nvdisasm, str(cubin.path)]).stdout, cubins))
+        texts = list(pool.map(lambda cubin: run([tools.nvdisasm, str(cubin.path)]).stdout, cubins))
         kernels = [kernel for cubin, text in zip(cubins, texts, strict=True) for kernel in parse(cubin, text)]
-        names = _run([tools.demangler], "\n".join(kernel.name for kernel in kernels)).stdout.splitlines()
+        names = run([tools.demangler], "\n".join(kernel.name for kernel in kernels)).stdout.splitlines()
         for kernel, name in zip(kernels, names, strict=True):
             kernel.name = _cpp_name(name)
         families: dict[Path, list[Kernel]] = {}
@@ -271,7 +270,7 @@ def _add_declared(tools: Tools, family: tuple[Path, Sequence[Kernel]], include: 
         file.write_text(text, encoding="utf-8")
         unfinished = ptx.with_suffix(f".{os.getpid()}")
         folders = [f"-I{include}", f"-I{source.parent}"]
-        _run([tools.nvcc, *FLAGS, "-arch=sm_90", *folders, "-ptx", str(file), "-o", str(unfinished)])
+        run([tools.nvcc, *FLAGS, "-arch=sm_90", *folders, "-ptx", str(file), "-o", str(unfinished)])
         unfinished.replace(ptx)
     found = dict(zip(names, shared.sizes(ptx.read_text(encoding="utf-8"), len(names)), strict=True))
     for kernel in kernels:

@@ -6,7 +6,6 @@ Each launch of `triton_calls.py` is compiled as it would be on the card.
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -61,8 +60,6 @@ class Variant:
 
 @dataclass(frozen=True)
 class Code:
-    """A compiled variant."""
-
     variant: Variant
     target: str
     registers: int = 0
@@ -240,7 +237,7 @@ def _flat(kinds: Iterable[Any]) -> Iterator[str]:
 
 def _read_cuda(variant: Variant, target: str, made: Any) -> Code:
     cubin = Path(made.metadata_group[f"{made.name}.cubin"])
-    usage = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin)
+    usage = sass.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]).stdout
     registers, spills = (int(re.findall(rf"\b{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK"))
     matrix = len(re.findall(MATRIX["cuda"], made.asm["ptx"]))
     threads, shared = 32 * made.metadata.num_warps, made.metadata.shared
@@ -279,7 +276,3 @@ def _product_faults(variant: Variant, made: Any, matrix: int) -> list[str]:
     if gemms and not narrow and re.search(r"\*(bf16|fp16)", variant.types):
         return ["multiplies in fp32"]
     return []
-
-
-def _run(*command: object) -> str:
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout

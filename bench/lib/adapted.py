@@ -27,7 +27,6 @@ class Sizes:
     kv_heads: int
 
     def config(self, **options: Any) -> Any:
-        """A transformers LlamaConfig."""
         import transformers
 
         return transformers.LlamaConfig(

@@ -53,7 +53,6 @@ class Blocks(Adapted):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed weights."""
         return sum(weight.nbytes for weight in self.packed.values())
 
     def inputs(self, batch: int, tokens: int) -> Inputs:
@@ -73,7 +72,6 @@ class Blocks(Adapted):
         return layers.differentiated(partial(forward, inputs.x), {"dx": inputs.x, **named}, inputs.dy)
 
     def forward(self, model: Model, variant: Variant, inputs: Inputs) -> Callable[[Tensor], Tensor]:
-        """The block as a function of x."""
         arguments: dict[str, Any] = {"position_embeddings": inputs.position}
         if variant.adapters > 1:
             count = inputs.x.shape[0]

@@ -15,8 +15,7 @@ import peft_kernels as pk
 from . import correctness, layers
 from .adapted import SMOLLM2, Model, Sizes, Variant
 from .block import Blocks
-from .contenders import Entry, contenders
-from .harness import Build, Case, Contenders, Goal, copies
+from .harness import Build, Case, Contenders, Entry, Goal, contenders, copies
 from .layers import BNB, Weights
 from .report import OURS, missing
 

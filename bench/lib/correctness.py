@@ -62,7 +62,6 @@ def lora(x: Tensor, dy: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, 
 
 
 def lora_forward(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Expected:
-    """`y` of a LoRA layer."""
     whole = lora(x, x.new_zeros(x.shape[0], weight.shape[0]), weight, lora_a, lora_b, scaling)
     return Expected({"y": whole.plain["y"]}, {"y": whole.truth["y"]})
 

@@ -11,12 +11,15 @@ import gc
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import report
+from .correctness import Expected
+from .layers import LayerCache
 from .report import OURS, WRONG, Spread, Timing, three_digits, unique
 
 MIN_TURN = 1e-3  # seconds of timed calls per turn
@@ -40,7 +43,6 @@ class Contender:
     verify: Callable[[Any], float]
     """Takes the result of a call; returns the error to report. AssertionError when the result is wrong."""
     remark: Callable[[], str] = lambda: ""
-    """A note about its calls, or nothing."""
 
 
 TakeTurns = Callable[[Sequence[Contender]], dict[str, Turn]]
@@ -49,14 +51,54 @@ TakeTurns = Callable[[Sequence[Contender]], dict[str, Turn]]
 
 @dataclass
 class Absent:
-    """A contender that cannot run here."""
-
     name: str
     reason: str
 
 
 Contenders = list[Contender | Absent]
 Build = Callable[[], Sequence[Contender | Absent]]
+
+
+@dataclass
+class Entry:
+    """A contender to build: `make` returns its layers (or calls), one per copy of the weights."""
+
+    name: str
+    make: Callable[[], Sequence[Any]]
+    verify: Callable[[Any], float]
+    needs: str = ""
+    call: Callable[[Any], Callable[[], Any]] | None = None
+    """How one of its layers is called, if not as those of the other entries."""
+    remark: Callable[[Any], str] = lambda layer: ""
+
+
+def contenders(
+    entries: Sequence[Entry],
+    call: Callable[[Any], Callable[[], Any]] = lambda layer: layer,
+    cache: LayerCache | None = None,
+) -> Contenders:
+    """Builds the entries; an entry that cannot be built is absent. `cache` keeps layers for later cases."""
+    built: Contenders = []
+    for entry in entries:
+        if reason := report.missing(entry.needs):
+            built.append(Absent(entry.name, reason))
+            continue
+        try:
+            layers = entry.make() if cache is None else cache.get(entry.name, entry.make)
+        except Exception as error:  # the others still run
+            built.append(Absent(entry.name, f"{type(error).__name__}: {first_line(error)}"))
+            continue
+        calls = [(entry.call or call)(layer) for layer in layers]
+        built.append(Contender(entry.name, calls, entry.verify, partial(entry.remark, layers[0])))
+    return built
+
+
+def compared(wanted: Expected, makes: Mapping[str, Callable[[], Any]], needs: str = "") -> Contenders:
+    """Contenders of one call each, which `makes` makes. Ours is held to the bounds of the tests."""
+    verify = {name: wanted.strict if name == OURS else wanted.sane for name in makes}
+    return contenders(
+        [Entry(name, lambda make=make: [make()], verify[name], needs) for name, make in makes.items()]
+    )
 
 
 @dataclass(frozen=True)
@@ -90,7 +132,6 @@ class Case:
     """Of a block: the samples that the M rows belong to."""
     goals: Sequence[Goal] = ()
     title: str = ""
-    """Title of the tables of its group."""
     seconds: float = 1.0
     needs: str = ""
     """Import names of libraries, separated by spaces, without which the case does not run."""
@@ -123,12 +164,7 @@ class Case:
         result = Result(self)
         if reason := report.missing(self.needs):
             return Result(self, contenders=[OURS], wrong={OURS: reason})
-        runners: list[Contender] = []
-        for contender in self.build():
-            result.contenders.append(contender.name)
-            progress(f"check {contender.name}")
-            if admit(contender, result):
-                runners.append(contender)
+        runners = admitted(self.build(), result, progress)
         if OURS in result.wrong:
             return result
         progress("time")
@@ -249,6 +285,19 @@ def ratio_table(results: Sequence[Result], name: str) -> str:
     return report.grid({(result.case.shape, result.column): result.cell(name) for result in results})
 
 
+def admitted(
+    contenders: Sequence[Contender | Absent], result: Result, progress: report.Progress = report.silent
+) -> list[Contender]:
+    """The contenders that may be timed; the result says why others may not."""
+    found = []
+    for contender in contenders:
+        result.contenders.append(contender.name)
+        progress(f"check {contender.name}")
+        if admit(contender, result) and isinstance(contender, Contender):
+            found.append(contender)
+    return found
+
+
 def admit(contender: Contender | Absent, result: Result) -> bool:
     """Whether the contender may be timed. A peer that raises is absent; ours is then wrong."""
     name = contender.name
@@ -329,7 +378,7 @@ def first_line(error: BaseException) -> str:
 
 def last_level_cache(root: Path = Path("/sys/devices/system/cpu")) -> int:
     """Bytes of the largest cache in sysfs; 32 MiB if there is none."""
-    sizes = [_bytes(path.read_text()) for path in root.glob("cpu0/cache/index*/size")]
+    sizes = (_bytes(path.read_text()) for path in root.glob("cpu0/cache/index*/size"))
     return max(sizes, default=0) or 32 * MIB
 
 

@@ -30,8 +30,6 @@ def shared(make: Callable[..., T], group: str, *arguments: Any) -> T:
 
 
 class LayerCache:
-    """Layers that consecutive cases share."""
-
     def __init__(self) -> None:
         self._layers: dict[str, Sequence[Any]] = {}
 
@@ -43,8 +41,6 @@ class LayerCache:
 
 
 class Weights(LayerCache):
-    """The base weights of one shape and dtype."""
-
     def __init__(self, out_features: int, in_features: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.out_features, self.in_features, self.dtype = out_features, in_features, dtype
@@ -158,14 +154,12 @@ def adapted(model: nn.Module, targets: Any, count: int, names: Sequence[str], **
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
-    """PEFT's LoRA layers by name."""
     import peft
 
     return {name: m for name, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
 
 
 def peft_loras(bases: Sequence[nn.Module], weights: Weights, patch: bool, **options: Any) -> list[Any]:
-    """PEFT's LoRA layers over the bases, patched or not."""
     wrapped = adapted(nn.Sequential(*bases), r"\d+", len(bases), ("default",), **options)
     layers = list(lora_layers(wrapped).values())
     with torch.no_grad():
@@ -216,8 +210,6 @@ def bnb_parts(packed: Tensor, state: Any) -> dict[str, Tensor]:
 
 
 def forward_call(layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], dict[str, Tensor]]:
-    """A call of the layer without grad."""
-
     def call() -> dict[str, Tensor]:
         with torch.no_grad():
             return {"y": layer(x)}
@@ -226,7 +218,6 @@ def forward_call(layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], d
 
 
 def training_call(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], dict[str, Tensor]]:
-    """A forward and backward, as in a training step."""
     inputs = {"dx": x}
     if hasattr(layer, "lora_A"):
         inputs["da"], inputs["db"] = adapters(layer)

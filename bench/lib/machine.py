@@ -35,7 +35,6 @@ def describe() -> dict[str, Any]:
 
 
 def header(facts: dict[str, Any]) -> str:
-    """The same facts as text."""
     versions = facts["versions"]
     isa = f"back end cpu, instruction set {facts['isa']}"
     if facts["backend"] != "cpu":

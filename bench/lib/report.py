@@ -34,8 +34,6 @@ def silent(phase: str) -> None:
 
 
 class AnyCase(Protocol):
-    """A case of any kind."""
-
     @property
     def name(self) -> str: ...
     @property
@@ -46,8 +44,6 @@ class AnyCase(Protocol):
 
 
 class Spread(NamedTuple):
-    """Median and quartiles."""
-
     median: float
     q1: float
     q3: float
@@ -99,7 +95,6 @@ class Outcome:
 
 
 def json_data(outcome: Outcome, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """One case and the machine."""
     reasons = {"wrong": outcome.wrong, "absent": outcome.absent, "remarks": outcome.remarks}
     return {"name": outcome.case.name, **outcome.data(), **reasons, **facts}
 

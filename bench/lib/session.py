@@ -21,8 +21,6 @@ INTERRUPTED = 130
 
 @dataclass
 class Done:
-    """The results of all cases."""
-
     outcomes: list[Any] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
@@ -83,7 +81,6 @@ def run(
 
 
 def estimate(chosen: Sequence[AnyCase], timing: Timing, limit: float) -> str:
-    """Number of cases and expected time."""
     seconds = sum(case.seconds + timing.seconds for case in chosen)
     end = f"; cases that would not end within {limit:.0f} s are left out" if limit < float("inf") else ""
     return f"{len(chosen)} cases, about {seconds / 60:.1f} minutes on two quiet cores{end}"

@@ -132,8 +132,6 @@ class Case:
 
 @dataclass
 class Measured(report.Outcome):
-    """A column: one value per method."""
-
     case: Case
     values: dict[str, float] = field(default_factory=dict)
     spreads: dict[str, Spread] = field(default_factory=dict)
@@ -166,8 +164,6 @@ class Measured(report.Outcome):
 
 
 class Models:
-    """The model of each method, from one checkpoint, and the training data."""
-
     def __init__(self, case: Case, folder: Path) -> None:
         self.lib = examples.module("finetune_model")
         self.folder = self.lib.model_folder(case.model, folder)

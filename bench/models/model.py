@@ -19,8 +19,7 @@ import peft_kernels as pk
 from ..lib import correctness, layers
 from ..lib.adapted import SMOLLM2, Adapted, Model, Sizes, Variant
 from ..lib.cases import DTYPES, PEFT_ON_BNB
-from ..lib.contenders import Entry, contenders
-from ..lib.harness import Build, Case, Contenders, Goal
+from ..lib.harness import Build, Case, Contenders, Entry, Goal, contenders
 from ..lib.layers import BNB
 from ..lib.report import OURS
 
@@ -123,7 +122,6 @@ class Models(Adapted):
         return correctness.Expected(plain, run(Model(self._prepared(self.over("exact").double())))())
 
     def step(self, model: Model, ids: Tensor) -> Callable[[], dict[str, Tensor]]:
-        """A call of forward, loss and backward."""
         trainable = [p for p in model.model.parameters() if p.requires_grad]
 
         def call() -> dict[str, Tensor]:

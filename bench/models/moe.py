@@ -21,8 +21,7 @@ import testing
 
 from ..lib import correctness, layers, report
 from ..lib.cases import DTYPES
-from ..lib.contenders import Entry, contenders
-from ..lib.harness import Build, Case, Contenders
+from ..lib.harness import Build, Case, Contenders, Entry, contenders
 from ..lib.layers import ALPHA, RANK, SCALING
 from ..lib.report import OURS, missing
 
@@ -80,8 +79,6 @@ REST: dict[str, Any] = {
 
 
 class Block(nn.Module):
-    """Experts with a given routing."""
-
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
         self.experts = experts

@@ -91,15 +91,10 @@ class Case:
 
     def run(self, timing: report.Timing = report.ONCE, progress: report.Progress = report.silent) -> Slowed:
         progress("build")
-        step, admitted = model.step(self.batch, self.tokens, self.dtype, self.sizes), []
+        step = model.step(self.batch, self.tokens, self.dtype, self.sizes)
         found = harness.Result(step)
-        for contender in step.build():
-            if contender.name == model.PATCHED:
-                continue
-            progress(f"check {contender.name}")
-            if harness.admit(contender, found):
-                assert isinstance(contender, harness.Contender)
-                admitted.append(contender)
+        chosen = [contender for contender in step.build() if contender.name != model.PATCHED]
+        admitted = harness.admitted(chosen, found, progress)
         slowed = Slowed(self, found.wrong, found.absent, found.remarks, errors=found.errors)
         if OURS in slowed.wrong:
             return slowed

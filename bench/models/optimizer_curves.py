@@ -96,8 +96,6 @@ class Case:
 
 
 class Training:
-    """The model with its initial adapter, the batches and the held-out examples."""
-
     def __init__(self, case: Case, folder: Path) -> None:
         self.case, self.lib = case, examples.module("finetune_model")
         source = self.lib.model_folder(case.model, folder)

@@ -123,7 +123,6 @@ def standard(dtype: str) -> list[Case]:
 
 
 def step_alone(case: Case, name: str) -> Peak:
-    """One step of a contender, in a fresh process."""
     models = Models(case.sizes, DTYPES[case.dtype])
     if case.group == TEXTBOOK:
         model = models.textbook("bnb", name != PEFT_ON_BNB, name == OURS)

@@ -21,8 +21,7 @@ from peft_kernels.patch.prefix import cache as prefix_cache
 
 from ..lib import correctness, layers
 from ..lib.cases import DTYPES
-from ..lib.contenders import compared
-from ..lib.harness import Build, Case, Contenders
+from ..lib.harness import Build, Case, Contenders, compared
 from ..lib.report import OURS
 from .model import SMOLLM2_135M, Models, ModelSizes
 
@@ -114,7 +113,6 @@ def fold_batch(x: Tensor) -> Tensor:
 
 
 def unfold_batch(x: Tensor, batch: int) -> Tensor:
-    """The inverse of fold_batch."""
     apart = x[0].unflatten(1, (batch, HEADS // KV_HEADS, -1))
     return apart.transpose(0, 1).flatten(1, 2)
 

@@ -22,8 +22,7 @@ import peft_kernels as pk
 import testing
 
 from ..lib import examples, layers
-from ..lib.contenders import Entry, contenders
-from ..lib.harness import Case, Contenders, Goal
+from ..lib.harness import Case, Contenders, Entry, Goal, contenders
 from ..lib.layers import ALPHA, BNB, RANK
 from ..lib.report import OURS
 from .model import SMOLLM2_135M
@@ -177,7 +176,6 @@ class Trainers(layers.LayerCache):
 
 
 def _grpo_loss(trainer: Any, length: int, batch: dict[str, Tensor]) -> Tensor:
-    """GRPO's loss, from the log-probabilities of the reference and the policy."""
     from trl.trainer.utils import use_adapter
 
     ids = batch["ids"]

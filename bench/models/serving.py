@@ -18,8 +18,7 @@ import testing
 from ..lib import correctness, layers
 from ..lib.adapted import Variant
 from ..lib.cases import DTYPES
-from ..lib.contenders import Entry, contenders
-from ..lib.harness import Build, Case, Contenders, Goal
+from ..lib.harness import Build, Case, Contenders, Entry, Goal, contenders
 from ..lib.layers import RANK
 from ..lib.report import OURS
 from .model import SMOLLM2_135M, Models, ModelSizes
@@ -51,8 +50,6 @@ def standard(dtype: str) -> list[Case]:
 
 
 class Served(Models):
-    """A model and folders of adapters."""
-
     @cached_property
     def folder(self) -> Path:
         self._temporary = tempfile.TemporaryDirectory()
@@ -106,8 +103,6 @@ class Served(Models):
 
 
 def whole(prompt: int, new: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
-    """Eight requests from prompt to end."""
-
     def build() -> Contenders:
         models = layers.shared(Served, WHOLE, sizes, DTYPES[dtype])
         prompts = models.prompts(prompt)
@@ -149,8 +144,6 @@ def whole(prompt: int, new: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -
 
 
 def decode(group: str, prompt: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
-    """A few decoded tokens of each of eight requests, after prompts of the given length."""
-
     def build() -> Contenders:
         models = layers.shared(Served, group, sizes, DTYPES[dtype])
         given = models.prompts(prompt + STEPS)

@@ -18,8 +18,7 @@ import testing
 
 from ..lib import correctness, layers
 from ..lib.cases import DTYPES
-from ..lib.contenders import compared
-from ..lib.harness import Case, Contenders, Goal
+from ..lib.harness import Case, Contenders, Goal, compared
 from ..lib.report import OURS
 
 SDPA = "torch's sdpa"

@@ -18,8 +18,7 @@ from peft_kernels.integrations import bitsandbytes
 
 from ..lib import cases, correctness, harness, layers
 from ..lib.cases import DTYPES, LARGE, Shape
-from ..lib.contenders import Entry, contenders
-from ..lib.harness import Case, Clock, Contender, Contenders, Turn
+from ..lib.harness import Case, Clock, Contender, Contenders, Entry, Turn, contenders
 from ..lib.layers import BNB, Weights
 from ..lib.report import OURS
 

@@ -22,8 +22,7 @@ from peft_kernels.adapters.adapter import BottleneckAdapter
 
 from ..lib import correctness, layers
 from ..lib.cases import DTYPES
-from ..lib.contenders import compared
-from ..lib.harness import Case, Contenders, Goal
+from ..lib.harness import Case, Contenders, Goal, compared
 from ..lib.report import OURS
 
 WIDTH, BOTTLENECK, SCALING = 768, 48, 2.0
@@ -58,8 +57,6 @@ class Kind:
 
 
 class Plain(nn.Module):
-    """An adapter in plain torch."""
-
     def __init__(self, kind: Kind, inputs: Mapping[str, Tensor]) -> None:
         super().__init__()
         r, width = inputs["down"].shape
@@ -83,7 +80,6 @@ class Plain(nn.Module):
 
 
 def adapter_of(kind: Kind, parameters: Mapping[str, nn.Parameter]) -> BottleneckAdapter:
-    """Ours, with the same parameters."""
     r, width = parameters["down"].shape
     config = AdapterConfig(
         False, True, parallel=kind.parallel, reduction=width / r, activation=kind.activation, scaling=SCALING

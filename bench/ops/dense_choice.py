@@ -74,7 +74,6 @@ def decide(ratios: dict[str, float]) -> tuple[float, bool]:
 
 
 def record(ratios: dict[str, float], facts: dict[str, Any]) -> str:
-    """The text of the header file."""
     mean, fast = decide(ratios)
     lines = "".join(f"//   {name}: {value:.2f}\n" for name, value in ratios.items())
     torch_version = facts["versions"]["torch"]

@@ -20,8 +20,7 @@ import testing
 
 from ..lib import correctness, layers
 from ..lib.cases import DTYPES
-from ..lib.contenders import compared
-from ..lib.harness import Case, Contenders
+from ..lib.harness import Case, Contenders, compared
 from ..lib.layers import RANK, SCALING
 from ..lib.report import OURS
 
@@ -48,8 +47,6 @@ TOKENS = {FORWARD: (1, 16, 128, 1024), TRAIN: (128, 1024), QLORA: (128, 1024)}
 
 
 class Experts:
-    """The weights of all experts, of one shape and dtype."""
-
     def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
         super().__init__()
         self.shape, self.dtype = shape, dtype
@@ -64,7 +61,6 @@ class Experts:
 
     @cached_property
     def rounded(self) -> Tensor:
-        """Dequantised, for the dense layers."""
         return self.nf4.dequantize(self.dtype)
 
     @cached_property

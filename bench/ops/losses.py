@@ -21,8 +21,7 @@ import testing
 
 from ..lib import correctness
 from ..lib.cases import DTYPES
-from ..lib.contenders import compared
-from ..lib.harness import Case, Contenders, Goal
+from ..lib.harness import Case, Contenders, Goal, compared
 from ..lib.report import OURS
 
 TORCH, CHUNKS = "F.cross_entropy", "in chunks, compiled"

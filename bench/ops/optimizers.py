@@ -17,8 +17,7 @@ from torch import Tensor
 import peft_kernels as pk
 import testing
 
-from ..lib.contenders import Entry, contenders
-from ..lib.harness import Case, Contenders, Goal
+from ..lib.harness import Case, Contenders, Entry, Goal, contenders
 from ..lib.layers import BNB
 from ..lib.report import OURS
 
