@@ -87,9 +87,9 @@ class Adapted(layers.LayerCache):
     """Size of the adapters' output relative to the base layer's."""
     config: Any
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, sizes: Any, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.sizes, self.dtype = sizes, dtype
 
     def plain(self) -> Any:
         """The model with dense projections, without adapters."""

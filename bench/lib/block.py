@@ -33,9 +33,7 @@ class Inputs(NamedTuple):
 
 
 class Blocks(Adapted):
-    def __init__(self, sizes: Sizes, dtype: torch.dtype) -> None:
-        super().__init__(dtype)
-        self.sizes = sizes
+    sizes: Sizes
 
     @cached_property
     def config(self) -> Any:

@@ -15,7 +15,7 @@ import peft_kernels as pk
 from . import correctness, layers
 from .adapted import SMOLLM2, Model, Sizes, Variant
 from .block import Blocks
-from .harness import Build, Case, Contenders, Entry, Goal, contenders, copies
+from .harness import Build, Case, Contenders, Entry, Goal, Verify, contenders, copies
 from .layers import BNB, Weights
 from .report import OURS, missing
 
@@ -83,18 +83,11 @@ def standard(dtype: str) -> list[Case]:
     return [*found, *(overhead(group, dtype) for group in (OVERHEAD, OVERHEAD_NF4))]
 
 
-def case(
-    group: str,
-    shape: Shape,
-    m: int | None,
-    dtype: str,
-    build: Build,
-    batch: int | None = None,
-    needs: str = "",
-) -> Case:
+def case(group: str, shape: Shape, m: int | None, dtype: str, build: Build, **options: Any) -> Case:
     at_once, by_rows = SECONDS.get(group, BLOCK_SECONDS if group in BLOCKS else OTHERS)
     seconds = at_once + by_rows * (m or 0) * shape[0] * shape[1] / 1e9
-    return Case(group, *shape, m, dtype, build, batch, GOALS.get(group, ()), TITLES[group], seconds, needs)
+    options |= {"goals": GOALS.get(group, ()), "title": TITLES[group], "seconds": seconds}
+    return Case(group, *shape, m, dtype, build, **options)
 
 
 def forward(shape: Shape, m: int, dtype: str) -> Case:
@@ -179,11 +172,7 @@ def block(group: str, batch: int, tokens: int, dtype: str, sizes: Sizes = SMOLLM
         nf4_base = variant.base == "nf4"
 
         def entry(
-            name: str,
-            of: Variant,
-            make: Callable[[Variant], Model],
-            verify: Callable[[Any], float],
-            needs: str = "",
+            name: str, of: Variant, make: Callable[[Variant], Model], verify: Verify, needs: str = ""
         ) -> Entry:
             def call(model: Model) -> Callable[[], Any]:
                 return blocks.run(model, of, inputs)
@@ -204,9 +193,8 @@ def block(group: str, batch: int, tokens: int, dtype: str, sizes: Sizes = SMOLLM
                 )
         return contenders(entries, cache=blocks)
 
-    return case(
-        group, (sizes.hidden, sizes.intermediate), batch * tokens, dtype, build, batch, "peft transformers"
-    )
+    shape, needs = (sizes.hidden, sizes.intermediate), "peft transformers"
+    return case(group, shape, batch * tokens, dtype, build, batch=batch, needs=needs)
 
 
 def overhead(group: str, dtype: str) -> Case:

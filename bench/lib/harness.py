@@ -30,6 +30,8 @@ MIB = 2**20
 ROTATION_LIMIT = 1024 * MIB  # bytes, of all contenders of a case
 
 Clock = Callable[[], float]
+Verify = Callable[[Any], float]
+"""Takes the result of a call; returns the error to report. AssertionError when the result is wrong."""
 Turn = Callable[[], float]
 """Calls a contender several times and returns the seconds per call."""
 
@@ -40,8 +42,7 @@ class Contender:
 
     name: str
     calls: Sequence[Callable[[], Any]]
-    verify: Callable[[Any], float]
-    """Takes the result of a call; returns the error to report. AssertionError when the result is wrong."""
+    verify: Verify
     remark: Callable[[], str] = lambda: ""
 
 
@@ -65,7 +66,7 @@ class Entry:
 
     name: str
     make: Callable[[], Sequence[Any]]
-    verify: Callable[[Any], float]
+    verify: Verify
     needs: str = ""
     call: Callable[[Any], Callable[[], Any]] | None = None
     """How one of its layers is called, if not as those of the other entries."""

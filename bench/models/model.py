@@ -57,10 +57,7 @@ def standard(dtype: str) -> list[Case]:
 
 class Models(Adapted):
     delta = 0.2
-
-    def __init__(self, sizes: ModelSizes, dtype: torch.dtype) -> None:
-        super().__init__(dtype)
-        self.sizes = sizes
+    sizes: ModelSizes
 
     @cached_property
     def config(self) -> Any:

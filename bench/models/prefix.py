@@ -20,6 +20,7 @@ import testing
 from peft_kernels.patch.prefix import cache as prefix_cache
 
 from ..lib import correctness, layers
+from ..lib.adapted import Model
 from ..lib.cases import DTYPES
 from ..lib.harness import Build, Case, Contenders, compared
 from ..lib.report import OURS
@@ -193,13 +194,7 @@ def step(
             return peft.get_peft_model(model, config).train()
 
         def call(model: Any) -> Callable[[], dict[str, Tensor]]:
-            trained = [p for p in model.parameters() if p.requires_grad]
-
-            def run() -> dict[str, Tensor]:
-                loss = model(input_ids=ids, labels=ids).loss
-                return {"gradients": torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, trained)])}
-
-            return run
+            return models.step(Model(model), ids)
 
         def ours() -> Callable[[], Any]:
             model = made("nf4")

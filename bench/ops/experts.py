@@ -46,10 +46,10 @@ MIXTRAL = Shape(8, 2, 7168, 1024)  # gate_up, at a quarter of its width
 TOKENS = {FORWARD: (1, 16, 128, 1024), TRAIN: (128, 1024), QLORA: (128, 1024)}
 
 
+@dataclass
 class Experts:
-    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.shape, self.dtype = shape, dtype
+    shape: Shape
+    dtype: torch.dtype
 
     @cached_property
     def nf4(self) -> pk.NF4Weight:

@@ -20,7 +20,7 @@ import peft_kernels as pk
 import testing
 
 from ..lib import correctness
-from ..lib.cases import DTYPES
+from ..lib.cases import DTYPES, Shape
 from ..lib.harness import Case, Contenders, Goal, compared
 from ..lib.report import OURS
 
@@ -87,12 +87,7 @@ def differentiated(
 
 
 def case(
-    head: str,
-    rows: int,
-    dtype: str,
-    shape: tuple[int, int] = SMOLLM2,
-    cap: float | None = None,
-    compiles: bool = True,
+    head: str, rows: int, dtype: str, shape: Shape = SMOLLM2, cap: float | None = None, compiles: bool = True
 ) -> Case:
     trained = head == "trained"
 
