@@ -52,6 +52,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import bench  # noqa: F401  (for the path of `testing`)
+from bench.lib import levels
 
 TIMED = ("bench.lib.cases", "bench.models.model", "bench.models.memory")
 BY_NAME = (
@@ -90,8 +91,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
     if options.machine:
-        from bench.lib import levels
-
         levels.limit(options.machine)
     import torch
 
@@ -172,8 +171,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.repeats < 1 or options.threads < 0:
         parser.error("--repeats and --threads take positive numbers")
     if options.machine:
-        from bench.lib import levels
-
         if options.machine not in levels.LEVELS:
             parser.error(f"--machine: expected one of {', '.join(levels.LEVELS)}, got {options.machine}")
         options.isa = options.machine

@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -237,34 +238,31 @@ def load(how: str, folder: Path) -> Load:
 
         line()
         before = _memory(child.pid)
-        with _PeakMemory(child.pid) as peak:
+        with _peak_memory(child.pid) as peak:
             print(file=child.stdin, flush=True)
             found = json.loads(line())
         print(file=child.stdin, flush=True)
-    above = {name: peak.bytes[name] - before[name] for name in before}
+    above = {name: peak[name] - before[name] for name in before}
     return Load(**found, **above, floor=before["resident"])
 
 
-class _PeakMemory:
-    """Peak memory of another process while the context is open."""
+@contextmanager
+def _peak_memory(pid: int) -> Iterator[dict[str, int]]:
+    """Yields the peak memory of another process while the context is open."""
+    peak, over = {"anonymous": 0, "resident": 0}, threading.Event()
 
-    def __init__(self, pid: int) -> None:
-        self.bytes = {"anonymous": 0, "resident": 0}
-        self._pid, self._over = pid, threading.Event()
-        self._thread = threading.Thread(target=self._sample)
-
-    def __enter__(self) -> _PeakMemory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        while not self._over.is_set():
-            self.bytes = {name: max(self.bytes[name], now) for name, now in _memory(self._pid).items()}
+    def sample() -> None:
+        while not over.is_set():
+            peak.update({name: max(peak[name], now) for name, now in _memory(pid).items()})
             time.sleep(0.001)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        thread.join()
 
 
 def _memory(pid: int) -> dict[str, int]:

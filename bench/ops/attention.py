@@ -7,9 +7,8 @@ rows padded on the left to different lengths, whose mask rules out torch's causa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +23,14 @@ from ..lib.report import OURS
 SDPA = "torch's sdpa"
 
 
-@dataclass(frozen=True)
-class Heads:
-    model: str
+class Heads(NamedTuple):
     queries: int
     keys: int
     features: int
 
 
-SMOLLM2 = Heads("SmolLM2-135M", 9, 3, 64)
-LLAMA = Heads("Llama 3.2 1B", 32, 8, 64)
-QWEN = Heads("Qwen3 0.6B", 16, 8, 128)
+SMOLLM2, LLAMA, QWEN = Heads(9, 3, 64), Heads(32, 8, 64), Heads(16, 8, 128)
+"""Of SmolLM2-135M, Llama 3.2 1B and Qwen3 0.6B."""
 SIZES = ((8, 128), (4, 256), (2, 512), (1, 1024), (1, 2048))
 
 
