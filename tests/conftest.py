@@ -17,12 +17,14 @@ TESTS = Path(__file__).resolve().parent
 for _folder in sorted({path.parent for path in TESTS.rglob("*.py")}):
     if str(_folder) not in sys.path:
         sys.path.append(str(_folder))
+sys.path.append(str(TESTS.parent))  # for `bench`; at the end: an installed peft_kernels takes precedence
 
 import hypothesis
 import pytest
 import torch
 from copied import backend_ids as copied_ids
 from fresh_process import Processes, Python
+from skips import require
 
 import peft_kernels as pk
 import ptx_backend as ptx
@@ -49,9 +51,7 @@ _skipped: Counter[str] = Counter()
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test on every back end, forced; skips those that this machine lacks, with the reason."""
     request.node.user_properties.append(("backend", request.param))
-    reason = testing.unavailable(request.param)
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
+    require(request.param)
     if request.param == "ptx":
         # Three orders of threads, distributed over the cases; each case always has the same one.
         ptx.BACKEND.extension.set_seed(zlib.crc32(request.node.nodeid.encode()) % 3)
@@ -62,17 +62,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(params=["triton"] if triton.BACKEND.interpreted else ["cpu", "ptx"])
 def compiled_ops(request: pytest.FixtureRequest) -> Any:
     """The ops of a compiled back end, called without the checks of Python."""
-    reason = testing.unavailable(request.param)
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
+    require(request.param)
     return getattr(torch.ops, BACKENDS[request.param].namespace)
 
 
 @pytest.fixture(params=["ptx"])  # the parameter is part of test ids, for -k
 def extension() -> Iterator[ModuleType]:
     """The CUDA back end as PTX, forced, with NaN-filled outputs; resets a card set by the test."""
-    if (reason := testing.unavailable("ptx")) is not None:
-        pytest.skip(f"ptx: {reason}")
+    require("ptx")
     with testing.nan_outputs(), testing.running_on("ptx"):
         yield ptx.BACKEND.extension
     ptx.BACKEND.reset()

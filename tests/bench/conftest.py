@@ -1,11 +1,6 @@
-"""Makes `bench` importable. At the end of the path: an installed peft_kernels takes precedence."""
-
-import sys
-from pathlib import Path
+"""The fixture that tests of benchmarks share."""
 
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 
 @pytest.fixture

@@ -77,8 +77,6 @@ def gradients(leaves: dict[str, Any], dy: Tensor) -> dict[str, Tensor]:
     }
 
 
-# The ops with dropout, several layers and several adapters
-
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from fresh_process import Python
+from skips import needs
 
 import peft_kernels as pk
 import ptx_backend as ptx
@@ -20,12 +21,7 @@ from peft_kernels.core.backends import cpu, cuda
 from peft_kernels.core.backends.compiled import CompiledBackend
 
 PACKAGE = Path(pk.__file__).parent
-needs_cpu = pytest.mark.skipif(
-    testing.unavailable("cpu") is not None, reason=f"cpu: {testing.unavailable('cpu')}"
-)
-
-
-# The compiled library
+needs_cpu = needs("cpu")
 
 
 @pytest.fixture
@@ -38,6 +34,15 @@ def compiled(tmp_path: Path) -> Path:
 
 def library() -> Path:
     return Path(cpu.BACKEND.extension.__file__)
+
+
+def changed(compiled: Path, right: str, wrong: str) -> Path:
+    """A library in the copy of the package that says `wrong` instead of `right`."""
+    content = library().read_bytes()
+    assert content.count(right.encode()) == 1
+    path = compiled / "peft_kernels" / library().name
+    path.write_bytes(content.replace(right.encode(), wrong.encode().ljust(len(right), b"\0")))
+    return path
 
 
 LIBRARY = "from peft_kernels.core.backends import cpu; import peft_kernels; library = cpu.BACKEND.extension"
@@ -67,11 +72,9 @@ def test_missing_library_falls_back_to_the_reference(python: Python, compiled: P
 @needs_cpu
 def test_a_stale_library_is_not_loaded(python: Python, compiled: Path) -> None:
     """Loading one with other schemas would abort the process."""
-    content = library().read_bytes()
-    right = f"PEFT_KERNELS_SPEC_HASH={registry.spec_hash()}".encode()
-    assert content.count(right) == 1
-    stale = compiled / "peft_kernels" / library().name
-    stale.write_bytes(content.replace(right, b"PEFT_KERNELS_SPEC_HASH=" + b"0" * 64))
+    stale = changed(
+        compiled, f"PEFT_KERNELS_SPEC_HASH={registry.spec_hash()}", f"PEFT_KERNELS_SPEC_HASH={'0' * 64}"
+    )
     out = python(USE, compiled).stdout
     message = rf"{re.escape(str(stale))} was built from other sources than this package: rebuild it"
     assert re.search(rf"^cpu +not usable: {message}", out, re.M)
@@ -80,11 +83,7 @@ def test_a_stale_library_is_not_loaded(python: Python, compiled: Path) -> None:
 
 @needs_cpu
 def test_a_library_for_another_torch_is_not_loaded(python: Python, compiled: Path) -> None:
-    content = library().read_bytes()
-    right = f"PEFT_KERNELS_TORCH={torch.__version__};".encode()
-    assert content.count(right) == 1
-    foreign = compiled / "peft_kernels" / library().name
-    foreign.write_bytes(content.replace(right, b"PEFT_KERNELS_TORCH=2.0.1;".ljust(len(right), b"\0")))
+    foreign = changed(compiled, f"PEFT_KERNELS_TORCH={torch.__version__};", "PEFT_KERNELS_TORCH=2.0.1;")
     out = python(USE, compiled).stdout
     message = rf"{re.escape(str(foreign))} was built with torch 2\.0\.1, this is torch .*: rebuild it"
     assert re.search(rf"^cpu +not usable: {message}", out, re.M)
@@ -134,9 +133,6 @@ def test_cpu_library_does_not_link_python() -> None:
     ).stdout
     names = [line.split()[-1] for line in told.splitlines()]
     assert len(names) > 50 and not [name for name in names if name.lstrip("_").startswith("Py")]
-
-
-# Importing
 
 
 def test_import_has_no_side_effects(python: Python) -> None:

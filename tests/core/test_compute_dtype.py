@@ -81,9 +81,6 @@ def test_bias_dtypes(backend: str) -> None:
         pk.nf4_linear(x, weight, testing.tensor(N, dtype=FP16), compute_dtype=BF16)
 
 
-# The calls
-
-
 def leaves(dtype: torch.dtype, base: str, bias: torch.dtype | None) -> dict[str, Any]:
     dense = testing.tensor(N, K, dtype=BF16, seed=1, scale=K**-0.5)
     return {

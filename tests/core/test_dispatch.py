@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from skips import needs
 from torch import Tensor
 
 import peft_kernels as pk
@@ -21,9 +22,7 @@ from peft_kernels.core.backends import BACKENDS, cpu, cuda
 from peft_kernels.core.backends.architectures import unserved
 from peft_kernels.triton_kernels import backend as triton
 
-needs_cpu = pytest.mark.skipif(
-    testing.unavailable("cpu") is not None, reason=f"cpu: {testing.unavailable('cpu')}"
-)
+needs_cpu = needs("cpu")
 
 
 @pytest.fixture
@@ -37,9 +36,6 @@ def automatic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(dispatch, "_logged", set())
     yield
-
-
-# The choice
 
 
 def served_by(op: str, *args: Any) -> str:

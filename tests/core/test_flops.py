@@ -47,10 +47,7 @@ def cases(base: str) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
     gate = AdaptedLinear(weights[0], None, [Adapter(a, b, 1.0)])
     up, down = AdaptedLinear(weights[1]), AdaptedLinear(weights[2], None, [Adapter(c, d, 1.0)])
     found = {
-        "lora_linear": (
-            lambda: pk.lora_linear(x, weights[0], a, b, 1.0),
-            lambda: lora(x, dense[0], a, b),
-        ),
+        "lora_linear": (lambda: pk.lora_linear(x, weights[0], a, b, 1.0), lambda: lora(x, dense[0], a, b)),
         "multi_lora_linear": (
             lambda: pk.multi_lora_linear(x, [gate, up]),
             lambda: [lora(x, dense[0], a, b), F.linear(x, dense[1])],
@@ -61,10 +58,7 @@ def cases(base: str) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
         ),
     }
     e, f = pair(K, K)
-    found["bottleneck"] = (
-        lambda: pk.bottleneck(x, e, f),
-        lambda: x + F.linear(F.relu(F.linear(x, e)), f),
-    )
+    found["bottleneck"] = (lambda: pk.bottleneck(x, e, f), lambda: x + F.linear(F.relu(F.linear(x, e)), f))
     of_rows = BottleneckParameters(e, f), torch.zeros(M, dtype=torch.int64)
     found["multi_bottleneck"] = (
         lambda: pk.multi_bottleneck(x, [of_rows[0]], of_rows[1]),

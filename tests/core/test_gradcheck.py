@@ -14,8 +14,6 @@ from torch.autograd import gradcheck, gradgradcheck
 import peft_kernels as pk
 import testing
 
-# fp64, on the reference
-
 
 @pytest.fixture
 def _reference() -> Any:
@@ -62,9 +60,6 @@ def test_double_backward_of_nf4_linear(backend: str) -> None:
 
 
 ops = torch.ops.peft_kernels
-
-
-# fp64, on the reference, of the ops with lists
 
 
 def gradcheck_layers(c: Any) -> None:
@@ -123,9 +118,6 @@ def test_gradcheck_elementwise_ops() -> None:
     for p in (0.0, 0.4, 1.0):
         assert gradcheck(lambda x, p=p: ops.dropout(x, p, seed), (gate,))
         assert gradgradcheck(lambda x, p=p: ops.dropout(x, p, seed), (gate,))
-
-
-# Second derivatives
 
 
 def second_order_cases() -> dict[str, tuple[Callable[[], Any], list[Tensor]]]:

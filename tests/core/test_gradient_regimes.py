@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from op_samples import CASES, NAMESPACES, samples
+from skips import require
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
@@ -31,8 +32,7 @@ def test_every_differentiable_op_is_covered() -> None:
 
 @pytest.fixture(params=[name for name in NAMESPACES if name != "public"])
 def namespace(request: pytest.FixtureRequest) -> str:
-    if (reason := testing.unavailable(request.param)) is not None:
-        pytest.skip(f"{request.param}: {reason}")
+    require(request.param)
     return NAMESPACES[request.param]
 
 

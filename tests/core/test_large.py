@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from skips import require
 
 import testing
 from peft_kernels.core.backends import cpu
@@ -21,8 +22,7 @@ def free_gib() -> float:
 @pytest.fixture(scope="module")
 def weight() -> torch.Tensor:
     """fp16 (N, K), zero except for the last three rows and the first two, which a wrapped index would hit."""
-    if (reason := testing.unavailable("cpu")) is not None:
-        pytest.skip(f"cpu: {reason}")
+    require("cpu")
     if free_gib() < NEEDED_GIB:
         pytest.skip(f"{free_gib():.1f} GiB of memory free, {NEEDED_GIB} needed")
     zeros = torch.from_numpy(
@@ -76,8 +76,7 @@ def test_dequantize_more_than_2_31_weights(weight: torch.Tensor) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", testing.ISA_LEVELS)
 def test_more_than_2_31_weights_on_every_isa(weight: torch.Tensor, isa: str) -> None:
-    if reason := testing.unavailable(f"cpu-{isa}"):
-        pytest.skip(reason)
+    require(f"cpu-{isa}")
     ops = torch.ops.peft_kernels_cpu
     packed = torch.from_numpy(np.zeros(N * K // 2, np.uint8))
     absmax = torch.from_numpy(np.zeros(N * K // BLOCKSIZE, np.float32))

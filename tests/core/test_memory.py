@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import models
@@ -22,9 +20,6 @@ BLOCK_BOUND = 0.6
 
 def tensors_of(module: nn.Module) -> Iterable[Tensor]:
     return [*module.parameters(), *module.buffers()]
-
-
-# The measure.
 
 
 def test_a_storage_counts_once_and_in_full() -> None:
@@ -54,9 +49,6 @@ def test_backward_works_inside() -> None:
     assert x.grad is not None
 
 
-# The layers.
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("base", models.BASES)
 @pytest.mark.parametrize("adapters", ["fp32", "same"])
@@ -73,9 +65,6 @@ def test_a_lora_layer_saves_x_and_h(adapters: str, base: str, dtype: torch.dtype
     assert testing.saved_bytes(lambda: layer(x), tensors_of(layer)) == x.nbytes + h_bytes
 
 
-# The block.
-
-
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 @pytest.mark.parametrize("adapter", ["lora", "dropout", "dora"])
 def test_a_decoder_block_saves_little(adapter: str, base: str) -> None:
@@ -83,15 +72,11 @@ def test_a_decoder_block_saves_little(adapter: str, base: str) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     if base == "nf4":
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
     from bench.models import memory
 
     saved = memory.Case(memory.BLOCK, base, adapter, "bf16").run()
     assert saved.ratio is not None, saved.absent
     assert saved.ratio <= BLOCK_BOUND, saved
-
-
-# Backward.
 
 
 class Fills(torch.utils._python_dispatch.TorchDispatchMode):

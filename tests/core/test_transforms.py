@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from skips import require
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
 
@@ -73,11 +74,7 @@ def case(name: str) -> tuple[Function, Function, list[Tensor]]:
             norm = (dense(gate, x) + SCALING * b.detach() @ a.detach()).norm(dim=1)  # a constant, as in PEFT
             return magnitude.to(x.dtype) / norm * lora(x, gate, a, b) + bias.to(x.dtype)
 
-        return (
-            lambda x, a, b: pk.dora_linear(x, gate, a, b, magnitude, SCALING, bias),
-            dora,
-            [x, *pair(2)],
-        )
+        return (lambda x, a, b: pk.dora_linear(x, gate, a, b, magnitude, SCALING, bias), dora, [x, *pair(2)])
     if name == "multi_lora_linear":
         return (
             lambda x, a, b, c, d: torch.cat(
@@ -159,8 +156,7 @@ def test_forward_mode(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_every_forced_back_end(name: str) -> None:
-    if (reason := testing.unavailable(name)) is not None:
-        pytest.skip(f"{name}: {reason}")
+    require(name)
     with pk.use_backend(name):
         for call in CALLS:
             test_grad(call)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from skips import require
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -110,8 +111,7 @@ def test_export(name: str, base: str, strict: bool) -> None:
 
 def test_two_threads_use_two_back_ends() -> None:
     """A forced back end applies to its own thread only."""
-    if (reason := testing.unavailable("cpu")) is not None:
-        pytest.skip(f"cpu: {reason}")
+    require("cpu")
     together, x, weight = Barrier(2), testing.tensor(3, K), testing.nf4_weight(N, K)
 
     def run(backend: str) -> tuple[str | None, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
@@ -15,24 +14,19 @@ import pytest
 import torch
 from numbers_policy import short
 from op_samples import adamw_args
+from skips import needs
 from stub_device import H100, Launches, stub_device
 from test_adamw import ABSMAX1, GRADS, PARAMS, STATE1, assert_same, copied, moment_args, run
-
-import testing
-from peft_kernels.core.op import OPS
-
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 from bench.gpu import adamw_loops, limits, sass
 from bench.gpu.adamw_loops import BLOCKS_PER_SM, WARPS
 from bench.gpu.sass import Kernel
+from peft_kernels.core.op import OPS
 
 TOOLS = sass.tools()
 GRAD_SCALE = OPS["adamw"].arguments.index("grad_scale")
 needs_tools = pytest.mark.skipif(isinstance(TOOLS, str), reason=str(TOOLS))
-needs_stub = pytest.mark.skipif(
-    testing.unavailable("ptx") is not None, reason=f"ptx: {testing.unavailable('ptx')}"
-)
+needs_stub = needs("ptx")
 
 
 def step(args: tuple[Any, ...]) -> None:

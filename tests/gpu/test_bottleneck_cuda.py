@@ -10,8 +10,9 @@ import pytest
 import torch
 from gradient_cases import ACTIVATIONS
 from numbers_policy import case_id, short
+from skips import require
 from stub_device import A100, FEW, H100, stub_device
-from test_bottleneck import WRONG, judge, run, tensors, with_gradients, wrong_args
+from test_bottleneck import judge, run, tensors, with_gradients
 from torch import Tensor
 
 import peft_kernels as pk
@@ -158,18 +159,10 @@ def names_of(launches: Any) -> list[str]:
 @pytest.mark.parametrize("card", [A100, H100], ids=["A100", "H100"])
 def test_launches(card: tuple[int, int, int]) -> None:
     """By rows and ranks; fp32 and layer norms use none of our kernels."""
-    if (reason := testing.unavailable("ptx")) is not None:
-        pytest.skip(f"ptx: {reason}")
+    require("ptx")
     enough = 32 * card[1] - 31
     assert launched(enough, 48, 256, card) == (FORWARD, FORWARD + PARAMETERS)
     for m, r in ((enough - 1, 16), (enough, 257)):
         assert launched(m, 48, r, card) == (APART, APART_BACKWARD + PARAMETERS)
     assert launched(enough, 48, 16, card, dtype=torch.float32) == ([], [])
     assert launched(enough, 48, 16, card, norm=True) == ([], [])
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_the_op_checks_its_arguments(extension: ModuleType, name: str) -> None:
-    message, args = wrong_args(name)
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.peft_kernels_ptx.bottleneck_backward(*args)

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_llama
+from skips import needs
 from stub_device import A100, H100, Launch, Launches, stub_device
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,9 +27,7 @@ import peft_kernels as pk
 import testing
 from peft_kernels.core.backends import cuda
 
-needs_stub = pytest.mark.skipif(
-    testing.unavailable("ptx") is not None, reason=f"ptx: {testing.unavailable('ptx')}"
-)
+needs_stub = needs("ptx")
 
 WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique_dim", "_unique2", "masked_select"}
 """ATen functions that synchronise: their results, or the sizes of these, go to the host."""
@@ -149,9 +148,6 @@ def _inside_our_ops(token: Token) -> set[str]:
 def test_reads_are_detected(read: str) -> None:
     with pytest.raises(AssertionError, match="in a token"), nothing_read():
         eval(read, {"x": testing.tensor(3)})
-
-
-# The library
 
 
 IN_CAPTURES = {

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from numbers_policy import short
+from skips import require
 from stub_device import A100, H100, Launch, stub_device
 from test_cuda_graphs import nothing_read
 from torch import Tensor
@@ -192,8 +193,7 @@ LAUNCHES = {
 @pytest.mark.parametrize("card", [A100, H100], ids=["A100", "H100"])
 @pytest.mark.parametrize("op", OPS)
 def test_nothing_synchronises(op: str, card: tuple[int, int, int]) -> None:
-    if (reason := testing.unavailable("ptx")) is not None:
-        pytest.skip(f"ptx: {reason}")
+    require("ptx")
     seen: list[list[Launch]] = []
     for ends in ENDS.values():
         arguments = layer(768, 2048, torch.bfloat16, ends)[op]

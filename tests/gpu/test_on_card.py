@@ -16,6 +16,7 @@ import pytest
 import torch
 from peft_models import in_fp64, lora
 from simulated_streams import BUDGET, simulated
+from skips import require
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -80,8 +81,7 @@ ON_CPU = [name for name in testing.backend_ids() if name != "reference" and not 
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
     if Place(request.param).is_card and not torch.cuda.is_available():
         pytest.skip(f"{request.param}: torch.cuda.is_available() is False")
-    if (reason := testing.unavailable(request.param)) is not None:
-        pytest.skip(f"{request.param}: {reason}")
+    require(request.param)
     with pk.use_backend(request.param):
         yield Place(request.param)
 

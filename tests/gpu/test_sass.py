@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 from bench import run
 from bench.gpu import compiled, limits, sass, sass_cfg
@@ -50,8 +47,6 @@ def test_kernels_stay_within_their_limits(file: str, architecture: int) -> None:
 def test_every_limit_has_its_kernels(rule: Rule) -> None:
     assert any(limits.rule_for(kernel) is rule for kernel in kernels())
 
-
-# Kernels that break the rules.
 
 TOY = """
 #pragma once

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -11,21 +10,11 @@ from lora_cases import check_nf4_linear, check_nf4_linear_dx
 from stub_device import FEW
 from test_experts_cuda import check, layer
 
-import ptx_backend as ptx
 import testing
 
 NARROW = (86, 4, 99 << 10)
 CALLS = {"small8": (1, 0), "tiles256": (40, 0), "dx8": (1, 1)}
 """Rows of x, and whether it is the gradient."""
-
-
-@pytest.fixture
-def extension() -> Iterator[ModuleType]:
-    if (reason := testing.unavailable("ptx")) is not None:
-        pytest.skip(f"ptx: {reason}")
-    extension = ptx.BACKEND.extension
-    yield extension
-    ptx.BACKEND.reset()
 
 
 def product(extension: ModuleType, way: str, card: tuple[int, ...], start: int) -> torch.Tensor:
@@ -37,10 +26,9 @@ def product(extension: ModuleType, way: str, card: tuple[int, ...], start: int) 
     assert planned in (way, f"{way}_narrow"), planned
     group = testing.nf4_weight(n, k)._state.op_args
     x = testing.tensor(m, k if direction == 0 else n, dtype=torch.bfloat16)
-    with testing.running_on("ptx"):
-        if direction == 0:
-            return torch.ops.peft_kernels.nf4_linear(x, *group, n, None)
-        return torch.ops.peft_kernels.nf4_linear_dx(x, *group, k)
+    if direction == 0:
+        return torch.ops.peft_kernels.nf4_linear(x, *group, n, None)
+    return torch.ops.peft_kernels.nf4_linear_dx(x, *group, k)
 
 
 @pytest.mark.parametrize("way", CALLS)
@@ -64,16 +52,15 @@ def test_products_are_planned_for_where_it_starts(extension: ModuleType, card: s
     capability = 120 if card == "RTX-5090" else 90
     extension.set_card(capability, 4, SIZES[card], reserved)
     taken = set()
-    with testing.running_on("ptx"), testing.nan_outputs():
-        for i, m in enumerate((1, 8, 16, 32, 40, 70)):
-            for n, k in ((72, 320), (136, 2560)):
-                plans = extension.plan(m, n, k, 64, "bfloat16")
-                taken.update(plans)
-                case = {"m": m, "n": n, "k": k, "r": 8, "bs": 64, "base": "nested", "nested": True}
-                case |= {"dtype": torch.bfloat16, "adapter": "same", "bias": ("fp32", "none")[i % 2]}
-                case |= {"layout": "contiguous", "needs": "xab"}
-                check_nf4_linear(case)
-                check_nf4_linear_dx(case)
+    for i, m in enumerate((1, 8, 16, 32, 40, 70)):
+        for n, k in ((72, 320), (136, 2560)):
+            plans = extension.plan(m, n, k, 64, "bfloat16")
+            taken.update(plans)
+            case = {"m": m, "n": n, "k": k, "r": 8, "bs": 64, "base": "nested", "nested": True}
+            case |= {"dtype": torch.bfloat16, "adapter": "same", "bias": ("fp32", "none")[i % 2]}
+            case |= {"layout": "contiguous", "needs": "xab"}
+            check_nf4_linear(case)
+            check_nf4_linear_dx(case)
     assert "pieces" not in taken
     is_narrow = card == "RTX-5090" or reserved > 8192
     assert is_narrow == all(way.endswith("_narrow") or way == "dx64" for way in taken), taken
@@ -84,8 +71,7 @@ def test_products_are_planned_for_where_it_starts(extension: ModuleType, card: s
 def test_experts_too(extension: ModuleType, op: str, reserved: int) -> None:
     extension.set_card(90, 4, SIZES["H100"], reserved)
     ends = [0, 3, 3, 90, 91]
-    with testing.running_on("ptx"), testing.nan_outputs():
-        check(op, layer(72, 320, torch.bfloat16, ends, rows=ends[-1])[op])
+    check(op, layer(72, 320, torch.bfloat16, ends, rows=ends[-1])[op])
 
 
 @pytest.mark.parametrize("way", CALLS)

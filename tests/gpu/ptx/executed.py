@@ -80,18 +80,8 @@ def read(folder: Path) -> list[Kernel]:
 def run_tests(folder: Path, arguments: Sequence[str] = ()) -> None:
     """Runs the op tests of `ptx` in a subprocess. Raises RuntimeError with its output if one fails."""
     files = [str(next((ROOT / "tests").rglob(f"test_{family}.py"))) for family in FAMILIES]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "ptx",
-        *files,
-        *arguments,
-    ]
+    options = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "ptx"]
+    command = [sys.executable, *options, *files, *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {FOLDER: str(folder)}, capture_output=True, text=True, check=False
     )

@@ -20,7 +20,6 @@ from lora_multi_cases import multi_case
 from test_parts import check_part
 
 import ptx_backend as ptx
-import testing
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -150,14 +149,8 @@ BREAKS: dict[str, tuple[Callable[[str], str], tuple[str, ...]]] = {
 }
 
 
-@pytest.fixture
-def machine(machine: ModuleType) -> Iterator[ModuleType]:
-    with testing.nan_outputs(), testing.running_on("ptx"):
-        yield machine
-
-
 @contextmanager
-def edited(machine: ModuleType, edit: Callable[[str], str]) -> Iterator[list[int]]:
+def edited(extension: ModuleType, edit: Callable[[str], str]) -> Iterator[list[int]]:
     """Applies `edit` to the PTX of all kernels. Yields a list with the number of texts changed so far."""
     changed = [0]
 
@@ -166,24 +159,24 @@ def edited(machine: ModuleType, edit: Callable[[str], str]) -> Iterator[list[int
         changed[0] += after != text
         return after
 
-    machine.set_edit(apply)
+    extension.set_edit(apply)
     try:
         yield changed
     finally:
-        machine.set_edit(None)
+        extension.set_edit(None)
         ptx.BACKEND.reset()  # a kernel that was stopped has left counters that are not zero
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_unedited_it_is_green(machine: ModuleType, check: str) -> None:
+def test_unedited_it_is_green(extension: ModuleType, check: str) -> None:
     CHECKS[check]()
 
 
 @pytest.mark.parametrize(
     "name,check", [(name, check) for name, (_, checks) in BREAKS.items() for check in checks]
 )
-def test_broken_it_is_red(machine: ModuleType, name: str, check: str) -> None:
-    with edited(machine, BREAKS[name][0]) as changed:
+def test_broken_it_is_red(extension: ModuleType, name: str, check: str) -> None:
+    with edited(extension, BREAKS[name][0]) as changed:
         with pytest.raises((AssertionError, RuntimeError)):
             CHECKS[check]()
         assert changed[0], "the edit changed nothing"

@@ -252,11 +252,7 @@ def test_min_and_max_of_nan(machine: ModuleType, opcode: str) -> None:
 @pytest.mark.parametrize("opcode, units", [("rcp.approx", 1), ("ex2.approx", 2), ("div.full", 2)])
 def test_approximations(machine: ModuleType, opcode: str, units: int) -> None:
     """Correctly rounded; or, if perturbed, off by what the ISA allows."""
-    exact = {
-        "rcp.approx": lambda x: 1 / x,
-        "ex2.approx": lambda x: 2**x,
-        "div.full": lambda x: x / 3,
-    }[opcode]
+    exact = {"rcp.approx": lambda x: 1 / x, "ex2.approx": lambda x: 2**x, "div.full": lambda x: x / 3}[opcode]
     numbers = [1.0 + i / 37 for i in range(LANES)]
     words = [as_word(x) for x in numbers]
     body = f"{opcode}.f32 %f2, %f1{', 0f40400000' if opcode == 'div.full' else ''}; mov.b32 %r0, %f2;"

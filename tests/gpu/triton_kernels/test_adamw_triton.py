@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from skips import on_triton
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -19,12 +20,8 @@ import testing
 from peft_kernels.core import dispatch
 from peft_kernels.triton_kernels.core import launch, tables
 from peft_kernels.triton_kernels.optim import adamw, adamw_kernels
-from ptx import triton_driver
 
-pytestmark = pytest.mark.skipif(
-    not launch.INTERPRETED and triton_driver.wanted() is None,
-    reason="for Triton's interpreter (make triton), or compiled to PTX (make triton-ptx)",
-)
+pytestmark = on_triton
 NEEDED_GIB = 2
 
 

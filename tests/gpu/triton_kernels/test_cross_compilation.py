@@ -6,16 +6,13 @@ import ast
 import importlib
 import pkgutil
 import re
-import sys
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent.parent))
+from skips import needs
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 if triton.knobs.runtime.interpret:
@@ -25,7 +22,6 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 import ptx_backend as ptx
-import testing
 from bench import run
 from bench.gpu import triton_code
 from bench.gpu.compiled import TRITON_TARGETS, TritonCase, TritonKernels
@@ -84,9 +80,6 @@ def test_gemms_use_tensor_cores(target: str) -> None:
     assert {code.variant.kernel for code in all_code() if code.target in kind and code.matrix} >= GEMMS
 
 
-# Completeness.
-
-
 def modules() -> Iterator[Any]:
     for module in pkgutil.walk_packages(triton_kernels.__path__, f"{triton_kernels.__name__}."):
         yield importlib.import_module(module.name)
@@ -141,18 +134,14 @@ def test_nothing_is_read_on_the_host(target: str) -> None:
         torch.empty((), device="meta").item()
 
 
+@needs("ptx")
 def test_the_ptx_machine_knows_every_instruction() -> None:
     """`make triton-ptx` reaches only the instructions of its tests; this covers all for its card."""
-    if reason := testing.unavailable("ptx"):
-        pytest.skip(f"ptx: {reason}")
     require("sm80")
     with triton_code.compiling_for("sm80"):
         for item in triton_code.different("sm80"):
             made = triton_code.warm_up(item)
             ptx.BACKEND.extension.load(made.asm["ptx"]).read_all()
-
-
-# Kernels that break the rules.
 
 
 @triton.jit
@@ -235,9 +224,6 @@ def test_an_unsupported_target_is_reported(monkeypatch: pytest.MonkeyPatch) -> N
     assert "cannot compile for sm90" in result.line()
 
 
-# Configs and batches.
-
-
 def test_stages_are_two_at_most_on_amd() -> None:
     with triton_code.compiling_for("gfx942"):
         assert launch.for_target(launch.config(4, 3)) == launch.config(4, 2)
@@ -276,9 +262,6 @@ def test_batches_and_adapters_share_compiled_kernels(target: str) -> None:
     assert codes(17, 5) == codes(24, 5) == codes(32, 5) == codes(31, 7)
     assert codes(17, 6) == codes(31, 8)
     assert {kernel for kernel, _ in codes(17, 5)} >= GEMMS
-
-
-# The report.
 
 
 def test_the_table_has_a_line_for_each_config() -> None:

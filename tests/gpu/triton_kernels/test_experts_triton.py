@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from skips import on_triton
 from torch import Tensor
-
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent.parent))
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -26,12 +23,6 @@ from peft_kernels.triton_kernels import table
 from peft_kernels.triton_kernels.core import launch
 from peft_kernels.triton_kernels.experts import experts
 from peft_kernels.triton_kernels.experts.experts_kernels import find_slot
-from ptx import triton_driver
-
-on_triton = pytest.mark.skipif(
-    not launch.INTERPRETED and triton_driver.wanted() is None,
-    reason="for Triton's interpreter (make triton), or compiled to PTX (make triton-ptx)",
-)
 
 ENDS = {
     "even": [4, 8, 12],
@@ -88,8 +79,6 @@ def test_the_number_of_slots_is_tight(count: int, block_m: int) -> None:
         sizes = [1] * (groups - 1) + [rows - groups + 1] if groups else []
         assert sum(launch.cdiv(size, block_m) for size in sizes) == group_of([0] * count, rows).slots(block_m)
 
-
-# Experts with rows, and those without.
 
 NAMES = "experts_lora_linear", "experts_lora_linear_backward"
 

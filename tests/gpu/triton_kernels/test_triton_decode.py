@@ -6,15 +6,11 @@ The model of `prmt` follows the PTX ISA, that of `v_perm_b32` AMD's ISA document
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent.parent))
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 

@@ -6,17 +6,13 @@ A stand-in for Triton's driver records the launches; kernels are compiled for sm
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
-
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent.parent))
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 if triton.knobs.runtime.interpret:
@@ -192,9 +188,6 @@ def test_nothing_is_compiled_in_a_capture(card: Card) -> None:
     assert compiled(card) == 1 and len(card.launched) == 2
 
 
-# Cards with too little memory.
-
-
 def test_a_config_that_does_not_fit_falls_back_to_fewer_stages(
     card: Card, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -308,9 +301,6 @@ def test_an_empty_grid_launches_nothing(card: Card) -> None:
     args, constants = values()
     launch.launch(add_kernel, (0, 4), *args, config=CONFIG, **constants)
     assert not card.launched and not compiled(card)
-
-
-# Cached tables.
 
 
 def test_a_step_of_an_optimizer_is_one_launch(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent.parent))
+from skips import on_triton
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -112,12 +109,6 @@ def exchange_kernel(x, between, flag, out, SIZE: tl.constexpr, SEEN: tl.constexp
     tl.store(out + first + at, tl.load(between + first + SIZE - 1 - at))
 
 
-on_triton = pytest.mark.skipif(
-    not launch.INTERPRETED and triton_driver.wanted() is None,
-    reason="for Triton's interpreter (make triton), or compiled to PTX (make triton-ptx)",
-)
-
-
 @on_triton
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
 def test_threads_see_stores_of_others(dtype: torch.dtype) -> None:
@@ -128,9 +119,6 @@ def test_threads_see_stores_of_others(dtype: torch.dtype) -> None:
     if not launch.INTERPRETED:
         with pytest.raises(RuntimeError, match=r"race: (reads|writes) global memory"):
             exchange_kernel[(3,)](x, between, flag, out, 512, False)
-
-
-# Compiled.
 
 
 def made_for(target: str) -> Any:
@@ -213,9 +201,6 @@ def test_partial_sums_are_not_fused() -> None:
             made = chain_kernel.warmup(half, half, out, BLOCK=16, CHAIN=chain, grid=(1,))
         (added_to,) = re.findall(r"tt\.dot %\w+, %\w+, (%\w+)", made.asm["ttir"])
         assert added_to.startswith("%acc" if chain else "%cst")
-
-
-# Launches per layer.
 
 
 def lora(m: int, n: int, k: int) -> Iterator[Call]:

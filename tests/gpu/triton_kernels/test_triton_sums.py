@@ -123,9 +123,6 @@ def test_dora_norm_of_one_large_element(backend: str) -> None:
     test_dora.check_norm(group, w, a, b, 1.0)
 
 
-# The model.
-
-
 def test_tensor_cores_truncate() -> None:
     ones, tiny = np.ones((1, 8)), np.full((8, 1), 2.0**-25)
     acc = np.ones((1, 1))

@@ -78,20 +78,24 @@ def in_plain_torch(forward: Any, *sides: Tensor) -> dict[str, Tensor]:
         return results(forward, *sides)
 
 
+def check(*sides: Tensor, spans: Tensor | None, causal: bool, scale: float) -> dict[str, Tensor]:
+    """Results of the op, checked by the numbers policy."""
+    got = results(lambda *t: pk.attention(*t, spans, causal, scale), *sides)
+    plain = in_plain_torch(lambda *t: pk.attention(*t, spans, causal, scale), *sides)
+    truth = results(lambda *t: definition(*t, spans, causal, scale), *(t.double() for t in sides))
+    for name, value in got.items():
+        assert value.dtype == sides[0].dtype and value.shape == truth[name].shape
+        testing.assert_close(value, plain[name], truth[name], name)
+    return got
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
 def test_attention(backend: str, size: tuple[int, ...], dtype: torch.dtype, mask: str) -> None:
     spans = spans_of_mask(mask, size)
-    causal, scale = mask in ("causal", "both", "two causal"), 0.3
-    q, k, v, dy = sides(size, dtype)
-    got = results(lambda *t: pk.attention(*t, spans, causal, scale), q, k, v, dy)
-    plain = in_plain_torch(lambda *t: pk.attention(*t, spans, causal, scale), q, k, v, dy)
-    truth = results(lambda *t: definition(*t, spans, causal, scale), *(t.double() for t in (q, k, v, dy)))
-    assert got["y"].is_contiguous()
-    for name, value in got.items():
-        assert value.dtype == dtype and value.shape == truth[name].shape
-        testing.assert_close(value, plain[name], truth[name], name)
+    causal = mask in ("causal", "both", "two causal")
+    assert check(*sides(size, dtype), spans=spans, causal=causal, scale=0.3)["y"].is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -102,12 +106,7 @@ def test_windows(backend: str, keys: int, dtype: torch.dtype) -> None:
     size = (2, 150, keys, 2, 1, 64)
     row = torch.arange(150) - 3
     spans = torch.stack([row, row + torch.arange(150) % 23], -1).int().expand(2, 150, 2).contiguous()
-    q, k, v, dy = sides(size, dtype)
-    got = results(lambda *t: pk.attention(*t, spans, scale=3.0), q, k, v, dy)
-    plain = in_plain_torch(lambda *t: pk.attention(*t, spans, scale=3.0), q, k, v, dy)
-    truth = results(lambda *t: definition(*t, spans, False, 3.0), *(t.double() for t in (q, k, v, dy)))
-    for name, value in got.items():
-        testing.assert_close(value, plain[name], truth[name], name)
+    check(*sides(size, dtype), spans=spans, causal=False, scale=3.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -127,11 +126,7 @@ def test_completions_share_a_prompt(
     spans = torch.stack([of_prompt, torch.stack([own, row + 1], -1)], 1).int()[None]
     spans[:, :prompt, 1] = 0
     q, k, v, dy = sides((1, rows, rows, 4, 2, 32), dtype)
-    got = results(lambda *t: pk.attention(*t, spans), q, k, v, dy)
-    plain = in_plain_torch(lambda *t: pk.attention(*t, spans), q, k, v, dy)
-    truth = results(lambda *t: definition(*t, spans, False, 32**-0.5), *(t.double() for t in (q, k, v, dy)))
-    for name, value in got.items():
-        testing.assert_close(value, plain[name], truth[name], name)
+    got = check(q, k, v, dy, spans=spans, causal=False, scale=32**-0.5)
     start, end = prompt + completions[0], int(ends[1])  # of the second completion; the others become huge
     others = torch.ones(rows, dtype=torch.bool)
     others[:prompt] = others[start:end] = False
@@ -207,11 +202,7 @@ def test_large_scores_of_many_rows(backend: str) -> None:
     """As above, with more rows than the kernels for few rows accept."""
     q, k, v, dy = sides((1, 40, 1200, 1, 1, 8), torch.float32)
     k = k * torch.linspace(1, 100, 1200)[None, :, None, None]
-    got = results(lambda *t: pk.attention(*t), q, k, v, dy)
-    plain = in_plain_torch(lambda *t: pk.attention(*t), q, k, v, dy)
-    wide = results(lambda *t: definition(*t, None, False, 8**-0.5), *(t.double() for t in (q, k, v, dy)))
-    for name, value in got.items():
-        testing.assert_close(value, plain[name], wide[name], name)
+    check(q, k, v, dy, spans=None, causal=False, scale=8**-0.5)
 
 
 @pytest.mark.parametrize("batch,rows,keys", [(0, 3, 3), (2, 0, 3), (2, 3, 0)])

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from numbers_policy import DTYPES, check_odd_addresses, same_with_any_threads, short, transposed
+from skips import require
+from test_gradient_needs import saved_by
 from torch import Tensor
 
 import peft_kernels as pk
@@ -190,15 +192,8 @@ def test_unused_result(backend: str, used: str) -> None:
 
 def test_add_rms_norm_saves_the_sum_alone(backend: str) -> None:
     x, weight, _ = inputs((70, 33), torch.bfloat16, torch.float32)
-    saved: list[Tensor] = []
-
-    def save(t: Tensor) -> Tensor:
-        saved.append(t)
-        return t
-
     residual = testing.tensor(70, 33, seed=4).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
-        pk.add_rms_norm(x.requires_grad_(), residual, weight, EPS)
+    _, saved = saved_by(lambda: pk.add_rms_norm(x.requires_grad_(), residual, weight, EPS))
     assert [(t.numel(), t.dtype) for t in saved] == [
         (33, torch.float32), (70 * 33, torch.float32), (70, torch.float32)
     ]  # fmt: skip
@@ -243,17 +238,9 @@ def test_rows_do_not_mix(backend: str) -> None:
 def test_only_trainable_tensors_get_a_gradient(backend: str, dtype: torch.dtype) -> None:
     x, weight, dy = inputs((70, 33), dtype, torch.float32)
     want = results(pk.rms_norm, x, weight, dy)
-    saved: list[Tensor] = []
-
-    def save(t: Tensor) -> Tensor:
-        saved.append(t)
-        return t
-
     for x_trained in (True, False):
         leaves = x.clone().requires_grad_(x_trained), weight.clone().requires_grad_(not x_trained)
-        saved.clear()
-        with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
-            y = pk.rms_norm(*leaves)
+        y, saved = saved_by(lambda leaves=leaves: pk.rms_norm(*leaves))
         y.backward(dy)
         got = leaves[0 if x_trained else 1].grad
         assert got is not None and torch.equal(got, want["dx" if x_trained else "dweight"])
@@ -340,8 +327,7 @@ def test_add_rms_norm_refuses(residual: Tensor, message: str) -> None:
 
 def test_compiled_op_refuses() -> None:
     """The op itself checks for memory safety, not only the typed call."""
-    if (reason := testing.unavailable("cpu")) is not None:
-        pytest.skip(f"cpu: {reason}")
+    require("cpu")
     cpu: Any = torch.ops.peft_kernels_cpu
     x, weight, rstd = torch.ones(3, 8), torch.ones(8), torch.ones(3)
     how, rest = (EPS, 0.0, True, torch.float32), (None, 0.0, True, True, True)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from block_samples import angles
 from numbers_policy import DTYPES, same_with_any_threads, short
+from skips import require
+from test_gradient_needs import saved_by
 from torch import Tensor
 
 import peft_kernels as pk
@@ -123,9 +125,7 @@ def test_gradient_of_q_or_k_alone(backend: str) -> None:
 
 def test_q_and_k_are_not_saved(backend: str) -> None:
     q, k = (t.requires_grad_() for t in sides(SIZES["odd"], torch.float32))
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        pk.rotary(q, k, *angles(1, 5, 6))
+    _, saved = saved_by(lambda: pk.rotary(q, k, *angles(1, 5, 6)))
     assert [t.shape for t in saved] == [(1, 5, 6)] * 2
 
 
@@ -174,8 +174,7 @@ def test_rotary_refuses(case: str) -> None:
 
 def test_compiled_op_refuses() -> None:
     """The op itself checks for memory safety, not only the typed call."""
-    if (reason := testing.unavailable("cpu")) is not None:
-        pytest.skip(f"cpu: {reason}")
+    require("cpu")
     cpu: Any = torch.ops.peft_kernels_cpu
     cos = torch.ones(1, 5, 6)
     for message, x, of_rows in (

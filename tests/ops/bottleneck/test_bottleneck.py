@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from gradient_cases import ACTIVATIONS, FUNCTIONS
 from numbers_policy import DTYPES, ENOUGH, case_id, same_with_any_threads, short
+from skips import require
 from test_gradient_needs import assert_saved, saved_by
 from torch import Tensor
 from torch.autograd import gradcheck
 
 import peft_kernels as pk
 import testing
-from peft_kernels.core.backends import BACKENDS
 
 ops = torch.ops.peft_kernels
 EPS, SEED = 1e-5, 77
@@ -328,16 +328,6 @@ WRONG = {
 }
 
 
-def ops_of(backend_id: str) -> Any:
-    """The ops, called without the checks of Python."""
-    if (reason := testing.unavailable(backend_id)) is not None:
-        pytest.skip(f"{backend_id}: {reason}")
-    return getattr(torch.ops, BACKENDS[backend_id].namespace)
-
-
-with_kernels = pytest.mark.parametrize("backend_id", ["cpu", "triton"])
-
-
 def wrong_args(name: str) -> tuple[str, list[Any]]:
     message, changes = WRONG[name]
     args: list[Any] = [
@@ -349,40 +339,36 @@ def wrong_args(name: str) -> tuple[str, list[Any]]:
     return message, args
 
 
-@with_kernels
 @pytest.mark.parametrize("name", WRONG)
-def test_the_kernel_checks_for_itself(backend_id: str, name: str) -> None:
+def test_the_kernel_checks_for_itself(compiled_ops: Any, name: str) -> None:
     """Checks for memory safety in the op itself."""
     message, args = wrong_args(name)
     with pytest.raises(RuntimeError, match=message):
-        ops_of(backend_id).bottleneck_backward(*args)
+        compiled_ops.bottleneck_backward(*args)
 
 
-@with_kernels
-def test_the_kernel_checks_the_residual(backend_id: str) -> None:
+def test_the_kernel_checks_the_residual(compiled_ops: Any) -> None:
     rest = (None, None, EPS, DOWN, None, UP, None, "relu", 1.0, 0.0, None)
     for residual, message in (
         (torch.ones(2, 5), "residual: expected shape"),
         (torch.ones(2, 6).half(), "residual: expected Float, got Half"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            ops_of(backend_id).bottleneck(X, residual, *rest)
+            compiled_ops.bottleneck(X, residual, *rest)
 
 
-@with_kernels
-def test_an_x_that_is_no_residual_is_not_read_as_one(backend_id: str) -> None:
+def test_an_x_that_is_no_residual_is_not_read_as_one(compiled_ops: Any) -> None:
     of_five, rest = torch.ones(5, 3), ("relu", 1.0, 0.0, None)
     with pytest.raises(RuntimeError, match="up: expected 6 rows like x"):
-        ops_of(backend_id).bottleneck(X, None, None, None, EPS, DOWN, None, of_five, None, *rest)
+        compiled_ops.bottleneck(X, None, None, None, EPS, DOWN, None, of_five, None, *rest)
     args = torch.ones(2, 5), X, torch.ones(2, 3), None, None, EPS, DOWN, of_five, *rest, True, True
     with pytest.raises(RuntimeError, match="up: expected 6 rows like x"):
-        ops_of(backend_id).bottleneck_backward(*args, False, True, True, True, True)
+        compiled_ops.bottleneck_backward(*args, False, True, True, True, True)
 
 
 def test_one_launch_each_way_in_triton() -> None:
     """And one for the gradients of both factors; with a layer norm the reference runs."""
-    if (reason := testing.unavailable("triton")) is not None:
-        pytest.skip(f"triton: {reason}")
+    require("triton")
     from peft_kernels.triton_kernels.core import launch
 
     noted: list[str] = []

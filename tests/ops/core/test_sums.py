@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from numbers_policy import DTYPES, Result, same_with_any_threads, short
+from skips import require
 
 import peft_kernels as pk
 import testing
@@ -79,14 +80,12 @@ def test_bias_gradients(backend: str, kind: str, dtype: torch.dtype) -> None:
 
 def test_the_cpu_has_a_kernel() -> None:
     """torch's sum would first copy 16-bit rows to fp32."""
-    if (reason := testing.unavailable("cpu")) is not None:
-        pytest.skip(f"cpu: {reason}")
+    require("cpu")
     assert torch._C._dispatch_has_kernel_for_dispatch_key("peft_kernels_cpu::column_sums", "CPU")
 
 
 def test_refused() -> None:
-    if (reason := testing.unavailable("cpu")) is not None:
-        pytest.skip(f"cpu: {reason}")
+    require("cpu")
     with pytest.raises(RuntimeError, match="x: expected at least 1 dimension, got 0"):
         torch.ops.peft_kernels_cpu.column_sums(torch.tensor(1.0))
     with pytest.raises(RuntimeError, match="x: expected float32, bfloat16 or float16, got Double"):

@@ -9,11 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from skips import require
 
 import testing
-
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent.parent))
-
 from bench.ops import dense_choice
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
@@ -51,8 +49,7 @@ def test_wrong_arguments_are_reported(arguments: list[str], tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_rehearsal_runs_all_parts(tmp_path: Path) -> None:
-    if reason := testing.unavailable("cpu"):
-        pytest.skip(f"back end cpu: {reason}")
+    require("cpu")
     # An installed package may have kernels while the source tree has none.
     if not list((ROOT / "peft_kernels").glob("_C.*")):
         pytest.skip("the script runs the source tree, in which no kernels are compiled")

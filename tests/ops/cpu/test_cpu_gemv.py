@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lora_cases import check_nf4_linear
+from skips import needs, require
 
 import peft_kernels as pk
 import testing
@@ -17,17 +18,13 @@ ISAS = [name for name in testing.backend_ids() if name.startswith("cpu-")]
 
 pytestmark = [
     pytest.mark.usefixtures("nan_outputs"),
-    pytest.mark.skipif(
-        testing.unavailable("cpu") is not None, reason=f"back end cpu: {testing.unavailable('cpu')}"
-    ),
+    needs("cpu"),
 ]
 
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Any:
-    reason = testing.unavailable(request.param)
-    if reason is not None:
-        pytest.skip(reason)
+    require(request.param)
     name = request.param.removeprefix("cpu-")
     with pk.use_backend("cpu"), cpu.BACKEND.use_isa(name):
         yield name

@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from skips import needs
 from torch.utils.data import DataLoader, Dataset
 
 import peft_kernels as pk
 import testing
 from peft_kernels.core.backends import cpu
 
-pytestmark = pytest.mark.skipif(
-    testing.unavailable("cpu") is not None, reason=f"back end cpu: {testing.unavailable('cpu')}"
-)
+pytestmark = needs("cpu")
 
 
 def isas() -> list[Any]:

@@ -18,11 +18,8 @@ import torch
 
 import peft_kernels as pk
 import testing
-from peft_kernels.core.backends import cpu
-
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent.parent))
-
 from bench.models.noisy_neighbour import neighbours
+from peft_kernels.core.backends import cpu
 
 if reason := testing.unavailable("cpu"):
     pytest.skip(f"cpu: {reason}", allow_module_level=True)

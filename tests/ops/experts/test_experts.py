@@ -140,9 +140,6 @@ def test_any_shape(backend: str, split: list[int], **case: Any) -> None:
         assert_within_rounding(value, c.truth[name], c.magnitude[name], depth, name)
 
 
-# Against the ops of single layers
-
-
 def everything(c: ExpertsCase) -> dict[str, Tensor]:
     y, h = ops.experts_lora_linear(*c.forward_args)
     dx, da, db = ops.experts_lora_linear_backward(*c.backward_args(h))
@@ -245,9 +242,6 @@ def test_a_bad_row_stays_in_its_row(backend: str, dtype: torch.dtype) -> None:
         assert not got[name][1].isfinite().all() and torch.equal(got[name][3], want[name][3]), name
 
 
-# Determinism
-
-
 SUMS = ((torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.bfloat16, "same"))
 each_sum = pytest.mark.parametrize("dtype,adapter", SUMS, ids=["-".join(map(short, one)) for one in SUMS])
 
@@ -282,9 +276,6 @@ def test_threads_do_not_change_a_bit(
     found = same_with_any_threads(lambda: everything(c).values())
     for name, value in zip(("y", "h", "dx"), found, strict=False):
         assert_within_rounding(value, c.truth[name], c.magnitude[name], 208, name)
-
-
-# Gradients through the public calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)

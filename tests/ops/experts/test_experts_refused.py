@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from skips import require
 from torch import Tensor
 
 import peft_kernels as pk
@@ -111,8 +112,6 @@ def test_experts_linear_needs_packed_values() -> None:
         pk.experts_linear(x, ends, dense)
 
 
-# The compiled ops
-
 BAD_ENDS = {"falls": [5, 3, 6], "beyond": [2, 6, 8], "negative": [-1, 2, 6], "huge": [2, 2, 2**31 - 1]}
 NEED = True, True, True
 
@@ -133,9 +132,7 @@ def each_op(ops: Any, ends: Tensor, of: pk.NF4Weight) -> dict[str, Any]:
 @pytest.fixture
 def cpu_ops() -> Any:
     """The ops, called without the checks of Python."""
-    reason = testing.unavailable("cpu")
-    if reason is not None:
-        pytest.skip(f"cpu: {reason}")
+    require("cpu")
     return getattr(torch.ops, BACKENDS["cpu"].namespace)
 
 

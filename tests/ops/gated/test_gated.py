@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from gradient_cases import FUNCTIONS
 from numbers_policy import DTYPES, check_odd_addresses, same_with_any_threads, short, transposed
 from torch import Tensor
 
@@ -17,26 +16,20 @@ import testing
 ops = torch.ops.peft_kernels
 INF, NAN = float("inf"), float("nan")
 FP32_EPS = torch.finfo(torch.float32).eps
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
 SHAPES: dict[str, tuple[int, ...]] = {
     "none": (0,), "no-rows": (0, 5), "one": (1,), "odd": (3, 7), "lanes": (64,), "odd-big": (5, 333),
     "3-d": (2, 3, 17),
 }  # fmt: skip
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
-each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
+each_activation = pytest.mark.parametrize("activation", FUNCTIONS)
 
 pytestmark = pytest.mark.usefixtures("nan_outputs")
 
 
 def value_and_derivative(gate: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     wide = gate.double().requires_grad_()
-    value = ACTIVATIONS[activation](wide)
+    value = FUNCTIONS[activation](wide)
     (derivative,) = torch.autograd.grad(value.sum(), wide)
     return value.detach(), derivative
 

@@ -18,12 +18,7 @@ def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     for i in range(10):
         k0, k1 = (np.uint64((k + i * w) % 2**32) for k, w in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True))
         p0, p2 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        c0, c1, c2, c3 = (
-            (p2 >> HALF) ^ c1 ^ k0,
-            p2 & LOW,
-            (p0 >> HALF) ^ c3 ^ k1,
-            p0 & LOW,
-        )
+        c0, c1, c2, c3 = ((p2 >> HALF) ^ c1 ^ k0, p2 & LOW, (p0 >> HALF) ^ c3 ^ k1, p0 & LOW)
     return np.stack((c0, c1, c2, c3), 1)
 
 

@@ -30,9 +30,6 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
 pytestmark = pytest.mark.usefixtures("nan_outputs")
 
 
-# dora_scale
-
-
 @each_dtype
 @pytest.mark.parametrize("bias", ["none", "same", "fp32"])
 @pytest.mark.parametrize("n", [0, 1, 7, 64, 65, 200])
@@ -161,8 +158,6 @@ def test_dora_scale_refuses(compiled_ops: Any) -> None:
         with pytest.raises(RuntimeError, match=message):
             call()
 
-
-# dora_norm
 
 NORM_CASES = testing.pairwise(
     n=(0, 1, 7, 33, 100),

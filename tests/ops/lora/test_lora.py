@@ -89,9 +89,6 @@ def test_long_sums(backend: str, dtype: torch.dtype, adapter: str, shape: str) -
     check_lora_linear_backward(case)
 
 
-# Random shapes
-
-
 @given(
     m=st.integers(0, 40),
     n=st.integers(1, 140),
@@ -117,9 +114,6 @@ def test_any_shape(backend: str, **case: Any) -> None:
         dx = ops.nf4_linear_dx(c.dy, *c.group, case["k"])
         assert_within_rounding(y, c.x.double() @ c.w.t(), c.x.double().abs() @ c.w.abs().t(), depth, "base y")
         assert_within_rounding(dx, c.dy.double() @ c.w, c.dy.double().abs() @ c.w.abs(), depth, "base dx")
-
-
-# Determinism, and stale memory
 
 
 def everything(c: LoraCase, n: int, k: int) -> list[Tensor]:

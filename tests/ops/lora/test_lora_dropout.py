@@ -33,8 +33,6 @@ def test_philox_of_the_tests() -> None:
         assert " ".join(f"{int(word):08x}" for word in got) == answer
 
 
-# One adapter
-
 # lora_linear must be bit-equal to multi_lora_linear, whose tests compare it with fp64.
 SINGLE_CASES = testing.pairwise(
     m=(0, 1, 5, 17),
@@ -83,9 +81,6 @@ def test_lora_linear_backward_with_dropout(backend: str, case: dict[str, Any]) -
     dx, da, db = ops.lora_linear_backward(*c.single_backward_args(h, needs))
     many = ops.multi_lora_linear_backward(*c.backward_args(h, needs))
     assert_same(named_gradients(c, needs, dx, [da], [db]), named_gradients(c, needs, *many))
-
-
-# Masks
 
 
 def mask_args(

@@ -28,8 +28,6 @@ RANKS = (1, 3, 8, 16, 33, 70)
 pytestmark = pytest.mark.usefixtures("nan_outputs")
 
 
-# Values
-
 CASES = testing.pairwise(
     m=ROWS,
     k=FEATURES,
@@ -67,9 +65,6 @@ def test_many_rows(backend: str, dtype: torch.dtype, groups: str) -> None:
     case = multi_case(m=530, k=33, n=40, layers=1, adapters="000", bs=32, dtype=dtype, groups=groups)
     check_forward(case)
     check_backward(case)
-
-
-# Rows of other adapters
 
 
 @pytest.mark.parametrize("base", ["dense", "nested"])
@@ -124,9 +119,6 @@ def test_adapters_of_other_layers_have_no_effect(backend: str) -> None:
     plain, _ = ops.multi_lora_linear(*alone.forward_args)
     assert torch.equal(y[1], plain[1])
     assert not torch.equal(y[0], plain[0]) and not torch.equal(y[2], plain[2])
-
-
-# Determinism
 
 
 def everything(c: MultiCase) -> dict[str, Tensor]:

@@ -41,10 +41,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"labels": torch.ones(3, dtype=torch.int64, device="meta")},
         r"^labels: expected device cpu like hidden, got meta$",
     ),
-    "label": (
-        {"labels": torch.tensor([1, 12, 3])},
-        r"^labels: expected 0 to 11, or -100 to ignore, got 12$",
-    ),
+    "label": ({"labels": torch.tensor([1, 12, 3])}, r"^labels: expected 0 to 11, or -100 to ignore, got 12$"),
     "negative-label": (
         {"labels": torch.tensor([1, -1, 3])},
         r"^labels: expected 0 to 11, or -100 to ignore, got -1$",

@@ -52,9 +52,6 @@ def test_nan_outputs_reach_empty_tensors() -> None:
     assert (torch.empty(3, dtype=torch.uint8) == 255).all()
 
 
-# quantize_nf4
-
-
 @each_dtype
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_quantize(backend: str, blocksize: int, dtype: torch.dtype) -> None:
@@ -189,9 +186,6 @@ def test_round_trip(
     assert_same(absmax_again, absmax, "absmax")
 
 
-# dequantize_nf4
-
-
 @each_dtype
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
@@ -245,9 +239,6 @@ def test_dequantize_shapes_and_views(backend: str) -> None:
             got = ops.dequantize_nf4(bytes_, scales, None, None, 32, shape, torch.float32)
             assert list(got.shape) == shape and got.is_contiguous()
             assert_same(got.view(-1), want, what)
-
-
-# Across threads, and weights that the C++ refuses
 
 
 def test_threads_do_not_change_a_bit(backend: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from skips import require
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -67,9 +68,6 @@ def rounded_once(digits: str) -> float:
     return min((float(c) for c in candidates), key=lambda c: abs(Fraction(c) - exact))
 
 
-# Value tables
-
-
 def test_code_and_thresholds_are_the_literals_rounded_once() -> None:
     assert code_tables.nf4_code(CPU).tolist() == [rounded_once(digits) for digits in CODE_LITERALS]
     assert code_tables.nf4_thresholds(CPU).tolist() == [rounded_once(digits) for digits in THRESHOLD_LITERALS]
@@ -78,8 +76,7 @@ def test_code_and_thresholds_are_the_literals_rounded_once() -> None:
 def test_tables_in_cpp_equal_python() -> None:
     from peft_kernels.core.backends import cpu
 
-    if (reason := testing.unavailable("cpu")) is not None:
-        pytest.skip(f"cpu: {reason}")
+    require("cpu")
     extension = cpu.BACKEND.extension
     assert extension.nf4_code() == code_tables.nf4_code(CPU).tolist()
     assert extension.nf4_thresholds() == code_tables.nf4_thresholds(CPU).tolist()
@@ -91,9 +88,6 @@ def test_dynamic_map() -> None:
     assert table.shape == (256,) and (table[1:] > table[:-1]).all()
     assert table[127] == 0 and table[255] == 1 and abs(table[0].item() + 0.99297) < 1e-5
     assert torch.equal(table[128:255], -table[:127].flip(0))
-
-
-# In a checkpoint
 
 
 @pytest.mark.parametrize("shape", [(6, 96), (3, 5)], ids=str)

@@ -1,0 +1,25 @@
+"""Skips tests whose back end cannot run here, with the reason."""
+
+from __future__ import annotations
+
+import pytest
+
+import testing
+from peft_kernels.triton_kernels import backend as triton
+from ptx import triton_driver
+
+
+def require(backend_id: str) -> None:
+    if (reason := testing.unavailable(backend_id)) is not None:
+        pytest.skip(f"{backend_id}: {reason}")
+
+
+def needs(backend_id: str) -> pytest.MarkDecorator:
+    reason = testing.unavailable(backend_id)
+    return pytest.mark.skipif(reason is not None, reason=f"{backend_id}: {reason}")
+
+
+on_triton = pytest.mark.skipif(
+    not triton.BACKEND.interpreted and triton_driver.wanted() is None,
+    reason="for Triton's interpreter (make triton), or compiled to PTX (make triton-ptx)",
+)
