@@ -29,6 +29,9 @@ def short(value: Any) -> str:
     return names.get(value, str(value))
 
 
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
+
+
 def case_id(case: dict[str, Any]) -> str:
     def part(name: str, value: Any) -> str:
         if isinstance(value, bool):
@@ -98,18 +101,18 @@ def transposed(t: Tensor) -> Tensor:
     return t.t().contiguous().t()
 
 
+def at_odd_address(t: Tensor) -> Tensor:
+    """The same values, contiguous, one element behind aligned memory."""
+    return torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t)
+
+
 def check_odd_addresses(
     backend: str, call: Callable[..., Iterable[Tensor]], args: tuple[Tensor, ...]
 ) -> None:
     """Bit-equal results with each argument contiguous, but at an unaligned address."""
-
-    def odd(t: Tensor) -> Tensor:
-        moved = torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape)
-        return moved.copy_(t)
-
     want = call(*args)
     for moved in range(len(args)):
-        got = call(*(odd(arg) if i == moved else arg for i, arg in enumerate(args)))
+        got = call(*(at_odd_address(arg) if i == moved else arg for i, arg in enumerate(args)))
         for a, b in zip(got, want, strict=True):
             if backend == "reference":  # torch may round vectors differently
                 torch.testing.assert_close(a, b)

@@ -35,103 +35,70 @@ def test_every_op_is_sampled(op: str) -> None:
     assert samples(op)
 
 
-def nf4_linear_case() -> tuple[Callable[..., Tensor], list[Tensor]]:
-    weight = testing.nf4_weight(N, K)
-    return (lambda x, bias: pk.nf4_linear(x, weight, bias).sin()), [leaf(3, K), leaf(N)]
+Case = tuple[Callable[..., Tensor], list[Tensor]]
 
 
-def lora_linear_case() -> tuple[Callable[..., Tensor], list[Tensor]]:
-    weight = testing.nf4_weight(N, K)
-    return (lambda x, a, b: pk.lora_linear(x, weight, a, b, 0.5).sin()), [leaf(3, K), leaf(R, K), leaf(N, R)]
-
-
-def dense_lora_case() -> tuple[Callable[..., Tensor], list[Tensor]]:
-    inputs = [leaf(3, K), leaf(N, K, seed=1), leaf(R, K), leaf(N, R)]
-    return (lambda x, w, a, b: pk.lora_linear(x, w, a, b, 0.5).sin()), inputs
-
-
-def nf4_module_case() -> tuple[Callable[..., Tensor], list[Tensor]]:
-    layer = pk.nn.NF4Linear(testing.nf4_weight(N, K), testing.tensor(N))
-    return layer, [leaf(3, K)]
-
-
-def f_linear_case() -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """F.linear on the weight as the parameter of a plain nn.Linear."""
-    layer = torch.nn.Linear(K, N)
-    layer.weight = torch.nn.Parameter(testing.nf4_weight(N, K), requires_grad=False)
-    return layer, [leaf(3, K)]
-
-
-def nf4_lora_module_case() -> tuple[Callable[..., Tensor], list[Tensor]]:
-    layer = pk.nn.NF4LoRALinear(torch.nn.Linear(K, N), r=R)
-    torch.nn.init.normal_(layer.lora_B)
-    return layer, [leaf(3, K)]
-
-
-def lora_dropout_case() -> tuple[Callable[..., Tensor], list[Tensor]]:
-    op_args, seed = testing.nf4_weight(N, K)._state.op_args, torch.tensor(3)
-
-    def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return ops.lora_linear(x, *op_args, None, a, b, 0.5, 0.3, seed, None)[0].sin()
-
-    return function, [leaf(3, K), leaf(R, K), leaf(N, R)]
-
-
-def with_adapters(op: Any, args: tuple[Any, ...], a_at: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
+def with_adapters(op: Any, args: tuple[Any, ...]) -> Case:
     """A function of x and all adapters: the sum of y, or of a list of them."""
-    count = len(args[a_at])
+    count = len(args[8])
 
     def function(x: Tensor, *adapters: Tensor) -> Tensor:
-        lists = [list(adapters[:count]), list(adapters[count:])]
-        y = op(x, *args[1:a_at], *lists, *args[a_at + 2 :])[0]
+        y = op(x, *args[1:8], list(adapters[:count]), list(adapters[count:]), *args[10:])[0]
         return sum((t.sin() for t in y), 0) if isinstance(y, list) else y.sin()
 
-    return function, [leaf(3, K), *args[a_at], *args[a_at + 1]]
+    return function, [leaf(3, K), *args[8], *args[9]]
 
 
-def multi_case() -> tuple[Callable[..., Tensor], list[Tensor]]:
-    return with_adapters(ops.multi_lora_linear, multi_args("nf4", [0, 1, 0]), 8)
+COMPILED = (
+    *("nf4_linear", "lora_linear", "lora_linear-dense", "NF4Linear", "nn.Linear", "NF4LoRALinear"),
+    *("lora_linear-dropout", "multi_lora_linear", "gated_mlp", "elementwise", "dora"),
+)
 
 
-def mlp_case() -> tuple[Callable[..., Tensor], list[Tensor]]:
-    return with_adapters(ops.gated_mlp, mlp_args("nf4", [2, 0, 1], "silu"), 8)
+def case(name: str) -> Case:
+    """A function or a module, and what it is called with."""
+    weight, seed = testing.nf4_weight(N, K), torch.tensor(3)
+    op_args, x, adapter = weight._state.op_args, leaf(3, K), [leaf(R, K), leaf(N, R)]
+    layer: Any
+    if name == "nf4_linear":
+        return (lambda x, bias: pk.nf4_linear(x, weight, bias).sin()), [x, leaf(N)]
+    if name == "lora_linear":
+        return (lambda x, a, b: pk.lora_linear(x, weight, a, b, 0.5).sin()), [x, *adapter]
+    if name == "lora_linear-dense":
+        dense = leaf(N, K, seed=1)
+        return (lambda x, w, a, b: pk.lora_linear(x, w, a, b, 0.5).sin()), [x, dense, *adapter]
+    if name == "lora_linear-dropout":
+        rest = (0.5, 0.3, seed, None)
+        return (lambda x, a, b: ops.lora_linear(x, *op_args, None, a, b, *rest)[0].sin()), [x, *adapter]
+    if name == "NF4Linear":
+        return pk.nn.NF4Linear(weight, testing.tensor(N)), [x]
+    if name == "nn.Linear":  # F.linear on the weight as a parameter
+        layer = torch.nn.Linear(K, N)
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return layer, [x]
+    if name == "NF4LoRALinear":
+        layer = pk.nn.NF4LoRALinear(torch.nn.Linear(K, N), r=R)
+        torch.nn.init.normal_(layer.lora_B)
+        return layer, [x]
+    if name == "multi_lora_linear":
+        return with_adapters(ops.multi_lora_linear, multi_args("nf4", [0, 1, 0]))
+    if name == "gated_mlp":
+        return with_adapters(ops.gated_mlp, mlp_args("nf4", [2, 0, 1], "silu"))
 
-
-def elementwise_case() -> tuple[Callable[..., Tensor], list[Tensor]]:
-    seed = torch.tensor(3)
-
-    def function(x: Tensor, up: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    def elementwise(x: Tensor, up: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         product = ops.gated_activation(x, up + x, "gelu")
         return ops.dora_scale(ops.dropout(product, 0.3, seed), scale, bias)
 
-    return function, [leaf(3, K), leaf(K, seed=1), leaf(K, seed=2), leaf(K, seed=3)]
-
-
-def dora_case() -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """As in a layer: the norm is part of the scale and has no gradient."""
-    op_args = testing.nf4_weight(N, K)._state.op_args
-
-    def function(x: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> Tensor:
+    def dora(x: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> Tensor:
+        """As in a layer: the norm is part of the scale and has no gradient."""
         norm = ops.dora_norm(*op_args, a.detach(), b.detach(), 0.5)
         z, _ = ops.lora_linear(x, *op_args, None, a, b, 0.5, 0.0, None, None)
         return ops.dora_scale(z, magnitude / norm, None)
 
-    return function, [leaf(3, K), leaf(R, K), leaf(N, R), leaf(N, seed=1)]
-
-
-COMPILED = {
-    "nf4_linear": nf4_linear_case,
-    "lora_linear": lora_linear_case,
-    "lora_linear-dense": dense_lora_case,
-    "NF4Linear": nf4_module_case,
-    "nn.Linear": f_linear_case,
-    "NF4LoRALinear": nf4_lora_module_case,
-    "lora_linear-dropout": lora_dropout_case,
-    "multi_lora_linear": multi_case,
-    "gated_mlp": mlp_case,
-    "elementwise": elementwise_case,
-    "dora": dora_case,
-}
+    if name == "elementwise":
+        return elementwise, [x, leaf(K, seed=1), leaf(K, seed=2), leaf(K, seed=3)]
+    assert name == "dora", name
+    return dora, [x, *adapter, leaf(N, seed=1)]
 
 
 @pytest.fixture
@@ -141,21 +108,17 @@ def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def forward_and_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    parameters = list(function.parameters()) if isinstance(function, torch.nn.Module) else []
-    leaves = [t for t in (*inputs, *parameters) if t.requires_grad]
-    y = function(*inputs)
-    return [y.detach(), *torch.autograd.grad(y.pow(2).sum(), leaves)]
-
-
 def assert_compiled_matches(
     function: Callable[..., Tensor], inputs: list[Tensor], compiled: Callable[..., Tensor]
 ) -> None:
     parameters = list(function.parameters()) if isinstance(function, torch.nn.Module) else []
     leaves = [t for t in (*inputs, *parameters) if t.requires_grad]
-    want = forward_and_gradients(function, inputs)
-    y = compiled(*inputs)
-    got = [y.detach(), *torch.autograd.grad(y.pow(2).sum(), leaves)]
+
+    def run(call: Callable[..., Tensor]) -> list[Tensor]:
+        y = call(*inputs)
+        return [y.detach(), *torch.autograd.grad(y.pow(2).sum(), leaves)]
+
+    want, got = run(function), run(compiled)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
 
@@ -163,7 +126,7 @@ def assert_compiled_matches(
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("name", COMPILED)
 def test_compile_fullgraph(name: str) -> None:
-    function, inputs = COMPILED[name]()
+    function, inputs = case(name)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert_compiled_matches(function, inputs, compiled)
 
@@ -180,7 +143,7 @@ def test_compile_dynamic_shapes(name: str) -> None:
     """One graph for all batches: a second shape must not recompile."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    function, inputs = COMPILED[name]()
+    function, inputs = case(name)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
     graphs = []
@@ -194,7 +157,7 @@ def test_compile_dynamic_shapes(name: str) -> None:
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compile_with_inductor() -> None:
     """Once with the default compiler, which generates code around the ops."""
-    function, inputs = COMPILED["NF4LoRALinear"]()
+    function, inputs = case("NF4LoRALinear")
     assert_compiled_matches(function, inputs, torch.compile(function, fullgraph=True))
 
 
@@ -207,6 +170,6 @@ def test_compiled_graph_holds_the_public_op() -> None:
         seen.extend(str(node.target) for node in graph.graph.nodes)
         return graph
 
-    function, inputs = COMPILED["nf4_linear"]()
+    function, inputs = case("nf4_linear")
     torch.compile(function, fullgraph=True, backend=look)(*inputs)
     assert "peft_kernels.nf4_linear" in seen

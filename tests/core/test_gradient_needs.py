@@ -60,18 +60,15 @@ def flat(*values: Any) -> list[Tensor]:
     return found
 
 
+def case_of(kind: str, base: str, dtype: torch.dtype) -> Any:
+    return MultiLora(base, dtype, True) if kind == "multi_lora_linear" else Mlp(base, dtype)
+
+
 @pytest.mark.parametrize("trained", ["x", "a0", "b1", "a1 b1", "w1", "bias2", "x a2", "a0 a1 a2 b0 b1 b2"])
 @pytest.mark.parametrize("kind", ["multi_lora_linear", "gated_mlp"])
 def test_only_needed_gradients_of_lists_are_computed(backend: str, kind: str, trained: str) -> None:
-    def make() -> Any:
-        return (
-            MultiLora("dense", torch.float32, True)
-            if kind == "multi_lora_linear"
-            else Mlp("dense", torch.float32)
-        )
-
-    _, everything = gradients_of(make())
-    c, names = make(), set(trained.split())
+    _, everything = gradients_of(case_of(kind, "dense", torch.float32))
+    c, names = case_of(kind, "dense", torch.float32), set(trained.split())
     for name, value in c.leaves().items():
         value.requires_grad_(name in names)
     y = c.call()
@@ -126,9 +123,7 @@ def test_lora_linear_with_dropout_saves_no_mask(backend: str, base: str) -> None
 @pytest.mark.parametrize("base", ["dense", "nested"])
 @pytest.mark.parametrize("kind", ["multi_lora_linear", "gated_mlp"])
 def test_lists_of_layers_save_no_mask_and_no_gemm_result(backend: str, kind: str, base: str) -> None:
-    c: Any = (
-        MultiLora(base, torch.bfloat16, True) if kind == "multi_lora_linear" else Mlp(base, torch.bfloat16)
-    )
+    c = case_of(kind, base, torch.bfloat16)
     outputs, saved = saved_by(lambda: getattr(ops, kind)(*c.args()))
     allowed = {"x": c.x, "seed": c.seed}
     if kind == "gated_mlp":

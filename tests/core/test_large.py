@@ -59,15 +59,21 @@ def test_more_than_2_31_weights(weight: torch.Tensor) -> None:
     assert testing.relative_error(dx, dy[:, -3:].double() @ want.double()) < 1e-5
 
 
-@pytest.mark.slow
-def test_dequantize_more_than_2_31_weights(weight: torch.Tensor) -> None:
-    """Sets only the packed bytes of the tail; the output takes 4 GiB."""
-    ops, tail = torch.ops.peft_kernels_cpu, weight[-3:]
-    want_packed, want_absmax = ops.quantize_nf4(tail, BLOCKSIZE)
+def packed_tail(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A packed weight, of which only the tail is written, and the tail alone."""
     packed = torch.from_numpy(np.zeros(N * K // 2, np.uint8))
     absmax = torch.from_numpy(np.zeros(N * K // BLOCKSIZE, np.float32))
-    packed[-want_packed.numel() :] = want_packed
-    absmax[-want_absmax.numel() :] = want_absmax
+    tail_packed, tail_absmax = torch.ops.peft_kernels_cpu.quantize_nf4(weight[-3:], BLOCKSIZE)
+    packed[-tail_packed.numel() :] = tail_packed
+    absmax[-tail_absmax.numel() :] = tail_absmax
+    return packed, absmax, tail_packed, tail_absmax
+
+
+@pytest.mark.slow
+def test_dequantize_more_than_2_31_weights(weight: torch.Tensor) -> None:
+    """The output takes 4 GiB."""
+    ops = torch.ops.peft_kernels_cpu
+    packed, absmax, want_packed, want_absmax = packed_tail(weight)
     out = ops.dequantize_nf4(packed, absmax, None, None, BLOCKSIZE, [N, K], torch.float16)
     want = ops.dequantize_nf4(want_packed, want_absmax, None, None, BLOCKSIZE, [3, K], torch.float16)
     assert torch.equal(out[-3:], want) and (out[:3] == 0).all() and (out[-4] == 0).all()
@@ -78,11 +84,7 @@ def test_dequantize_more_than_2_31_weights(weight: torch.Tensor) -> None:
 def test_more_than_2_31_weights_on_every_isa(weight: torch.Tensor, isa: str) -> None:
     require(f"cpu-{isa}")
     ops = torch.ops.peft_kernels_cpu
-    packed = torch.from_numpy(np.zeros(N * K // 2, np.uint8))
-    absmax = torch.from_numpy(np.zeros(N * K // BLOCKSIZE, np.float32))
-    tail_packed, tail_absmax = ops.quantize_nf4(weight[-3:], BLOCKSIZE)
-    packed[-tail_packed.numel() :] = tail_packed
-    absmax[-tail_absmax.numel() :] = tail_absmax
+    packed, absmax, tail_packed, tail_absmax = packed_tail(weight)
     x = testing.tensor(1, K)
     with cpu.BACKEND.use_isa(isa):
         y = ops.nf4_linear(x, packed, absmax, None, None, BLOCKSIZE, N, None)

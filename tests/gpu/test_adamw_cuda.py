@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from numbers_policy import short
+from numbers_policy import at_odd_address, short
 from op_samples import adamw_args
 from skips import needs
 from stub_device import H100, Launches, stub_device
-from test_adamw import ABSMAX1, GRADS, PARAMS, STATE1, assert_same, copied, moment_args, run
+from test_adamw import ABSMAX1, GRADS, PARAMS, STATE1, compare, moment_args
 
 from bench.gpu import adamw_loops, limits, sass
 from bench.gpu.adamw_loops import BLOCKS_PER_SM, WARPS
@@ -94,27 +94,17 @@ def test_new_tensors_are_used(kind: str) -> None:
     for seed in range(3):
         got = adamw_args(kind, [(3, 100), (700,)], [torch.float32] * 2, [8, 32], seed=10 * seed)
         kept.append(got)  # so that no memory is reused
-        want = copied(got)
-        step(got)
-        run(want)
-        assert_same(got, want, False)
+        compare(got, step)
         got[GRADS][:] = [g.clone() * 2 for g in got[GRADS]]
-        want[GRADS][:] = [g.clone() for g in got[GRADS]]
-        step(got)
-        run(want)
-        assert_same(got, want, False)
+        compare(got, step)
 
 
 @needs_stub
 def test_unaligned_memory_uses_no_vectors() -> None:
-    got, want = (adamw_args("adamw", [(700,)] * 4, [torch.float32] * 4, [8, 8, 32, 8]) for _ in range(2))
+    got = adamw_args("adamw", [(700,)] * 4, [torch.float32] * 4, [8, 8, 32, 8])
     for i, which in enumerate((PARAMS, GRADS, STATE1, ABSMAX1)):
-        whole = torch.empty(got[which][i].numel() + 1, dtype=got[which][i].dtype)
-        whole[1:] = got[which][i]
-        got[which][i] = whole[1:]
-    step(got)
-    run(want)
-    assert_same(got, want, False)
+        got[which][i] = at_odd_address(got[which][i])
+    compare(got, step)
 
 
 @needs_stub
@@ -124,35 +114,23 @@ def test_norm_of_scaled_gradients(dtype: torch.dtype, aligned: bool) -> None:
     got = adamw_args("adamw", [(700,), (3, 100), (1500,)], [dtype] * 3, [8, 32, 8], "clipped")
     got = (*got[:GRAD_SCALE], torch.tensor(0.25), *got[GRAD_SCALE + 1 :])
     if not aligned:
-        for i, grad in enumerate(got[GRADS]):
-            whole = torch.empty(grad.numel() + 1, dtype=dtype)
-            whole[1:] = grad.flatten()
-            got[GRADS][i] = whole[1:].view(grad.shape)
-    want = copied(got)
-    step(got)
-    run(want)
-    assert_same(got, want, False)
+        got[GRADS][:] = map(at_odd_address, got[GRADS])
+    compare(got, step)
 
 
 @needs_stub
 @pytest.mark.parametrize("most", [2.0**-127, 1e-38, 1e-30, 1.0, 1e15, 2.0**100, 2.0**127])
 def test_absmax_of_any_magnitude_is_inverted_exactly(most: float) -> None:
     got = moment_args(torch.linspace(-1, 1, 256) * most, "lion")
-    want = copied(got)
-    step(got)
-    run(want)
-    assert want[STATE1][0].unique().numel() > 100
-    assert_same(got, want, False)
+    compare(got, step)
+    assert got[STATE1][0].unique().numel() > 100
 
 
 @needs_stub
 def test_empty_parameters_are_skipped() -> None:
     shapes: list[tuple[int, ...]] = [(0,), (5,), (0, 3), (300,)]
     got = adamw_args("adamw", shapes, [torch.bfloat16] * 4, [8] * 4, "stochastic")
-    want = copied(got)
-    step(got)
-    run(want)
-    assert_same(got, want, False)
+    compare(got, step)
 
 
 @lru_cache(maxsize=1)

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from numbers_policy import DTYPES, short
+from numbers_policy import each_dtype
 
 import ptx_backend as ptx
 import testing
@@ -48,7 +48,7 @@ def check_part(machine: ModuleType, part: str, dtype: torch.dtype) -> None:
         assert out[:, columns:].isnan().all(), "written outside of the part"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@each_dtype
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_of_a_weight(machine: ModuleType, part: str, dtype: torch.dtype) -> None:
     check_part(machine, part, dtype)

@@ -24,7 +24,7 @@ class Card:
         self.launched: list[tuple[Any, ...]] = []
         """Grid, stream, function and the rest of each launch."""
         self.utils = self
-        self.refuse: Callable[[str], None] = lambda name: None
+        self.refuse: Callable[[str], Any] = lambda name: None
         """Called with a kernel's name when it is loaded; may raise."""
 
     def get_current_target(self) -> Any:

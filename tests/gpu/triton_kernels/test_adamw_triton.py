@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from skips import on_triton
-from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from numbers_policy import at_odd_address
 from op_samples import adamw_args
-from test_adamw import ABSMAX1, GRADS, PARAMS, STATE1, assert_same, copied, moment_args, run
+from test_adamw import ABSMAX1, GRADS, PARAMS, STATE1, assert_same, compare, copied, moment_args, run
 from test_large import free_gib
 
 import testing
@@ -25,19 +25,9 @@ pytestmark = on_triton
 NEEDED_GIB = 2
 
 
-def compare(got: tuple[Any, ...], exact_params: bool = False) -> None:
-    want = copied(got)
+def step(args: tuple[Any, ...]) -> None:
     with testing.running_on("triton"):
-        run(got, "triton")
-    run(want)
-    assert_same(got, want, exact_params)
-
-
-def shifted(t: Tensor) -> Tensor:
-    """The same values, one element behind aligned memory."""
-    whole = torch.empty(t.numel() + 1, dtype=t.dtype)
-    whole[1:] = t.flatten()
-    return whole[1:].view(t.shape)
+        run(args, "triton")
 
 
 @pytest.mark.parametrize("kind", ["adamw", "lion"])
@@ -47,11 +37,11 @@ def test_new_tensors_are_found(kind: str) -> None:
     for seed in range(2):
         got = adamw_args(kind, [(3, 100), (700,)], [torch.float32] * 2, [8, 32], seed=10 * seed)
         kept.append(got)  # keeps its memory from being reused
-        compare(got)
+        compare(got, step)
         got[GRADS][:] = [g.clone() * 2 for g in got[GRADS]]
-        compare(got)
+        compare(got, step)
         got[PARAMS][1] = got[PARAMS][1].clone()
-        compare(got)
+        compare(got, step)
 
 
 @pytest.mark.parametrize("option", ["", "clipped"])
@@ -59,20 +49,20 @@ def test_unaligned_memory(option: str) -> None:
     dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float32]
     got = adamw_args("adamw", [(1300,)] * 4, dtypes, [8, 8, 32, 8], option)
     for i, which in enumerate((PARAMS, GRADS, STATE1, ABSMAX1)):
-        got[which][i] = shifted(got[which][i])
-    compare(got)
+        got[which][i] = at_odd_address(got[which][i])
+    compare(got, step)
 
 
 def test_empty_parameters_are_skipped() -> None:
     shapes: list[tuple[int, ...]] = [(0,), (5,), (0, 3), (300,), (0,)]
-    compare(adamw_args("adamw", shapes, [torch.bfloat16] * 5, [8] * 5, "stochastic"))
-    compare(adamw_args("adamw", [(0,)], [torch.bfloat16], [8]))
+    compare(adamw_args("adamw", shapes, [torch.bfloat16] * 5, [8] * 5, "stochastic"), step)
+    compare(adamw_args("adamw", [(0,)], [torch.bfloat16], [8]), step)
 
 
 def test_stochastic_rounding_with_compensation() -> None:
     got = adamw_args("adamw", [(700,), (5,)], [torch.bfloat16] * 2, [8, 32], "compensation")
     # Bit-equal, as the tolerance used otherwise would accept either neighbour.
-    compare((*got[:-2], torch.tensor(-7), None), True)
+    compare((*got[:-2], torch.tensor(-7), None), step, True)
 
 
 def test_partial_steps_with_a_common_factor() -> None:
@@ -92,7 +82,7 @@ def test_partial_steps_with_a_common_factor() -> None:
 
 @pytest.mark.parametrize("most", [2.0**-127, 1e-30, 1e15, 2.0**127])
 def test_absmax_of_any_size_has_an_exact_reciprocal(most: float) -> None:
-    compare(moment_args(torch.linspace(-1, 1, 256) * most, "lion"))
+    compare(moment_args(torch.linspace(-1, 1, 256) * most, "lion"), step)
 
 
 def test_roots_of_the_smallest_values() -> None:
@@ -100,7 +90,7 @@ def test_roots_of_the_smallest_values() -> None:
     got = list(moment_args(torch.logspace(-22, -19, 256)))
     got[2:6] = [torch.zeros(256)], [torch.zeros(256)], [torch.empty(0)], [torch.empty(0)]
     got[9], got[12] = torch.tensor([1.0]), [0.0]
-    compare(tuple(got))
+    compare(tuple(got), step)
     assert torch.allclose(got[PARAMS][0], torch.tensor(-1.0), rtol=5e-2)
 
 
@@ -137,8 +127,7 @@ def test_more_than_2_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
         launch.launch(kernel, (1,), table._replace(shares=shares), *rest, **constants)
 
     monkeypatch.setattr(adamw, "launch", last_chunks)
-    with testing.running_on("triton"):
-        run(tuple(args), "triton")
+    step(tuple(args))
     run(tuple(want))
     tail = list(args)
     tail[:4] = [[t[first:]] for t in (*halves, *codes)]

@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain, repeat
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -188,17 +190,19 @@ def test_nothing_is_compiled_in_a_capture(card: Card) -> None:
     assert compiled(card) == 1 and len(card.launched) == 2
 
 
+TOO_SMALL = OutOfResources(required=2, limit=1, name="shared memory")
+FULL = RuntimeError("Triton Error [CUDA]: out of memory")
+
+
+def refusing(error: Exception, times: int) -> Mock:
+    """Raises the error that many times."""
+    return Mock(side_effect=chain([error] * times, repeat(None)))
+
+
 def test_a_config_that_does_not_fit_falls_back_to_fewer_stages(
     card: Card, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tried: list[str] = []
-
-    def refuse(name: str) -> None:
-        tried.append(name)
-        if len(tried) < 3:
-            raise OutOfResources(required=2, limit=1, name="shared memory")
-
-    card.refuse = refuse
+    card.refuse = refusing(TOO_SMALL, 2)
     with caplog.at_level("WARNING", "peft_kernels"):
         run()
         run()
@@ -206,20 +210,14 @@ def test_a_config_that_does_not_fit_falls_back_to_fewer_stages(
         "falls back to 2 stages",
         "falls back to 1 stages",
     ]
-    assert len(tried) == 3 and len(card.launched) == 2
+    assert card.refuse.call_count == 3 and len(card.launched) == 2
     assert card.launched[0][5] is card.launched[1][5]
     assert launch._fitting[0, id(add_kernel), id(CONFIG)].fitting["num_stages"] == 1
 
 
 def test_another_device_keeps_its_stages(card: Card) -> None:
     run()
-    card.device = 1
-
-    def refuse(name: str) -> None:
-        card.refuse = lambda name: None
-        raise OutOfResources(required=2, limit=1, name="shared memory")
-
-    card.refuse = refuse
+    card.device, card.refuse = 1, refusing(TOO_SMALL, 1)
     run()
     stages = [launch._fitting[i, id(add_kernel), id(CONFIG)].fitting["num_stages"] for i in (0, 1)]
     assert stages == [3, 2]
@@ -241,10 +239,7 @@ def test_assembler_errors_fall_back_to_fewer_stages(card: Card, monkeypatch: pyt
 
 @pytest.mark.parametrize("error", [OutOfResources(2, 1, "threads"), PTXASError("no such instruction")])
 def test_a_kernel_that_never_fits_raises(card: Card, error: Exception) -> None:
-    def refuse(name: str) -> None:
-        raise error
-
-    card.refuse = refuse
+    card.refuse = Mock(side_effect=error)
     with pytest.raises(RuntimeError, match=r"^add_kernel with .* cannot run on this card: ") as found:
         run()
     assert found.value.__cause__ is not None and not card.launched
@@ -255,15 +250,7 @@ def test_a_full_card_raises_and_is_retried(card: Card, hooks: bool) -> None:
     """Without hooks, Triton would launch the unloaded kernel next time."""
     if not hooks:
         triton.knobs.runtime.launch_enter_hook = None
-    count = 0
-
-    def refuse(name: str) -> None:
-        nonlocal count
-        count += 1
-        if count <= failures:
-            raise RuntimeError("Triton Error [CUDA]: out of memory")
-
-    card.refuse, failures = refuse, 2
+    card.refuse = refusing(FULL, 2)
     with pytest.raises(torch.OutOfMemoryError, match=r"^add_kernel: the card's memory is too small"):
         run()
     assert not card.launched and not launch._compiled
@@ -271,7 +258,7 @@ def test_a_full_card_raises_and_is_retried(card: Card, hooks: bool) -> None:
     assert len(card.launched) == 1 and card.loaded == ["add_kernel"]
     launch._compiled.clear()
     add_kernel.device_caches.clear()
-    count, failures = 0, 1  # freeing torch's unused memory was enough
+    card.refuse = refusing(FULL, 1)  # freeing torch's unused memory was enough
     run()
     assert len(card.launched) == 2
 
@@ -279,20 +266,13 @@ def test_a_full_card_raises_and_is_retried(card: Card, hooks: bool) -> None:
 def test_a_card_that_is_full_at_a_later_launch(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     run()
     (made,) = launch._compiled.values()
-
-    def full(*launched: Any) -> None:
-        raise RuntimeError("Triton Error [CUDA]: out of memory")
-
-    monkeypatch.setattr(made, "_run", full)
+    monkeypatch.setattr(made, "_run", Mock(side_effect=FULL))
     with pytest.raises(torch.OutOfMemoryError, match=r"^add_kernel: "):
         run()
 
 
 def test_other_errors_pass(card: Card) -> None:
-    def refuse(name: str) -> None:
-        raise RuntimeError("Triton Error [CUDA]: device-side assert triggered")
-
-    card.refuse = refuse
+    card.refuse = Mock(side_effect=RuntimeError("Triton Error [CUDA]: device-side assert triggered"))
     with pytest.raises(RuntimeError, match="device-side assert"):
         run()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from numbers_policy import DTYPES, check_odd_addresses, same_with_any_threads, short, transposed
+from numbers_policy import DTYPES, check_odd_addresses, each_dtype, same_with_any_threads, short, transposed
 from skips import require
 from test_gradient_needs import saved_by
 from torch import Tensor
@@ -20,7 +20,6 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "no-rows": (0, 5), "one": (1, 1), "vector": (33,), "odd": (3, 7), "lanes": (5, 64), "chains": (70, 333),
     "chunks": (2, 65, 100),
 }  # fmt: skip
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
 
 pytestmark = pytest.mark.usefixtures("nan_outputs")
 

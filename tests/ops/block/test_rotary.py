@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from block_samples import angles
-from numbers_policy import DTYPES, same_with_any_threads, short
+from numbers_policy import DTYPES, each_dtype, same_with_any_threads, short
 from skips import require
 from test_gradient_needs import saved_by
 from torch import Tensor
@@ -17,7 +17,6 @@ import testing
 
 SIZES = {"one": (1, 1, 1, 1, 2), "odd": (2, 5, 3, 1, 6), "lanes": (3, 7, 9, 3, 64), "wide": (1, 33, 2, 2, 80)}
 """Batch, rows, heads, heads of keys, features."""
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
 
 pytestmark = pytest.mark.usefixtures("nan_outputs")
 

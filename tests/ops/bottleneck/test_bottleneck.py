@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gradient_cases import ACTIVATIONS, FUNCTIONS
-from numbers_policy import DTYPES, ENOUGH, case_id, same_with_any_threads, short
+from numbers_policy import DTYPES, ENOUGH, case_id, each_dtype, same_with_any_threads, short
 from skips import require
 from test_gradient_needs import assert_saved, saved_by
 from torch import Tensor
@@ -176,7 +176,7 @@ def test_rounded_to_bf16_as_torch_rounds(backend: str, beside: bool) -> None:
     assert torch.equal(y.view(torch.int16), bits)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@each_dtype
 @pytest.mark.parametrize("r", [48, 5, 70])
 def test_a_rows_bits_do_not_depend_on_the_others(backend: str, r: int, dtype: torch.dtype) -> None:
     if not backend.startswith("cpu"):
@@ -194,11 +194,15 @@ def test_single_rows_and_features(backend: str, m: int, k: int, r: int) -> None:
     judge(case | {"dtype": torch.float32, "parameters": "same", "activation": "silu"})
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@each_dtype
 @pytest.mark.parametrize("beside", [False, True])
 def test_an_up_of_zeros_is_the_identity_to_the_bit(backend: str, beside: bool, dtype: torch.dtype) -> None:
+    check_identity(9, beside, dtype)
+
+
+def check_identity(m: int, beside: bool, dtype: torch.dtype) -> None:
     """Signs of zeros and subnormals included, for any signs in the bottleneck."""
-    x = testing.tensor(9, 40, dtype=dtype)
+    x = testing.tensor(m, 40, dtype=dtype)
     x[0] = torch.tensor([0.0, -0.0] * 20)
     x[1, ::3], x[2, ::2], x[3] = 1e-40, -1e-40, -0.0
     residual = x.flip(0) if beside else None

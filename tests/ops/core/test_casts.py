@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from numbers_policy import DTYPES, same_with_any_threads, short
+from numbers_policy import DTYPES, each_dtype, same_with_any_threads, short
 from test_gradient_needs import saved_by
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +21,6 @@ ops = torch.ops.peft_kernels
 half = torch.bfloat16
 N, K, R = 24, 64, 4
 
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
 EDGES = [0.0, -0.0, 1.0 + 2**-8, 1.0 + 3 * 2**-8, 1e-40, 1e38, 3.4e38, float("inf"), float("nan")]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numbers_policy import DTYPES, Result, same_with_any_threads, short
+from numbers_policy import Result, each_dtype, same_with_any_threads
 from skips import require
 
 import peft_kernels as pk
@@ -13,7 +13,6 @@ import testing
 ops = torch.ops.peft_kernels
 
 pytestmark = pytest.mark.usefixtures("nan_outputs")
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
 
 
 @each_dtype

@@ -16,10 +16,7 @@ from peft_kernels.core.backends import cpu
 
 ISAS = [name for name in testing.backend_ids() if name.startswith("cpu-")]
 
-pytestmark = [
-    pytest.mark.usefixtures("nan_outputs"),
-    needs("cpu"),
-]
+pytestmark = [pytest.mark.usefixtures("nan_outputs"), needs("cpu")]
 
 
 @pytest.fixture(params=ISAS)

@@ -22,11 +22,13 @@ from experts_cases import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from lora_cases import each_sum
 from numbers_policy import (
     DTYPES,
     FEATURES,
     assert_within_rounding,
     case_id,
+    each_dtype,
     pairs,
     same_with_any_threads,
     short,
@@ -226,7 +228,7 @@ def test_flags_do_not_change_a_bit(backend: str, base: str) -> None:
             assert torch.equal(got, want) if name in needs else got.shape == (0,), f"needs {needs!r}: {name}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@each_dtype
 def test_a_bad_row_stays_in_its_row(backend: str, dtype: torch.dtype) -> None:
     clean, bad = (ExpertsCase(sizes("uneven", 33, 71, "nested", dtype)) for _ in range(2))
     row, others = 70, [i for i in range(80) if i != 70]  # expert 1's only one
@@ -240,10 +242,6 @@ def test_a_bad_row_stays_in_its_row(backend: str, dtype: torch.dtype) -> None:
             assert torch.equal(got[name][others], want[name][others]), name
     for name in ("da", "db"):
         assert not got[name][1].isfinite().all() and torch.equal(got[name][3], want[name][3]), name
-
-
-SUMS = ((torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.bfloat16, "same"))
-each_sum = pytest.mark.parametrize("dtype,adapter", SUMS, ids=["-".join(map(short, one)) for one in SUMS])
 
 
 @pytest.mark.parametrize("split,base", [("decode", "nested"), ("uneven", "dense"), ("uneven", "nested")])

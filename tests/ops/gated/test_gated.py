@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from gradient_cases import FUNCTIONS
-from numbers_policy import DTYPES, check_odd_addresses, same_with_any_threads, short, transposed
+from numbers_policy import check_odd_addresses, each_dtype, same_with_any_threads, short, transposed
 from torch import Tensor
 
 import peft_kernels as pk
@@ -21,7 +21,6 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "3-d": (2, 3, 17),
 }  # fmt: skip
 
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
 each_activation = pytest.mark.parametrize("activation", FUNCTIONS)
 
 pytestmark = pytest.mark.usefixtures("nan_outputs")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lora_cases import ROWS, check_nf4_linear, check_nf4_linear_dx
-from numbers_policy import DTYPES, FEATURES, case_id, dense64, short
+from numbers_policy import DTYPES, FEATURES, case_id, dense64, each_dtype
 
 import testing
 
@@ -52,7 +52,7 @@ def test_nf4_linear_keeps_leading_dimensions(backend: str, shape: tuple[int, ...
     testing.assert_close(dx, dy @ weight.dequantize(), dy.double() @ dense64(weight))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@each_dtype
 def test_a_bad_row_stays_in_its_row(backend: str, dtype: torch.dtype) -> None:
     weight = testing.nf4_weight(33, 71)
     x = testing.tensor(9, 71, dtype=dtype)

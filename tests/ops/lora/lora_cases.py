@@ -6,8 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
-from numbers_policy import Result, bias_of, check, dense64, once
+from numbers_policy import Result, bias_of, check, dense64, once, short
 from torch import Tensor
 
 import testing
@@ -59,6 +60,9 @@ def check_nf4_linear_dx(case: dict[str, Any]) -> None:
 
 
 SCALING = 1.7
+# Sums differ in these; fp16 is summed like bf16.
+SUMS = ((torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.bfloat16, "same"))
+each_sum = pytest.mark.parametrize("dtype,adapter", SUMS, ids=["-".join(map(short, one)) for one in SUMS])
 
 
 def lora_case(m: int, n: int, k: int, base: str, dtype: torch.dtype) -> dict[str, Any]:

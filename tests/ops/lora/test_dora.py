@@ -13,8 +13,8 @@ from numbers_policy import (
     case_id,
     check_odd_addresses,
     dense64,
+    each_dtype,
     same_with_any_threads,
-    short,
     transposed,
 )
 from torch import Tensor
@@ -24,8 +24,6 @@ from peft_kernels import NF4Weight
 
 ops = torch.ops.peft_kernels
 INF, NAN = float("inf"), float("nan")
-
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
 
 pytestmark = pytest.mark.usefixtures("nan_outputs")
 

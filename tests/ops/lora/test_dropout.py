@@ -7,7 +7,7 @@ from typing import Any
 import philox
 import pytest
 import torch
-from numbers_policy import DTYPES, check_odd_addresses, same_with_any_threads, short, transposed
+from numbers_policy import check_odd_addresses, each_dtype, same_with_any_threads, transposed
 from torch import Tensor
 
 import testing
@@ -15,8 +15,6 @@ import testing
 ops = torch.ops.peft_kernels
 INF, NAN = float("inf"), float("nan")
 SEED = -987654321012345
-
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
 
 pytestmark = pytest.mark.usefixtures("nan_outputs")
 

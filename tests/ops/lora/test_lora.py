@@ -15,6 +15,7 @@ from lora_cases import (
     check_lora_linear_backward,
     check_nf4_linear,
     check_nf4_linear_dx,
+    each_sum,
     lora_case,
 )
 from numbers_policy import DTYPES, FEATURES, assert_within_rounding, case_id, same_with_any_threads, short
@@ -70,9 +71,6 @@ def test_lora_linear_backward(backend: str, case: dict[str, Any]) -> None:
     check_lora_linear_backward(case)
 
 
-# Sums differ in these; fp16 is summed like bf16.
-SUMS = ((torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.bfloat16, "same"))
-each_sum = pytest.mark.parametrize("dtype,adapter", SUMS, ids=["-".join(map(short, one)) for one in SUMS])
 LONG = {"m17-n4096-k64": (17, 4096, 64), "m17-n64-k4096": (17, 64, 4096), "m3000-n32-k48": (3000, 32, 48)}
 
 

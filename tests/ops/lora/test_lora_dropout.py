@@ -9,7 +9,7 @@ import philox
 import pytest
 import torch
 from lora_multi_cases import SCALING, SEED, MultiCase, assert_same, named_gradients, named_outputs
-from numbers_policy import DTYPES, case_id, once, short
+from numbers_policy import DTYPES, case_id, each_dtype, once
 from torch import Tensor
 
 import testing
@@ -96,7 +96,7 @@ def mask_args(
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63), SEED], ids="seed{}".format)
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@each_dtype
 def test_masks_equal_philox(backend: str, dtype: torch.dtype, seed: int) -> None:
     """Stream i for adapter i, bit-equal in forward, dx and dA."""
     m, k, ps = 37, 71, [0.5, 0.25, 0.0, 0.875, 1.0, 2.0**-33]

@@ -16,7 +16,7 @@ from lora_multi_cases import (
     named_gradients,
     named_outputs,
 )
-from numbers_policy import DTYPES, FEATURES, case_id, same_with_any_threads, short
+from numbers_policy import DTYPES, FEATURES, case_id, each_dtype, same_with_any_threads, short
 from torch import Tensor
 
 import testing
@@ -59,7 +59,7 @@ def test_multi_lora_linear_backward(backend: str, case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("groups", ["none", "runs", "alternating"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@each_dtype
 def test_many_rows(backend: str, dtype: torch.dtype, groups: str) -> None:
     """More rows than a kernel takes at once, split within a group."""
     case = multi_case(m=530, k=33, n=40, layers=1, adapters="000", bs=32, dtype=dtype, groups=groups)
@@ -69,7 +69,7 @@ def test_many_rows(backend: str, dtype: torch.dtype, groups: str) -> None:
 
 @pytest.mark.parametrize("base", ["dense", "nested"])
 @pytest.mark.parametrize("groups", ["runs", "alternating", "nobody", "absent"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@each_dtype
 def test_other_groups_rows_are_untouched(backend: str, dtype: torch.dtype, groups: str, base: str) -> None:
     """y and dx are bit-equal to the base alone and h is 0, for any values of the adapter."""
     c = MultiCase(multi_case(m=41, base=base, dtype=dtype, groups=groups, p=0.3))
@@ -97,7 +97,7 @@ def test_other_groups_rows_are_untouched(backend: str, dtype: torch.dtype, group
     assert torch.equal(dx[untouched_everywhere], plain_dx[untouched_everywhere])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@each_dtype
 def test_other_groups_rows_are_not_summed(backend: str, dtype: torch.dtype) -> None:
     """Rows without an adapter reach no adapter's gradient."""
     if backend == "reference":
@@ -148,7 +148,7 @@ def test_same_inputs_same_bits(backend: str, dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True)), "an input was changed"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@each_dtype
 @pytest.mark.parametrize("k", [35, 96])
 def test_many_layers(backend: str, k: int, dtype: torch.dtype) -> None:
     case = multi_case(m=17, k=k, n=32, layers=6, adapters="0123", dtype=dtype, p=0.0)

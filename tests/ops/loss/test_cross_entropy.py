@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loss_cases import IGNORED, defined, labels_of, weight_of, wide
-from numbers_policy import DTYPES, case_id, same_with_any_threads, short
+from numbers_policy import DTYPES, case_id, each_dtype, same_with_any_threads, short
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -28,8 +28,6 @@ SIZES = ((64, 5, 33), (64, 1, 32), (7, 700, 7), (1, 513, 96), (70, 1500, 64), (3
 """Rows, vocabulary, hidden size: about the borders of pieces, of parts and of tasks."""
 
 pytestmark = pytest.mark.usefixtures("nan_outputs")
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
-
 
 CASES = testing.pairwise(
     size=SIZES,

@@ -11,14 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loss_cases import IGNORED, labels_of, weight_of
-from numbers_policy import DTYPES, short
+from numbers_policy import each_dtype
 from torch import Tensor
 
 import peft_kernels as pk
 import testing
 
 pytestmark = pytest.mark.usefixtures("nan_outputs")
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
 
 
 def torchs(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Tensor:

@@ -6,21 +6,12 @@ Shares only the tables with the package.
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
 from peft_kernels.core.code_tables import NF4_CODE, NF4_THRESHOLDS
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
-
-
-def dtype_id(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 
 
 def oracle_codes(scaled: np.ndarray, thresholds: np.ndarray) -> np.ndarray:

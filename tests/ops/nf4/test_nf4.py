@@ -10,16 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nf4_oracle import (
-    DTYPES,
-    assert_same,
-    distinguishing_absmax,
-    dtype_id,
-    each_dtype,
-    oracle_dequantize,
-    oracle_quantize,
-)
-from numbers_policy import same_with_any_threads
+from nf4_oracle import assert_same, distinguishing_absmax, oracle_dequantize, oracle_quantize
+from numbers_policy import DTYPES, each_dtype, same_with_any_threads, short
 from torch import Tensor
 
 import testing
@@ -147,7 +139,7 @@ def test_quantize_shows_nonfinite_values_in_absmax(backend: str, bad: float, dty
         assert_same(packed[whole], want_packed[whole], f"the blocks without it, {bad} at {position}")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 @pytest.mark.parametrize("order", ["ascending bits", "shuffled", "one scale"])
 def test_quantize_every_16_bit_value(backend: str, order: str, dtype: torch.dtype) -> None:
     every = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype)
