@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_damage import change_json, change_tensors
 
 import peft_kernels as pk
 import testing
@@ -70,40 +71,24 @@ def test_rows_training_and_saving(tmp_path: Path) -> None:
         assert testing.relative_error(fresh(ids)[0], want) < 1e-5
 
 
-def edit(**changes: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        about = json.loads((folder / "adapter_config.json").read_text())
-        about["config"].update(changes)
-        (folder / "adapter_config.json").write_text(json.dumps(about))
+def described(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    return lambda folder: change_json(folder / "adapter_config.json", change)
 
-    return change
+
+def edit(**changes: Any) -> Callable[[Path], None]:
+    return described(lambda about: about["config"].update(changes))
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        found = safetensors.load_file(folder / "adapter.safetensors")
-        change(found)
-        safetensors.save_file(found, folder / "adapter.safetensors")
-
-    return damage
+    return lambda folder: change_tensors(folder / "adapter.safetensors", change)
 
 
 def drop(*fields: str) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        about = json.loads((folder / "adapter_config.json").read_text())
-        for field in fields:
-            del about["config"][field]
-        (folder / "adapter_config.json").write_text(json.dumps(about))
-
-    return change
+    return described(lambda about: [about["config"].pop(field) for field in fields])
 
 
 def about(**changes: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        found = json.loads((folder / "adapter_config.json").read_text())
-        (folder / "adapter_config.json").write_text(json.dumps(found | changes))
-
-    return change
+    return described(lambda found: found.update(changes))
 
 
 def compute(model: Any, folder: Path) -> torch.Tensor:
@@ -304,14 +289,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "compressed": (compressed, "pytorch_adapter.bin: expected a file of torch.save, got compressed records"),
     "code": (pickled({"x": Evil()}), r"pytorch_adapter.bin: expected tensors that torch.load\(weights"),
-    "none": (
-        lambda f: (f / "adapter.safetensors").unlink(),
-        "expected adapter.safetensors or pytorch",
-    ),
-    "foreign": (
-        tensors(lambda t: t.update(x=torch.ones(1))),
-        "parameters of adapter .*sample.* only",
-    ),
+    "none": (lambda f: (f / "adapter.safetensors").unlink(), "expected adapter.safetensors or pytorch"),
+    "foreign": (tensors(lambda t: t.update(x=torch.ones(1))), "parameters of adapter .*sample.* only"),
     "other-adapter": (
         tensors(lambda t: t.update({KEY.replace("sample", "other"): torch.ones(32, 4)})),
         "parameters of adapter sample only",

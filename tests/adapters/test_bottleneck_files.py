@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from bottleneck_models import FAMILIES, output, stir
+from checkpoint_damage import change_json, change_tensors
 
 import peft_kernels as pk
 from peft_kernels.adapters import AdapterConfig
@@ -71,30 +72,15 @@ def test_16_bit_parameters(trained: tuple[Any, Path], tmp_path: Path) -> None:
 
 
 def edit(**changes: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        about = json.loads((folder / CONFIG).read_text())
-        about.update(changes)
-        (folder / CONFIG).write_text(json.dumps(about))
-
-    return change
+    return lambda folder: change_json(folder / CONFIG, **changes)
 
 
 def edit_config(**changes: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        about = json.loads((folder / CONFIG).read_text())
-        about["config"].update(changes)
-        (folder / CONFIG).write_text(json.dumps(about))
-
-    return change
+    return lambda folder: change_json(folder / CONFIG, lambda about: about["config"].update(changes))
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        found = safetensors.load_file(folder / WEIGHTS)
-        change(found)
-        safetensors.save_file(found, folder / WEIGHTS)
-
-    return damage
+    return lambda folder: change_tensors(folder / WEIGHTS, change)
 
 
 def truncate(folder: Path) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
-from torch import Tensor
+from checkpoint_damage import change_json
 
 import testing
 from peft_kernels.checkpoints.folder import Checkpoint
@@ -55,10 +52,4 @@ def assert_same_tensors(got: Checkpoint, want: Checkpoint) -> None:
 
 def edit_config(folder: Path, **changes: Any) -> None:
     path = next(folder / name for name in ("adapter_config.json", "config.json") if (folder / name).exists())
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_tensors(file: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
-    tensors = safetensors.torch.load_file(file)
-    edit(tensors)
-    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    change_json(path, **changes)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_damage import INDEX, STATE, Net, tensors, write, write_checkpoint
+from checkpoint_damage import INDEX, STATE, Net, change_json, change_tensors, tensors, write, write_checkpoint
 from fuzz_checkpoints import check_sentence, same, use
 from torch import Tensor, nn
 
@@ -62,12 +62,7 @@ def test_valid_checkpoint_loads(folder: Path) -> None:
 
 
 def edit(change: Callable[[dict[str, Tensor]], Any], file: str = FIRST) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        state = {name: entry.read() for name, entry in read_header(folder / file)[0].items()}
-        change(state)
-        write(folder / file, state)
-
-    return damage
+    return lambda folder: change_tensors(folder / file, change)
 
 
 def replaced(name: str, make: Callable[[Tensor], Tensor], file: str = FIRST) -> Callable[[Path], None]:
@@ -82,15 +77,16 @@ def first_is(value: float) -> Callable[[Tensor], Tensor]:
     return change
 
 
+def edit_blob(state: dict[str, Tensor], **changes: Any) -> None:
+    name = f"up.weight.{STATE}"
+    text = json.dumps(json.loads(bytes(state[name].tolist())) | changes)
+    state[name] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
 def blob(**changes: Any) -> Callable[[Path], None]:
     """Changes fields of up.weight's quant_state JSON."""
 
-    def change(state: dict[str, Tensor]) -> None:
-        name = f"up.weight.{STATE}"
-        text = json.dumps(json.loads(bytes(state[name].tolist())) | changes)
-        state[name] = torch.tensor(list(text.encode()), dtype=torch.uint8)
-
-    return edit(change)
+    return edit(lambda state: edit_blob(state, **changes))
 
 
 def header(change: Callable[[dict[str, Any]], Any], length: Callable[[int], int] | None = None) -> Any:
@@ -117,12 +113,7 @@ def raw(change: Callable[[bytes], bytes], file: str = FIRST) -> Callable[[Path],
 
 
 def index(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        found = json.loads((folder / INDEX).read_text())
-        change(found["weight_map"])
-        (folder / INDEX).write_text(json.dumps(found))
-
-    return damage
+    return lambda folder: change_json(folder / INDEX, lambda found: change(found["weight_map"]))
 
 
 def overlapping(found: dict[str, Any]) -> None:
@@ -239,7 +230,9 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
         UP + r"\.nested_absmax: expected finite scales",
     ),
     "second scales overflow": (
-        edit(lambda state: (first_is(3.4e38)(state["up.weight.nested_absmax"]), set_offset(state, 3e38))),
+        edit(lambda state: (
+            first_is(3.4e38)(state["up.weight.nested_absmax"]), edit_blob(state, nested_offset=3e38)
+        )),
         UP + r"\.nested_absmax: expected scales in the range of float32",
     ),
     "blocksize negative": (blob(blocksize=-64), UP + ": expected blocksize one of .* got -64"),
@@ -261,12 +254,6 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
         "more: (it is in|expected the items)",
     ),
 }  # fmt: skip
-
-
-def set_offset(state: dict[str, Tensor], offset: float) -> None:
-    name = f"up.weight.{STATE}"
-    text = json.dumps(json.loads(bytes(state[name].tolist())) | {"nested_offset": offset})
-    state[name] = torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("case", CASES)

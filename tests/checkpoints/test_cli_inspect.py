@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_damage import INDEX, write, write_checkpoint
+from checkpoint_damage import INDEX, change_json, write, write_checkpoint
 
 import testing
 from peft_kernels.checkpoints.folder import Checkpoint
@@ -70,9 +70,7 @@ def test_every_fault_is_reported(folder: Path, capsys: pytest.CaptureFixture[str
     state["up.weight.nested_absmax"][0] = float("nan")
     state["norm.bias"][:2] = float("inf")
     write(path, state)
-    index = json.loads((folder / INDEX).read_text())
-    index["weight_map"]["ghost"] = path.name
-    (folder / INDEX).write_text(json.dumps(index))
+    change_json(folder / INDEX, lambda index: index["weight_map"].update(ghost=path.name))
     (folder / "config.json").write_text("{}")
     code, report = inspected(folder, capsys)
     assert code == 1

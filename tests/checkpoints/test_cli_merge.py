@@ -138,10 +138,7 @@ def test_unknown_architecture_is_merged_by_names(tmp_path: Path) -> None:
     base, adapter = saved(tiny_llama(), tmp_path / "base"), tmp_path / "adapter"
     adapt(CAUSAL.from_pretrained(base), adapter)
     expected = merged_by_peft(base, adapter, tmp_path / "expected")
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(
-        json.dumps(config | {"model_type": "its_own", "architectures": ["Own"]})
-    )
+    edit_config(base, model_type="its_own", architectures=["Own"])
     done = merge_checkpoint(base, adapter, tmp_path / "out")
     assert "its_own" in done.plan.source
     assert_same_tensors(Checkpoint.open(tmp_path / "out"), expected)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from merge_folders import CAUSAL, adapt, edit_config, edit_tensors, saved
+from checkpoint_damage import change_tensors
+from merge_folders import CAUSAL, adapt, edit_config, saved
 from models import tiny_llama
 
 from peft_kernels.checkpoints import convert
@@ -65,12 +66,12 @@ def base_config(**changes: Any) -> Callable[[Folders], None]:
 
 
 def tensors(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Folders], None]:
-    return lambda folders: edit_tensors(folders.weights, edit)
+    return lambda folders: change_tensors(folders.weights, edit)
 
 
 def base_tensor(name: str, edit: Callable[[Any], Any]) -> Callable[[Folders], None]:
     def change(folders: Folders) -> None:
-        edit_tensors(folders.of_base(name), lambda found: found.update({name: edit(found[name])}))
+        change_tensors(folders.of_base(name), lambda found: found.update({name: edit(found[name])}))
 
     return change
 
@@ -95,7 +96,7 @@ def without_base_tensor(folders: Folders) -> None:
     name = "model.layers.1.self_attn.q_proj.weight"
     file = folders.of_base(name)
     (folders.base / "model.safetensors.index.json").unlink()
-    edit_tensors(file, lambda found: found.pop(name))
+    change_tensors(file, lambda found: found.pop(name))
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -173,7 +174,7 @@ REFUSED: dict[str, tuple[Callable[[Folders], Any], str]] = {
     "new-head": (
         lambda folders: (
             edit_config(folders.adapter, modules_to_save=["score"]),
-            edit_tensors(
+            change_tensors(
                 folders.weights,
                 lambda found: found.update({"base_model.model.score.weight": torch.ones(3, 64)}),
             ),
@@ -183,7 +184,7 @@ REFUSED: dict[str, tuple[Callable[[Folders], Any], str]] = {
     "bias-gone": (
         lambda folders: (
             edit_config(folders.adapter, lora_bias=True),
-            edit_tensors(
+            change_tensors(
                 folders.weights,
                 lambda found: found.update(
                     {key.replace("weight", "bias"): torch.ones(64) for key in list(found) if "lora_B" in key}
@@ -234,7 +235,7 @@ def test_base_without_a_tensor(folders: Folders, tmp_path: Path) -> None:
     """A tensor that the adapter does not change."""
     file = folders.of_base(UP)
     (folders.base / "model.safetensors.index.json").unlink()
-    edit_tensors(file, lambda found: found.pop(UP))
+    change_tensors(file, lambda found: found.pop(UP))
     with pytest.raises(CheckpointError, match=rf"{UP}.*\(--partial merges into what is there\)"):
         merge_checkpoint(folders.base, folders.adapter, tmp_path / "out")
     merge_checkpoint(folders.base, folders.adapter, tmp_path / "out", partial=True)
@@ -304,7 +305,7 @@ def test_damaged_packed_weight(folders: Folders, tmp_path: Path) -> None:
     base = tmp_path / "nf4"
     quantize_checkpoint(folders.base, base, double_quant=False)
     name = f"{DOWN}.absmax"
-    edit_tensors(Checkpoint.open(base).entries[name].path, lambda found: found[name].fill_(NAN))
+    change_tensors(Checkpoint.open(base).entries[name].path, lambda found: found[name].fill_(NAN))
     with pytest.raises(CheckpointError, match=rf"{name}"):
         merge_checkpoint(base, folders.adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
@@ -314,7 +315,9 @@ def test_saved_module_that_is_packed_in_the_base(folders: Folders, tmp_path: Pat
     base = tmp_path / "nf4"
     quantize_checkpoint(folders.base, base)
     edit_config(folders.adapter, modules_to_save=["1.mlp.up_proj"])
-    edit_tensors(folders.weights, lambda found: found.update({f"base_model.model.{UP}": torch.ones(96, 64)}))
+    change_tensors(
+        folders.weights, lambda found: found.update({f"base_model.model.{UP}": torch.ones(96, 64)})
+    )
     with pytest.raises(
         CheckpointError, match=r"up_proj\.weight: expected no replacement of a weight in 4 bits"
     ):
@@ -323,6 +326,6 @@ def test_saved_module_that_is_packed_in_the_base(folders: Folders, tmp_path: Pat
 
 def test_experts_of_an_unknown_architecture(folders: Folders, tmp_path: Path) -> None:
     edit_config(folders.base, model_type="its_own", architectures=["Own"])
-    edit_tensors(folders.weights, renamed(A.replace("q_proj", "experts")))
+    change_tensors(folders.weights, renamed(A.replace("q_proj", "experts")))
     with pytest.raises(CheckpointError, match=r"experts: expected a"):
         merge_checkpoint(folders.base, folders.adapter, tmp_path / "out")

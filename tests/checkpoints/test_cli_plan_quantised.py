@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_damage import change_json
 from plan_measures import SIZES
 
 from peft_kernels.cli.main import main
@@ -24,10 +25,9 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 
 def config(folder: Path, quantization: Any) -> Path:
-    path = folder / "config.json"
     transformers.LlamaConfig(**SIZES).save_pretrained(folder)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
-    return path
+    change_json(folder / "config.json", quantization_config=quantization)
+    return folder / "config.json"
 
 
 @pytest.mark.parametrize("method", OTHERS)

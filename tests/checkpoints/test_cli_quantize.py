@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_damage import change_json
 from fresh_process import Python
 from models import tiny_llama
 
@@ -71,9 +72,13 @@ def tiny_classifier(**_: Any) -> Any:
 
 
 def bnb_config(**changes: Any) -> Any:
-    options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
-               "bnb_4bit_compute_dtype": torch.bfloat16}  # fmt: skip
-    return transformers.BitsAndBytesConfig(**options | changes)
+    import transformers_models
+
+    return transformers_models.bnb_config(**changes)
+
+
+def stored(folder: Path) -> Any:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
 def same_tensors(ours: Path, theirs: Path) -> None:
@@ -104,10 +109,7 @@ def test_equals_transformers_with_bitsandbytes(make: Any, tmp_path: Path) -> Non
     theirs = Auto.from_pretrained(source, quantization_config=bnb_config(**skipped))
     theirs.save_pretrained(tmp_path / "theirs")
     same_tensors(tmp_path / "ours", tmp_path / "theirs")
-    written, expected = (
-        json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
-        for name in ("ours", "theirs")
-    )
+    written, expected = (stored(tmp_path / name) for name in ("ours", "theirs"))
     assert written.keys() == expected.keys()
     assert [key for key in written if written[key] != expected[key]] in ([], ["llm_int8_skip_modules"])
     ours = Auto.from_pretrained(tmp_path / "ours")
@@ -125,7 +127,7 @@ def test_equals_transformers_with_bitsandbytes(make: Any, tmp_path: Path) -> Non
 def test_other_blocksizes_load_in_bitsandbytes(double_quant: bool, source: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     quantize_checkpoint(source, tmp_path / "ours", 128, double_quant)
-    config = json.loads((tmp_path / "ours" / "config.json").read_text())["quantization_config"]
+    config = stored(tmp_path / "ours")
     assert config["bnb_4bit_blocksize"] == 128  # as NF4Config writes it
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     weight = model.model.layers[1].mlp.down_proj.weight
@@ -149,7 +151,7 @@ def test_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     shards = {f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
     others = {"config.json", "generation_config.json", "tokenizer.json", "chat_templates/tool.jinja"}
     assert found == shards | others | {"model.safetensors.index.json"}
-    skipped = json.loads((target / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
+    skipped = stored(target)["llm_int8_skip_modules"]
     assert skipped == ["lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
     assert not list(tmp_path.glob(".*"))
     assert main(["inspect", str(target)]) == 0
@@ -283,9 +285,7 @@ def test_quantised_source_is_refused(source: Path, tmp_path: Path) -> None:
     quantize_checkpoint(source, tmp_path / "once")
     with pytest.raises(CheckpointError, match=r"once: expected a dense model.*bitsandbytes"):
         quantize_checkpoint(tmp_path / "once", tmp_path / "twice")
-    config = json.loads((tmp_path / "once" / "config.json").read_text())
-    del config["quantization_config"]
-    (tmp_path / "once" / "config.json").write_text(json.dumps(config))
+    change_json(tmp_path / "once" / "config.json", lambda config: config.pop("quantization_config"))
     with pytest.raises(CheckpointError, match=r"proj\.weight: expected a dense weight"):
         quantize_checkpoint(tmp_path / "once", tmp_path / "twice")
     assert {path.name for path in tmp_path.iterdir()} == {"source", "once"}
@@ -323,10 +323,7 @@ def test_unknown_architecture_by_names_and_shapes(source: Path, tmp_path: Path) 
     known = quantize_checkpoint(source, tmp_path / "known")
     unknown = tmp_path / "unknown"
     shutil.copytree(source, unknown)
-    config = json.loads((source / "config.json").read_text())
-    (unknown / "config.json").write_text(
-        json.dumps(config | {"model_type": "its_own", "architectures": ["ItsOwnForCausalLM"]})
-    )
+    change_json(unknown / "config.json", model_type="its_own", architectures=["ItsOwnForCausalLM"])
     done = quantize_checkpoint(unknown, tmp_path / "target")
     # k_proj and v_proj of this tiny model, (32, 64), are too small to be recognised.
     small = {name for name in known.choice.quantise if "k_proj" in name or "v_proj" in name}
@@ -342,12 +339,11 @@ def test_head_stays_dense_where_only_the_base_is_known(
     architectures: Any, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Otherwise bitsandbytes' loaders make a 4-bit layer of it, which cannot compute."""
-    config = json.loads((source / "config.json").read_text()) | {"architectures": architectures}
-    (source / "config.json").write_text(json.dumps(config))
+    change_json(source / "config.json", architectures=architectures)
     assert main(["quantize", str(source), str(tmp_path / "target")]) == 0
     text = capsys.readouterr().out
     assert "14 linear layers" in text and "1 left (lm_head): a head, it seems, which LlamaModel lacks" in text
-    written = json.loads((tmp_path / "target" / "config.json").read_text())["quantization_config"]
+    written = stored(tmp_path / "target")
     assert written["llm_int8_skip_modules"] == ["lm_head"]
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "target")

@@ -11,8 +11,8 @@ from typing import Any
 
 import moe_models as moe
 import pytest
-import safetensors.torch
 import torch
+from checkpoint_damage import change_json, change_tensors
 from models import tiny_llama
 from moe_checkpoints import expert_modules, items_of, loaded, saved, stored
 from transformers_models import NF4Config, assert_same_state, read, transformers
@@ -74,16 +74,8 @@ def test_remaining_shards_are_renumbered(tmp_path: Path) -> None:
 
 def test_blocksize_and_skip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(tmp_path / "source", "gpt_oss", torch.bfloat16)
-    options = [
-        "--experts",
-        "--blocksize",
-        "32",
-        "--no-double-quant",
-        "--skip",
-        "layers.1.mlp.experts",
-        "--json",
-    ]
-    assert main(["quantize", str(tmp_path / "source"), str(tmp_path / "ours"), *options]) == 0
+    options = ["--experts", "--blocksize", "32", "--no-double-quant", "--skip", "layers.1.mlp.experts"]
+    assert main(["quantize", str(tmp_path / "source"), str(tmp_path / "ours"), *options, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     names = [f"model.layers.0.mlp.experts.{name}" for name in ("down_proj", "gate_up_proj")]
     assert report["experts"] == names and report["left"][EXPERTS] == "named in skip"
@@ -180,9 +172,7 @@ def test_interrupted_run_resumes(tmp_path: Path) -> None:
 
 
 def changed(source: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    items = items_of(source)
-    change(items)
-    safetensors.torch.save_file(items, source / "model.safetensors", {"format": "pt"})
+    change_tensors(source / "model.safetensors", change)
 
 
 PART = f"{EXPERTS}.2.down_proj.weight"
@@ -251,9 +241,7 @@ def test_models_without_supported_experts(
 
 def test_unknown_architecture(tmp_path: Path) -> None:
     source = saved(tmp_path / "source", "qwen3_moe")
-    config = json.loads((source / "config.json").read_text())
-    unknown = {"model_type": "its_own", "architectures": ["ItsOwn"]}
-    (source / "config.json").write_text(json.dumps(config | unknown))
+    change_json(source / "config.json", model_type="its_own", architectures=["ItsOwn"])
     with pytest.raises(
         CheckpointError, match=r"experts: expected an architecture that transformers knows .*its_own"
     ):

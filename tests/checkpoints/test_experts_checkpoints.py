@@ -8,8 +8,8 @@ from typing import Any
 
 import moe_models as moe
 import pytest
-import safetensors.torch
 import torch
+from checkpoint_damage import change_json, change_tensors
 from moe_checkpoints import items_of, loaded, saved
 from transformers_models import assert_same_state, read
 
@@ -35,9 +35,8 @@ def test_inspect_and_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     other = loaded(tmp_path / "dense", nf4={"blocksize": 32})
     pk.load_checkpoint(other, tmp_path / "4bit")
     assert_same_state(other, model)
-    items = items_of(tmp_path / "4bit")
-    items["model.layers.1.mlp.experts.down_proj.absmax"] = torch.ones(3, dtype=torch.uint8)
-    safetensors.torch.save_file(items, tmp_path / "4bit" / "model.safetensors", {"format": "pt"})
+    damage = {"model.layers.1.mlp.experts.down_proj.absmax": torch.ones(3, dtype=torch.uint8)}
+    change_tensors(tmp_path / "4bit" / "model.safetensors", lambda items: items.update(damage))
     assert main(["inspect", str(tmp_path / "4bit"), "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     (fault,) = report["faults"]
@@ -67,8 +66,7 @@ def test_configuration_without_packed_experts(
     config: Any, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loaded(saved(tmp_path / "dense", "olmoe")).save_pretrained(tmp_path / "4bit")
-    path = tmp_path / "4bit" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
+    change_json(tmp_path / "4bit" / "config.json", quantization_config=config)
     assert main(["inspect", str(tmp_path / "4bit"), "--json"]) == 1
     (fault,) = json.loads(capsys.readouterr().out)["faults"]
     assert sentence in fault
@@ -86,10 +84,10 @@ def test_non_finite_weight(bad: float, tmp_path: Path) -> None:
 
 def test_experts_of_different_shapes(tmp_path: Path) -> None:
     saved(tmp_path, "mixtral")
-    items = items_of(tmp_path)
-    key = next(key for key in items if key.endswith("layers.1.block_sparse_moe.experts.2.w2.weight"))
-    items[key] = items[key][:, :-2].contiguous()
-    safetensors.torch.save_file(items, tmp_path / "model.safetensors", {"format": "pt"})
+    key = next(k for k in items_of(tmp_path) if k.endswith("layers.1.block_sparse_moe.experts.2.w2.weight"))
+    change_tensors(
+        tmp_path / "model.safetensors", lambda items: items.update({key: items[key][:, :-2].contiguous()})
+    )
     name = r"model\.layers\.1\.mlp\.experts\.down_proj\[2\]"
     with pytest.raises(ValueError, match=rf"{name}: expected shape \(64, 128\), got \(64, 126\)"):
         loaded(tmp_path)
@@ -97,8 +95,7 @@ def test_experts_of_different_shapes(tmp_path: Path) -> None:
 
 def test_weight_of_another_shape(tmp_path: Path) -> None:
     saved(tmp_path, "gpt_oss")
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_local_experts": 3}))
+    change_json(tmp_path / "config.json", num_local_experts=3)
     with pytest.raises((ValueError, RuntimeError), match=r"expected shape|mismatched"):
         loaded(tmp_path)
 
@@ -116,9 +113,7 @@ def test_weight_of_another_shape(tmp_path: Path) -> None:
 )
 def test_broken_checkpoint(change: Any, sentence: str, tmp_path: Path) -> None:
     loaded(saved(tmp_path / "dense", "qwen3_moe")).save_pretrained(tmp_path)
-    items = safetensors.torch.load_file(tmp_path / "model.safetensors")
     key = "model.layers.1.mlp.experts.down_proj"
-    change(items, key)
-    safetensors.torch.save_file(items, tmp_path / "model.safetensors", {"format": "pt"})
+    change_tensors(tmp_path / "model.safetensors", lambda items: change(items, key))
     with pytest.raises(ValueError, match=key.replace(".", r"\.") + ".*" + sentence):
         read(tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import struct
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_damage import write
+from checkpoint_damage import change_json, change_tensors, write
 from serving_models import llama, prompt, save_adapter, save_bottleneck
 
 import peft_kernels as pk
@@ -54,11 +53,6 @@ def engine() -> Iterator[Engine]:
     engine.close()
 
 
-def configured(folder: Path, **values: Any) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 def refused(engine: Engine, folder: Path, message: str) -> None:
     """Loading fails; other adapters are still served."""
     with time_limit(10), pytest.raises(ValueError, match=message):
@@ -90,16 +84,16 @@ def test_many_keys_under_one_weight() -> None:
 
 
 def test_backtracking_pattern(engine: Engine, folder: Path) -> None:
-    configured(folder, alpha_pattern={"(.*.*)*.*.*(.*.*)*x": 1})
+    change_json(folder / "adapter_config.json", alpha_pattern={"(.*.*)*.*.*(.*.*)*x": 1})
     with time_limit(10):
         engine.load("good", folder)  # matched in time, and matches no layer
     engine.unload("good")
-    configured(folder, alpha_pattern={r"(.)\1": 1})
+    change_json(folder / "adapter_config.json", alpha_pattern={r"(.)\1": 1})
     refused(engine, folder, r"alpha_pattern: expected names of layers, or patterns of .* got \(.\)")
 
 
 def test_too_many_pattern_steps(engine: Engine, folder: Path) -> None:
-    configured(folder, alpha_pattern={f"((.*)*)*{i}": i for i in range(2000)})
+    change_json(folder / "adapter_config.json", alpha_pattern={f"((.*)*)*{i}": i for i in range(2000)})
     refused(
         engine,
         folder,
@@ -139,9 +133,10 @@ def test_oversized_adapter_header(engine: Engine, folder: Path) -> None:
 
 def test_layer_under_an_alias(engine: Engine, folder: Path) -> None:
     """`model.base_model.x` is `model.x`."""
-    path = folder / "adapter_model.safetensors"
-    state = dict(Checkpoint.open(path))
-    write(path, state | {k.replace(".model.layers", ".base_model.layers"): t for k, t in state.items()})
+    change_tensors(
+        folder / "adapter_model.safetensors",
+        lambda s: s.update({k.replace(".model.layers", ".base_model.layers"): s[k] for k in list(s)}),
+    )
     refused(engine, folder, "base_model.layers.0.* expected a layer of this model")
 
 

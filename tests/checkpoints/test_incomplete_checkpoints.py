@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_damage import write
+from checkpoint_damage import change_json, change_tensors, write
 from models import tiny_llama
+from test_cli_quantize import contents, interrupted
 
 from peft_kernels.checkpoints import convert
 from peft_kernels.checkpoints.convert import quantize_checkpoint
@@ -61,10 +62,7 @@ def inspected(folder: Path, capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    path = folder / "model.safetensors"
-    state = dict(Checkpoint.open(path))
-    change(state)
-    write(path, state)
+    change_tensors(folder / "model.safetensors", change)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -149,13 +147,14 @@ def test_missing_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_incomparable_models_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = saved(tmp_path / "source")
-    config = json.loads((source / "config.json").read_text())
+    config = (source / "config.json").read_text()
     for changes, words in (
         ({"architectures": ["LlamaWithMore"]}, "transformers has no LlamaWithMore"),
         ({"model_type": "unheard-of"}, "unheard-of"),
         ({"quantization_config": {"quant_method": "fp8"}}, "it is quantised by fp8"),
     ):
-        (source / "config.json").write_text(json.dumps(config | changes))
+        (source / "config.json").write_text(config)
+        change_json(source / "config.json", **changes)
         assert main(["inspect", str(source)]) == 0
         text = capsys.readouterr().out
         assert "not compared with an architecture: " in text and words in text
@@ -220,10 +219,6 @@ def test_files_are_synced_before_renaming(tmp_path: Path, monkeypatch: pytest.Mo
 # Interrupted runs
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return saved(tmp_path / "source", max_shard_size="100KB")
@@ -232,19 +227,8 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def partial(source: Path, tmp_path: Path) -> Path:
     """The destination of a run that was interrupted after the first of two shards."""
-    last = next(iter(Checkpoint.open(source).of_file(sorted(source.glob("*.safetensors"))[1])))
-
-    def progress(name: str, nbytes: int) -> None:
-        if name == last:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        quantize_checkpoint(source, tmp_path / "target", progress=progress)
+    interrupted(source, tmp_path / "target")
     return tmp_path / ".target.partial" / "model"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_resumed_run_drops_foreign_files(source: Path, partial: Path, tmp_path: Path) -> None:

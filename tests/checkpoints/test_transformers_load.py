@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from checkpoint_damage import change_json
 from torch import nn
 from transformers_models import (
     MODELS,
@@ -233,8 +234,7 @@ def test_non_finite_weight(bad: float, tmp_path: Path) -> None:
 
 def test_weight_of_another_shape(tmp_path: Path) -> None:
     saved(tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 96}))
+    change_json(tmp_path / "config.json", intermediate_size=96)
     sentence = (
         r"^model\.layers\.0\.mlp\.(down|gate|up)_proj\.weight: expected shape \(\d+, \d+\), got \(\d+, \d+\)$"
     )

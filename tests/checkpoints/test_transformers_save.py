@@ -11,6 +11,8 @@ import models
 import pytest
 import safetensors.torch
 import torch
+from checkpoint_damage import change_json, change_tensors
+from moe_checkpoints import stored
 from torch import nn
 from transformers.core_model_loading import Chunk, WeightConverter
 from transformers_models import (
@@ -34,12 +36,6 @@ import peft_kernels as pk
 from peft_kernels.integrations import transformers as integration
 from peft_kernels.quantize.model import report_of
 from peft_kernels.quantize.transformers import layouts
-
-
-def stored(folder: Path) -> Any:
-    """The quantisation entry of config.json."""
-    return json.loads((folder / "config.json").read_text()).get("quantization_config")
-
 
 # Saved and loaded by this package
 
@@ -316,10 +312,7 @@ def test_dense_checkpoint(tmp_path: Path) -> None:
 )
 def test_other_configuration(change: Any, sentence: str, tmp_path: Path) -> None:
     loaded(saved(tmp_path)).save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    numbers = json.loads(path.read_text())
-    numbers["quantization_config"] |= change
-    path.write_text(json.dumps(numbers))
+    change_json(tmp_path / "config.json", lambda found: found["quantization_config"].update(change))
     with pytest.raises(ValueError, match=sentence):
         read_config(tmp_path)
 
@@ -327,10 +320,7 @@ def test_other_configuration(change: Any, sentence: str, tmp_path: Path) -> None
 def broken(folder: Path, change: Any) -> Path:
     """A checkpoint in 4 bits whose items were edited by `change`."""
     loaded(saved(folder)).save_pretrained(folder)
-    file = folder / "model.safetensors"
-    items = safetensors.torch.load_file(file)
-    change(items)
-    safetensors.torch.save_file(items, file, metadata={"format": "pt"})
+    change_tensors(folder / "model.safetensors", change)
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_damage import change_json, change_tensors
 from serving_models import llama, prompt, save_adapters
 
 import peft_kernels as pk
@@ -115,21 +115,14 @@ Damage = Callable[[Path], None]
 
 
 def _tensors(change: Callable[[dict[str, Any], str], Any]) -> Damage:
-    def damage(folder: Path) -> None:
-        path = folder / "adapter_model.safetensors"
-        state = safetensors.load_file(path)
-        change(state, next(key for key in state if key.endswith("v_proj.lora_A.weight")))
-        safetensors.save_file({key: value.contiguous() for key, value in state.items()}, path)
-
-    return damage
+    return lambda folder: change_tensors(
+        folder / "adapter_model.safetensors",
+        lambda state: change(state, next(key for key in state if key.endswith("v_proj.lora_A.weight"))),
+    )
 
 
 def _config(**values: Any) -> Damage:
-    def damage(folder: Path) -> None:
-        path = folder / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-    return damage
+    return lambda folder: change_json(folder / "adapter_config.json", **values)
 
 
 def _truncate(folder: Path) -> None:
