@@ -76,29 +76,18 @@ def tiny_llama(**overrides: Any) -> Any:
 
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        **{
-            "vocab_size": 128,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        }
-        | overrides
-    )
-    return transformers.LlamaForCausalLM(config)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 64}
+    tokens = {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | tokens | overrides))
 
 
-def pickled(module: nn.Module) -> Any:
-    return pickle.loads(pickle.dumps(module))
+def pickled(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
 
 
-def saved_and_loaded(module: nn.Module) -> Any:
+def saved_and_loaded(value: Any, weights_only: bool = False) -> Any:
     buffer = io.BytesIO()
-    torch.save(module, buffer)
+    torch.save(value, buffer)
     buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
+    return torch.load(buffer, weights_only=weights_only)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import io
 import logging
-import pickle
 from typing import Any
 
+import models
 import moe_models as moe
 import pytest
 import torch
@@ -149,19 +148,11 @@ def test_unsupported_experts_stay_dense_with_a_reason(caplog: pytest.LogCaptureF
 # Copies, state dicts, merges
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("copying", [copy.deepcopy, models.pickled, models.saved_and_loaded])
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
-def test_copies(kind: str, how: str) -> None:
+def test_copies(kind: str, copying: Any) -> None:
     module, given = packed(kind), sample()
-    if how == "deepcopy":
-        copied = copy.deepcopy(module)
-    elif how == "pickle":
-        copied = pickle.loads(pickle.dumps(module))
-    else:
-        buffer = io.BytesIO()
-        torch.save(module, buffer)
-        buffer.seek(0)
-        copied = torch.load(buffer, weights_only=False)
+    copied = copying(module)
     assert type(copied) is type(module) and copied is not module
     assert torch.equal(copied(*given), module(*given))
     copied.down_proj.data += 1
@@ -202,27 +193,18 @@ def _changed(key: str, change: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (
-            _without("down_proj.absmax"),
-            "down_proj.absmax: expected a dense tensor in the state dict",
-        ),
+        (_without("down_proj.absmax"), "down_proj.absmax: expected a dense tensor in the state dict"),
         (_without("down_proj.nested_offset"), "down_proj.nested_offset: expected a dense tensor"),
         (_changed("down_proj", lambda t: t[:-1]), "down_proj: expected number of experts 6, got 5"),
         (_changed("down_proj", lambda t: t[:, :-1]), r"down_proj: expected 3072 bytes for shape \(64, 96\)"),
         (_changed("down_proj", lambda t: t.float()), "down_proj: expected dtype torch.uint8, got torch.fl"),
         (_changed("down_proj.absmax", lambda t: t[:, :-1]), "down_proj.absmax: expected number of blocks"),
-        (
-            _changed("down_proj.nested_absmax", lambda t: -t),
-            "down_proj.nested_absmax: expected finite",
-        ),
+        (_changed("down_proj.nested_absmax", lambda t: -t), "down_proj.nested_absmax: expected finite"),
         (
             _changed("down_proj.nested_offset", lambda t: t * float("nan")),
             "down_proj.nested_offset: expected fin",
         ),
-        (
-            _changed("down_proj.nested_offset", lambda t: t[None]),
-            "down_proj.nested_offset: expected num",
-        ),
+        (_changed("down_proj.nested_offset", lambda t: t[None]), "down_proj.nested_offset: expected num"),
         (lambda state: state.update({"down_proj.more": torch.ones(1)}), "down_proj.more: expected the items"),
         (lambda state: state.update(moe.experts("qwen3_moe").state_dict()), "gate_up_proj: expected dtype"),
     ],

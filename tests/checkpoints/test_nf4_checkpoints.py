@@ -9,17 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from bnb_layers import (
-    SHAPES,
-    bnb,
-    dtype_id,
-    each_dtype,
-    each_nesting,
-    our_layer,
-    quantized,
-    same_state,
-    their_layer,
-)
+from bnb_layers import SHAPES, bnb, our_layer, quantized, same_state, their_layer
+from nf4_weights import dtype_id, each_dtype, each_nesting
 from torch import Tensor
 
 import peft_kernels as pk

@@ -14,15 +14,6 @@ import peft_kernels as pk
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 bnb_functional = bnb.functional
 CPU = torch.device("cpu")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def dtype_id(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-each_nesting = pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
 
 
 def quantized(

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from bnb_layers import DTYPES, bnb_functional, quantized, their_layer
+from bnb_layers import bnb_functional, quantized, their_layer
 from nf4_oracle import oracle_dequantize, oracle_quantize
+from nf4_weights import DTYPES
 from torch import Tensor
 
 import peft_kernels as pk

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bnb_layers import bnb, bnb_functional, dtype_id, each_dtype, each_nesting, quantized, their_layer
+from bnb_layers import bnb, bnb_functional, quantized, their_layer
 from nf4_oracle import assert_same, oracle_dequantize, oracle_quantize
+from nf4_weights import dtype_id, each_dtype, each_nesting
 from torch import Tensor
 
 import peft_kernels as pk

@@ -4,17 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bnb_layers import (
-    CPU,
-    SHAPES,
-    bnb,
-    bnb_functional,
-    dtype_id,
-    each_dtype,
-    each_nesting,
-    quantized,
-    their_layer,
-)
+from bnb_layers import CPU, SHAPES, bnb, bnb_functional, quantized, their_layer
+from nf4_weights import dtype_id, each_dtype, each_nesting
 
 import peft_kernels as pk
 import testing

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-from pathlib import Path
 from typing import Any
 
 import models
@@ -142,57 +140,6 @@ def test_quantisation_flags_follow_the_layers(where: str) -> None:
     assert b"peft_kernels" not in pickle.dumps(base)
 
 
-def test_save_pretrained(tmp_path: Path) -> None:
-    llama().save_pretrained(tmp_path)
-    assert {"model.safetensors", "config.json"} <= set(os.listdir(tmp_path))
-
-
-def arguments(tmp_path: Path, **options: Any) -> dict[str, Any]:
-    return {
-        "output_dir": str(tmp_path),
-        "max_steps": 2,
-        "report_to": [],
-        "use_cpu": True,
-        "per_device_train_batch_size": 2,
-        "save_strategy": "no",
-        **options,
-    }
-
-
-@pytest.mark.slow
-def test_trainer(tmp_path: Path) -> None:
-    model = peft.prepare_model_for_kbit_training(llama())
-    model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
-    data = [{"input_ids": list(range(10)), "labels": list(range(10))}] * 4
-    args = transformers.TrainingArguments(**arguments(tmp_path, bf16=True))
-    trainer = transformers.Trainer(model=model, args=args, train_dataset=data)
-    args._n_gpu = 2
-    assert trainer._wrap_model(model) is model, "DataParallel of a quantised model"
-    args._n_gpu = 0
-    assert 0 < trainer.train().training_loss < 20
-
-
-@pytest.mark.slow
-def test_accelerate() -> None:
-    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
-    model = llama()
-    prepared = accelerate.Accelerator(cpu=True).prepare(model)
-    assert prepared is model
-    dispatched = accelerate.dispatch_model(model, {"": "cpu"})
-    assert dispatched is model and not hasattr(model.model.layers[0].mlp, "_hf_hook")
-
-
-@pytest.mark.slow
-def test_trl_prepares_a_quantised_model(tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl", reason="TRL is not installed")
-    utils = pytest.importorskip("trl.experimental.utils", reason="this TRL has no prepare_peft_model there")
-    args = trl.SFTConfig(**arguments(tmp_path, bf16=True, gradient_checkpointing=True))
-    model = utils.prepare_peft_model(llama(), peft.LoraConfig(target_modules="all-linear"), args)
-    assert model.base_model.model.is_gradient_checkpointing
-    weights = [p for p in model.parameters() if isinstance(p, pk.NF4Weight)]
-    assert len(weights) == 14 and not any(w.is_dense or w.dtype != torch.bfloat16 for w in weights)
-
-
 # Heads
 
 
@@ -243,37 +190,6 @@ def test_heads_by_structure_and_by_class_attributes() -> None:
     assert sum("_keep_in_fp32_modules" in reason for reason in left.values()) == 4  # wo
     full = pk.quantize_model(build("t5"), skip=())
     assert "classification_head.dense" in packed_layers(full) and not report_of(full).left  # type: ignore[union-attr]
-
-
-@pytest.mark.slow
-def test_reward_trainer(tmp_path: Path) -> None:
-    """In bf16: TRL casts the adapters of every 4-bit model to it."""
-    trl = pytest.importorskip("trl", reason="TRL is not installed")
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
-    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, 128)}}
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>")),
-        pad_token="<pad>",
-        eos_token="<eos>",
-    )
-    config = transformers.LlamaConfig(**ENCODER, num_labels=1)
-    model = pk.quantize_model(transformers.AutoModelForSequenceClassification.from_config(config))
-    pairs = {"chosen": [2, 3, 4, 5], "rejected": [2, 3, 9]}
-    columns = {f"{k}{end}": [v] * 4 for k, v in pairs.items() for end in ("_ids", "_input_ids")}
-    trainer = trl.RewardTrainer(
-        model=model,
-        args=trl.RewardConfig(**arguments(tmp_path, bf16=True)),
-        processing_class=tokenizer,
-        train_dataset=datasets.Dataset.from_dict(columns),
-        peft_config=peft.LoraConfig(
-            task_type="SEQ_CLS", target_modules=["q_proj", "v_proj"], modules_to_save=["score"]
-        ),
-    )
-    score = trainer.model.base_model.model.score.modules_to_save["default"].weight
-    before = score.clone()
-    assert 0 < trainer.train().training_loss < 5 and not torch.equal(score, before)
-    assert not any(p.is_dense for p in trainer.model.parameters() if isinstance(p, pk.NF4Weight))
 
 
 # Conv1D and FalconLinear

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,6 @@ def model(seed: int = 0) -> Any:
 
 def x() -> Tensor:
     return testing.tensor(3, 64, dtype=torch.bfloat16)
-
-
-def saved(value: Any, weights_only: bool) -> Any:
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=weights_only)
 
 
 def test_share_memory() -> None:
@@ -64,20 +56,17 @@ def test_weights_only(merged: bool) -> None:
     net, delta = model(), torch.ones(128, 64, dtype=torch.bfloat16)
     if merged:
         net.q.weight.data += delta
-    got = saved({"q": net.q.weight}, weights_only=True)["q"]
+    got = models.saved_and_loaded({"q": net.q.weight}, weights_only=True)["q"]
     assert isinstance(got, pk.NF4Weight) and isinstance(got, nn.Parameter) and not got.requires_grad
     assert torch.equal(got.dequantize(), net.q.weight.dequantize()) and got.is_merged == merged
     if merged:
         got.data -= delta
     assert not got.is_dense
     fresh = model(seed=1)
-    assert not fresh.load_state_dict(saved(model().state_dict(), weights_only=True)).missing_keys
+    assert not fresh.load_state_dict(
+        models.saved_and_loaded(model().state_dict(), weights_only=True)
+    ).missing_keys
     assert torch.equal(fresh(x()), model()(x()))
-
-
-def test_pickled_model() -> None:
-    net = model()
-    assert torch.equal(saved(net, weights_only=False)(x()), net(x()))
 
 
 def test_safetensors(tmp_path: Path) -> None:
@@ -100,18 +89,6 @@ def test_from_the_meta_device(assign: bool) -> None:
     assert torch.equal(empty(x()), net(x())) and not empty.q.weight.is_dense
     empty.q.weight.data += 1
     assert not net.q.weight.is_dense
-
-
-@pytest.mark.parametrize("how", ["half", "bfloat16", "float"])
-def test_nominal_dtype_changes(how: str) -> None:
-    net = model()
-    packed = net.q.weight.packed.clone()
-    getattr(net, how)()
-    dtype = getattr(torch, {"half": "float16", "float": "float32"}.get(how, how))
-    assert net.q.weight.dtype == net.q.bias.dtype == dtype and torch.equal(net.q.weight.packed, packed)
-    assert net(x().to(dtype)).dtype == dtype
-    other = model().to(dtype)
-    assert other.q.weight.dtype == dtype and torch.equal(other(x().to(dtype)), net(x().to(dtype)))
 
 
 def test_fp64_is_computed_densely() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
+import models
 import pytest
 import torch
 from torch import nn
@@ -15,10 +15,6 @@ import testing
 from peft_kernels.nn import LoRALinear, NF4Linear, NF4LoRALinear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def pickled(module: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(module))
 
 
 def linear(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
@@ -197,7 +193,7 @@ def test_loading_another_shape_is_refused() -> None:
         layer.load_state_dict(NF4Linear.from_linear(nn.Linear(48, 100)).state_dict())
 
 
-@pytest.mark.parametrize("copying", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("copying", [copy.deepcopy, models.pickled], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 def test_copies_are_independent(kind: str, copying: object) -> None:
     layer, x = adapted(kind, torch.float32), testing.tensor(2, 100)
@@ -221,15 +217,6 @@ def test_compiles_without_graph_breaks(kind: str) -> None:
     layer.zero_grad()
     layer(x).sum().backward()
     assert torch.equal(got, layer.lora_A.grad)
-
-
-def test_to_changes_the_nominal_dtype_and_keeps_the_bits() -> None:
-    layer = NF4Linear.from_linear(linear(torch.bfloat16))
-    packed = layer.weight.packed.clone()
-    layer.to(torch.float32)
-    assert isinstance(layer.weight, pk.NF4Weight) and layer.weight.dtype == torch.float32
-    assert torch.equal(layer.weight.packed, packed) and layer.bias.dtype == torch.float32
-    assert layer(testing.tensor(2, 100)).dtype == torch.float32
 
 
 def test_autocast_computes_in_its_dtype() -> None:
@@ -285,7 +272,7 @@ def test_compute_dtype_is_kept() -> None:
     layer.load_state_dict(other.state_dict())
     kept = [
         copy.deepcopy(layer),
-        pickled(layer),
+        models.pickled(layer),
         layer.float(),
         NF4Linear.from_linear(layer, compute_dtype=torch.float16),
     ]

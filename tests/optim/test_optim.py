@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
 from collections.abc import Callable
@@ -211,14 +210,6 @@ def test_distributed_checkpoint(tmp_path: Any) -> None:
     dcp.load(found, checkpoint_id=tmp_path, no_dist=True)
     set_state_dict(resumed, other, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
     assert train(resumed, other, range(5, 10)) == train(model, optimizer, range(5, 10))
-
-
-def test_copied_model_and_optimizer_resume() -> None:
-    model = Model()
-    optimizer = pk.optim.AdamW8bit(model.parameters(), rounding="kahan")
-    train(model, optimizer, range(3))
-    copied, other = copy.deepcopy((model, optimizer))
-    assert train(copied, other, range(3, 6)) == train(model, optimizer, range(3, 6))
 
 
 def test_model_to() -> None:

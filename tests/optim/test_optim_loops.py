@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import gc
-import io
-import pickle
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
+import models
 import pytest
 import torch
 from optim_models import Model, assert_near, train
@@ -47,16 +47,13 @@ def test_step_in_a_compiled_loop() -> None:
     assert not graphs
 
 
-@pytest.mark.parametrize("way", ["pickle", "torch.save"])
-def test_pickled_with_its_model(way: str) -> None:
+@pytest.mark.parametrize("copying", [copy.deepcopy, models.pickled, models.saved_and_loaded])
+def test_copied_with_its_model(copying: Any) -> None:
     model = Model()
     optimizer = pk.optim.AdamW8bit(model.parameters(), rounding="kahan", max_grad_norm=1.0)
     optimizer.override_config(model.b, "lr", 3e-3)
     train(model, optimizer, range(2))
-    file = io.BytesIO()
-    (pickle.dump if way == "pickle" else torch.save)((model, optimizer), file)
-    file.seek(0)
-    copied, other = pickle.load(file) if way == "pickle" else torch.load(file, weights_only=False)
+    copied, other = copying((model, optimizer))
     assert train(copied, other, range(2, 5)) == train(model, optimizer, range(2, 5))
 
 
@@ -83,15 +80,15 @@ def test_tensor_learning_rate(schedule: str) -> None:
         "OneCycleLR": {"max_lr": 3e-3, "total_steps": 10},
         "ReduceLROnPlateau": {"patience": 0},
     }[schedule]
-    models = Model(), Model()
-    for model, lr in zip(models, (1e-3, torch.tensor(1e-3)), strict=True):
+    pair = Model(), Model()
+    for model, lr in zip(pair, (1e-3, torch.tensor(1e-3)), strict=True):
         optimizer = pk.optim.AdamW8bit(model.parameters(), lr=lr)
         scheduler = getattr(torch.optim.lr_scheduler, schedule)(optimizer, **options)
         for step in range(4):
             train(model, optimizer, range(step, step + 1))
             scheduler.step(*[1.0] if schedule == "ReduceLROnPlateau" else [])
-    assert_near(*models, 1e-7)
-    assert (models[0].a - Model().a).abs().max() > 1e-3
+    assert_near(*pair, 1e-7)
+    assert (pair[0].a - Model().a).abs().max() > 1e-3
 
 
 def test_groups_that_change_between_steps() -> None:

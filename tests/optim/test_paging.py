@@ -273,9 +273,7 @@ def test_captured_or_failed_step_changes_nothing() -> None:
             resume(params, optimizer, range(1, 2))
         streams.capturing = False
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                streams, "empty", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none left"))
-            )
+            patch.setattr(streams, "empty", out_of_memory)
             with pytest.raises(torch.OutOfMemoryError):
                 resume(params, optimizer, range(1, 2))
         streams.drain()
