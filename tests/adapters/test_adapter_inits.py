@@ -1,4 +1,4 @@
-"""Adapters with other initialisations than LoRA's default, and trained biases: patched as unpatched."""
+"""Adapters with other initialisations than LoRA's default: patched as unpatched."""
 
 from __future__ import annotations
 
@@ -62,10 +62,6 @@ INITIALISED: dict[str, Callable[[], Any]] = {
         for init in ("pissa", "pissa_niter_4", "olora", "gaussian", "orthogonal")
     },
     "eva": lambda: config(init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0)),
-    "rslora": lambda: config(use_rslora=True),
-    "bias-lora-only": lambda: config(bias="lora_only"),
-    "bias-all": lambda: config(bias="all"),
-    "lora-bias": lambda: config(lora_bias=True),
 }
 
 
@@ -81,7 +77,7 @@ def compare_from_the_start(model: Any, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("init", INITIALISED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.filterwarnings("ignore:.*lora_bias=True.*has no bias", "ignore:.*eva initialization")
+@pytest.mark.filterwarnings("ignore:.*eva initialization")
 def test_initialised_adapters(dtype: torch.dtype, init: str) -> None:
     model = peft.get_peft_model(models.base_model("dense", dtype), INITIALISED[init]())
     if init == "eva":
@@ -135,14 +131,6 @@ def test_corda(base: str, method: str) -> None:
     corda.preprocess_corda(model, lora, run_model=run)
     model = peft.get_peft_model(model, lora)
     assert testing.relative_error(model(inputs()), before) < 1e-4
-    compare_from_the_start(model, torch.float32)
-
-
-@pytest.mark.parametrize("option", ["bias-lora-only", "bias-all", "lora-bias"])
-@pytest.mark.parametrize("base", ["nf4", "bnb"])
-@pytest.mark.filterwarnings("ignore:.*lora_bias=True.*has no bias")
-def test_trained_biases_over_4_bit_weights(base: str, option: str) -> None:
-    model = peft.get_peft_model(models.base_model(base), INITIALISED[option]())
     compare_from_the_start(model, torch.float32)
 
 

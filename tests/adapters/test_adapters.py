@@ -127,18 +127,6 @@ def test_adding_and_deleting_adapters_while_patched() -> None:
     assert pk.unpatch(model) == 2
 
 
-@pytest.mark.parametrize("base", ["dense", "nf4"])  # PEFT's merge into bitsandbytes' weights is lossy
-def test_merging_several_adapters(base: str) -> None:
-    model, x = adapted(base), inputs()
-    pk.patch(model)
-    activate(model, ["one", "two"])
-    y = model(x)
-    model.merge_adapter(["one", "two"])
-    assert testing.relative_error(model(x), y) < 1e-5
-    model.unmerge_adapter()
-    assert testing.relative_error(model(x), y) < 1e-5
-
-
 def test_weighted_sums_of_adapters() -> None:
     """add_weighted_adapter writes the new adapter while the model is patched."""
     model = adapted(all={"target_modules": ["q", "o"]})
@@ -229,26 +217,7 @@ def test_reference_logits_within_a_step(base: str, reference: str) -> None:
     assert_fused(report)
 
 
-# Duplicate names
-
-
-def test_duplicate_adapter_name_raises() -> None:
-    model, x = adapted(), inputs()
-    pk.patch(model)
-    before, y = copy.deepcopy(model.state_dict()), model(x)
-    for options in ({}, {"r": 4}, {"target_modules": ["q"]}):
-        with pytest.raises(ValueError, match="Adapter with name 'two' already exists"):
-            model.add_adapter("two", config(**options))
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert torch.equal(model(x), y)
-
-
-def test_peft_set_adapter_refuses_a_list() -> None:
-    model = adapted()
-    pk.patch(model)
-    with pytest.raises(TypeError, match="unhashable"):
-        model.set_adapter(["one", "one"])
-    assert model.active_adapters == ["one"]
+# Names
 
 
 @pytest.mark.parametrize("base", models.BASES)
