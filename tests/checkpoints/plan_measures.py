@@ -15,15 +15,8 @@ import testing
 from peft_kernels.cli import memory
 from peft_kernels.cli.sizes import Model, Run
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 176,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
+SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
 BATCH, SEQ, RANK = 2, 48, 8
 
 
@@ -36,6 +29,13 @@ def measured_activations(model: Any, vocabulary: int = SIZES["vocab_size"]) -> i
     """Bytes saved for backward, without the log-softmax of the loss."""
     total = testing.saved_bytes(lambda: loss_of(model), [*model.parameters(), *model.buffers()])
     return total - BATCH * SEQ * vocabulary * 4
+
+
+def enable_checkpointing(model: Any) -> None:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if base is not model:
+        model.enable_input_require_grads()
 
 
 def relative_difference(planned: float, measured: float) -> float:

@@ -13,6 +13,7 @@ from plan_measures import (
     RANK,
     SEQ,
     SIZES,
+    enable_checkpointing,
     loss_of,
     measured_activations,
     planned_to_measured_peak,
@@ -83,15 +84,8 @@ def trainable(
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         method = "qlora"
     if method in ("lora", "qlora", "dora"):
-        model = peft.get_peft_model(
-            model,
-            peft.LoraConfig(
-                r=RANK,
-                target_modules=targets or "all-linear",
-                task_type="CAUSAL_LM",
-                use_dora=method == "dora",
-            ),
-        )
+        options = {"r": RANK, "target_modules": targets or "all-linear", "task_type": "CAUSAL_LM"}
+        model = peft.get_peft_model(model, peft.LoraConfig(**options, use_dora=method == "dora"))
         pk.patch(model)
     elif method == "prefix":
         model = peft.get_peft_model(
@@ -226,10 +220,7 @@ def test_checkpointing(method: str) -> None:
     """Checkpoints of the forward, and activations of one layer as the difference between two depths."""
     model, run = plan_model("llama"), Run(method, BATCH, SEQ, **OPTIONS)
     real = trainable("llama", method)
-    base = real if method == "full" else real.get_base_model()
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if method != "full":
-        real.enable_input_require_grads()
+    enable_checkpointing(real)
     # cos and sin live in a closure, which hooks cannot see.
     rotary = 2 * SEQ * (SIZES["hidden_size"] // SIZES["num_attention_heads"]) * 2
     assert relative_difference(memory.checkpoints(model, run), measured_activations(real) + rotary) < 0.1
@@ -249,10 +240,7 @@ def test_peak(method: str, vocabulary: int, checkpointing: bool) -> None:
     model, run = plan_model("llama", **changes), Run(method, batch, seq, **OPTIONS)
     real = trainable("llama", method, **changes)
     if checkpointing:
-        base = real if method == "full" else real.get_base_model()
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if method != "full":
-            real.enable_input_require_grads()
+        enable_checkpointing(real)
     assert 0.9 < planned_to_measured_peak(real, model, run, checkpointing) < 1.2
 
 

@@ -13,6 +13,7 @@ from plan_measures import (
     RANK,
     SEQ,
     SIZES,
+    enable_checkpointing,
     measured_activations,
     planned_to_measured_peak,
     relative_difference,
@@ -102,9 +103,7 @@ def test_peak(checkpointing: bool) -> None:
     model, run = plan_model("qwen3_moe"), Run("qlora", batch, seq, RANK, experts=True)
     real = trainable("qwen3_moe", True)
     if checkpointing:
-        options = {"use_reentrant": False}
-        real.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        real.enable_input_require_grads()
+        enable_checkpointing(real)
     assert 0.9 < planned_to_measured_peak(real, model, run, checkpointing) < 1.2
 
 

@@ -128,17 +128,10 @@ def make_model(folder: Path) -> None:
     tokenizer: Any = transformers.PreTrainedTokenizerFast(
         tokenizer_object=model, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     )
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=128,  # whole blocks for each of two processes
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+    sizes = {"hidden_size": 128, "intermediate_size": 256}  # whole blocks for each of two processes
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"vocab_size": len(vocabulary), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = transformers.LlamaConfig(**sizes, **heads, **tokens)
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -148,17 +141,9 @@ def make_mixture(folder: Path) -> None:
     """A Qwen3-MoE of two layers, as the pages' "my-mixture"."""
     import transformers
 
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=64,
-        hidden_size=64,
-        moe_intermediate_size=32,
-        num_experts=4,
-        num_experts_per_tok=2,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-    )
+    sizes = {"vocab_size": 64, "hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
+    config = transformers.Qwen3MoeConfig(**sizes, **heads, num_experts=4, num_experts_per_tok=2)
     torch.manual_seed(0)
     transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 

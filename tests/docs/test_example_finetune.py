@@ -67,9 +67,9 @@ for package in ("transformers", "peft", "accelerate", "rich"):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a two-layer Llama, a word-level tokenizer (model/) and pairs for it (pairs.jsonl)."""
-    import torch
+    from models import tiny_llama
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("tiny")
     words = [f"w{i}" for i in range(60)]
@@ -79,20 +79,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
     ).save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            pad_token_id=0,
-            eos_token_id=1,
-        )
-    ).save_pretrained(folder / "model")
+    tokens = {"vocab_size": len(vocabulary), "pad_token_id": 0, "eos_token_id": 1}
+    tiny_llama(**tokens).save_pretrained(folder / "model")
     with (folder / "pairs.jsonl").open("w") as file:
         for i in range(60):
             prompt = " ".join(words[(i + j) % 60] for j in range(2 + i % 5))
