@@ -22,6 +22,11 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Case = Callable[[Path], None]
+MARKS = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed"),
+]
+"""For modules whose tests start processes."""
 
 PRELOADED = [
     *("pytest", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch._dynamo"),
@@ -127,6 +132,11 @@ def _run_cases(rank: int, ranks: int, port: int, folder: str, cases: Sequence[Ca
         errors[case.__name__] = ""
     queue.put((rank, errors))
     dist.destroy_process_group()
+
+
+def whole(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Gathers those that are sharded."""
+    return {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in tensors.items()}
 
 
 class Sent(TorchDispatchMode):

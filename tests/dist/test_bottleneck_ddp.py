@@ -9,16 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from bottleneck_models import FAMILIES, stir
-from ranks import found_by_rank, free_port
+from ranks import MARKS, found_by_rank, free_port
 from torch import nn
 
 import peft_kernels as pk
 
 adapters = pk.adapters
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed"),
-]
+pytestmark = MARKS
 NAMES = ["a", "b", "a", "b"]
 
 

@@ -14,7 +14,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Sent, rank_tests
+from ranks import MARKS, Sent, rank_tests
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,10 +23,7 @@ import testing
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed"),
-]
+pytestmark = MARKS
 NEAR_NOTHING = 2048
 """Bytes of the fingerprints and of what DDP itself compares."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import assert_no_errors, errors_by_rank, rank_tests
+from ranks import MARKS, assert_no_errors, errors_by_rank, rank_tests
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -25,10 +25,7 @@ peft = pytest.importorskip("peft", reason="adapters are PEFT's, and it is not in
 if not hasattr(transformers.PreTrainedModel, "_resolve_parallel_plans"):
     pytest.skip("transformers is older than 5.24", allow_module_level=True)
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed"),
-]
+pytestmark = MARKS
 
 WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 IDS = torch.arange(3, 23).view(2, 10)

@@ -11,6 +11,8 @@ import peft
 import pytest
 import torch
 import transformers
+from flow_checks import assert_near
+from peft_models import trained_values
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -33,18 +35,15 @@ def llama(base: str = "dense", dtype: torch.dtype = torch.float32, **overrides: 
     return model
 
 
-def bnb_llama(folder: Path, **options: Any) -> Any:
+def bnb_llama(folder: Path) -> Any:
     """The same Llama loaded as in tutorials: `from_pretrained` with a BitsAndBytesConfig."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     llama(dtype=torch.bfloat16).save_pretrained(folder)
     config = transformers.BitsAndBytesConfig(
-        **{
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": torch.bfloat16,
-        }
-        | options
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
     )
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"}
@@ -114,28 +113,59 @@ def ids(seed: int = 1, rows: int = 4, length: int = 10, vocabulary: int = VOCABU
     return torch.randint(3, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def words(row: Tensor) -> str:
-    return " ".join(f"w{i}" for i in row.tolist())
+def words(row: Tensor | list[int]) -> str:
+    return " ".join(f"w{int(i)}" for i in row)
 
 
 def arguments(kind: Any, folder: Path, steps: int, **more: Any) -> Any:
     """Arguments of a Trainer of transformers or TRL: constant learning rate, every step logged, nothing
     saved."""
-    defaults = {
-        "output_dir": str(folder),
-        "max_steps": steps,
-        "logging_steps": 1,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 5e-3,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "seed": 0,
-    }
-    return kind(**defaults | more)
+    defaults = {"output_dir": str(folder), "max_steps": steps, "per_device_train_batch_size": 2, "seed": 0}
+    defaults |= {"learning_rate": 5e-3, "lr_scheduler_type": "constant", "bf16": False, "use_cpu": True}
+    quiet = {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    return kind(**defaults | quiet | more)
+
+
+def rows_of(batches: int = 2) -> list[dict[str, Tensor]]:
+    """A data set for language models: the rows of `ids(0)`, `ids(1)`, ..."""
+    return [{"input_ids": row, "labels": row} for i in range(batches) for row in ids(i)]
+
+
+def trainer(model: Any, folder: Path, steps: int, data: Any = None, given: Any = None, **more: Any) -> Any:
+    """A Trainer of transformers with `arguments(**more)` and `given`, on `rows_of()` by default."""
+    options = arguments(transformers.TrainingArguments, folder, steps, **more)
+    data = rows_of() if data is None else data
+    return transformers.Trainer(model=model, args=options, train_dataset=data, **given or {})
+
+
+def logged(trainer: Any, key: str = "loss") -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def assert_same_logs(got: Any, want: Any) -> None:
+    """All logged values of two trainers except times, and the trained adapters."""
+    for one, other in zip(got.state.log_history, want.state.log_history, strict=True):
+        assert one.keys() == other.keys()
+        for key in one.keys() - {k for k in one if "time" in k or "per_second" in k}:
+            assert one[key] == pytest.approx(other[key], rel=2e-4, abs=2e-5), key
+    assert_near(*(trained_values(each.model) for each in (got, want)), bound=1e-3)
+
+
+def in_fp32(trainer: Any) -> Any:
+    """Casts adapters to fp32: TRL makes those of a 4-bit model bf16, where one rounding changes the
+    samples."""
+    for p in trainer.model.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data
+    return trainer
+
+
+class Logits(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(input_ids=tokens, use_cache=False).logits
 
 
 class Tokens:

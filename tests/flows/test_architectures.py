@@ -63,9 +63,6 @@ OTHERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     ),
 }
 
-NOT_FUSED: dict[str, str] = {}
-"""Families with LoRA layers that are not fused, and the reason in the report."""
-
 NO_TRUTH = {"xglm"}
 """Families that do not run in fp64 and are compared with stock."""
 
@@ -157,9 +154,6 @@ def test_patched_as_stock(name: str, base: str, adapter: str) -> None:
 
     assert_same_numbers(sample, 1e-3)
     report = reports[0]
-    if name in NOT_FUSED:
-        assert NOT_FUSED[name] in str(report)
-    else:
-        assert not lora_layers(model) - fused_layers(report), str(report)
+    assert not lora_layers(model) - fused_layers(report), str(report)
     assert not layer_fallbacks(report), str(report)
     assert all(dora and "DoRA" in reason for reason in block_fallbacks(report)), str(report)

@@ -4,7 +4,6 @@ The truth is unpatched in fp64."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import torch
 import transformers
 from flow_checks import Calls, assert_near, layer_fallbacks
-from flow_models import adapted, arguments, ids, in_fp64, llama, tokenizer, words
+from flow_models import adapted, ids, in_fp64, llama
 from peft_models import gradients
 from torch import Tensor, nn
 
@@ -93,6 +92,13 @@ def batch(name: str, dtype: torch.dtype, side: str = "right") -> dict[str, Tenso
     return {"input_ids": tokens * there, "attention_mask": there, "labels": labels}
 
 
+def assert_near_truth(got: dict[str, Tensor], model: Any, step: Callable[[Any], dict[str, Tensor]]) -> None:
+    """Unpatches the model."""
+    pk.unpatch(model)
+    model.set_attn_implementation("sdpa")
+    assert_near(got, step(truth_of(model)), 1e-3)
+
+
 def results(name: str, model: Any) -> dict[str, Tensor]:
     """Loss, logits and gradients of a step, and generated tokens, greedily and by beam search."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -151,9 +157,7 @@ def test_padding_free_batches(name: str) -> None:
     assert calls.counts["attention"] == 2
     alone = torch.cat([model(input_ids=text[None]).logits for text in texts], 1)
     assert_near({"alone": got["logits"]}, {"alone": alone}, 1e-4)
-    pk.unpatch(model)
-    model.set_attn_implementation("sdpa")
-    assert_near(got, step(truth_of(model)), 1e-3)
+    assert_near_truth(got, model, step)
     assert not report.original
 
 
@@ -185,9 +189,7 @@ def test_rewards() -> None:
     got = step(model)
     assert any("score" in key for key in got) and not report.original
     assert "loss=True: this model contains no model of transformers" in str(report)
-    pk.unpatch(model)
-    model.set_attn_implementation("sdpa")
-    assert_near(got, step(truth_of(model)), 1e-3)
+    assert_near_truth(got, model, step)
 
 
 def test_embeddings() -> None:
@@ -209,9 +211,7 @@ def test_embeddings() -> None:
 
     got = step(model)
     assert len(report.fused) == 14 and not report.original
-    pk.unpatch(model)
-    model.set_attn_implementation("sdpa")
-    assert_near(got, step(truth_of(model)), 1e-3)
+    assert_near_truth(got, model, step)
 
 
 def test_options_without_matches_are_reported() -> None:
@@ -220,30 +220,3 @@ def test_options_without_matches_are_reported() -> None:
     assert "loss=True" not in report
     report = str(pk.patch(nn.Linear(4, 4), loss=True))
     assert "loss=True: this model contains no model of transformers" in report and "block=True" not in report
-
-
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_trl_trains_rewards(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    import trl
-
-    rows = [
-        {"prompt": words(row[:3]), "chosen": " " + words(row[3:]), "rejected": " " + words(row[4:])}
-        for row in ids(2, vocabulary=100)
-    ]
-    logs = []
-    for ours in (True, False):
-        model = classifier(transformers.AutoModelForSequenceClassification)
-        options = arguments(trl.RewardConfig, tmp_path, 3, max_length=16, optim="adamw_torch")
-        data = datasets.Dataset.from_list(rows)
-        trainer = trl.RewardTrainer(model, options, train_dataset=data, processing_class=tokenizer())
-        for p in trainer.model.parameters():  # TRL rounds those over packed weights to bf16
-            p.data = p.data.float() if p.requires_grad else p.data
-        if ours:
-            report = patched(trainer.model)
-        torch.manual_seed(0)
-        trainer.train()
-        logs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert len(logs[0]) == 3 and logs[0] == pytest.approx(logs[1], rel=0.01)
-    assert not report.original and not layer_fallbacks(report), str(report)

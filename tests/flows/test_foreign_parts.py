@@ -14,7 +14,6 @@ from flow_checks import (
     Calls,
     assert_fused,
     assert_near,
-    fallbacks,
     fused_blocks,
     fused_layers,
     language_loss,
@@ -158,39 +157,6 @@ def test_a_mixed_model(tuner: str) -> None:
         assert_as_stock(model, stock, 1e-4)
     assert calls.counts["gated_mlp"] == 0 and calls.counts["lora_linear"] > 0, calls.counts
     assert not any(name.endswith("mlp") for name in fused_blocks(report))
-
-
-class Swish7(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(7 * x)
-
-
-def test_activation_replaced_after_patching() -> None:
-    stock, model = (adapted(llama(num_hidden_layers=1)) for _ in range(2))
-    report = pk.patch(model)
-    assert_as_stock(model, stock)
-    for each in (stock, model):
-        mlps(each)[0].act_fn = Swish7()
-    assert_as_stock(model, stock)
-    assert sum(fallbacks(report).values()) >= 2, str(report)
-    for each in (stock, model):
-        mlps(each)[0].act_fn = nn.GELU(approximate="tanh")
-    assert_as_stock(model, stock)
-
-
-def test_a_hook_on_the_activation() -> None:
-    stock, model = (adapted(llama(num_hidden_layers=1)) for _ in range(2))
-    pk.patch(model)
-    seen: dict[str, list[Tensor]] = {"stock": [], "model": []}
-    for name, each in (("stock", stock), ("model", model)):
-
-        def halve(_module: nn.Module, _x: Any, y: Tensor, name: str = name) -> Tensor:
-            seen[name].append(y)
-            return 0.5 * y
-
-        mlps(each)[0].act_fn.register_forward_hook(halve)
-    assert_as_stock(model, stock)
-    assert len(seen["model"]) == len(seen["stock"]) == 2
 
 
 class Packed(nn.Module):

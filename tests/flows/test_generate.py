@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
-import peft
 import pytest
 import torch
 from flow_checks import Calls, assert_fused
-from flow_models import adapted, config, ids, llama, patched_copy
+from flow_models import adapted, ids, llama, patched_copy
 
 import testing
 
@@ -72,14 +70,6 @@ def test_modes(pair: Any, mode: str, grad_mode: Any) -> None:
     assert_fused(model, report, blocks=2)
 
 
-def test_a_plain_forward_in_inference_mode(pair: Any) -> None:
-    model, report, stock, tolerance = pair
-    with torch.inference_mode():
-        got, want = (each(input_ids=ids(3)).logits for each in (model, stock))
-    assert testing.relative_error(got, want) < tolerance
-    assert_fused(model, report, blocks=2)
-
-
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_assisted(base: str) -> None:
     """With a smaller patched draft model, the text is that of the large model alone."""
@@ -108,64 +98,4 @@ def test_training_after_generating_under_inference_mode(base: str) -> None:
         loss.backward()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert_fused(model, report, blocks=2)
-
-
-@pytest.mark.parametrize("base", ["dense", "nf4"])
-def test_merged_and_unmerged(base: str) -> None:
-    """A merged model runs only its base layers, and is fused again once unmerged."""
-    stock = adapted(llama(base)).eval()
-    model, report = patched_copy(stock)
-    model.merge_adapter()
-    with Calls() as calls:
-        merged = generate(model, do_sample=False)
-    assert calls.fused == 0, calls.counts
-    twin = copy.deepcopy(stock)
-    twin.merge_adapter()
-    assert_same_text(merged, generate(twin, do_sample=False), 1e-4)
-    model.unmerge_adapter()
-    with Calls() as calls:
-        got = generate(model, do_sample=False)
-    assert calls.counts["gated_mlp"] == 2 * NEW
-    assert_same_text(got, generate(stock, do_sample=False), 1e-4)
-    assert_fused(model, report, blocks=2)
-
-
-@pytest.mark.parametrize("base", ["dense", "nf4"])
-def test_a_batch_of_several_adapters(base: str) -> None:
-    stock = adapted(llama(base))
-    torch.manual_seed(4)
-    stock.add_adapter("other", config(r=4))
-    stock.eval()
-    model, report = patched_copy(stock)
-    prompts = ids(2, rows=3, length=LENGTH)
-    names = ["default", "other", "__base__"]
-
-    def run(model: Any, **options: Any) -> Any:
-        return model.generate(
-            input_ids=prompts, adapter_names=names, max_new_tokens=NEW, min_new_tokens=NEW,
-            output_scores=True, return_dict_in_generate=True, **options,
-        )  # fmt: skip
-
-    for options in ({"do_sample": False}, {"do_sample": False, "num_beams": 2}):
-        with Calls() as calls:
-            got = run(model, **options)
-        assert calls.fused > 0, calls.counts
-        assert_same_text(got, run(stock, **options), 1e-4)
-    # The fused MLP has no mixed batches; its single layers do.
-    layers = {layer.name: layer.fallbacks for layer in report.layers if layer.fallbacks}
-    assert not layers, layers
-
-
-@pytest.mark.parametrize("base", ["dense", "nf4"])
-def test_a_disabled_adapter(base: str) -> None:
-    stock = adapted(llama(base)).eval()
-    model, report = patched_copy(stock)
-    with model.disable_adapter(), Calls() as calls:
-        got = generate(model, do_sample=False)
-    assert calls.counts["lora_linear"] == calls.counts["gated_mlp"] == 0
-    with stock.disable_adapter():
-        assert_same_text(got, generate(stock, do_sample=False), 1e-4)
-    assert isinstance(model, peft.PeftModel)
-    assert_same_text(generate(model, do_sample=False), generate(stock, do_sample=False), 1e-4)
     assert_fused(model, report, blocks=2)

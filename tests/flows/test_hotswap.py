@@ -30,6 +30,7 @@ def _fresh_compiler() -> Iterator[None]:
 def first(base: str) -> Any:
     model = adapted(llama(base, num_hidden_layers=1), target_modules=TARGETS, r=RANK, lora_alpha=16).eval()
     model.config.use_cache = False
+    prepare_model_for_compiled_hotswap(model, target_rank=RANK)
     return model
 
 
@@ -71,8 +72,6 @@ def assert_all_near(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
 @OWN
 def test_eager(base: str, second: Path) -> None:
     stock, model = first(base), first(base)
-    for each in (stock, model):
-        prepare_model_for_compiled_hotswap(each, target_rank=RANK)
     report = pk.patch(model)
     with Calls() as calls:
         got = swapped_answers(model, model, second)
@@ -93,14 +92,10 @@ def compilations(model: Any, folder: Path) -> tuple[list[torch.Tensor], int]:
 @pytest.mark.slow
 @OWN
 def test_compiled(base: str, second: Path) -> None:
-    stock, model = first(base), first(base)
-    for each in (stock, model):
-        prepare_model_for_compiled_hotswap(each, target_rank=RANK)
+    stock, model, eager = (first(base) for _ in range(3))
     report = pk.patch(model)
     got, count = compilations(model, second)
     want, stock_count = compilations(stock, second) if base == "dense" else (None, 1)
-    eager = first(base)
-    prepare_model_for_compiled_hotswap(eager, target_rank=RANK)
     assert_all_near(got, swapped_answers(eager, eager, second))
     if want is not None:
         assert_all_near(got, want)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from flow_checks import Calls, assert_curve, assert_near, fallbacks, language_loss, step, train
-from flow_models import arguments, ids
+from flow_models import ids, logged, trainer
 from peft_experts import skip_transposed, weights_of
 from peft_models import gradients
 from torch import Tensor
@@ -27,18 +27,10 @@ MODELS: dict[str, Any] = {
     "gpt_oss": ("GptOss", {"num_local_experts": 8, "head_dim": 32, "layer_types": ["full_attention"] * 2}),
     "deepseek_v3": (
         "DeepseekV3",
-        {
-            "n_routed_experts": 8,
-            "moe_intermediate_size": 32,
-            "first_k_dense_replace": 1,
-            "n_group": 1,
-            "topk_group": 1,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 16,
-            "qk_nope_head_dim": 16,
-            "v_head_dim": 16,
-        },
+        {"n_routed_experts": 8, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
+        | dict.fromkeys(("n_group", "topk_group"), 1)
+        | dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim"), 16)
+        | {"v_head_dim": 16},
     ),
 }
 FAMILIES = pytest.mark.parametrize("family", MODELS)
@@ -48,21 +40,10 @@ def mixture(family: str = "qwen3_moe") -> Any:
     """Two layers, with weights large enough that a different forward changes the losses."""
     skip_transposed(family)
     name, options = MODELS[family]
-    sizes = {
-        "vocab_size": 128,
-        "hidden_size": 64,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,
-        "tie_word_embeddings": False,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_experts_per_tok": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    sizes |= {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sizes |= {"initializer_range": 0.2, "tie_word_embeddings": False}
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**sizes | options)
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()
@@ -137,15 +118,10 @@ def test_trainer_with_checkpointing(tmp_path: Path) -> None:
     report = pk.patch(packed)
     curves = []
     for name, model in (("ours", packed), ("stock", dense)):
-        options = {"activation_checkpointing": True, "steps": 4}
-        trainer = transformers.Trainer(
-            model=model,
-            args=arguments(transformers.TrainingArguments, tmp_path / name, **options),
-            train_dataset=[{"input_ids": row, "labels": row} for i in range(2) for row in ids(i)],
-        )
+        found = trainer(model, tmp_path / name, 4, activation_checkpointing=True)
         torch.manual_seed(0)
-        trainer.train()
-        curves.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        found.train()
+        curves.append(logged(found))
     assert not fallbacks(report) and len(curves[0]) == 4
     assert curves[0] == pytest.approx(curves[1], rel=1e-3)
 
@@ -195,26 +171,6 @@ def test_merge_and_unload(family: str, patched: bool) -> None:
     experts = [module for module in merged.modules() if hasattr(module, "has_gate")]
     assert experts and all(type(module) is plain for module in experts)
     assert all(not isinstance(weight, pk.NF4Weight) for weight in weights_of(merged).values())
-
-
-@pytest.mark.filterwarnings("ignore:.*merg.*")
-def test_merge_and_unmerge() -> None:
-    model = adapted(pair()[0])
-    report = pk.patch(model)
-    before, bits = logits(model), packed_bits(model)
-    for _ in range(3):
-        model.merge_adapter()
-        assert all(weight.is_dense for weight in weights_of(model).values())
-        assert_near(logits(model), before, 1e-4)
-        model.unmerge_adapter()
-        assert all(torch.equal(a, b) for a, b in zip(packed_bits(model), bits, strict=True))
-    assert_near(logits(model), before, 1e-7)
-    assert not fallbacks(report)
-
-
-def packed_bits(model: Any) -> list[Tensor]:
-    found = [weight._state.packed_form().values() for weight in weights_of(model).values()]
-    return [part.clone() for parts in found for part in parts if part is not None]
 
 
 def test_packed_experts_without_adapters() -> None:

@@ -14,7 +14,7 @@ import transformers
 import transformers_models
 from flow_checks import Calls, assert_fused
 from flow_families import tiny
-from flow_models import adapted, arguments, config, ids, llama, patched_copy, tokenizer, words
+from flow_models import adapted, arguments, config, ids, llama, logged, tokenizer, trainer, words
 from torch import nn
 
 import peft_kernels as pk
@@ -42,14 +42,6 @@ def loaded(folder: Path, made: str = "dense") -> Any:
     packed = folder.with_name("4bit")
     Auto.from_pretrained(folder, **options).save_pretrained(packed)
     return Auto.from_pretrained(packed, config=read_config(packed))
-
-
-def data() -> list[dict[str, Any]]:
-    return [{"input_ids": row, "labels": row} for i in range(2) for row in ids(i)]
-
-
-def losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 CUT = ["hrm_text", "lara_mini", "sarvam_moe"]
@@ -89,15 +81,11 @@ def test_trainer(made: str, folder: Path, tmp_path: Path) -> None:
     for base in (loaded(folder, made), pk.quantize_model(Auto.from_pretrained(folder, dtype=torch.bfloat16))):
         model = adapted(peft.prepare_model_for_kbit_training(base))
         report = pk.patch(model)
-        trainer = transformers.Trainer(
-            model=model,
-            args=arguments(transformers.TrainingArguments, tmp_path / "out", STEPS),
-            train_dataset=data(),
-        )
+        found = trainer(model, tmp_path / "out", STEPS)
         torch.manual_seed(0)
-        trainer.train()
+        found.train()
         assert_fused(model, report, blocks=2)
-        histories.append(losses(trainer))
+        histories.append(logged(found))
     assert histories[0] == histories[1] and len(histories[0]) == STEPS
 
 
@@ -114,27 +102,26 @@ def test_sft(device_map: Any, folder: Path, tmp_path: Path) -> None:
         {"prompt": words(row[:3]), "completion": " " + words(row[3:7])} for i in range(3) for row in ids(i)
     ]
     options = {"quantization_config": NF4Config(), "dtype": torch.bfloat16, "device_map": device_map}
-    trainer = trl.SFTTrainer(
+    made = trl.SFTTrainer(
         model=str(folder),
         args=arguments(trl.SFTConfig, tmp_path / "out", STEPS, max_length=16, model_init_kwargs=options),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer(),
         peft_config=config(),
     )
-    report = pk.patch(trainer.model)
+    report = pk.patch(made.model)
     with Calls() as calls:
-        trainer.train()
+        made.train()
     assert calls.fused >= 2 * STEPS
-    assert_fused(trainer.model, report, blocks=2)
-    assert all(loss > 0 for loss in losses(trainer)) and len(losses(trainer)) == STEPS
+    assert_fused(made.model, report, blocks=2)
+    assert all(loss > 0 for loss in logged(made)) and len(logged(made)) == STEPS
 
 
 def test_training_without_adapters_is_refused(folder: Path, tmp_path: Path) -> None:
     """transformers refuses it for every quantised model, where only norms would train."""
     pytest.importorskip("accelerate", reason="accelerate is not installed")
-    options = arguments(transformers.TrainingArguments, tmp_path / "out", STEPS)
     with pytest.raises(ValueError, match="purely quantized models"):
-        transformers.Trainer(model=loaded(folder), args=options, train_dataset=data())
+        trainer(loaded(folder), tmp_path / "out", STEPS)
 
 
 def test_save_and_load_adapters(folder: Path, tmp_path: Path) -> None:
@@ -146,19 +133,6 @@ def test_save_and_load_adapters(folder: Path, tmp_path: Path) -> None:
     again = peft.PeftModel.from_pretrained(loaded(folder, "ours"), tmp_path / "adapter")
     pk.patch(again)
     assert torch.equal(again(input_ids=ids()).logits, expected)
-
-
-def test_generate(folder: Path) -> None:
-    model, report = patched_copy(adapted(loaded(folder)).eval())
-    stock = adapted(pk.quantize_model(Auto.from_pretrained(folder, dtype=torch.bfloat16))).eval()
-    pk.patch(stock)
-    for options in ({}, {"num_beams": 2}, {"cache_implementation": "static"}):
-        out, expected = (
-            each.generate(input_ids=ids(), max_new_tokens=5, do_sample=False, pad_token_id=0, **options)
-            for each in (model, stock)
-        )
-        assert torch.equal(out, expected) and out.shape[1] > 10, options
-    assert_fused(model, report)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]], ids=["all", "some"])

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from flow_models import adapted, arguments, ids, llama
+from flow_models import adapted, llama, logged, rows_of, trainer
+from peft_models import trained_values
 
 import peft_kernels as pk
 
@@ -20,22 +20,9 @@ STEPS = 6
 OPTIONS = {"lr": 1e-3, "weight_decay": 0.01, "min_8bit_size": 256}
 
 
-def trainer(model: Any, folder: Path, optimizer: Any, **options: Any) -> Any:
-    rows = [{"input_ids": row, "labels": row} for i in range(4) for row in ids(i)]
-    return transformers.Trainer(
-        model=model,
-        args=arguments(transformers.TrainingArguments, folder, **{"steps": STEPS} | options),
-        train_dataset=rows,
-        optimizer_cls_and_kwargs=(optimizer, OPTIONS),
-    )
-
-
-def losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def weights(model: Any) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+def trained_by(optimizer: Any, model: Any, folder: Path, **more: Any) -> Any:
+    given = {"optimizer_cls_and_kwargs": (optimizer, OPTIONS)}
+    return trainer(model, folder, STEPS, rows_of(4), given, **more)
 
 
 def test_losses_equal_those_of_bitsandbytes(tmp_path: Path) -> None:
@@ -43,26 +30,28 @@ def test_losses_equal_those_of_bitsandbytes(tmp_path: Path) -> None:
     stock = adapted(llama("nf4"))
     model = copy.deepcopy(stock)
     pk.patch(model)
-    ours = trainer(model, tmp_path / "ours", pk.optim.AdamW8bit)
-    theirs = trainer(stock, tmp_path / "theirs", bnb.optim.AdamW8bit)
+    ours = trained_by(pk.optim.AdamW8bit, model, tmp_path / "ours")
+    theirs = trained_by(bnb.optim.AdamW8bit, stock, tmp_path / "theirs")
     for each in (ours, theirs):
         torch.manual_seed(0)
         each.train()
-    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-3) and len(losses(ours)) == STEPS
+    assert logged(ours) == pytest.approx(logged(theirs), rel=1e-3) and len(logged(ours)) == STEPS
     states = ours.optimizer.state.values()
     assert any(state["state1"].dtype == torch.uint8 for state in states)
 
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW"])
 def test_resume(name: str, tmp_path: Path) -> None:
+    """A patched model that is loaded in place, also into its cached calls."""
     optimizer, model = getattr(pk.optim, name), adapted(llama("nf4"))
+    pk.patch(model)
     again = copy.deepcopy(model)
-    whole = trainer(model, tmp_path / "whole", optimizer)
+    whole = trained_by(optimizer, model, tmp_path / "whole")
     whole.train()
     saving = {"save_strategy": "steps", "save_steps": 3}
-    trainer(copy.deepcopy(again), tmp_path / "parts", optimizer, **saving).train()
-    resumed = trainer(again, tmp_path / "parts", optimizer, **saving)
+    trained_by(optimizer, copy.deepcopy(again), tmp_path / "parts", **saving).train()
+    resumed = trained_by(optimizer, again, tmp_path / "parts", **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-3"))
-    want, got = weights(model), weights(again)
+    want, got = trained_values(model), trained_values(again)
     assert all(torch.equal(got[key], want[key]) for key in want)
-    assert losses(resumed)[-3:] == losses(whole)[-3:]
+    assert logged(resumed)[-3:] == logged(whole)[-3:]

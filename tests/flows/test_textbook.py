@@ -9,9 +9,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from flow_checks import Calls, assert_curve, assert_fused, assert_same_numbers, language_loss, step, train
-from flow_models import adapted, bnb_llama, ids, in_fp64, llama, patched_copy
+from flow_models import adapted, bnb_llama, ids, in_fp64, llama, logged, patched_copy, rows_of, trainer
 from torch import Tensor
 
 import peft_kernels as pk
@@ -31,63 +30,33 @@ def stock(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     return adapted(model)
 
 
-def batch(i: int) -> Tensor:
-    return ids(i % 2)
-
-
 def plain_loss(model: Any, i: int) -> Tensor:
-    return language_loss(model, batch(i))
+    return language_loss(model, ids(i % 2))
 
 
 def trained(model: Any, folder: Path) -> list[float]:
     """Losses of a Trainer with bf16=True."""
-    data = [{"input_ids": row, "labels": row} for i in range(STEPS) for row in ids(i % 2)]
-    options = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=STEPS, logging_steps=1, per_device_train_batch_size=4,
-        learning_rate=1e-2, lr_scheduler_type="constant", save_strategy="no", report_to="none",
-        disable_tqdm=True, use_cpu=True, bf16=True, seed=0,
-    )  # fmt: skip
-    trainer = transformers.Trainer(model=model, args=options, train_dataset=data)
-    trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def test_prepared_model_has_fp32_norms_and_checkpointing(stock: Any) -> None:
-    norms = [p for name, p in stock.named_parameters() if "norm" in name]
-    assert norms and all(p.dtype == torch.float32 for p in norms)
-    assert stock.get_base_model().is_gradient_checkpointing
-
-
-def test_every_layer_is_fused(stock: Any) -> None:
-    model, report = patched_copy(stock)
-    model.get_base_model().gradient_checkpointing_disable()
-    with Calls() as calls:
-        language_loss(model, batch(0)).backward()
-    assert_fused(model, report, blocks=2)
-    assert calls.counts["gated_mlp"] == 2 and calls.counts["lora_linear"] == 8, calls.counts
-
-
-def test_the_headline_counts_lora_layers(stock: Any) -> None:
-    """The bases inside them do not count."""
-    _, report = patched_copy(stock)
-    assert "14 of 14" in str(report).splitlines()[0], str(report)
-
-
-def test_plain_loop(stock: Any) -> None:
-    model, report = patched_copy(stock)
-    truth = in_fp64(stock)
-    assert_curve(train(model, plain_loss), train(stock, plain_loss), train(truth, plain_loss), 0.01)
-    assert_fused(model, report, blocks=2)
+    options = {"learning_rate": 1e-2, "bf16": True, "per_device_train_batch_size": 4}
+    data = [row for i in range(STEPS) for row in rows_of(2)[4 * (i % 2) :][:4]]
+    found = trainer(model, folder, STEPS, data, **options)
+    found.train()
+    return logged(found)
 
 
 def test_one_step_of_the_plain_loop(stock: Any) -> None:
+    """The headline does not count the bases inside LoRA layers."""
     model, report = patched_copy(stock)
+    assert "14 of 14" in str(report).splitlines()[0], str(report)
     truth = in_fp64(stock)
 
     def sample(i: int) -> Any:
         return tuple(step(each, lambda m: language_loss(m, ids(i))) for each in (model, stock, truth))
 
     assert_same_numbers(sample, 0.1)
+    model.get_base_model().gradient_checkpointing_disable()
+    with Calls() as calls:
+        plain_loss(model, 0).backward()
+    assert calls.counts["gated_mlp"] == 2 and calls.counts["lora_linear"] == 8, calls.counts
     assert_fused(model, report, blocks=2)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,8 +20,7 @@ from flow_checks import (
     step,
 )
 from flow_models import adapted, ids, llama, patched_copy
-from peft_models import gradients
-from torch import Tensor, nn
+from torch import nn
 
 import peft_kernels as pk
 
@@ -57,26 +55,8 @@ def _single_process(_gloo: None) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-WHEN = ("never", "before", "after")
-
-
 def small(base: str) -> Any:
     return adapted(llama(base, num_hidden_layers=1), r=4)
-
-
-@pytest.mark.parametrize("when", WHEN)
-@pytest.mark.usefixtures("_single_process")
-def test_ddp_accepts_nf4_weights(when: str) -> None:
-    model = small("nf4")
-    want = step(copy.deepcopy(model), lambda m: language_loss(m, ids()))
-    if when == "before":
-        pk.patch(model)
-    ddp = nn.parallel.DistributedDataParallel(model)
-    if when == "after":
-        pk.patch(ddp)
-    loss = language_loss(ddp, ids())
-    loss.backward()
-    assert_near({"loss": loss.detach(), **gradients(model)}, want)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -111,31 +91,6 @@ def test_fsdp1(when: str) -> None:
     }
     assert_near(got, {name: value.reshape(-1) for name, value in want.items() if name != "loss"})
     assert_fused_or_reported(wrapped if when == "after" else model, report)
-
-
-@OWN
-@pytest.mark.usefixtures("_single_process")
-def test_fsdp2(base: str) -> None:
-    """fully_shard gives the same values, or an error that names what is not supported."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    want = step(small(base), lambda m: language_loss(m, ids()))
-    model = small(base)
-    report = pk.patch(model)
-    mesh = init_device_mesh("cpu", (1,))
-    try:
-        for layer in model.base_model.model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        assert base == "nf4" and "NF4" in str(error), error
-        return
-    loss = language_loss(model, ids())
-    loss.backward()
-    got = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
-    assert_near({"loss": loss.detach(), **got}, want)
-    assert_fused_or_reported(model, report)
 
 
 # accelerate.
@@ -286,43 +241,6 @@ def test_parameter_attributes_used_by_accelerate(kind: str) -> None:
     assert torch.equal(again.dequantize(), weight.dequantize())
     with pytest.raises(ValueError, match="NF4 weights are frozen"):
         type(weight)(weight, requires_grad=True)
-
-
-# Replicas of DataParallel, built by hand: real ones need two GPUs.
-
-
-def replica_of(module: nn.Module, weights: dict[str, Tensor], prefix: str = "") -> nn.Module:
-    """Like torch.nn.parallel.replicate: plain tensors instead of parameters, children that are replicas."""
-    replica = module._replicate_for_data_parallel()
-    for name, child in module._modules.items():
-        if child is not None:
-            replica._modules[name] = replica_of(child, weights, f"{prefix}{name}.")
-    for name, parameter in module._parameters.items():
-        if parameter is None:
-            replica._parameters[name] = None
-        else:  # not registered: a replica has no parameters
-            setattr(replica, name, weights.get(prefix + name, parameter))
-    return replica
-
-
-@pytest.mark.parametrize("is_patched", [False, True], ids=["stock", "patched"])
-@OWN
-def test_a_replica_computes_with_its_own_weights(base: str, is_patched: bool) -> None:
-    stock = adapted(llama(base)).eval()
-    other = copy.deepcopy(stock)
-    with torch.no_grad():
-        for name, p in other.named_parameters():
-            if "lora_" in name:
-                p.mul_(1.5)
-    want = other(input_ids=ids()).logits.detach()
-    assert (want - stock(input_ids=ids()).logits).norm() > 1e-2 * want.norm()
-    model = copy.deepcopy(stock)
-    if is_patched:
-        pk.patch(model)
-    weights = {name: p.detach().clone() for name, p in other.named_parameters() if "lora_" in name}
-    with torch.no_grad():
-        got = replica_of(model, weights)(input_ids=ids()).logits
-    assert_near({"logits": got}, {"logits": want})
 
 
 def test_trainer_does_not_replicate_an_nf4_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

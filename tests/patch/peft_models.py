@@ -48,6 +48,10 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def trained_values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
 def step(model: nn.Module, loss: Callable[[], Tensor], seed: int = 5) -> dict[str, Tensor]:
     """Loss and gradients of one step, with the random seed `seed`."""
     model.zero_grad()
@@ -131,15 +135,16 @@ def in_fp64(model: nn.Module) -> nn.Module:
     return model.double()
 
 
-def assert_same_numbers(model: Any, x: Tensor, **kwargs: Any) -> None:
-    """Patched against unpatched PEFT, by the numbers policy."""
-    truth, plain = run(in_fp64(model), x.double(), **kwargs), run(model, x, **kwargs)
-    with pk.patched(model) as report:
-        got = run(model, x, **kwargs)
+def assert_same_numbers(model: Any, x: Tensor, peer: float = 0.02, **options: Any) -> Any:
+    """Compares patched with unpatched PEFT by the numbers policy, and returns the report."""
+    truth, plain = run(in_fp64(model), x.double()), run(model, x)
+    with pk.patched(model, **options) as report:
+        got = run(model, x)
     assert report.fused and not report.original, report.details()
-    assert not any(layer.fallbacks for layer in report.layers), str(report)
+    assert not any(entry.fallbacks for entry in (*report.layers, *report.blocks)), str(report)
     assert got.keys() == plain.keys() == truth.keys()
     for name in got:
         # A wrong peer would widen the bound: its error must be of rounding size.
-        assert testing.relative_error(plain[name], truth[name]) < 0.02, name
+        assert testing.relative_error(plain[name], truth[name]) < peer, name
         testing.assert_close(got[name], plain[name], truth[name], name)
+    return report

@@ -10,7 +10,8 @@ from typing import Any
 import models
 import pytest
 import torch
-from peft_models import DTYPES, REGIMES, add_adapter, in_fp64, lora, run, step
+from flow_checks import assert_near
+from peft_models import DTYPES, REGIMES, add_adapter, assert_same_numbers, lora, run, step
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -49,19 +50,6 @@ def adapted(
     return lora(model, **{"target_modules": PROJECTIONS} | options)
 
 
-def compare(model: Any, x: Tensor, **options: Any) -> Any:
-    """Compares patched with unpatched by the numbers policy and returns the report."""
-    truth, plain = run(in_fp64(model), x.double()), run(model, x)
-    with pk.patched(model, **options) as report:
-        got = run(model, x)
-    assert not report.original and not any(e.fallbacks for e in (*report.layers, *report.blocks)), str(report)
-    assert got.keys() == plain.keys() == truth.keys()
-    for name in got:
-        assert testing.relative_error(plain[name], truth[name]) < 0.03, name
-        testing.assert_close(got[name], plain[name], truth[name], name)
-    return report
-
-
 BASES = pytest.mark.parametrize("base", models.BASES)
 OPTIONS: dict[str, dict[str, Any]] = {
     "all": {},
@@ -76,7 +64,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.filterwarnings("ignore:.*lora_bias=True.*has no bias")
 def test_gated_mlp(options: str, base: str, dtype: torch.dtype, op_counts: Counter[str]) -> None:
     model = adapted(Mlp(bias=True), base, dtype, **OPTIONS[options])
-    report = compare(model, testing.tensor(2, 9, 64, dtype=dtype), mlp=True)
+    report = assert_same_numbers(model, testing.tensor(2, 9, 64, dtype=dtype), 0.03, mlp=True)
     assert [block.kind for block in report.blocks] == ["gated MLP Mlp"]
     assert op_counts["gated_mlp"] == 1 and not op_counts["lora_linear"]
 
@@ -105,7 +93,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 def test_the_activation_is_found_by_running_it(name: str) -> None:
     module = Mlp(ACTIVATIONS[name]())
     assert examine(adapted(module).base_model.model[0], "gated MLP").facts.activation == name
-    compare(adapted(Mlp(ACTIVATIONS[name]())), testing.tensor(7, 64))
+    assert_same_numbers(adapted(Mlp(ACTIVATIONS[name]())), testing.tensor(7, 64))
 
 
 class Squared(nn.Module):
@@ -138,8 +126,7 @@ def test_settings_of_the_activation_that_change_after_patching(setting: str, op_
     assert report.blocks[0].fallbacks == {f"act_fn.{setting} was changed after patch()": 1}
     pk.unpatch(model)
     assert testing.relative_error(got["y"], before) > 0.1
-    for name, value in run(model, x).items():
-        assert testing.relative_error(got[name], value) < 1e-5, name
+    assert_near(got, run(model, x))
 
 
 class Buffered(Swish):
@@ -183,19 +170,17 @@ def test_mlp_with_another_forward_is_not_fused(make: Callable[[], nn.Module], tr
     plain = run(model, x)
     report = pk.patch(model)
     assert [block.fused for block in report.blocks] == [False] and "its forward is not" in str(report)
-    for name, value in run(model, x).items():
-        assert testing.relative_error(value, plain[name]) < 1e-5, name
+    assert_near(run(model, x), plain)
 
 
 def test_unfused_block_runs_layer_by_layer(op_counts: Counter[str]) -> None:
     model = adapted(nn.Sequential(Mlp(), nn.Identity()), use_dora=True)
-    compare_layers = run(model, testing.tensor(7, 64))
+    plain = run(model, testing.tensor(7, 64))
     report = pk.patch(model)
     got = run(model, testing.tensor(7, 64))
     assert op_counts["dora_norm"] == 3 and not op_counts["gated_mlp"]
     assert "gate_proj: DoRA or another variant" in str(report)
-    for name in got:
-        assert testing.relative_error(got[name], compare_layers[name]) < 1e-5, name
+    assert_near(got, plain)
 
 
 def test_disabled_and_merged_adapters() -> None:
@@ -250,7 +235,6 @@ def test_llama_model_with_everything(op_counts: Counter[str]) -> None:
     got = step(model, loss)
     assert op_counts["gated_mlp"] == 2 and op_counts["lora_linear"] == 8
     assert "2 x gated MLP LlamaMLP" in str(report)
-    for name in plain:
-        assert testing.relative_error(got[name], plain[name]) < 1e-5, name
+    assert_near(got, plain)
     assert pk.unpatch(model) == 16
     assert all(torch.equal(value, plain[name]) for name, value in step(model, loss).items())

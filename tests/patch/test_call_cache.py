@@ -201,6 +201,7 @@ MLP_CHANGES: dict[str, Callable[[Any], Any]] = {
     "scaling": lambda mlp: mlp.down_proj.scale_layer(3.0),
     "projection": lambda mlp: setattr(mlp, "up_proj", nn.Linear(64, 128, bias=False)),
     "activation": lambda mlp: setattr(mlp, "act_fn", nn.ReLU()),
+    "hook on the activation": hook("act_fn"),
     "hook on a projection": hook("gate_proj"),
     "hook inside": hook("up_proj.lora_A.default"),
     "disabled": lambda mlp: mlp.gate_proj.enable_adapters(False),

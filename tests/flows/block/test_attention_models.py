@@ -10,6 +10,7 @@ import models
 import pytest
 import torch
 import transformers
+from peft_models import gradients
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -32,6 +33,10 @@ def inputs(kind: str) -> dict[str, Tensor]:
     ids = torch.randint(3, 100, (3, LENGTH), generator=torch.Generator().manual_seed(1))
     if kind == "packed":
         return {"input_ids": ids[:1], "position_ids": torch.cat([torch.arange(n) for n in (8, 1, 12)])[None]}
+    if kind == "hole":  # two spans of keys, as for completions that share a prompt
+        mask = torch.ones(3, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+        mask[1:, :, 9:, 4:9] = False
+        return {"input_ids": ids, "attention_mask": mask}
     return {"input_ids": ids} | ({} if kind == "whole" else {"attention_mask": padded(kind)})
 
 
@@ -76,25 +81,33 @@ def results(model: Any, given: dict[str, Tensor], seen: Tensor | None = None) ->
     logits = model(**given, use_cache=False).logits
     logits = logits if seen is None else logits[seen.bool()]
     (logits.float() * testing.tensor(*logits.shape, seed=3)).sum().backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"logits": logits.detach(), **gradients}
+    return {"logits": logits.detach(), **gradients(model)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["whole", "left", "right", "packed"])
-@pytest.mark.parametrize("make", [llama, sliding])
-def test_values(calls: Calls, make: Any, kind: str, dtype: torch.dtype) -> None:
-    model, given = make().to(dtype), inputs(kind)
+def assert_same_numbers(
+    calls: Calls, model: Any, given: dict[str, Tensor], eps: float, autocast: bool = False
+) -> None:
+    """Dtypes are sdpa's, and errors at most twice as large, plus `eps`."""
     seen = given.get("attention_mask")
-    plain = results(model, given, seen)
+    seen = seen if seen is not None and seen.dim() == 2 else None
     truth = results(copy.deepcopy(model).double(), given, seen)
-    model.set_attn_implementation(ours.NAME)
-    got = results(model, given, seen)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain = results(model, given, seen)
+        model.set_attn_implementation(ours.NAME)
+        got = results(model, given, seen)
     assert calls.ours == 2 and not calls.theirs
     assert got.keys() == truth.keys()
     for name, value in got.items():
         error, of_sdpa = (testing.relative_error(one, truth[name]) for one in (value, plain[name]))
-        assert error <= 2 * of_sdpa + torch.finfo(dtype).eps, name
+        assert value.dtype == plain[name].dtype and error <= 2 * of_sdpa + eps, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["whole", "left", "right", "packed", "hole"])
+@pytest.mark.parametrize("make", [llama, sliding])
+def test_values(calls: Calls, make: Any, kind: str, dtype: torch.dtype) -> None:
+    model, given = make().to(dtype), inputs(kind)
+    assert_same_numbers(calls, model, given, torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("family", ["bert", "bart", "gpt2", "vit", "t5"])
@@ -124,20 +137,7 @@ def test_generate(calls: Calls, cache: str) -> None:
 
 def test_autocast(calls: Calls) -> None:
     """The dtype is sdpa's, even where fp32 norms make rotary embeddings and queries fp32."""
-    model, given = llama(), inputs("left")
-    seen = given["attention_mask"]
-
-    def run() -> dict[str, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16):
-            return results(model, given, seen)
-
-    truth, plain = results(copy.deepcopy(model).double(), given, seen), run()
-    model.set_attn_implementation(ours.NAME)
-    got = run()
-    assert calls.ours == 2 and not calls.theirs
-    for name, value in got.items():
-        error, of_sdpa = (testing.relative_error(one, truth[name]) for one in (value, plain[name]))
-        assert value.dtype == plain[name].dtype and error <= 2 * of_sdpa, name
+    assert_same_numbers(calls, llama(), inputs("left"), 0.0, autocast=True)
 
 
 def test_dropout_uses_sdpa(calls: Calls) -> None:
@@ -202,21 +202,6 @@ def test_spans() -> None:
     spans = ours.spans_of(few[:1, None], q, k)  # one mask for all samples
     assert spans is not None and spans.shape == (2, 2**11, 2, 2)
     assert torch.equal(spans.diff(dim=-1).sum((-1, -2)), few.sum(-1))
-
-
-def test_a_mask_with_a_hole(calls: Calls) -> None:
-    """Two spans of keys, as for completions that share a prompt."""
-    model, given = llama(), inputs("whole")
-    mask = torch.ones(3, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
-    mask[1:, :, 9:, 4:9] = False
-    given["attention_mask"] = mask
-    plain, truth = results(model, given), results(copy.deepcopy(model).double(), given)
-    model.set_attn_implementation(ours.NAME)
-    got = results(model, given)
-    assert calls.ours == 2 and not calls.theirs
-    for name, value in got.items():
-        error, of_sdpa = (testing.relative_error(one, truth[name]) for one in (value, plain[name]))
-        assert error <= 2 * of_sdpa + torch.finfo(torch.float32).eps, name
 
 
 def test_masks_in_inference_mode(calls: Calls) -> None:

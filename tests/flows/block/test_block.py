@@ -199,15 +199,6 @@ def test_dora_uses_the_original_forward() -> None:
     assert all(entry.fused for entry in between(report, "norm"))
 
 
-def test_checkpointing() -> None:
-    stock = adapted(llama("nf4"))
-    model, report = patched(stock)
-    want = one_step(stock)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert_near(one_step(model), want)
-    assert not block_fallbacks(report)
-
-
 def test_unpatch_and_copies() -> None:
     stock = adapted(llama("nf4"))
     model, _ = patched(stock)

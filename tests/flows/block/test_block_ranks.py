@@ -7,20 +7,17 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch.distributed as dist
 from flow_checks import Calls, assert_near, block_fallbacks, language_loss
 from flow_models import adapted, ids, llama
-from ranks import rank_tests
+from peft_models import gradients
+from ranks import MARKS, rank_tests, whole
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import peft_kernels as pk
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed"),
-]
+pytestmark = MARKS
 
 
 def compare(wrap: Any, wrapped_first: bool) -> None:
@@ -42,9 +39,7 @@ def compare(wrap: Any, wrapped_first: bool) -> None:
     loss.backward()
     for part in parts:
         (language_loss(stock, part) / 2).backward()
-    want = {n: p.grad for n, p in stock.named_parameters() if p.grad is not None}
-    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    got = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
+    want, got = gradients(stock), whole(gradients(model))
     assert want.keys() == got.keys() and sum("norm" in name for name in want) == 5
     assert_near(got, want, 1e-4)
     assert not block_fallbacks(report)

@@ -9,6 +9,7 @@ from typing import Any
 import flow_families
 import models
 import peft
+import peft_models
 import torch
 from flow_checks import Calls
 from flow_models import adapted, llama
@@ -83,13 +84,7 @@ def losses_of(calls: Calls) -> int:
 
 
 def step(model: Any, given: dict[str, Any], **more: Any) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss = model(**given, **more).loss
-    loss.backward()
-    return {
-        "loss": loss.detach(),
-        **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
-    }
+    return peft_models.step(model, lambda: model(**given, **more).loss)
 
 
 def without_noise(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, Tensor]:

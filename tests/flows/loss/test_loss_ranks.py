@@ -7,28 +7,20 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch.distributed as dist
 from flow_checks import Calls, assert_near, language_loss
 from flow_models import ids
 from loss_models import VOCABULARY, with_head
-from ranks import rank_tests
-from torch import Tensor
+from peft_models import gradients
+from ranks import MARKS, rank_tests, whole
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import peft_kernels as pk
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed"),
-]
+pytestmark = MARKS
 
 HEADS = ("frozen", "tied", "saved", "nf4", "lora")
-
-
-def whole(gradient: Any) -> Tensor:
-    return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient.clone()
 
 
 def compare(head: str, wrap: Any) -> None:
@@ -52,10 +44,7 @@ def compare(head: str, wrap: Any) -> None:
             if rank == dist.get_rank():
                 assert_near({"loss": loss.detach()}, {"loss": wanted.detach()}, 1e-4)
             (wanted / 2).backward()
-        want = {n: p.grad for n, p in stock.named_parameters() if p.grad is not None}
-        got = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
-        assert want.keys() == got.keys()
-        assert_near(got, want, 1e-4)
+        assert_near(whole(gradients(model)), gradients(stock), 1e-4)
 
 
 # Cases: each runs in both processes.

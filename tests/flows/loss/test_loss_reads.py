@@ -12,7 +12,7 @@ import loss_models
 import pytest
 import torch
 import torch.nn.functional as F
-from flow_checks import assert_near
+from flow_checks import assert_near, step
 from flow_models import llama
 from loss_models import MODELS, VOCABULARY, batch, patched, without_noise
 from torch import Tensor
@@ -157,17 +157,7 @@ FOLLOWED = (own_loss, masked_loss)
 def test_reads_give_logits_and_their_gradient(name: str, reader: Any) -> None:
     stock = MODELS[name]()
     model, report = patched(stock)
-
-    def results(model: Any) -> dict[str, Tensor]:
-        model.zero_grad()
-        loss = reader(model(**batch()))
-        loss.backward()
-        return {
-            "loss": loss.detach(),
-            **{n: p.grad for n, p in model.named_parameters() if p.grad is not None},
-        }
-
-    got, want = results(model), results(stock)
+    got, want = (step(each, lambda m: reader(m(**batch()))) for each in (model, stock))
     assert_near(without_noise(got, want), without_noise(want, want))
     assert bool(report.losses[0].record.facts.reads) != (reader in FOLLOWED)
 

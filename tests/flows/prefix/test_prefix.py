@@ -11,9 +11,8 @@ import flow_families
 import peft
 import pytest
 import torch
-import transformers
 from flow_checks import assert_near, assert_same_numbers, step
-from flow_models import arguments, in_fp64, patched_copy
+from flow_models import in_fp64, logged, patched_copy, trainer
 from prefix_models import FAMILIES, bare, batch, loss, prefixed
 
 import peft_kernels as pk
@@ -201,11 +200,10 @@ def test_trainer_checkpoints(family: str, tmp_path: Path) -> None:
     data = [{name: rows[name][i] for name in rows} for i in (0, 1)] * 4
     losses = {}
     for name, each, more in (("stock", stock, {}), ("ours", model, {"activation_checkpointing": True})):
-        args = arguments(transformers.TrainingArguments, tmp_path / name, steps=4, **more)
-        trainer = transformers.Trainer(model=each, args=args, train_dataset=data)
+        found = trainer(each, tmp_path / name, 4, data, **more)
         torch.manual_seed(0)
-        trainer.train()
-        losses[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        found.train()
+        losses[name] = logged(found)
     assert len(losses["ours"]) == 4 and losses["ours"] == pytest.approx(losses["stock"], rel=1e-4)
     assert losses["ours"][-1] != losses["ours"][0]
     assert model.base_model.is_activation_checkpointing

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from flow_checks import step
+from flow_models import words
 from prefix_models import TOKENS, bare, batch, loss, prefixed
 from torch import Tensor
 
@@ -106,10 +107,6 @@ def tokenizer() -> Any:
     made = flow_models.tokenizer()
     made.chat_template = TEMPLATE
     return made
-
-
-def words(ids: list[int]) -> str:
-    return " ".join(f"w{i}" for i in ids)
 
 
 def assert_logits_follow(model: Any, ids: list[int]) -> None:

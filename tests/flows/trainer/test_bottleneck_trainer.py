@@ -8,7 +8,7 @@ from typing import Any
 import flow_models as fm
 import pytest
 import torch
-import transformers
+from peft_models import trained_values
 
 import peft_kernels as pk
 
@@ -17,12 +17,9 @@ adapters = pk.adapters
 
 def train(model: Any, folder: Path) -> list[float]:
     data = [{"input_ids": row, "labels": row} for row in fm.ids(rows=8)]
-    arguments = fm.arguments(
-        transformers.TrainingArguments, folder, 8, gradient_checkpointing=True, learning_rate=2e-2
-    )
-    trainer = transformers.Trainer(model, arguments, train_dataset=data)
-    trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    found = fm.trainer(model, folder, 8, data, gradient_checkpointing=True, learning_rate=2e-2)
+    found.train()
+    return fm.logged(found)
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4", "bnb"])
@@ -63,7 +60,7 @@ def test_trainer_beside_lora(tmp_path: Path) -> None:
     model = fm.adapted(fm.llama("nf4"))
     adapters.add(model, "task")
     adapters.train(model, "task", freeze=False)
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    before = trained_values(model)
     with pk.patched(model):
         losses = train(model, tmp_path)
     assert sum(losses[-2:]) < 0.9 * sum(losses[:2]), losses

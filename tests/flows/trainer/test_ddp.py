@@ -10,22 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from flow_checks import assert_fused, assert_near, language_loss
 from flow_models import adapted, config, ids, llama
 from peft_models import gradients
-from ranks import assert_no_errors, errors_by_rank, rank_tests
+from ranks import MARKS, assert_no_errors, errors_by_rank, rank_tests
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import peft_kernels as pk
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed"),
-]
+pytestmark = MARKS
 
 STEPS = 3
 Loss = Callable[[Any, Tensor], Tensor]

@@ -16,16 +16,13 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 import transformers
-from flow_models import adapted, arguments, ids, llama
-from ranks import enter, forked, free_port
+from flow_models import adapted, llama, logged, rows_of, trainer
+from ranks import MARKS, enter, forked, free_port
 
 import peft_kernels as pk
 
 pytest.importorskip("accelerate", reason="accelerate is not installed")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed"),
-]
+pytestmark = MARKS
 
 STEPS, SAVED, KILLED = 8, 4, 6
 RANKS, TIMEOUT = 2, 15
@@ -50,20 +47,15 @@ def work(rank: int, port: int, folder: str, optimizer: str, doomed: dict[int, in
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))  # `ddp_timeout` applies to GPUs only
     model = adapted(llama("nf4", num_hidden_layers=1), r=4)
     pk.patch(model)
-    rows = [{"input_ids": row, "labels": row} for i in range(STEPS) for row in ids(i)]
-    options = {"save_strategy": "steps", "save_steps": SAVED}
-    kind = {"optim": "adamw_torch"}, None
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": SAVED, "optim": "adamw_torch"}
+    given: dict[str, Any] = {"callbacks": [Killer(doomed[rank])] if rank in doomed else []}
     if optimizer == "AdamW8bit":
-        kind = {}, (pk.optim.AdamW8bit, {"lr": 5e-3, "min_8bit_size": 64})
-    args = arguments(transformers.TrainingArguments, Path(folder), STEPS, **options, **kind[0])
-    callbacks = [Killer(doomed[rank])] if rank in doomed else []
-    trainer = transformers.Trainer(
-        model=model, args=args, train_dataset=rows, callbacks=callbacks, optimizer_cls_and_kwargs=kind[1]
-    )
+        given["optimizer_cls_and_kwargs"] = pk.optim.AdamW8bit, {"lr": 5e-3, "min_8bit_size": 64}
+    made = trainer(model, Path(folder), STEPS, rows_of(STEPS), given, **options)
     code = 0
     try:
-        trainer.train(resume_from_checkpoint=any(Path(folder).glob("checkpoint-*")) or None)
-        queue.put((rank, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
+        made.train(resume_from_checkpoint=any(Path(folder).glob("checkpoint-*")) or None)
+        queue.put((rank, logged(made)))
     except Exception:
         queue.put((rank, traceback.format_exc()))
         code = 1

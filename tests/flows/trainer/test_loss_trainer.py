@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from flow_checks import Calls
-from flow_models import arguments
+from flow_models import logged, trainer
 from loss_models import MODELS, VOCABULARY, batch, losses_of, patched
 from torch import Tensor
 
@@ -19,16 +19,9 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
-def trainer(model: Any, folder: Path, compute_metrics: Any = None, **options: Any) -> Any:
-    own_loss = options.pop("compute_loss_func", None)
-    return transformers.Trainer(
-        model=model,
-        args=arguments(transformers.TrainingArguments, folder, 4, **options),
-        train_dataset=list(map(row, range(8))),
-        eval_dataset=list(map(row, range(8, 12))),
-        compute_loss_func=own_loss,
-        compute_metrics=compute_metrics,
-    )
+def on_rows(model: Any, folder: Path, given: dict[str, Any], **options: Any) -> Any:
+    given = given | {"eval_dataset": list(map(row, range(8, 12)))}
+    return trainer(model, folder, 4, list(map(row, range(8))), given, **options)
 
 
 def row(seed: int) -> dict[str, Tensor]:
@@ -46,7 +39,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "accumulation": {"gradient_accumulation_steps": 2},
     "checkpointing": {"activation_checkpointing": True},
     "smoothing": {"label_smoothing_factor": 0.1},
-    "own-loss": {"compute_loss_func": custom_loss},
+    "own-loss": {},
     "autocast": {"bf16": True},
 }
 if "activation_checkpointing" not in transformers.TrainingArguments.__dataclass_fields__:
@@ -66,10 +59,11 @@ def test_trainer(name: str, run: str, tmp_path: Path) -> None:
     histories = []
     for each in (model, stock):
         each.config.use_cache = False
-        one = trainer(each, tmp_path, **RUNS[run])
+        own_loss = {"compute_loss_func": custom_loss} if run == "own-loss" else {}
+        one = on_rows(each, tmp_path, own_loss, **RUNS[run])
         with Calls() as calls:
             one.train()
-        histories.append([e[key] for key in ("loss", "grad_norm") for e in one.state.log_history if key in e])
+        histories.append(logged(one) + logged(one, "grad_norm"))
         if each is model and run not in ("smoothing", "own-loss"):
             assert losses_of(calls) >= 4
     assert len(histories[0]) == 8
@@ -102,11 +96,13 @@ def test_trainer_evaluates(tmp_path: Path) -> None:
         seen.append(prediction.predictions)
         return {"highest": float(prediction.predictions.argmax(-1).mean())}
 
-    ours, theirs = (trainer(each, tmp_path, compute_metrics=metrics).evaluate() for each in (model, stock))
+    ours, theirs = (
+        on_rows(each, tmp_path, {"compute_metrics": metrics}).evaluate() for each in (model, stock)
+    )
     for key in ("eval_loss", "eval_highest"):
         assert ours[key] == pytest.approx(theirs[key], rel=1e-5)
     assert abs(seen[0] - seen[1]).max() < 1e-5
     reads = report.losses[0].record.facts.reads.total()
     assert reads
-    trainer(model, tmp_path, prediction_loss_only=True).evaluate()
+    on_rows(model, tmp_path, {}, prediction_loss_only=True).evaluate()
     assert report.losses[0].record.facts.reads.total() == reads

@@ -9,22 +9,19 @@ import os
 from pathlib import Path
 from typing import Any
 
+import flow_models
 import pytest
 import torch
 import torch.distributed as dist
-import transformers
 from flow_checks import assert_near
-from flow_models import adapted, arguments, ids, llama, tokenizer, words
-from ranks import assert_no_errors, rank_tests
-from torch import Tensor
+from flow_models import adapted, arguments, ids, in_fp32, llama, logged, rows_of, tokenizer, words
+from peft_models import trained_values
+from ranks import MARKS, assert_no_errors, rank_tests
 
 import peft_kernels as pk
 
 pytest.importorskip("accelerate", reason="accelerate is not installed")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed"),
-]
+pytestmark = MARKS
 
 STEPS, RANKS = 20, 2
 LOSSES, ADAPTERS = 1e-3, 1e-3
@@ -42,14 +39,6 @@ def options(rows: int, **more: Any) -> dict[str, Any]:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     own = {"per_device_train_batch_size": rows // ranks, "train_sampling_strategy": "sequential"}
     return {"steps": STEPS, "learning_rate": 2e-3, "ddp_find_unused_parameters": False, **own, **more}
-
-
-def losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def trained_adapters(trainer: Any) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 @contextlib.contextmanager
@@ -73,7 +62,7 @@ def single_process() -> Any:
 
 def compare(make: Any, folder: Path, **more: Any) -> Any:
     """Trains `make(model, folder, **options)` in one process and in all; returns the latter trainer."""
-    start = {name: p.detach().clone() for name, p in model().named_parameters() if p.requires_grad}
+    start = trained_values(model())
     with single_process():
         one = make(model(), folder / f"alone-{dist.get_rank()}", **options(2 * RANKS, **more))
         one.train()
@@ -82,13 +71,14 @@ def compare(make: Any, folder: Path, **more: Any) -> Any:
     shared.train()
     assert shared.args.world_size == RANKS
     assert isinstance(shared.model_wrapped, torch.nn.parallel.DistributedDataParallel)
-    got, want = losses(shared), losses(one)
+    got, want = logged(shared), logged(one)
     assert len(got) == STEPS and got == pytest.approx(want, rel=LOSSES), (got, want)
     assert abs(got[-1] - got[0]) > 10 * LOSSES * got[0], f"these curves could be anything's: {got}"
     assert_near(
-        *({n: p - start[n] for n, p in trained_adapters(each).items()} for each in (shared, one)), ADAPTERS
+        *({n: p - start[n] for n, p in trained_values(each.model).items()} for each in (shared, one)),
+        ADAPTERS,
     )
-    for name, p in trained_adapters(shared).items():
+    for name, p in trained_values(shared.model).items():
         first = p.clone()
         dist.broadcast(first, 0)
         assert torch.equal(first, p), f"{name} is not the same in each process"
@@ -102,11 +92,8 @@ def trainer(folder: Path) -> None:
     """Losses and adapters equal those of one process; the adapter is saved once, as a PEFT folder."""
     import peft
 
-    rows = [{"input_ids": row, "labels": row} for i in range(STEPS) for row in ids(i)]
-
     def make(model: Any, folder: Path, **options: Any) -> Any:
-        args = arguments(transformers.TrainingArguments, folder, **options)
-        return transformers.Trainer(model=model, args=args, train_dataset=rows)
+        return flow_models.trainer(model, folder, data=rows_of(STEPS), **options)
 
     for more in ({}, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}):
         found = compare(make, folder / str(len(more)), **more)
@@ -116,15 +103,13 @@ def trainer(folder: Path) -> None:
     assert {"adapter_config.json", "adapter_model.safetensors"} < names
     again = peft.PeftModel.from_pretrained(llama("nf4"), folder / "adapter")
     saved = {name: p for name, p in again.named_parameters() if "lora_" in name}
-    assert_near(saved, trained_adapters(found), 1e-9)
+    assert_near(saved, trained_values(found.model), 1e-9)
 
 
 def one_bar(folder: Path) -> None:
     """Only the main process logs and shows the progress bar."""
-    rows = [{"input_ids": row, "labels": row} for row in ids(0)]
-    args = arguments(transformers.TrainingArguments, folder, 2, disable_tqdm=False)
     with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out:
-        transformers.Trainer(model=model(), args=args, train_dataset=rows).train()
+        flow_models.trainer(model(), folder, 2, rows_of(1), disable_tqdm=False).train()
     shown = err.getvalue() + out.getvalue()  # and warnings, once per process
     for text in ("2/2", "train_loss"):
         assert (text in shown) == (dist.get_rank() == 0), shown
@@ -142,11 +127,7 @@ def sft_trainer(model: Any, folder: Path, **given: Any) -> Any:
     ]
     args = arguments(trl.SFTConfig, folder, max_length=16, **given)
     data = datasets.Dataset.from_list(texts)
-    made = trl.SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer())
-    for p in made.model.parameters():
-        if p.requires_grad:
-            p.data = p.data.float()  # TRL casts adapters of a 4-bit model to bf16
-    return made
+    return in_fp32(trl.SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer()))
 
 
 def sft(folder: Path) -> None:

@@ -15,10 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from flow_checks import assert_fused, assert_near
-from flow_models import adapted, llama
-from ranks import rank_tests
+from flow_models import adapted, llama, logged
+from peft_models import trained_values
+from ranks import MARKS, rank_tests, whole
 from test_moe import mixture
-from test_trainer_ddp import ADAPTERS, LOSSES, RANKS, STEPS, losses, options, sft_trainer, single_process
+from test_trainer_ddp import ADAPTERS, LOSSES, RANKS, STEPS, options, sft_trainer, single_process
 from torch import Tensor
 
 import peft_kernels as pk
@@ -27,10 +28,7 @@ from peft_kernels.nf4.sharded.fsdp_tensor import NF4Shard
 for name in ("accelerate", "trl", "datasets"):
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed", allow_module_level=True)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed"),
-]
+pytestmark = MARKS
 CONFIGURATION = Path(__file__).resolve().parents[3] / "examples" / "accelerate" / "fsdp2.yaml"
 
 
@@ -69,8 +67,7 @@ def fsdp2() -> Iterator[None]:
 
 
 def trained_adapters(trainer: Any) -> dict[str, Tensor]:
-    found = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
-    return {n: p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for n, p in found.items()}
+    return whole(trained_values(trainer.model))
 
 
 # Cases: each runs in both processes.
@@ -83,7 +80,7 @@ def sft(folder: Path) -> None:
     from torch.distributed.fsdp import FSDPModule
 
     stock = adapted(llama("nf4"), r=4)
-    start = {name: p.detach().clone() for name, p in stock.named_parameters() if p.requires_grad}
+    start = trained_values(stock)
     packed = sum(p.nbytes for p in stock.parameters() if isinstance(p, pk.NF4Weight))
     with single_process():
         one = sft_trainer(stock, folder / f"alone-{dist.get_rank()}", **options(2 * RANKS))
@@ -98,7 +95,7 @@ def sft(folder: Path) -> None:
         shards = [p.to_local() for n, p in model.named_parameters() if n.endswith("base_layer.weight")]
         own = sum(shard.packed.nbytes + shard.absmax.nbytes for shard in shards)
         assert len(shards) == 14 and own <= 0.52 * packed, (own, packed)
-        assert losses(shared) == pytest.approx(losses(one), rel=LOSSES) and len(losses(one)) == STEPS
+        assert logged(shared) == pytest.approx(logged(one), rel=LOSSES) and len(logged(one)) == STEPS
         moved = [{n: p - start[n] for n, p in trained_adapters(each).items()} for each in (shared, one)]
         assert_near(*moved, ADAPTERS)
         shared.save_model(str(folder / "adapter"))
@@ -117,7 +114,7 @@ def resumed(folder: Path) -> None:
             made = sft_trainer(model, folder, **given)
             made.train(resume_from_checkpoint=checkpoint)
             dist.barrier()
-            curves.append(losses(made))
+            curves.append(logged(made))
         assert len(curves[0]) == len(curves[1]) == 6
         assert curves[1] == pytest.approx(curves[0], rel=1e-4)
 
@@ -136,7 +133,7 @@ def efficient_loading(folder: Path) -> None:
                 given = options(2 * RANKS) | {"steps": 3}
                 trainer = sft_trainer(model, folder / base / efficient, **given)
                 trainer.train()
-                curves.append((losses(trainer), trained_adapters(trainer)))
+                curves.append((logged(trainer), trained_adapters(trainer)))
                 packed = [
                     p for p in model.parameters() if isinstance(getattr(p, "_local_tensor", p), NF4Shard)
                 ]

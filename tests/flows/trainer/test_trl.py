@@ -5,13 +5,25 @@ from __future__ import annotations
 import importlib.util
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import transformers
 from flow_checks import Calls, assert_fused, assert_near
-from flow_models import adapted, arguments, config, ids, llama, patched_copy, tokenizer, words
+from flow_models import (
+    adapted,
+    arguments,
+    config,
+    ids,
+    in_fp32,
+    llama,
+    logged,
+    patched_copy,
+    tokenizer,
+    words,
+)
+from peft_models import trained_values
 
 import peft_kernels as pk
 
@@ -23,58 +35,77 @@ import trl
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 STEPS = 3
-BASES = pytest.mark.parametrize("base", ["dense", "nf4", "bnb"])
+ROWS = [row for seed in range(3) for row in ids(seed)]
+COMPLETIONS = [
+    {"prompt": words(row[:3]), "completion": " " + words(row[3 : 6 + i % 4])} for i, row in enumerate(ROWS)
+]
+PREFERENCES = [
+    {"prompt": words(row[:3]), "chosen": " " + words(row[3:6]), "rejected": " " + words(row[6:])}
+    for row in ROWS
+]
+LABELLED = [
+    {"prompt": words(row[:3]), "completion": " " + words(row[3:7]), "label": i % 2 == 0}
+    for i, row in enumerate(ROWS)
+]
 
 
-def options(kind: Any, folder: Path, **more: Any) -> Any:
-    return arguments(kind, folder, STEPS, **more)
+def rewards(completions: list[str], **_: Any) -> list[float]:
+    """Rewards that differ among completions, as GRPO needs."""
+    return [sum(int(word[1:]) for word in text.split() if word.startswith("w")) / 100 for text in completions]
 
 
-def rows() -> list[torch.Tensor]:
-    return [row for seed in range(3) for row in ids(seed)]
+class Kind(NamedTuple):
+    """A trainer, the bound on the difference of logged values, and further keys of them."""
+
+    name: str
+    data: list[dict[str, Any]]
+    options: dict[str, Any]
+    rel: float = 0.01
+    keys: tuple[str, ...] = ()
+    given: dict[str, Any] | None = None
+    in_fp32: bool = False
+
+    def make(self, model: Any, folder: Path, peft_config: Any = None) -> Any:
+        module: Any = trl
+        if not hasattr(trl, f"{self.name}Trainer"):
+            module = pytest.importorskip(
+                f"trl.experimental.{self.name.lower()}", reason=f"this TRL has no {self.name}Trainer"
+            )
+        torch.manual_seed(3)
+        made = getattr(module, f"{self.name}Trainer")(
+            model=model,
+            args=arguments(getattr(module, f"{self.name}Config"), folder, STEPS, **self.options),
+            train_dataset=datasets.Dataset.from_list(self.data),
+            processing_class=tokenizer(),
+            peft_config=peft_config,
+            **self.given or {},
+        )
+        return in_fp32(made) if self.in_fp32 else made
 
 
-def completions() -> Any:
-    return datasets.Dataset.from_list(
-        [
-            {"prompt": words(row[:3]), "completion": " " + words(row[3 : 6 + i % 4])}
-            for i, row in enumerate(rows())
-        ]
-    )
+SHORT = {"max_length": 16}
+KINDS = {
+    "sft": Kind("SFT", COMPLETIONS, SHORT, 1e-3, in_fp32=True),
+    "dpo": Kind(
+        "DPO", PREFERENCES, SHORT | {"beta": 0.05},
+        keys=("rewards/margins", "logps/chosen", "logps/rejected"),
+    ),
+    "kto": Kind("KTO", LABELLED, SHORT),
+    "grpo": Kind(
+        "GRPO", [{"prompt": words(row[:4])} for row in ROWS],
+        {"num_generations": 2, "max_completion_length": 4, "beta": 0.01, "learning_rate": 1e-4},
+        keys=("reward", "completions/mean_length"), given={"reward_funcs": rewards}, in_fp32=True,
+    ),
+}  # fmt: skip
+CASES = [
+    *(("sft", base, by) for base in ("dense", "nf4", "bnb") for by in ("user", "trainer")),
+    *(("dpo", base, by) for base in ("dense", "nf4") for by in ("user", "trainer")),
+    *((name, base, by) for name, by in (("kto", "trainer"), ("grpo", "user")) for base in ("dense", "nf4")),
+]
+"""Trainers, bases, and who creates the adapter: the user, or the trainer from a peft_config."""
 
 
-def preferences() -> Any:
-    return datasets.Dataset.from_list(
-        [
-            {"prompt": words(row[:3]), "chosen": " " + words(row[3:6]), "rejected": " " + words(row[6:])}
-            for row in rows()
-        ]
-    )
-
-
-def labelled() -> Any:
-    return datasets.Dataset.from_list(
-        [
-            {"prompt": words(row[:3]), "completion": " " + words(row[3:7]), "label": i % 2 == 0}
-            for i, row in enumerate(rows())
-        ]
-    )
-
-
-def in_fp32(trainer: Any) -> Any:
-    """Casts adapters to fp32: TRL makes those of a 4-bit model bf16, where one rounding changes the
-    samples."""
-    for p in trainer.model.parameters():
-        if p.requires_grad:
-            p.data = p.data.float()
-    return trainer
-
-
-def history(trainer: Any, key: str) -> list[float]:
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-def assert_same_training(ours: Any, stock: Any, rel: float = 0.01, keys: tuple[str, ...] = ()) -> None:
+def assert_same_training(ours: Any, stock: Any, rel: float, keys: tuple[str, ...] = ()) -> None:
     torch.manual_seed(0)
     with Calls() as calls:
         ours.train()
@@ -84,127 +115,23 @@ def assert_same_training(ours: Any, stock: Any, rel: float = 0.01, keys: tuple[s
         stock.train()
     assert calls.fused == 0, "the stock side must be stock"
     for key in ("loss", "grad_norm", *keys):
-        got = history(ours, key)
+        got = logged(ours, key)
         assert len(got) == STEPS and all(math.isfinite(value) for value in got), (key, got)
-        assert got == pytest.approx(history(stock, key), rel=rel, abs=rel), key
+        assert got == pytest.approx(logged(stock, key), rel=rel, abs=rel), key
 
 
-@BASES
-def test_sft(base: str, tmp_path: Path) -> None:
-    stock = adapted(llama(base))
-    model, report = patched_copy(stock)
-
-    def trainer(model: Any) -> Any:
-        return trl.SFTTrainer(
-            model=model,
-            args=options(trl.SFTConfig, tmp_path, max_length=16),
-            train_dataset=completions(),
-            processing_class=tokenizer(),
-        )
-
-    assert_same_training(in_fp32(trainer(model)), in_fp32(trainer(stock)), 1e-3)
-    assert_fused(model, report, blocks=2)
-
-
-@BASES
-def test_sft_with_peft_config(base: str, tmp_path: Path) -> None:
-    """The trainer gets the base model and a peft_config; the model is patched after its construction."""
-
-    def trainer() -> Any:
-        torch.manual_seed(3)
-        return trl.SFTTrainer(
-            model=llama(base),
-            args=options(trl.SFTConfig, tmp_path, max_length=16),
-            train_dataset=completions(),
-            processing_class=tokenizer(),
-            peft_config=config(),
-        )
-
-    ours, stock = trainer(), trainer()
-    adapters = [{n: p for n, p in each.model.named_parameters() if p.requires_grad} for each in (ours, stock)]
-    assert_near(*adapters)
-    report = pk.patch(ours.model)
-    assert_same_training(in_fp32(ours), in_fp32(stock), 1e-3)
-    assert_fused(ours.model, report, blocks=2)
-
-
-@pytest.mark.parametrize("made_by", ["user", "trainer"])
-@pytest.mark.parametrize("base", ["dense", "nf4"])
-def test_dpo(base: str, made_by: str, tmp_path: Path) -> None:
-    def trainer(model: Any, peft_config: Any = None) -> Any:
-        torch.manual_seed(3)
-        return trl.DPOTrainer(
-            model=model,
-            args=options(trl.DPOConfig, tmp_path, max_length=16, beta=0.05),
-            train_dataset=preferences(),
-            processing_class=tokenizer(),
-            peft_config=peft_config,
-        )
-
+@pytest.mark.parametrize("name,base,made_by", CASES, ids=map("-".join, CASES))
+def test_trainer(name: str, base: str, made_by: str, tmp_path: Path) -> None:
+    kind = KINDS[name]
     if made_by == "user":
         stock = adapted(llama(base))
         model, report = patched_copy(stock)
-        ours, theirs = trainer(model), trainer(stock)
+        ours, theirs = (kind.make(each, tmp_path) for each in (model, stock))
     else:
-        ours, theirs = (trainer(llama(base), config()) for _ in range(2))
+        ours, theirs = (kind.make(llama(base), tmp_path, config()) for _ in range(2))
+        assert_near(*(trained_values(each.model) for each in (ours, theirs)))
         report = pk.patch(ours.model)
-    assert_same_training(ours, theirs, keys=("rewards/margins", "logps/chosen", "logps/rejected"))
-    assert_fused(ours.model, report, blocks=2)
-
-
-def kto() -> tuple[Any, Any]:
-    """KTOTrainer and its configuration, wherever this TRL defines them."""
-    if hasattr(trl, "KTOTrainer"):
-        return trl.KTOTrainer, trl.KTOConfig
-    module = pytest.importorskip("trl.experimental.kto", reason="this TRL has no KTOTrainer")
-    return module.KTOTrainer, module.KTOConfig
-
-
-@pytest.mark.parametrize("base", ["dense", "nf4"])
-def test_kto(base: str, tmp_path: Path) -> None:
-    kind, settings = kto()
-
-    def trainer() -> Any:
-        torch.manual_seed(3)
-        return kind(
-            model=llama(base),
-            args=options(settings, tmp_path, max_length=16),
-            train_dataset=labelled(),
-            processing_class=tokenizer(),
-            peft_config=config(),
-        )
-
-    ours, theirs = trainer(), trainer()
-    report = pk.patch(ours.model)
-    assert_same_training(ours, theirs)
-    assert_fused(ours.model, report, blocks=2)
-
-
-def rewards(completions: list[str], **_: Any) -> list[float]:
-    """Rewards that differ among completions, as GRPO needs."""
-    return [sum(int(word[1:]) for word in text.split() if word.startswith("w")) / 100 for text in completions]
-
-
-@pytest.mark.parametrize("base", ["dense", "nf4"])
-def test_grpo(base: str, tmp_path: Path) -> None:
-    def trainer() -> Any:
-        torch.manual_seed(3)
-        model = adapted(llama(base))
-        made = trl.GRPOTrainer(
-            model=model,
-            reward_funcs=rewards,
-            args=options(
-                trl.GRPOConfig, tmp_path, num_generations=2, max_completion_length=4, beta=0.01,
-                learning_rate=1e-4,
-            ),
-            train_dataset=datasets.Dataset.from_list([{"prompt": words(row[:4])} for row in rows()]),
-            processing_class=tokenizer(),
-        )  # fmt: skip
-        return in_fp32(made)
-
-    ours, theirs = trainer(), trainer()
-    report = pk.patch(ours.model)
-    assert_same_training(ours, theirs, keys=("reward", "completions/mean_length"))
+    assert_same_training(ours, theirs, kind.rel, kind.keys)
     assert_fused(ours.model, report, blocks=2)
 
 
@@ -223,14 +150,8 @@ def test_reward(base: str, tmp_path: Path) -> None:
         if base == "nf4":
             pk.quantize_model(model)
         assert type(model.score) is torch.nn.Linear
-        torch.manual_seed(3)
-        return trl.RewardTrainer(
-            model=model,
-            args=options(trl.RewardConfig, tmp_path, max_length=16, bf16=base == "nf4"),
-            train_dataset=preferences(),
-            processing_class=tokenizer(),
-            peft_config=config(task_type="SEQ_CLS"),
-        )
+        kind = Kind("Reward", PREFERENCES, SHORT | {"bf16": base == "nf4"})
+        return kind.make(model, tmp_path, config(task_type="SEQ_CLS"))
 
     ours, theirs = trainer(), trainer()
     assert any("score" in name for name, p in ours.model.named_parameters() if p.requires_grad)

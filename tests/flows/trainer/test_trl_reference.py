@@ -8,8 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from flow_checks import assert_near
-from flow_models import Tokens, adapted, arguments, config, ids, llama, tokenizer, words
+from flow_models import (
+    Tokens,
+    adapted,
+    arguments,
+    assert_same_logs,
+    config,
+    ids,
+    in_fp32,
+    llama,
+    tokenizer,
+    words,
+)
 
 import peft_kernels as pk
 
@@ -61,9 +71,7 @@ def trained(
         processing_class=tokenizer(),
         **given,
     )
-    for p in made.model.parameters():
-        p.data = p.data.float() if p.requires_grad else p.data
-    pk.patch(made.model)
+    pk.patch(in_fp32(made).model)
     for log_probs in (getattr(made, "log_probs", None), getattr(made, "ref_log_probs", None)):
         if log_probs is not None:  # the trial is not part of a step
             log_probs.misfits = Untried()
@@ -72,16 +80,6 @@ def trained(
     torch.manual_seed(0)
     made.train()
     return made
-
-
-def assert_same_logs(got: Any, want: Any) -> None:
-    """All logged values except times, and the trained adapters."""
-    for one, other in zip(got.state.log_history, want.state.log_history, strict=True):
-        assert one.keys() == other.keys()
-        for key in one.keys() - {k for k in one if "time" in k or "runtime" in k or "per_second" in k}:
-            assert one[key] == pytest.approx(other[key], rel=2e-4, abs=2e-5), key
-    adapters = [{n: p for n, p in each.model.named_parameters() if p.requires_grad} for each in (got, want)]
-    assert_near(*adapters, bound=1e-3)
 
 
 def assert_less_is_computed(got: Any, want: Any) -> None:

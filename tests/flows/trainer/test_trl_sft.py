@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from flow_checks import Calls, assert_near
-from flow_models import adapted, arguments, ids, llama, tokenizer, words
+from flow_checks import Calls
+from flow_models import adapted, arguments, assert_same_logs, ids, in_fp32, llama, logged, tokenizer, words
 
 import peft_kernels as pk
 
@@ -43,9 +43,7 @@ def trained(kind: Any, model: Any, folder: Path, **options: Any) -> Any:
         eval_dataset=completions().select(range(3)),
         processing_class=tokenizer(),
     )
-    for p in made.model.parameters():
-        p.data = p.data.float() if p.requires_grad else p.data
-    pk.patch(made.model)
+    pk.patch(in_fp32(made).model)
     torch.manual_seed(0)
     made.train()
     return made
@@ -78,12 +76,7 @@ def test_same_logs(name: str, tmp_path: Path) -> None:
     op = "linear_cross_entropy" if name == "nf4" else "linear_cross_entropy_trained"
     assert calls.counts[op] >= STEPS
     want = trained(trl.SFTTrainer, model, tmp_path, **OPTIONS[name])
-    for one, other in zip(got.state.log_history, want.state.log_history, strict=True):
-        assert one.keys() == other.keys()
-        for key in one.keys() - {k for k in one if "time" in k or "per_second" in k}:
-            assert one[key] == pytest.approx(other[key], rel=2e-4, abs=2e-5), key
-    adapters = [{n: p for n, p in each.model.named_parameters() if p.requires_grad} for each in (got, want)]
-    assert_near(*adapters, bound=1e-3)
+    assert_same_logs(got, want)
 
 
 def test_a_head_in_nf4(tmp_path: Path) -> None:
@@ -98,7 +91,7 @@ def test_a_head_in_nf4(tmp_path: Path) -> None:
     for each in (model, dense):
         made = trained(SFTTrainer, each, tmp_path)
         assert not made.log_probs.heads
-        losses.append([entry["loss"] for entry in made.state.log_history if "loss" in entry])
+        losses.append(logged(made))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 

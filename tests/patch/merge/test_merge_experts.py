@@ -8,6 +8,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from merge_models import SAFE
 from peft_experts import SEVERAL, adapt, experts_of, fill, lora_config, mixture, peft, tokens, weights_of
 
 import peft_kernels as pk
@@ -16,7 +17,6 @@ from peft_kernels.integrations.peft import merge_and_unload
 from peft_kernels.nf4.experts_packing import NF4Experts
 
 FAMILY = pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-SAFE = pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
 
 
 def packed_as(merged: Any, wide: Any) -> None:

@@ -12,7 +12,6 @@ from peft_models import lora
 from torch import Tensor, nn
 
 import peft_kernels as pk
-import testing
 
 BASES = pytest.mark.parametrize("base", models.BASES)
 ROWS = 24  # for a batch that is halved
@@ -65,18 +64,7 @@ def llama_loss(model: nn.Module, batch: Tensor | None = None) -> Tensor:
     return model(input_ids=batch, labels=batch).loss
 
 
-def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    assert got.keys() == want.keys() and len(got) > 1
-    for name in want:
-        error = testing.relative_error(got[name], want[name])
-        assert error < tolerance, f"{name}: relative error {error:.3g}"
-
-
 def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     assert got.keys() == want.keys() and len(got) > 1
     for name in want:
         assert torch.equal(got[name], want[name]), name
-
-
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
