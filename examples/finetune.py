@@ -229,7 +229,7 @@ def read_start(path: Path, settings: dict[str, str]) -> dict[str, Any]:
 class Stages:
     """Prints a line with the seconds taken at the end of each stage, and the run if there are two."""
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str = "") -> None:
         self.run = f"{run:<13}" if run else ""
         self.start = time.perf_counter()
 
