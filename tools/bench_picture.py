@@ -22,8 +22,8 @@ CONTENDERS = {"stock": ("PEFT + bitsandbytes", "#E69F00"), "ours": ("peft_kernel
 
 def names() -> list[str]:
     """The figures that the picture shows, in its order."""
-    bars = [f"{kind}-{who}" for kind in ("step", "decode") for who in CONTENDERS]
-    return [*bars, *(f"peak-{tokens}-{who}" for who in CONTENDERS for tokens in TOKENS)]
+    bars = [f"{case}-{contender}" for case in ("step", "decode") for contender in CONTENDERS]
+    return [*bars, *(f"peak-{tokens}-{contender}" for contender in CONTENDERS for tokens in TOKENS)]
 
 
 def draw(values: Mapping[str, str], path: Path) -> None:
@@ -68,8 +68,8 @@ def _lines(axes: Any, values: Mapping[str, str]) -> None:
         {"xytext": (-6, 5), "ha": "right", "va": "bottom"},
         {"xytext": (0, -5), "ha": "center", "va": "top"},
     ]
-    for (who, (name, colour)), place in zip(CONTENDERS.items(), places, strict=True):
-        shown = [values[f"peak-{tokens}-{who}"] for tokens in TOKENS]
+    for (contender, (name, colour)), place in zip(CONTENDERS.items(), places, strict=True):
+        shown = [values[f"peak-{tokens}-{contender}"] for tokens in TOKENS]
         axes.plot(range(len(TOKENS)), list(map(number, shown)), "o-", color=colour, label=name)
         for at, text in enumerate(shown):
             axes.annotate(text, (at, number(text)), textcoords="offset points", color=colour, **place)

@@ -18,8 +18,7 @@ from typing import NamedTuple
 
 import bench_picture
 
-ROOT = Path(__file__).resolve().parent.parent
-FILE = ROOT / "docs" / "figures.json"
+ROOT, FILE = bench_picture.ROOT, bench_picture.FIGURES
 PLACE = re.compile(r"\{([\w-]+)\}")
 FORMS = {"bytes": ",.0f", "loss": ".3f", "trained": ",", "step": ".2f", "decode": ".2f"}
 

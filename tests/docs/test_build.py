@@ -14,7 +14,8 @@ import pytest
 import torch
 import torch.utils.cpp_extension
 
-from peft_kernels.core.backends import architectures
+import testing
+from peft_kernels.core.backends import architectures, cpu
 
 ROOT = Path(__file__).parent.parent.parent
 Setup = Callable[..., "tuple[int, str]"]
@@ -95,6 +96,31 @@ def test_left_out_on_request(setup: Setup, tmp_path: Path) -> None:
 def test_switches_are_0_or_1(setup: Setup) -> None:
     status, said = setup(torch.version.cuda, PEFT_KERNELS_CUDA="yes")
     assert status != 0 and "PEFT_KERNELS_CUDA: expected 0 or 1, got 'yes'" in said
+
+
+def test_the_native_build_has_the_isa_that_is_chosen_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """setup.py asks gcc, the library asks the processor."""
+    if reason := testing.unavailable("cpu"):
+        pytest.skip(f"cpu: {reason}")
+    monkeypatch.setenv("PEFT_KERNELS_ISA", "native")
+    build = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    if not build["IS_X86"]:
+        pytest.skip("off x86 all instruction sets are built")
+    best = cpu.BACKEND.extension.isa_levels()[-1]
+    built = [Path(source).stem for source in build["isa_sources"]()]
+    assert built == (["avx512_bf16", "amx"] if best == "amx" else [best])
+
+
+def test_isa_is_native_or_unset(setup: Setup) -> None:
+    status, said = setup(
+        torch.version.cuda, PEFT_KERNELS_CPU="1", PEFT_KERNELS_CUDA="0", PEFT_KERNELS_ISA="avx2"
+    )
+    assert status != 0 and "PEFT_KERNELS_ISA: expected native, or unset, got 'avx2'" in said
+
+
+def test_the_kernels_as_ptx_need_nvcc(setup: Setup, tmp_path: Path) -> None:
+    status, said = setup("13.0", CUDA_HOME=str(tmp_path), PEFT_KERNELS_CUDA="0", PEFT_KERNELS_PTX="1")
+    assert status != 0 and "was requested, but cannot be built: nvcc was not found" in said
 
 
 LISTS: dict[str, tuple[str, list[str]]] = {
