@@ -7,6 +7,9 @@ SHELL  := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Some images switch off Python's cache of compiled modules. The tests start hundreds of processes, which would each compile
+# transformers again, for five seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 NVCC := $(shell command -v nvcc)
 CARD := $(shell command -v nvidia-smi)
