@@ -49,7 +49,7 @@ $(VENV)/.packages-%: $(VENV)/.packages
 
 SOURCES := Makefile setup.py tools/precompiled.py tools/cuda_toolkit.py \
   $(shell find peft_kernels/ops peft_kernels/core/op.py -name '*.py') $(CPP)
-LOG = build/$(patsubst .%,%,$(@F)).log
+LOG = build/$(patsubst .%,%,$(@F))$(4).log
 # Not by pip, which would recompile everything each time. --force links; ninja compiles what changed. Its command lines,
 # pages of them, go to a file; shown are the names of the files.
 define compile
@@ -59,24 +59,31 @@ define compile
 	  sed -nu -E 's@^(\[[0-9]+/[0-9]+\]).* -c ([^ ]+) -o .*@  \1 \2@p' | sed -u "s@$$PWD/@@" || \
 	  { cat $(LOG); exit 1; }
 	@grep "WARNING: peft_kernels" $(LOG) || true
-	@touch $@
 endef
 
 # What this machine chooses, and scalar code. CUDA only where there is a card.
 $(VENV)/.built: $(VENV)/.packages $(SOURCES)
 	$(call compile,the kernels for this machine: one to three minutes the first time,PEFT_KERNELS_ISA=native \
 	  PEFT_KERNELS_CPU=1 PEFT_KERNELS_CUDA=$(if $(CARD),,0) TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-native}",cpu)
+	@touch $@
 	@$(BIN)/python -m peft_kernels info
 
 # Every instruction set, with AMX emulated, and the checks that tests add.
 $(VENV)/.built-isa: $(VENV)/.built
 	$(call compile,the kernels for every instruction set,PEFT_KERNELS_CPU=1 PEFT_KERNELS_CUDA=0 PEFT_KERNELS_EMULATE=1,cpu)
+	@touch $@
 
-# The CUDA kernels as PTX that runs on the CPU, and, so that errors show, for a card that need not be there.
+# The CUDA kernels as PTX that runs on the CPU, and, so that errors show, for a card that need not be there. Where it is not,
+# without optimising, in a third of the time: nothing runs that, and tests/gpu/test_sass.py assembles the optimised code.
+UNOPTIMISED := $(if $(CARD)$(TORCH_CUDA_ARCH_LIST),,NVCC_APPEND_FLAGS=-Ofc=max)
 $(VENV)/.built-gpu: $(VENV)/.built
-	$(if $(NVCC),$(call compile,the CUDA kernels for the tests: some minutes the first time,PEFT_KERNELS_CPU=0 \
-	  PEFT_KERNELS_CUDA=1 PEFT_KERNELS_PTX=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$(if $(CARD),native,8.0)}",gpu),\
-	  @echo "no nvcc: tests of the CUDA kernels will be skipped"; touch $@)
+	$(if $(NVCC),$(call compile,the CUDA kernels for the tests: some minutes the first time,PEFT_KERNELS_ISA=native \
+	  PEFT_KERNELS_CPU=0 PEFT_KERNELS_CUDA=0 PEFT_KERNELS_PTX=1,gpu),\
+	  @echo "no nvcc: tests of the CUDA kernels will be skipped")
+	$(if $(NVCC),$(call compile,the CUDA kernels for a card,PEFT_KERNELS_ISA=native \
+	  PEFT_KERNELS_CPU=0 PEFT_KERNELS_CUDA=1 $(UNOPTIMISED) \
+	  TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$(if $(CARD),native,8.0)}",gpu,-card))
+	@touch $@
 
 setup: $(VENV)/.built ## Set up what the demo needs, run nothing
 setup-all: $(VENV)/.built-isa $(VENV)/.built-gpu $(VENV)/.packages-test $(VENV)/.packages-docs ## Set up what all tests need

@@ -5,7 +5,8 @@
 FOLDER/python        the installed bitsandbytes, the main contender: its Python files, and the library for
 this
                      torch's CUDA (or --cuda 130)
-FOLDER/peft_kernels  every peft_kernels/_C_cuda*.so of this tree, used if nothing can be compiled there.
+FOLDER/peft_kernels  every peft_kernels/_C_cuda*.so of this tree, used if nothing can be compiled there. (What
+                     `make setup-all` builds where there is no card is not optimised: not for measuring.)
                      To build one for another Python, with the torch of that machine:
                        PEFT_KERNELS_CPU=0 TORCH_CUDA_ARCH_LIST=9.0 python3.12 setup.py build_ext --inplace
 
