@@ -76,7 +76,9 @@ def test_loss_and_gradient_of_a_frozen_head(backend: str, case: dict[str, Any]) 
         pytest.skip("triton: each row is a program of its own, as where they are fewer")
     if backend == "ptx" and case["base"] != "dense" and rows * vocabulary > 10_000:
         pytest.skip("ptx: made of products that have their tests")
-    samples = [results_of(case, seed) for seed in range(1 if rows == 0 else -(-100 // rows))]
+    # Errors of few rows say little. Interpreted, a row takes a third of a second; each takes the same path.
+    least = 25 if backend in ("ptx", "triton") else 100
+    samples = [results_of(case, seed) for seed in range(1 if rows == 0 else -(-least // rows))]
     for name in samples[0]:
         got, plain, truth = (torch.cat([s[name][i] for s in samples]) for i in range(3))
         if vocabulary > 1:
