@@ -28,7 +28,7 @@ bottleneck-...         bottleneck adapters beside plain modules
 adamw-...              a step of optimizers
 optimizer-curves-...   held-out loss of training with each optimizer (most of an hour)
 peak-...               peak memory of a process in a training step of 8x512 tokens
-dpo-..., grpo-...      steps of TRL's trainers on SmolLM2-135M
+dpo-..., grpo-..., sft-...   steps of TRL's trainers on SmolLM2-135M
 prefix-...             prefix tuning beside PEFT's, which copies the prefix for each sample
 methods-...            fine-tuning methods side by side: parameters, memory, time and loss
 serving-...            requests with 8 adapters in one batch, beside 8 passes and one adapter

@@ -103,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
     import finetune_report as report
     import torch
 
+    import peft_kernels as pk
+
     folder = lib.model_folder(args.model, args.output)
     tokenizer = lib.load_tokenizer(folder)
     training = in_order(encode(examples, tokenizer, args.max_length), args.batch_size, args.steps, args.seed)
@@ -111,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
 
     model = lib.add_lora(lib.load_base(folder, args.backend), args.r, args.seed)
     ours = args.backend == "peft_kernels"
-    stage("model", str(lib.speed_up(model)).splitlines()[0] if ours else f"{args.backend}, not patched")
+    stage("model", str(pk.patch(model)).splitlines()[0] if ours else f"{args.backend}, not patched")
 
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("resume", "output")}
     if args.resume:
@@ -179,6 +181,7 @@ def check(folder: Path, adapter: Path, validation: list[Any], trained: Any) -> d
     it, and merged back into NF4; the last loses precision and is only reported."""
     import finetune_model as lib
 
+    import peft_kernels as pk
     from peft_kernels.integrations.peft import merge_and_unload
 
     def fresh() -> Any:
@@ -190,7 +193,7 @@ def check(folder: Path, adapter: Path, validation: list[Any], trained: Any) -> d
         }
 
     model = fresh()
-    lib.speed_up(model)
+    pk.patch(model)
     forms = {"reloaded": measure(model), "merged": measure(model.merge_and_unload())}
     del model  # one at a time in memory
     forms["merged into NF4"] = measure(merge_and_unload(fresh(), quantize=True))

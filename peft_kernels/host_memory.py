@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _NEVER = -1
+_kept = False
 _BLOCKS = (1 << 30, 32 << 20)  # bytes; glibc before 2.35 takes no more than the second
 
 
@@ -25,12 +27,26 @@ def keep_freed_memory() -> bool:
     False if the C library is not glibc (musl, macOS, Windows). With another allocator preloaded (jemalloc,
     tcmalloc) the call has no effect; those keep memory themselves.
     """
-    try:
-        libc = ctypes.CDLL(None)
-        libc.gnu_get_libc_version  # noqa: B018 - musl has a mallopt that does nothing
-        mallopt = libc.mallopt
-    except (AttributeError, OSError, TypeError):  # Windows has no library of that name
+    global _kept
+    mallopt = _mallopt()
+    if mallopt is None:
         return False
     mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
     mapped = any(mallopt(_M_MMAP_THRESHOLD, size) for size in _BLOCKS)
-    return mapped and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
+    _kept = mapped and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
+    return _kept
+
+
+def returns_freed_memory() -> bool:
+    """Whether glibc returns freed memory to the system, as `keep_freed_memory` was not called."""
+    return not _kept and _mallopt() is not None
+
+
+def _mallopt() -> Any:
+    """glibc's function, or None with another C library."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version  # noqa: B018 - musl has a mallopt that does nothing
+        return libc.mallopt
+    except (AttributeError, OSError, TypeError):  # Windows has no library of that name
+        return None

@@ -1,12 +1,11 @@
-"""pytest plugin of peft_tests.py: one record per test; in modes "patched" and "every-option" every LoRA layer
-is patched when it is made.
+"""pytest plugin of peft_tests.py: one record per test; in mode "patched" every model is patched when it gets
+LoRA layers.
 
 PEFT_TESTS_VERSION in the environment is the PEFT under test.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import weakref
@@ -24,12 +23,10 @@ from upstream_tests import MODE as MODE_VARIABLE
 from upstream_tests import recorder, records_file, write
 
 import peft_kernels as pk
-from peft_kernels.integrations import attention
 from peft_kernels.patch import fused
 
 MODE = os.environ[MODE_VARIABLE]
 PATCHED = MODE != "stock"
-OPTIONS: dict[str, bool] = {"loss": True, "block": True} if MODE == "every-option" else {}
 
 if peft.__version__ != os.environ["PEFT_TESTS_VERSION"]:
     raise SystemExit(f"peft: expected {os.environ['PEFT_TESTS_VERSION']}, got {peft.__version__}")
@@ -73,10 +70,7 @@ def _patch_where_layers_are_made() -> None:
         _account.layers += sum(isinstance(module, LoraLayer) for module in model.modules())
         if not PATCHED:
             return
-        if OPTIONS:
-            with contextlib.suppress(TypeError, ValueError):  # not a model of transformers, or unsupported
-                attention.use(model)
-        for layer in pk.patch(model, **OPTIONS).layers:
+        for layer in pk.patch(model).layers:
             module = model.get_submodule(layer.name)
             if layer.fused:
                 _account.watch(layer.fallbacks)

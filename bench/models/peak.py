@@ -21,10 +21,10 @@ from ..lib.harness import first_line
 from ..lib.layers import BNB
 from ..lib.machine import status_bytes
 from ..lib.report import OURS, megabytes, missing
-from .model import PATCHED, SMOLLM2_135M, STEP, TEXTBOOK, Models, ModelSizes
+from .model import SMOLLM2_135M, STEP, TEXTBOOK, Models, ModelSizes
 
-CONTENDERS = (OURS, PATCHED, PEFT_ON_BNB)
-GOAL = 0.6
+CONTENDERS = (OURS, PEFT_ON_BNB)
+GOAL = 0.4
 """Our peak / stock's, at most."""
 CLOSE = 0.02
 """Relative difference of the gradients' norm from stock's, at most."""
@@ -125,9 +125,9 @@ def standard(dtype: str) -> list[Case]:
 def step_alone(case: Case, name: str) -> Peak:
     models = Models(case.sizes, DTYPES[case.dtype])
     if case.group == TEXTBOOK:
-        model = models.textbook("bnb", name != PEFT_ON_BNB, name == OURS)
+        model = models.textbook("bnb", name == OURS)
     else:
-        model = {OURS: models.whole, PATCHED: models.ours, PEFT_ON_BNB: models.stock}[name]()
+        model = models.ours() if name == OURS else models.stock()
     take = models.textbook_step if case.group == TEXTBOOK else models.step
     take(model, models.tokens(1, 16))()  # one-time allocations
     models.free_weights()

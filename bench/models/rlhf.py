@@ -2,7 +2,8 @@
 
 QLoRA r=16 on all linear layers, under autocast to bf16, random tokens; the reference model is the model
 without its adapter. Gradients are checked on a batch of short sequences against TRL's step in fp32 on the
-dequantised weights.
+dequantised weights. On a patched model TRL's DPO and SFT trainers run our head too: ours adds shared prompts,
+and nothing in SFT.
 """
 
 from __future__ import annotations

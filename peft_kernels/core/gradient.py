@@ -276,7 +276,7 @@ def _is_list(kind: Any) -> bool:
     return any(kind.isSubtypeOf(one) for one in kinds)
 
 
-class _RaiseInBackward(torch.autograd.Function):
+class RaiseInBackward(torch.autograd.Function):
     """Returns the first `count` tensors; their backward, with respect to any of the tensors, raises."""
 
     @staticmethod
@@ -298,5 +298,5 @@ def _first_order_only(op: type[Op], ops: Any, *inputs: Any) -> dict[str, Any]:
     sources = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.requires_grad]
     # Without a differentiable source the result would be a constant.
     sources = sources or [torch.empty(0, requires_grad=True)]
-    raising = iter(_RaiseInBackward.apply(sentence, len(tensors), *tensors, *sources))
+    raising = iter(RaiseInBackward.apply(sentence, len(tensors), *tensors, *sources))
     return tree_map(lambda value: next(raising) if isinstance(value, Tensor) else value, found)

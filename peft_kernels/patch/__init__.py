@@ -1,4 +1,5 @@
-"""patch(model) installs fused forwards in the layers of PEFT and bitsandbytes; unpatch(model) removes them.
+"""patch(model) installs fused forwards in a model of transformers, PEFT and bitsandbytes; unpatch(model)
+removes them.
 
 Only the forward of a patched module changes: saving, merging, switching and disabling adapters stay PEFT's.
 Calls that a fused forward does not cover use the original one, and are counted with the reason.
@@ -7,7 +8,7 @@ Calls that a fused forward does not cover use the original one, and are counted 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,42 +17,47 @@ from torch import nn
 from ..core import dispatch
 from ..quantize.model import report_of
 from . import fused
+from .block.attention_function import FusedAttentionFunction
 from .examination import Examination
-from .examine import LAYER, LOSS, PREFIX, examine_all
+from .examine import LAYER, LOSS, PARTS, PREFIX, examine_all
 from .fused import Fused, Record
 from .loss.eligibility import heads
-from .loss.forward import head_mixin
+from .loss.forward import LossModel, head_mixin
+from .loss.trl_head import has_trl_head
 from .prefix.forward import checkpointed
 from .report import LayerReport, PatchReport
 
 __all__ = ["LayerReport", "PatchReport", "explain", "patch", "patched", "unpatch"]
 
 
-def patch(
-    model: nn.Module, mlp: bool = True, dry_run: bool = False, loss: bool = False, block: bool = False
-) -> PatchReport:
-    """Install fused forwards in a model: in PEFT LoRA layers over nn.Linear, NF4Linear, bitsandbytes
-    Linear4bit or the experts of an MoE, and in Linear4bit alone. NF4Linear and NF4 experts need none. PEFT's
-    prefix tuning computes its prefix once for the batch, and works under gradient checkpointing and in
-    generate.
+def patch(model: nn.Module, without: str | Iterable[str] = (), dry_run: bool = False) -> PatchReport:
+    """Install every fused forward that is right and faster for this model on its device.
 
-    Patching twice is harmless; `unpatch` first to change the options. `unpatch` restores the model exactly.
-    Copies of the model (deepcopy) are patched too; a pickle holds the unpatched model.
+    Patching twice is harmless; `unpatch` first to change the parts. `unpatch` restores the model exactly.
+    Copies of the model (deepcopy) are patched too; a pickle holds the unpatched model. The parts for the CPU
+    alone, and the loss, have no effect under torch.compile.
 
     Parameters
     ----------
     model : nn.Module
-    mlp : bool
-        Compute a gated MLP (SwiGLU, GeGLU) with LoRA in one op, which saves x, gate and up for backward.
+    without : str or iterable of str
+        Parts to leave out:
+
+        - "layers": PEFT LoRA layers over nn.Linear, NF4Linear, bitsandbytes Linear4bit or the experts of an
+          MoE, and Linear4bit alone. NF4Linear and NF4 experts need none.
+        - "mlp": a gated MLP (SwiGLU, GeGLU) with LoRA in one op, which saves x, gate and up for backward.
+        - "prefix": PEFT's prefix tuning computes its prefix once for the batch, and works under gradient
+          checkpointing and in generate.
+        - "qkv" (CPU): LoRA projections of queries, keys and values in one op, rotary embeddings in another.
+        - "attention" (CPU): the attention function where the configuration says "sdpa". The configuration
+          does not change.
+        - "norms" (CPU): RMS norms. They have no second derivatives.
+        - "residuals" (CPU): the residual sum of a decoder layer like Llama's in one op with the norm after
+          it.
+        - "loss" (CPU): models of transformers compute the loss of their labels by `linear_cross_entropy`.
+          `outputs.logits` are then computed when they are read: do that before the optimizer's step.
     dry_run : bool
         Change nothing; the report says what would be fused.
-    loss : bool
-        Models of transformers compute the loss of their labels by `linear_cross_entropy`. `outputs.logits`
-        are then computed when they are read: do that before the optimizer's step.
-    block : bool
-        On the CPU, fuse RMS norms, rotary embeddings, and the projections of queries, keys and values of
-        blocks like Llama's, with adapters or without. The norms have no second derivatives. Has no effect
-        under torch.compile.
 
     Returns
     -------
@@ -62,20 +68,36 @@ def patch(
     ------
     TypeError
         `model` is not an nn.Module.
+    ValueError
+        `without` names an unknown part.
     """
     _check_model(model, "patch")
-    asked = tuple(name for name, value in (("loss", loss), ("block", block)) if value)
-    report = PatchReport([], asked=asked, dry_run=dry_run, _model=weakref.ref(model))
+    return _patch(model, _parts(without), dry_run)
+
+
+def _parts(without: Any) -> frozenset[str]:
+    given = (without,) if isinstance(without, str) else without
+    if not isinstance(given, Iterable):
+        raise TypeError(f"without: expected names of parts, got a {type(without).__name__}")
+    parts = frozenset(given)
+    if unknown := parts - PARTS.keys():
+        got = ", ".join(sorted(map(repr, unknown)))
+        raise ValueError(f"without: expected some of {', '.join(PARTS)}, got {got}")
+    return parts
+
+
+def _patch(model: nn.Module, without: frozenset[str], dry_run: bool) -> PatchReport:
+    report = PatchReport([], without=without, dry_run=dry_run, _model=weakref.ref(model))
     sections = {LAYER: report.layers, LOSS: report.losses, PREFIX: report.prefixes}
     plan: list[tuple[nn.Module, LayerReport, Examination]] = []
     inside: set[nn.Module] = set()  # bases of LoRA layers
-    for name, module, family, found in examine_all(model, mlp, block, loss):
+    for name, module, family, found in examine_all(model, without):
         record = fused.record_of(module)
         planned = record is None and found.mixin is not None
         entry = LayerReport(
-            name, found.kind, record, dry_run and planned, found.reason, weakref.ref(module), family
+            name, found.kind, record, dry_run and planned, found.reason, weakref.ref(module), family, without
         )
-        if planned and not fused.replaced_reason(module):
+        if planned and _can_install(found, module):
             plan.append((module, entry, found))
         entries = report.bases if module in inside else sections.get(family, report.blocks)
         entries.append(entry)
@@ -85,6 +107,10 @@ def patch(
     if not dry_run:
         _install(report, plan)
     return report
+
+
+def _can_install(found: Examination, module: nn.Module) -> bool:
+    return not fused.replaced_reason(module) or (found.mixin is LossModel and has_trl_head(module))
 
 
 def _install(report: PatchReport, plan: list[tuple[nn.Module, LayerReport, Examination]]) -> None:
@@ -103,13 +129,19 @@ def _install(report: PatchReport, plan: list[tuple[nn.Module, LayerReport, Exami
                 mixins[head] = head_mixin(head)
             else:
                 extra[head] = head_mixin(head)
-    records = [Record(facts=found.facts) for _, _, found in plan]
+    records = [Record(facts=found.facts, without=report.without) for _, _, found in plan]
+    if any(issubclass(mixin, FusedAttentionFunction) for mixin in mixins.values()):
+        from .block import attend
+
+        attend.serve_patched()
     fused.fuse_all(
         [(module, mixins[module], record) for (module, _, _), record in zip(plan, records, strict=True)]
         + [(module, mixin, Record()) for module, mixin in extra.items() if fused.record_of(module) is None]
     )
-    for (_, entry, _), record in zip(plan, records, strict=True):
+    for (module, entry, _), record in zip(plan, records, strict=True):
         entry.record = record
+        if entry.family == LOSS and has_trl_head(module):
+            module.forward = module.forward  # now ours is set around it
 
 
 def unpatch(model: nn.Module) -> int:
@@ -119,13 +151,11 @@ def unpatch(model: nn.Module) -> int:
 
 
 @contextmanager
-def patched(
-    model: nn.Module, mlp: bool = True, loss: bool = False, block: bool = False
-) -> Iterator[PatchReport]:
+def patched(model: nn.Module, without: str | Iterable[str] = ()) -> Iterator[PatchReport]:
     """`with patched(model) as report:` patches inside the block; layers patched before stay patched."""
     _check_model(model, "patched")
     before = {id(module) for module in model.modules() if fused.record_of(module) is not None}
-    report = patch(model, mlp, loss=loss, block=block)
+    report = patch(model, without)
     try:
         yield report
     finally:
@@ -140,9 +170,9 @@ def explain(model: nn.Module | None = None) -> str:
     if model is None:
         return dispatch.explain()
     _check_model(model, "explain")
-    installed = any(fused.record_of(module) is not None for module in model.modules())
-    report = patch(model, dry_run=True)
-    report.dry_run = not installed and any(entry.planned for entry in (*report.layers, *report.prefixes))
+    records = [record for module in model.modules() if (record := fused.record_of(module)) is not None]
+    report = _patch(model, records[0].without if records else frozenset(), dry_run=True)
+    report.dry_run = not records and any(entry.planned for entry in report.entries)
     quantised = report_of(model)
     lines = [] if quantised is None else [str(quantised)]
     lines.append(str(report))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from torch import nn
 
 from ..nf4.experts_packing import NF4Experts
-from . import fused
 from .block import attention, decoder_layer, gated_mlp, rms_norm
 from .eligibility import is_linear4bit, is_packed, layer_reason, linear_kind, unsupported_reason
 from .examination import Examination, Layers
@@ -22,8 +21,11 @@ from .prefix import forward as prefix_forward
 
 LAYER, MLP, NORM, ATTENTION, DECODER_LAYER = "layer", "gated MLP", "norm", "attention", "decoder layer"
 LOSS, PREFIX = "loss without logits", "PEFT prefix tuning"
-BLOCK = (NORM, ATTENTION, DECODER_LAYER)
-"""Families that `patch(block=True)` looks for."""
+PARTS = {
+    "layers": LAYER, "mlp": MLP, "qkv": ATTENTION, "attention": ATTENTION, "norms": NORM,
+    "residuals": DECODER_LAYER, "loss": LOSS, "prefix": PREFIX,
+}  # fmt: skip
+"""Parts that `patch` can leave out, and the family of each. A family is left out with all its parts."""
 
 
 class _Layers(dict[nn.Module, Examination | None]):
@@ -68,16 +70,20 @@ _EXAMINERS: dict[str, Callable[[nn.Module, Layers], Examination | None]] = {
     LAYER: lambda module, layers: layers[module],
     MLP: gated_mlp.examine,
     NORM: rms_norm.examine,
-    ATTENTION: attention.examine,
     DECODER_LAYER: decoder_layer.examine,
     LOSS: loss_forward.examine,
     PREFIX: prefix_forward.examine,
 }
 
 
-def examine(module: nn.Module, family: str, layers: Layers | None = None) -> Examination | None:
+def examine(
+    module: nn.Module, family: str, layers: Layers | None = None, without: Collection[str] = ()
+) -> Examination | None:
     """Examines a module for one family of fused forwards. None if it is not of that family."""
-    return _EXAMINERS[family](module, _Layers() if layers is None else layers)
+    layers = _Layers() if layers is None else layers
+    if family == ATTENTION:
+        return attention.examine(module, layers, without)
+    return _EXAMINERS[family](module, layers)
 
 
 def layers(model: nn.Module, known: Layers | None = None) -> Iterator[tuple[str, nn.Module, Examination]]:
@@ -93,24 +99,16 @@ def layers(model: nn.Module, known: Layers | None = None) -> Iterator[tuple[str,
 
 
 def examine_all(
-    model: nn.Module, mlp: bool, block: bool, loss: bool
+    model: nn.Module, without: Collection[str]
 ) -> Iterator[tuple[str, nn.Module, str, Examination]]:
-    """Name, module, family and examination of all that is found in a model."""
+    """Name, module, family and examination of all that is found in a model, except for parts left out."""
     known = _Layers()
-    for name, module, found in layers(model, known):
-        yield name, module, LAYER, found
+    families = dict.fromkeys(family for part, family in PARTS.items() if part not in without)
+    if LAYER in families:
+        for name, module, found in layers(model, known):
+            yield name, module, LAYER, found
     for name, module in model.named_modules():
-        families = [PREFIX]
-        if mlp:
-            families.append(MLP)
-        if block or fused.has(module, *_BLOCK_MIXINS):
-            families += BLOCK
-        if loss or fused.has(module, loss_forward.LossModel):
-            families.append(LOSS)
         for family in families:
-            other = examine(module, family, known)
+            other = None if family == LAYER else examine(module, family, known, without)
             if other is not None:
                 yield name, module, family, other
-
-
-_BLOCK_MIXINS = (rms_norm.FusedRmsNorm, attention.FusedAttention, decoder_layer.FusedDecoderLayer)

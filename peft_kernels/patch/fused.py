@@ -24,6 +24,9 @@ from torch import nn
 RECORD = "_peft_kernels"
 """The attribute of a fused module that holds its Record."""
 
+REPLACES = "_peft_kernels_replaces"
+"""The attribute of a forward that we set on an instance: the one that was there before."""
+
 _PLACES = ("forward", "_old_forward")  # accelerate keeps the forward that its hook wraps in the second
 
 
@@ -42,6 +45,8 @@ class Record:
     """Calls that took the original forward, by reason."""
     facts: Any = None
     """Found when the module was patched, for kinds that need it."""
+    without: frozenset[str] = frozenset()
+    """The parts that `patch` was told to leave out."""
     cached: Any = None
     """The CachedCall of the module (`call_cache.py`)."""
     stores: int = 0
@@ -180,6 +185,9 @@ def restore(module: nn.Module) -> bool:
     """Remove the fused forward. Returns False if there was none."""
     if module.__dict__.pop(RECORD, None) is None:
         return False
+    before = getattr(module.__dict__.get("forward"), REPLACES, None)
+    if before is not None:
+        module.__dict__["forward"] = before
     fused: Any = type(module)
     plain = _plain.get(fused)
     if plain is not None:
@@ -254,7 +262,9 @@ def replaced_reason(module: nn.Module) -> str:
     if RECORD in module.__dict__ and not isinstance(module, Fused):
         return f"its class was changed after patch(), to {type(module).__qualname__}"
     forward = module.__dict__.get("forward")
-    if forward is None or is_own(module, forward) or is_own(module, module.__dict__.get("_old_forward")):
+    if forward is None or hasattr(forward, REPLACES):
+        return ""
+    if is_own(module, forward) or is_own(module, module.__dict__.get("_old_forward")):
         return ""
     inner = _wrapped(module, forward)
     if RECORD in module.__dict__ and inner is type(module).forward:

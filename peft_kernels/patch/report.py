@@ -7,15 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .examine import BLOCK, LAYER, LOSS, PREFIX, examine, layers
+from ..host_memory import returns_freed_memory
+from .block.attention_function import AttentionFacts, function_reason
+from .examine import LAYER, LOSS, PREFIX, examine, layers
 from .fused import Record, record_of, replaced_reason
 from .prefix.eligibility import not_recomputable
-
-_NOT_FOUND = {
-    "loss": "this model contains no model of transformers that computes a loss from labels and logits",
-    "block": "this model contains no norm, attention module or decoder layer with Llama's names",
-}
-"""Reported for options that find nothing."""
 
 
 @dataclass
@@ -32,6 +28,8 @@ class LayerReport:
     """The reason at the time of patching, for when the model no longer exists."""
     _module: Any = field(default=lambda: None, repr=False)
     family: str = field(default=LAYER, repr=False)
+    without: frozenset[str] = field(default=frozenset(), repr=False)
+    """The parts that `patch` was told to leave out."""
 
     @property
     def fallbacks(self) -> Counter[str]:
@@ -50,16 +48,22 @@ class LayerReport:
             changed: str = self.record.facts.change_reason(module)
             if changed:
                 return changed
-        found = examine(module, self.family)
+        found = examine(module, self.family, without=self.without)
         return "no layer of this kind any more" if found is None else found.reason
 
     @property
     def note(self) -> str:
         """Remarks on a fused layer."""
         module = self._module()
-        if self.family == LOSS and self.record is not None:
-            reads = [f"{count}x by {by}" for by, count in self.record.facts.reads.items()]
+        if self.family == LOSS:
+            counts = self.record.facts.reads if self.record is not None else {}
+            reads = [f"{count}x by {by}" for by, count in counts.items()]
             return "logits are computed where they are read" + (f": {', '.join(reads)}" if reads else "")
+        facts = None if self.record is None else self.record.facts
+        if module is not None and isinstance(facts, AttentionFacts):
+            if facts.projection_reason:
+                return f"projections by its own forward, {facts.projection_reason}"
+            return function_reason(module) if facts.attends else ""
         if module is None or self.family != PREFIX:
             return ""
         reason = not_recomputable(module)
@@ -97,18 +101,22 @@ class PatchReport:
     layers: list[LayerReport]
     """LoRA layers of PEFT, and quantised layers without an adapter."""
     blocks: list[LayerReport] = field(default_factory=list)
-    """Blocks of several layers: gated MLPs, and with `block=True` attention modules, norms, decoder
-    layers."""
+    """Gated MLPs, attention modules, norms, decoder layers."""
     bases: list[LayerReport] = field(default_factory=list)
     """Quantised layers inside LoRA layers, which are called while adapters are disabled or merged."""
     prefixes: list[LayerReport] = field(default_factory=list)
     """PeftModels with prefix tuning."""
     losses: list[LayerReport] = field(default_factory=list)
     """Models whose loss is computed without logits."""
-    asked: tuple[str, ...] = ()
-    """The options `loss` and `block`, if given."""
+    without: frozenset[str] = frozenset()
+    """The parts that `patch` was told to leave out."""
     dry_run: bool = False
     _model: Any = field(default=_gone, repr=False)
+
+    @property
+    def entries(self) -> list[LayerReport]:
+        """All but `bases`."""
+        return [*self.layers, *self.blocks, *self.prefixes, *self.losses]
 
     @property
     def fused(self) -> list[LayerReport]:
@@ -124,25 +132,33 @@ class PatchReport:
     def __str__(self) -> str:
         verb = "would be fused" if self.dry_run else "fused"
         lines = [f"peft_kernels: {len(self.fused)} of {len(self.layers)} layers {verb}"]
-        if not (self.layers or self.blocks or self.prefixes or self.losses):
+        if not self.entries:
             lines.append(
                 "nothing to patch: no PEFT LoRA layer, bitsandbytes Linear4bit or NF4Linear in this model"
             )
-        found = {"loss": self.losses, "block": [e for e in self.blocks if e.family in BLOCK]}
-        lines += [f"{option}=True: {_NOT_FOUND[option]}" for option in self.asked if not found[option]]
         lines += [f"{e.kind}: {e.note}" for e in (*self.prefixes, *self.losses) if e.fused]
         for kind, count in Counter(block.kind for block in self.blocks if block.fused).items():
             lines.append(f"across layers: {count} x {kind}")
-        entries = [*self.layers, *self.blocks, *self.prefixes, *self.losses]
+        noted = ((e.note, 1, e) for e in self.blocks if e.fused and e.note)
+        lines += _by_reason("in part", noted, "")
+        entries = self.entries
         lines += _by_reason("original forward", ((e.reason, 1, e) for e in entries if e.reason), "")
         calls = ((why, n, e) for e in (*entries, *self.bases) for why, n in e.fallbacks.items())
         lines += _by_reason("original forward", calls, "call")
-        return "\n".join(lines + self._added_later())
+        return "\n".join(lines + self._added_later() + self._advice())
+
+    def _advice(self) -> list[str]:
+        """What else would speed up a whole model."""
+        model = self._model() if self.losses else None
+        trained = () if model is None else (p for p in model.parameters() if p.requires_grad)
+        if any(p.device.type == "cpu" for p in trained) and returns_freed_memory():
+            return ["for training on a CPU: pk.keep_freed_memory(), once before, may save page faults"]
+        return []
 
     def _added_later(self) -> list[str]:
         """A line for every layer that got its adapter after `patch`, so that it has no fused forward."""
         model = self._model()
-        if model is None or self.dry_run:
+        if model is None or self.dry_run or "layers" in self.without:
             return []
         known = {(entry.name, entry.kind) for entry in (*self.layers, *self.bases)}
         return [
@@ -153,7 +169,7 @@ class PatchReport:
 
     def details(self) -> str:
         """A line for every layer and block."""
-        return "\n".join(str(layer) for layer in (*self.layers, *self.blocks, *self.prefixes, *self.losses))
+        return "\n".join(str(layer) for layer in self.entries)
 
 
 def _by_reason(what: str, entries: Iterator[tuple[str, int, LayerReport]], counted: str) -> list[str]:

@@ -18,6 +18,8 @@ from peft_kernels.cli.sizes import Model, Run
 SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
 BATCH, SEQ, RANK = 2, 48, 8
+CPU_PARTS = ("qkv", "attention", "norms", "residuals", "loss")
+"""Parts of `patch` that the plan leaves out: they are for CPUs."""
 
 
 def loss_of(model: Any, batch: int = BATCH, seq: int = SEQ) -> Any:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from plan_measures import (
     BATCH,
+    CPU_PARTS,
     RANK,
     SEQ,
     SIZES,
@@ -86,7 +87,7 @@ def trainable(
     if method in ("lora", "qlora", "dora"):
         options = {"r": RANK, "target_modules": targets or "all-linear", "task_type": "CAUSAL_LM"}
         model = peft.get_peft_model(model, peft.LoraConfig(**options, use_dora=method == "dora"))
-        pk.patch(model)
+        pk.patch(model, without=CPU_PARTS)
     elif method == "prefix":
         model = peft.get_peft_model(
             model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from plan_measures import (
     BATCH,
+    CPU_PARTS,
     RANK,
     SEQ,
     SIZES,
@@ -65,7 +66,7 @@ def trainable(kind: str, experts: bool | None, parameters: Any = (), prepared: b
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     targets = {"target_modules": ATTENTION, "target_parameters": list(parameters) or None}
     model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, task_type="CAUSAL_LM", **targets))
-    pk.patch(model)
+    pk.patch(model, without=CPU_PARTS)
     return model.train()
 
 

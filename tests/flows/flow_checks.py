@@ -51,8 +51,9 @@ def fused_layers(report: Any) -> set[str]:
     return {layer.name for layer in report.layers if layer.fused}
 
 
-def fused_blocks(report: Any) -> set[str]:
-    return {block.name for block in report.blocks if block.fused}
+def fused_blocks(report: Any, kind: str = "gated MLP") -> set[str]:
+    """Names of fused blocks of a kind, without the name of their class."""
+    return {block.name for block in report.blocks if block.fused and block.kind.rpartition(" ")[0] == kind}
 
 
 def layer_fallbacks(report: Any) -> Counter[str]:
@@ -61,7 +62,7 @@ def layer_fallbacks(report: Any) -> Counter[str]:
 
 
 def block_fallbacks(report: Any) -> Counter[str]:
-    """Calls of gated MLPs that ran layer by layer, by reason."""
+    """Calls of blocks that used the original forward, by reason."""
     return sum((Counter(entry.fallbacks) for entry in report.blocks), Counter())
 
 

@@ -73,8 +73,14 @@ def expected(model: Any, report: Any, dora: bool, reached: Collection[str]) -> i
     layers = fused_layers(report) & lora_layers(model) & set(adapters)
     if dora:
         return len(layers)
-    blocks = fused_blocks(report) & {name.rpartition(".")[0] for name in layers}
-    return len([name for name in layers if name.rpartition(".")[0] not in blocks]) + len(blocks)
+    ops = set()  # a layer's own, or that of its block
+    for name in layers:
+        block, _, own = name.rpartition(".")
+        together = fused_blocks(report) if own != "o_proj" else ()
+        if own in ("q_proj", "k_proj", "v_proj"):
+            together = fused_blocks(report, "attention")
+        ops.add(block if block in together else name)
+    return len(ops)
 
 
 @lru_cache(maxsize=1)

@@ -57,7 +57,7 @@ def calls(model: Any, kind: str) -> Counter[str]:
 
 def patched(stock: nn.Module) -> tuple[Any, Any]:
     model = copy.deepcopy(stock)
-    return model, pk.patch(model, loss=True, block=True)
+    return model, pk.patch(model)
 
 
 @pytest.mark.parametrize("name", MODELS)

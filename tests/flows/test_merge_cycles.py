@@ -68,6 +68,8 @@ def test_unload_leaves_a_plain_model(base: str) -> None:
     model = adapted(copy.deepcopy(stock)).eval()
     pk.patch(model)
     plain = model.unload()
+    assert_near(logits(plain), want, 1e-5)  # norms and attention are still fused
+    pk.unpatch(plain)
     assert torch.equal(logits(plain)["logits"], want["logits"])
     mlps = [module for name, module in plain.named_modules() if name.endswith("mlp")]
     assert mlps and all("forward" not in vars(mlp) for mlp in mlps)

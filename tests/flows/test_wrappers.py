@@ -228,7 +228,7 @@ def test_layers_on_several_devices(when: str) -> None:
         block.register_forward_hook(lambda _, args, out, i=i: seen.append((i, out.device.type)))
     with Calls() as calls, torch.no_grad():
         model.base_model.model.model(input_ids=ids())
-    assert seen == [(0, "cpu"), (1, "meta")] and calls.fused >= 10, (seen, calls.counts)
+    assert seen == [(0, "cpu"), (1, "meta")] and calls.fused >= 6, (seen, calls.counts)
     assert not fallbacks(report), str(report)
 
 

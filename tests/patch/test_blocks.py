@@ -64,7 +64,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.filterwarnings("ignore:.*lora_bias=True.*has no bias")
 def test_gated_mlp(options: str, base: str, dtype: torch.dtype, op_counts: Counter[str]) -> None:
     model = adapted(Mlp(bias=True), base, dtype, **OPTIONS[options])
-    report = assert_same_numbers(model, testing.tensor(2, 9, 64, dtype=dtype), 0.03, mlp=True)
+    report = assert_same_numbers(model, testing.tensor(2, 9, 64, dtype=dtype), 0.03)
     assert [block.kind for block in report.blocks] == ["gated MLP Mlp"]
     assert op_counts["gated_mlp"] == 1 and not op_counts["lora_linear"]
 
@@ -231,10 +231,18 @@ def test_llama_model_with_everything(op_counts: Counter[str]) -> None:
         return model(input_ids=ids, labels=ids).loss
 
     plain = step(model, loss)
-    report = pk.patch(model)
+    report = pk.patch(model, without=("qkv", "attention", "norms", "residuals", "loss"))
     got = step(model, loss)
     assert op_counts["gated_mlp"] == 2 and op_counts["lora_linear"] == 8
     assert "2 x gated MLP LlamaMLP" in str(report)
     assert_near(got, plain)
     assert pk.unpatch(model) == 16
+    pk.patch(model)
+    op_counts.clear()
+    got = step(model, loss)
+    assert op_counts["gated_mlp"] == op_counts["multi_lora_linear"] == op_counts["attention"] == 2
+    assert op_counts["lora_linear"] == op_counts["add_rms_norm"] == 2
+    assert op_counts["linear_cross_entropy"] == 1
+    assert_near(got, plain)
+    assert pk.unpatch(model) == 27
     assert all(torch.equal(value, plain[name]) for name, value in step(model, loss).items())

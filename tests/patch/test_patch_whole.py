@@ -30,21 +30,24 @@ def ids() -> torch.Tensor:
     return torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("block", [False, True])
-def test_a_model_of_the_class_of_a_patched_one(block: bool) -> None:
+LATER_PARTS = ("qkv", "attention", "norms", "residuals")
+
+
+@pytest.mark.parametrize("without", [LATER_PARTS, ()], ids=["loss", "all"])
+def test_a_model_of_the_class_of_a_patched_one(without: tuple[str, ...]) -> None:
     first = models.tiny_llama()
-    pk.patch(first, loss=True, block=block)
+    pk.patch(first, without)
     model = type(first)(first.config)
     model.load_state_dict(first.state_dict())
     for layer, like in zip(model.model.layers, first.model.layers, strict=True):  # likewise its layers
         layer.input_layernorm = type(like.input_layernorm)(64)
     model.lm_head = type(first.lm_head)(64, first.config.vocab_size, bias=False)
     model.load_state_dict(first.state_dict())
-    plain = pk.patch(model)
-    assert not plain.losses and not plain.blocks, "it was not asked for"
+    plain = pk.patch(model, {*LATER_PARTS, "loss"})
+    assert not plain.losses and not plain.blocks, "they were left out"
     pk.unpatch(model)
-    report = pk.patch(model, loss=True, block=block)
-    assert report.losses[0].fused and len(report.blocks) == (9 if block else 0), report.details()
+    report = pk.patch(model, without)
+    assert report.losses[0].fused and len(report.blocks) == (0 if without else 9), report.details()
     want = first(input_ids=ids(), labels=ids())
     assert torch.equal(model(input_ids=ids(), labels=ids()).loss, want.loss)
     assert pk.unpatch(model) > 0 and not isinstance(model, LossModel)
@@ -69,10 +72,10 @@ def test_a_subclass_of_a_patched_class() -> None:
 
 def test_pickles_of_a_subclass_keep_it() -> None:
     first = models.tiny_llama()
-    pk.patch(first, loss=True)
+    pk.patch(first)
     globals()["Own"] = type("Own", (type(first),), {"__module__": __name__, "extra": 1})
     model = globals()["Own"](first.config)
-    pk.patch(model, loss=True)
+    pk.patch(model)
     assert type(pickle.loads(pickle.dumps(model))) is globals()["Own"]
 
 
@@ -100,8 +103,8 @@ def test_an_error_leaves_the_model_as_it_was(what: str, monkeypatch: pytest.Monk
 
         monkeypatch.setattr(kind, "__setattr__", stays)
     with pytest.raises(TypeError, match="no subclass" if what == "class" else "no other class"):
-        pk.patch(model, loss=True)
+        pk.patch(model)
     assert state(model) == before
     assert torch.equal(model(input_ids=ids()).logits, expected)
     monkeypatch.undo()
-    assert pk.patch(model, loss=True).losses[0].fused
+    assert pk.patch(model).losses[0].fused

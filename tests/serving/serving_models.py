@@ -102,6 +102,10 @@ def prompt(seed: int, length: int) -> list[int]:
     return torch.randint(3, 128, (length,), generator=generator).tolist()
 
 
+ACROSS_LAYERS = ("mlp", "qkv", "attention", "norms", "residuals", "loss")
+"""What engines do not fuse: they compute layer by layer."""
+
+
 def by_generate(
     model: Any, ids: list[int], new: int, folder: Path | None = None
 ) -> tuple[list[int], list[Tensor]]:
@@ -109,7 +113,7 @@ def by_generate(
     model = copy.deepcopy(model)
     if folder is not None:
         model = peft.PeftModel.from_pretrained(model, folder).eval()
-        pk.patch(model, mlp=False)
+        pk.patch(model, without=ACROSS_LAYERS)
     with torch.no_grad():
         found = model.generate(
             input_ids=torch.tensor([ids]), max_new_tokens=new, do_sample=False, eos_token_id=None,

@@ -23,15 +23,13 @@ from torch.nn.modules.dropout import _DropoutNd
 from trl.trainer.dpo_trainer import DPOTrainer as TheirDPOTrainer
 from trl.trainer.grpo_trainer import GRPOTrainer as TheirGRPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer as TheirSFTTrainer
-from trl.trainer.utils import FusedCausalLMOutput
 
-from ...nf4.weight import NF4Weight
-from ...nn import NF4Linear
 from ...patch.fused import plain_class
+from ...patch.loss.scored_head import Scores
+from ...patch.loss.trl_head import IGNORED, TrlHead, theirs_of
 from .. import attention
 from . import shared_prompts
-from .scored_head import Scores, active_head, scale_and_cap, score
-from .shared_prompts import IGNORED, Rows
+from .shared_prompts import Rows
 
 __all__ = ["DPOTrainer", "GRPOTrainer", "SFTTrainer"]
 
@@ -53,11 +51,11 @@ class Kind(NamedTuple):
     rows: int
 
 
-class LogProbs:
+class LogProbs(TrlHead):
     """Computes log-probabilities instead of TRL's forward.
 
-    `fallbacks`: number of calls without shared prompts, by reason. `heads`: number of calls with TRL's head,
-    by reason. `shares`: whether to look for common prompts."""
+    `fallbacks`: number of calls without shared prompts, by reason. `shares`: whether to look for common
+    prompts."""
 
     def __init__(
         self,
@@ -69,17 +67,10 @@ class LogProbs:
         head: str,
         shares: bool = True,
     ) -> None:
+        super().__init__(model, theirs_of(model.forward), temperature, outputs, head)
         self.fallbacks: Counter[str] = Counter()
-        self.heads: Counter[str] = Counter()
         self.shares = shares
-        self.theirs = model.forward  # TRL's, from `add_fused_lm_head`
         self.never = never or _unfit(model)
-        self.temperature, self.outputs = temperature, outputs
-        numbers = scale_and_cap(self.theirs)
-        if model.config.get_text_config() is not model.config:
-            head = head or "the model takes more than text"
-        self.head = head or (numbers if isinstance(numbers, str) else "")
-        self.scale, self.cap = (1.0, None) if isinstance(numbers, str) else numbers
         self.misfits: dict[Kind, str] = {}
         """By kind of batch, whose first is tried: why shared rows would be wrong, or ""."""
 
@@ -90,7 +81,9 @@ class LogProbs:
         if isinstance(rows, str) and self.shares:
             self._count_fallback(rows)
         mask = labels[:, 1:] != IGNORED
-        reason = self._their_head(model, given)
+        reason = self.reason(model)
+        if not reason and self.shares and (extra := given.keys() - {"input_ids", "attention_mask"}):
+            reason = f"extra arguments ({', '.join(sorted(extra))})"
         if reason:
             self.heads[reason] += 1
             if isinstance(rows, str):
@@ -99,38 +92,11 @@ class LogProbs:
             parts = {name: theirs[name].flatten()[rows.index] for name in Scores._fields if name in theirs}
         else:
             if isinstance(rows, str):
-                hidden = model.base_model(**given, use_cache=False).last_hidden_state[:, :-1][mask]
+                hidden = self.hidden(model, mask, **given)
             else:
                 hidden = _hidden(model, rows).flatten(0, 1)[rows.index]
-            head, targets = active_head(model), labels[:, 1:][mask]
-            options = self.temperature, self.outputs, self.scale, self.cap
-            parts = score(hidden, head.weight, head.bias, targets, *options)._asdict()
-        found: dict[str, Any] = {
-            n: None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x)
-            for n, x in parts.items()
-        }
-        loss = -found["log_probs"].sum() / mask.sum().clamp(min=1)
-        return FusedCausalLMOutput(loss=loss, label_mask=mask, **found)
-
-    def _their_head(self, model: Any, given: dict[str, Any]) -> str:
-        """Why this call uses TRL's head, or ""."""
-        head = active_head(model)
-        weight, packed = head.weight, type(head.weight) is NF4Weight
-        if self.head:
-            return self.head
-        if plain_class(head) not in (nn.Linear, NF4Linear):
-            return f"the head is a {type(head).__name__}"
-        if not packed and type(weight) not in (Tensor, nn.Parameter):
-            return f"the weight of the head is a {type(weight).__name__}"
-        if weight.device.type != "cpu":
-            return "TRL has kernels for the head on GPUs"
-        if getattr(model.config, "output_router_logits", False):
-            return "the loss that balances experts is TRL's"
-        trained = torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())
-        if "log_sum_sq_probs" in self.outputs and (trained or packed):
-            return "sums of squares of a head that is trained or in NF4"
-        extra = given.keys() - {"input_ids", "attention_mask"} if self.shares else set()
-        return f"extra arguments ({', '.join(sorted(extra))})" if extra else ""
+            parts = self.parts(model, hidden, labels[:, 1:][mask])
+        return self.output(parts, mask)
 
     def __str__(self) -> str:
         lines = ["log-probabilities: by pk.token_log_probs" if not self.heads else "log-probabilities:"]

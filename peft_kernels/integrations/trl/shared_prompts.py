@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORED = -100
+from ...patch.loss.trl_head import IGNORED
+
 LINEAR = 1
 """Cost of a token in linear layers relative to attending to hidden_size tokens. By FLOPs it is 5 or 6, but
 attention with such a mask is slow and computes masked scores too: on two cores, prompts of 64 with

@@ -1,9 +1,9 @@
 """Attention modules like Llama's: the projections of queries, keys and values in one op, their rotary
-embedding in another. The model's configuration still selects the attention function."""
+embedding in another."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from ...ops.block.rotary import rotary
 from ...ops.lora.multi_lora import AdaptedLinear, multi_lora_linear
 from ..eligibility import Base
 from ..examination import Examination, Layers
-from ..fused import Fallback, Fused, computed_by
+from ..fused import Fallback, computed_by
 from ..input_spec import input_spec
 from ..lora.eligibility import is_lora
 from ..lora.forward import adapted_operands, sum_reason
 from . import eligibility, empty_cache
+from .attention_function import AttentionFacts, FusedAttentionFunction, function_reason, has_choice
 from .eligibility import ORDINARY, PROJECTIONS, Attention
 
 _ROUNDING = ("eager", "sdpa", "peft_kernels")
@@ -41,7 +42,7 @@ def _run(
     if isinstance(known, Fallback):
         return known
     x = hidden_states
-    if len(args) > 1 or not _supports(module, x, position_embeddings):
+    if len(args) > 1 or not supports(module, x, position_embeddings):
         return Fallback()
     cos, sin = position_embeddings
     cache = args[0] if args else kwargs.pop(known.cache, None)
@@ -61,16 +62,16 @@ def _run(
         q, k = rotary(q, k, cos, sin, rounded)
     if rounded is not None:
         q, k, v = (t.to(rounded) for t in (q, k, v))
-    y, weights = _attend(module, known, [t.transpose(1, 2) for t in (q, k, v)], attention_mask, cache, kwargs)
+    y, weights = attend(module, known, [t.transpose(1, 2) for t in (q, k, v)], attention_mask, cache, kwargs)
     return module.o_proj(y.reshape(*x.shape[:-1], -1).contiguous()), weights
 
 
 @computed_by(_run)
-class FusedAttention(Fused):
+class FusedAttention(FusedAttentionFunction):
     """Queries, keys and values from one op, rotated by another."""
 
 
-def _supports(module: Any, x: Any, position_embeddings: Any) -> bool:
+def supports(module: Any, x: Any, position_embeddings: Any) -> bool:
     """Whether there is a kernel for such a call."""
     if not isinstance(position_embeddings, (tuple, list)) or len(position_embeddings) != 2:
         return False
@@ -129,7 +130,7 @@ def rounds_to(module: Any, cache: Any) -> torch.dtype | None:
     return dtype if rounds and (cache is None or training) else None
 
 
-def _attend(
+def attend(
     module: Any,
     known: Attention,
     projected: Sequence[Tensor],
@@ -155,15 +156,27 @@ def _attend(
     return found
 
 
-def examine(module: nn.Module, layers: Layers) -> Examination | None:
-    if not eligibility.is_attention(module):
+def examine(module: nn.Module, layers: Layers, without: Collection[str] = ()) -> Examination | None:
+    """`without`: "qkv" for projections and their rotary embedding, "attention" for the attention function."""
+    projects = "qkv" not in without and eligibility.is_attention(module)
+    attends = "attention" not in without and has_choice(module)
+    if not projects and not attends:
         return None
+    projection_reason = _projections_reason(module, layers) if projects else ""
+    if projects and not projection_reason:
+        return Examination.of("attention", module, FusedAttention, "", AttentionFacts(attends))
+    attention_reason = function_reason(module) if attends else ""
+    reason = "" if attends and not attention_reason else projection_reason or attention_reason
+    facts = AttentionFacts(attends, projection_reason)
+    return Examination.of("attention function of", module, FusedAttentionFunction, reason, facts)
+
+
+def _projections_reason(module: nn.Module, layers: Layers) -> str:
     known = eligibility.attention(module)
-    reason = known.reason if isinstance(known, Fallback) else ""
-    for name in PROJECTIONS:
-        if not reason and (found := _projection_reason(module._modules[name], layers)):
-            reason = f"{name}: {found}"
-    return Examination.of("attention", module, FusedAttention, reason)
+    if isinstance(known, Fallback):
+        return known.reason
+    reasons = ((name, _projection_reason(module._modules[name], layers)) for name in PROJECTIONS)
+    return next((f"{name}: {reason}" for name, reason in reasons if reason), "")
 
 
 def _projection_reason(child: Any, layers: Layers) -> str:

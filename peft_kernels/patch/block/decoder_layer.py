@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.backends.base import DTYPES
-from ...ops.arguments import autocast_dtype
+from ...ops.arguments import autocast_dtype, is_traced
 from ...ops.block.rms_norm import add_rms_norm, rms_norm
 from ...ops.casts import add_residual
 from ..eligibility import hook_reason
@@ -22,7 +22,7 @@ from .gated_mlp import FusedMlp
 
 
 def _run(layer: Any, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Tensor | Fallback:
-    if torch.compiler.is_compiling():  # a compiler fuses the sum and the norm itself
+    if torch.compiler.is_compiling() or is_traced():  # a compiler fuses the sum and the norm itself
         return Fallback()
     defaults = eligibility.layer(layer)
     if defaults is None:
@@ -33,13 +33,13 @@ def _run(layer: Any, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Te
     names = [name for name, _ in defaults]
     if "past_key_values" in kwargs and "past_key_values" not in names:  # its old name
         return Fallback()
+    kwargs = dict(defaults) | dict(zip(names, args, strict=False)) | kwargs
     children = layer.__dict__["_modules"]
     first, second = (_norm_operands(children, name, x) for name in eligibility.NORM_NAMES)
     if isinstance(first, Fallback):
         return first
     if isinstance(second, Fallback):
         return second
-    kwargs = dict(defaults) | dict(zip(names, args, strict=False)) | kwargs
     attention, mlp = children["self_attn"], children["mlp"]
     y, _ = attention(hidden_states=_normed(first, _rounds_to(attention, kwargs), x), **kwargs)
     if type(y) not in eligibility.ORDINARY or y.shape != x.shape or y.dtype not in DTYPES:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...core.backends.base import DTYPES
 from ...nf4.sharded.checks import is_dtensor
+from ...ops.arguments import is_traced
 from ...ops.block.rms_norm import rms_norm
 from ..examination import Examination, Layers
 from ..fused import Fallback, Fused, computed_by
@@ -16,7 +17,7 @@ from . import eligibility
 
 
 def _run(module: Any, *args: Any, **kwargs: Any) -> Tensor | Fallback:
-    if torch.compiler.is_compiling():  # the compiler fuses the norm with its neighbours
+    if torch.compiler.is_compiling() or is_traced():  # a compiler fuses the norm with its neighbours
         return Fallback()
     if len(args) != 1 or kwargs:
         return Fallback(f"extra arguments ({', '.join(kwargs) or 'positional'})")

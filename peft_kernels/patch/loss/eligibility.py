@@ -7,6 +7,7 @@ import sys
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..eligibility import TRANSPOSED, layer_reason, linear_kind
@@ -63,8 +64,18 @@ def heads(model: nn.Module) -> list[nn.Module]:
     return [head]
 
 
+def device_reason(device: torch.device) -> str:
+    """Why the loss without logits is not installed on a device, or ""."""
+    if device.type in ("cpu", "meta"):
+        return ""
+    return f"on {device.type} it may be slower than computing the logits"
+
+
 def head_reason(layer: nn.Module) -> str:
     """Why the logits of a layer are computed in any case, or ""."""
+    weight = next(layer.parameters(), None)
+    if weight is not None and (reason := device_reason(weight.device)):
+        return reason
     if reason := replaced_reason(layer):
         return f"the head: {reason}"
     if is_lora(layer):

@@ -24,7 +24,7 @@ from ..input_spec import input_spec
 from ..lora.eligibility import is_lora
 from ..lora.forward import FusedLora, adapted_operands, rounded
 from ..lora.linear4bit import FusedLinear4bit
-from . import eligibility, few_rows
+from . import eligibility, few_rows, trl_head
 from .lazy_logits import lazy_logits
 from .recipe import Head, Seal
 
@@ -77,6 +77,11 @@ class LossModel(Fused):
         with _computing(record if eligibility.computes_loss(self, args, kwargs) else None):
             return stock(*args, **kwargs)
 
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        if name == "forward" and RECORD in self.__dict__ and trl_head.is_added(value):
+            value = trl_head.around(self, value)
+        super().__setattr__(name, value)
+
 
 class LazyHead(Fused):
     """A layer that computes logits."""
@@ -127,7 +132,7 @@ def examine(module: nn.Module, layers: Layers) -> Examination | None:
     heads = eligibility.heads(module)
     reasons = [eligibility.head_reason(layer) for layer in heads]
     if any(record_of(layer) is not None and not has(layer, LazyHead) for layer in heads):
-        reasons.append("its head was patched without loss=True; unpatch first")
+        reasons.append("its head was patched without the loss; unpatch first")
     reason = next((reason for reason in reasons if reason), "")
     return Examination.of("loss without logits,", module, LossModel, reason, LossFacts())
 

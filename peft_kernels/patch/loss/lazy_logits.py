@@ -53,7 +53,7 @@ class LazyLogits(Tensor):
         if func in _GRADIENTS and _wants_gradient(func, args, kwargs):
             raise RuntimeError(
                 f"logits: expected no {_GRADIENTS[func]}, for the loss is computed without logits and has no "
-                "gradient with respect to them; patch without loss=True"
+                'gradient with respect to them; patch with without="loss"'
             )
         logits = args[0] if args else None
         if isinstance(logits, LazyLogits) and is_lazy(logits):
@@ -181,7 +181,7 @@ def _call_materialized(func: Any, args: Any, kwargs: Any) -> Any:
         if _layout(plain) != before:
             raise RuntimeError(
                 f"logits: expected no {_name(func)}, which would change their shape or memory in place; "
-                "patch without loss=True"
+                'patch with without="loss"'
             )
     return views[id(out)][1] if id(out) in views else out
 

@@ -79,7 +79,7 @@ class Seal:
         ):
             raise RuntimeError(
                 "logits: expected to be read before the head's weights or the hidden states change, got a "
-                "read after; read them sooner, or patch without loss=True"
+                'read after; read them sooner, or patch with without="loss"'
             )
 
     def _found(self) -> dict[str, Tensor | None]:

@@ -1,4 +1,4 @@
-"""Small models of many families, patched with `block=True`, and one training step."""
+"""Small models of many families, patched, and one training step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def family(name: str, **options: Any) -> Any:
 
 def patched(stock: nn.Module, **options: Any) -> tuple[Any, Any]:
     model = copy.deepcopy(stock)
-    return model, pk.patch(model, block=True, **options)
+    return model, pk.patch(model, **options)
 
 
 def between(report: Any, kind: str) -> list[Any]:

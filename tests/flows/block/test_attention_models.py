@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from pathlib import Path
 from typing import Any
 
 import bottleneck_models as bm
@@ -16,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_kernels as pk
 import testing
-from peft_kernels.integrations import attention as ours
+from peft_kernels.integrations.attention import use
+from peft_kernels.patch.block import attend as ours
 
 ours.register()
 LENGTH = 21
@@ -54,6 +57,8 @@ def sliding(**options: Any) -> Any:
 
 
 class Calls:
+    """`theirs`: calls of ours that fell back to sdpa."""
+
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ours = self.theirs = 0
         op, sdpa = ours.attention, ours.sdpa_attention_forward
@@ -209,7 +214,7 @@ def test_masks_in_inference_mode(calls: Calls) -> None:
     seen = given["attention_mask"].bool()
     with torch.inference_mode():
         want = model(**given).logits[seen]
-        ours.use(model)
+        use(model)
         assert testing.relative_error(model(**given).logits[seen], want) < 1e-5
         assert calls.ours == 2 and not calls.theirs
 
@@ -219,7 +224,7 @@ def test_masks_without_readable_values() -> None:
     """With fake tensors, under vmap, and in a trace, which must also work for other masks."""
     model, given = llama().eval().requires_grad_(False), inputs("left")
     want = model(**given, use_cache=False).logits
-    ours.use(model)
+    use(model)
 
     def logits(ids: Tensor, mask: Tensor) -> Any:
         return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -245,7 +250,7 @@ def test_sinks_and_softcaps_are_refused(name: str) -> None:
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     want = model(**inputs("left")).logits
     with pytest.raises(ValueError, match=f'expected one that supports "sdpa", .* got a {name}ForCausalLM'):
-        ours.use(model)
+        use(model)
     assert torch.equal(model(**inputs("left")).logits, want)
     model.set_attn_implementation(ours.NAME)  # selected by name, without checks
     with pytest.raises(ValueError, match=f"{'s_aux' if name == 'GptOss' else 'softcap'}: expected None, .*"):
@@ -256,11 +261,10 @@ def test_sinks_and_softcaps_are_refused(name: str) -> None:
 def test_checkpointing_and_lora(calls: Calls, reentrant: bool) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4))
-    pk.patch(model)
     given = inputs("left")
     seen = given["attention_mask"]
     want = results(model, given, seen)
-    ours.use(model)
+    pk.patch(model)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     got = results(model.train(), given, seen)
@@ -279,10 +283,10 @@ def test_compiled(calls: Calls) -> None:
 def test_use(calls: Calls) -> None:
     for wrong, got in ((torch.nn.Linear(2, 2), "a Linear without one"), (3, "a int")):
         with pytest.raises(TypeError, match=f"model: expected a model of transformers, got {got}"):
-            ours.use(wrong)  # type: ignore[arg-type]
+            use(wrong)  # type: ignore[arg-type]
     model = llama().eval()
     want = model(**inputs("whole")).logits
-    ours.use(model)
+    use(model)
     model(**inputs("whole"))
     assert calls.ours == 2 and "peft_kernels" not in str(model.config.to_dict())
     model.set_attn_implementation("sdpa")
@@ -292,12 +296,87 @@ def test_use(calls: Calls) -> None:
 def test_use_of_several_models() -> None:
     """A teacher and its student in one module: all models are switched, or none if one is refused."""
     both = llama(), sliding()
-    ours.use(torch.nn.ModuleList([both[0], torch.nn.Sequential(both[1])]))
+    use(torch.nn.ModuleList([both[0], torch.nn.Sequential(both[1])]))
     assert [model.config._attn_implementation for model in both] == [ours.NAME] * 2
     refused = transformers.FalconForCausalLM(
         transformers.FalconConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     )
     other = llama()
     with pytest.raises(ValueError, match="a FalconForCausalLM does not let its attention be chosen"):
-        ours.use(torch.nn.ModuleList([other, refused]))
+        use(torch.nn.ModuleList([other, refused]))
     assert other.config._attn_implementation == "sdpa"
+
+
+def bert() -> Any:
+    config = transformers.BertConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.BertForMaskedLM(config)
+
+
+@pytest.mark.parametrize("kind", ["whole", "left"])
+@pytest.mark.parametrize("make", [llama, sliding, bert])
+def test_patched(calls: Calls, make: Any, kind: str, tmp_path: Path) -> None:
+    """Ours runs where the configuration says "sdpa", which it still says, also in what is saved."""
+    model, given = make(), inputs(kind)
+    if make is bert:
+        given["labels"] = given["input_ids"]
+
+    def step(model: Any) -> dict[str, Tensor]:
+        model.zero_grad()
+        out = model(**given)
+        (out.logits.float() ** 2).mean().backward()
+        return {"logits": out.logits.detach(), **gradients(model)}
+
+    want = step(model)
+    with pk.patched(model) as report:
+        got = step(model)
+        assert (calls.ours, calls.theirs) == (2, 0), report.details()
+        largest = max(float(one.abs().max()) for one in want.values())
+        assert all(float((got[name] - want[name]).abs().max()) < 1e-5 * largest for name in want)
+        configs = [one.config for one in model.modules() if hasattr(one, "config")]
+        assert {config._attn_implementation for config in configs} == {"sdpa"}
+        model.save_pretrained(tmp_path)
+        assert "peft_kernels" not in (tmp_path / "config.json").read_text()
+        model.set_attn_implementation("eager")
+        step(model)
+        assert calls.ours == 2 and "its attention function is 'eager'" in str(report) + report.details()
+        model.set_attn_implementation("sdpa")
+        copied = copy.deepcopy(model)
+        step(copied)
+        assert calls.ours == 4
+    again = step(model)
+    assert calls.ours == 4 and all(torch.equal(again[name], want[name]) for name in want)
+
+
+def test_patched_without_attention(calls: Calls) -> None:
+    model = llama().eval()
+    pk.patch(model, without="attention")
+    model(**inputs("whole"))
+    assert not calls.ours
+    pk.unpatch(model)
+    pk.patch(model)
+    model(**inputs("whole"))
+    assert calls.ours == 2
+
+
+def test_what_sdpa_ignores_stays_ignored_unless_ours_was_named(calls: Calls) -> None:
+    model = llama()
+    pk.patch(model)
+    q = testing.tensor(1, 4, 5, 16)
+    with contextlib.suppress(ValueError):  # by sdpa itself, in new versions
+        ours.attention_forward(model.model.layers[0].self_attn, q, q, q, None, softcap=5.0)
+    assert calls.theirs == 1 and not calls.ours
+
+
+def test_foreign_sdpa_is_kept(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        return ours.sdpa_attention_forward(*args, **kwargs)
+
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "sdpa", theirs)
+    model = bert().eval()
+    report = pk.patch(model)
+    model(**inputs("whole"))
+    assert calls.theirs == 2 and not calls.ours and "theirs" in str(report)

@@ -28,9 +28,9 @@ def compare(wrap: Any, wrapped_first: bool) -> None:
             parameter.requires_grad_()
     model = copy.deepcopy(stock)
     if wrapped_first:
-        wrapped, report = wrap(model), pk.patch(model, block=True)
+        wrapped, report = wrap(model), pk.patch(model)
     else:
-        report, wrapped = pk.patch(model, block=True), wrap(model)
+        report, wrapped = pk.patch(model), wrap(model)
     assert all(entry.fused for entry in report.blocks) and len(report.blocks) == 11, report.details()
     parts = ids(rows=4).chunk(2)
     with Calls() as calls:

@@ -1,4 +1,4 @@
-"""Decoder layers under `pk.patch(model, block=True)`: one op for the residual sum and the norm, and norms in
+"""Decoder layers of a patched model: one op for the residual sum and the norm, and norms in
 the dtype to which autocast would round them."""
 
 from __future__ import annotations

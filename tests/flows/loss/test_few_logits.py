@@ -33,7 +33,7 @@ def ids(rows: int, length: int) -> torch.Tensor:
 def test_generation(model: Any, op_counts: Counter[str]) -> None:
     stock = model.generate(ids(2, 4), max_new_tokens=5, do_sample=False, pad_token_id=0)
     expected = model(ids(2, 4)).logits
-    pk.patch(model, loss=True)
+    pk.patch(model)
     assert torch.equal(model.generate(ids(2, 4), max_new_tokens=5, do_sample=False, pad_token_id=0), stock)
     assert op_counts[OP] == 5
     torch.testing.assert_close(model(ids(2, 4)).logits, expected)
@@ -42,7 +42,7 @@ def test_generation(model: Any, op_counts: Counter[str]) -> None:
 
 @pytest.mark.parametrize("case", ["many", "gradient", "labels", "autocast", "unpatched"])
 def test_fallbacks_to_the_forward_of_the_head(model: Any, op_counts: Counter[str], case: str) -> None:
-    pk.patch(model, loss=True)
+    pk.patch(model)
     given = ids(3, 3) if case == "many" else ids(2, 4)
     if case == "unpatched":
         pk.unpatch(model)
@@ -54,7 +54,7 @@ def test_fallbacks_to_the_forward_of_the_head(model: Any, op_counts: Counter[str
 
 @torch.no_grad()
 def test_bits_equal_the_op_s(model: Any) -> None:
-    pk.patch(model, loss=True)
+    pk.patch(model)
     head, x = model.lm_head, testing.tensor(2, 4, 64)
     (expected,) = pk.multi_lora_linear(x, [pk.AdaptedLinear(head.weight)])
     assert torch.equal(head(x), expected)

@@ -21,9 +21,9 @@ if importlib.util.find_spec("trl") is None or importlib.util.find_spec("datasets
     pytest.skip("TRL or datasets is not installed", allow_module_level=True)
 from trl.trainer.utils import add_fused_lm_head
 
-from peft_kernels.integrations import attention as our_attention
 from peft_kernels.integrations import trl as ours
-from peft_kernels.integrations.trl.scored_head import OUTPUTS
+from peft_kernels.patch.block import attend as our_attention
+from peft_kernels.patch.loss.scored_head import OUTPUTS
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -78,7 +78,8 @@ def both(model: Any, data: dict[str, Tensor], **options: Any) -> tuple[Any, Any,
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 def test_log_probs(left: bool, attention: str, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
     our_attention.register()
-    monkeypatch.setattr(our_attention, "sdpa_attention_forward", None)  # it is not called
+    if attention == our_attention.NAME:
+        monkeypatch.setattr(our_attention, "sdpa_attention_forward", None)  # it is not called
     model = llama(attn_implementation=attention)
     tokens = Tokens(model)
     got, want, log_probs = both(model, batch(left), head=head, temperature=0.7)
@@ -331,12 +332,12 @@ def test_separate_reference_runs_under_autocast() -> None:
     assert log_probs is not None
     model.model.layers[0].mlp.register_forward_hook(lambda m, _, out: seen.append(out.dtype))
     with torch.no_grad():
-        assert not log_probs._their_head(model, {})
+        assert not log_probs.reason(model)
         model(**batch(), fused_lm_head=True)
         assert set(seen) == {torch.bfloat16} and not log_probs.fallbacks
         trainer.is_deepspeed_enabled = True
         add_fused_lm_head(model)
-        assert ours._share_for_reference(trainer)._their_head(model, {})
+        assert ours._share_for_reference(trainer).reason(model)
 
 
 def test_nothing_to_predict() -> None:

@@ -1,4 +1,4 @@
-"""`pk.patch(model, loss=True)`: transformers' models compute the loss without logits."""
+"""`pk.patch(model)`: transformers' models compute the loss without logits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from flow_checks import Calls, assert_same_numbers
 from flow_models import adapted, in_fp64, llama
-from loss_models import MODELS, VOCABULARY, batch, family, losses_of, patched, step, without_noise
+from loss_models import BLOCK, MODELS, VOCABULARY, batch, family, losses_of, patched, step, without_noise
 from torch import Tensor
 
 import peft_kernels as pk
@@ -39,7 +39,7 @@ def test_loss_and_gradients(name: str, dtype: torch.dtype) -> None:
     assert losses_of(calls) == 1
     parts = [without_noise(results, truth) for results in (got, step(stock, given), truth)]
     assert_same_numbers(lambda i: tuple(parts), 1e-3 if dtype == torch.float32 else 0.3)  # type: ignore[arg-type,return-value]
-    pk.patch(stock)  # patched LoRA layers round differently from PEFT's
+    pk.patch(stock, (*BLOCK, "loss"))  # patched LoRA layers round differently from PEFT's
     ours, theirs = (each(**given).logits for each in (model, stock))
     assert type(ours) is LazyLogits and torch.equal(ours, theirs)
     entry = report.losses[0]
@@ -102,19 +102,21 @@ def test_without_labels_nothing_changes() -> None:
 
 def test_report() -> None:
     model = MODELS["head-lora"]()
-    dry = pk.patch(model, dry_run=True, loss=True)
-    assert [entry.planned for entry in dry.losses] == [True] and not pk.patch(model, dry_run=True).losses
-    report = pk.patch(model, loss=True)
+    dry = pk.patch(model, dry_run=True)
+    assert [entry.planned for entry in dry.losses] == [True]
+    assert not pk.patch(model, "loss", dry_run=True).losses
+    report = pk.patch(model)
     assert "loss without logits, LlamaForCausalLM: logits are computed where they are read" in str(report)
     assert "loss without logits" in pk.explain(model)
-    assert pk.patch(model, loss=True).losses[0].fused  # patching again
+    assert pk.patch(model).losses[0].fused  # patching again
     assert pk.unpatch(model) and type(model(**batch()).logits) is Tensor
-    with pk.patched(model, loss=True):
+    with pk.patched(model):
         assert type(model(**batch()).logits) is LazyLogits
     assert type(model(**batch()).logits) is Tensor
-    pk.patch(model)
-    late = pk.patch(model, loss=True)
-    assert "patched without loss=True; unpatch first" in str(late)
+    pk.patch(model, without="loss")
+    assert not any("loss" in line for line in pk.explain(model).splitlines())
+    late = pk.patch(model)
+    assert "patched without the loss; unpatch first" in str(late)
     assert type(model(**batch()).logits) is Tensor
 
 
@@ -140,7 +142,7 @@ def hooks() -> tuple[Any, str]:
 @pytest.mark.parametrize("case", [dropout_before_the_adapter, two_adapters, hooks])
 def test_fallbacks_that_compute_logits(case: Any) -> None:
     model, words = case()
-    report = pk.patch(model, loss=True)
+    report = pk.patch(model)
     assert type(model(**batch()).logits) is Tensor
     assert words in str(report) and report.losses[0].fallbacks.total() == 1
 
@@ -153,7 +155,7 @@ def test_foreign_heads(when: str) -> None:
         model.lm_head = torch.nn.Sequential(model.lm_head)
     elif when == "replaced":
         model.lm_head.forward = lambda x: torch.nn.functional.linear(x, model.lm_head.weight)
-    report = pk.patch(model, loss=True)
+    report = pk.patch(model)
     if when == "late":
         model.lm_head = torch.nn.Linear(64, VOCABULARY, bias=False)
     words = {"foreign": "its head is a Sequential", "replaced": "was replaced on the instance"}

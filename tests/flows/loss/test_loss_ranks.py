@@ -27,7 +27,7 @@ def compare(head: str, wrap: Any) -> None:
     """Two steps: the second shows state left by the first."""
     stock = with_head(head)
     model = copy.deepcopy(stock)
-    report = pk.patch(model, loss=True)
+    report = pk.patch(model)
     wrapped = wrap(model)
     for step in range(2):
         model.zero_grad()

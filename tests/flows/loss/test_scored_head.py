@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from flow_checks import assert_near
 
-from peft_kernels.integrations.trl import scored_head
+from peft_kernels.patch.loss import scored_head
 
 
 @pytest.mark.parametrize("squares", [False, True])

@@ -76,9 +76,9 @@ def test_a_model_that_accelerate_has_wrapped() -> None:
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     for first in ("patch", "prepare"):
         model = MODELS["llama"]()
-        report = pk.patch(model, loss=True) if first == "patch" else None
+        report = pk.patch(model) if first == "patch" else None
         accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
-        report = report or pk.patch(model, loss=True)
+        report = report or pk.patch(model)
         with Calls() as calls:
             model(**batch()).loss.backward()
         assert losses_of(calls) == (1 if first == "patch" else 0)

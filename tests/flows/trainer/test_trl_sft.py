@@ -104,3 +104,65 @@ def test_unknown_head_falls_back_to_trl(tmp_path: Path) -> None:
     model.get_output_embeddings().__class__ = Head
     made = trained(SFTTrainer, model, tmp_path)
     assert "by TRL's head" in str(made.log_probs) and "the head is a Head" in str(made.log_probs)
+
+
+@pytest.mark.parametrize("first", ["patch", "trainer"])
+@pytest.mark.parametrize("name", MODELS)
+def test_trls_own_trainer_on_a_patched_model(name: str, first: str, tmp_path: Path) -> None:
+    """An unchanged script: TRL adds its head before or after the patch, and unpatch gives it back."""
+    made = []
+    for patched in (True, False):
+        model = MODELS[name]()
+        model.config.use_cache = False
+        report = pk.patch(model) if patched and first == "patch" else None
+        options = OPTIONS[name] | {"max_length": 16, "optim": "adamw_torch"}
+        trainer = trl.SFTTrainer(
+            model=model,
+            args=arguments(trl.SFTConfig, tmp_path, STEPS, **options),
+            train_dataset=completions(),
+            eval_dataset=completions().select(range(3)),
+            processing_class=tokenizer(),
+        )
+        if patched:
+            report = report or pk.patch(trainer.model)
+        in_fp32(trainer)
+        torch.manual_seed(0)
+        with Calls() as calls:
+            trainer.train()
+        if patched:
+            op = "linear_cross_entropy" if name == "nf4" else "linear_cross_entropy_trained"
+            assert calls.counts[op] >= STEPS and report.losses[0].fused, report
+            assert not report.losses[0].fallbacks
+            inner = report.losses[0]._module()
+            pk.unpatch(model)
+            assert inner.forward.__func__.__code__.co_name == "_fused_forward"
+        made.append(trainer)
+    assert_same_logs(*made)
+
+
+def test_a_gradient_of_the_entropy_raises() -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = llama(vocab_size=100).train()
+    pk.patch(model)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    batch = ids(0, vocabulary=100)
+    out = model(input_ids=batch, labels=batch, fused_lm_head=True)
+    with pytest.raises(RuntimeError, match="entropy: expected no gradient of it, patch with without='loss'"):
+        (out.loss - out.entropy.mean()).backward()
+
+
+def test_heads_of_policies_and_other_calls_stay_trls() -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = llama(vocab_size=100).train()
+    report = pk.patch(model)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    batch = ids(0, vocabulary=100)
+    with Calls() as calls:
+        model(input_ids=batch, labels=batch, fused_lm_head=True)
+    assert not calls.counts["linear_cross_entropy_trained"]
+    assert report.losses[0].fallbacks == {"TRL's head, the entropy may have a gradient": 1}
+    with Calls() as calls:  # its own loss
+        assert torch.isfinite(model(input_ids=batch, labels=batch).loss)
+    assert calls.counts["linear_cross_entropy_trained"] == 1

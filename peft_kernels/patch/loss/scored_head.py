@@ -6,7 +6,6 @@ each log-probability by its hidden state, W^T (onehot - softmax)."""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -44,19 +43,6 @@ def active_head(model: Any) -> Any:
         return head.original_module
     copies, name = head.modules_to_save, active[0]
     return copies[name] if name in copies else head  # noqa: SIM401  (a ModuleDict has no `get`)
-
-
-def scale_and_cap(theirs: Any) -> tuple[float, float | None] | str:
-    """The scale and softcap that TRL's forward applies to logits, or why they are unknown. `theirs` is a
-    model's forward from `add_fused_lm_head`, perhaps wrapped by accelerate."""
-    forward = theirs
-    while forward is not None:
-        forward = getattr(forward, "__func__", forward)
-        found = inspect.getclosurevars(forward).nonlocals if inspect.isfunction(forward) else {}
-        if {"logit_scale", "final_logit_softcapping"} <= found.keys():
-            return found["logit_scale"], found["final_logit_softcapping"]
-        forward = getattr(forward, "__wrapped__", None)
-    return "unknown scaling of logits in this version of TRL"
 
 
 def score(
