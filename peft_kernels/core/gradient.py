@@ -46,6 +46,12 @@ _VERSIONS = _keyset("ADInplaceOrView")
 _ABOVE_KERNELS = _AUTOCAST | _keyset("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
 
 
+def is_plain_call() -> bool:
+    """Whether nothing but autograd sees the ops of a call: no transform of torch.func, forward-mode
+    differentiation or dispatch mode."""
+    return not (_in_transform() or forward_ad._current_level >= 0 or _dispatch_modes())
+
+
 class Like(NamedTuple):
     """Shape and dtype of a tensor that is not saved."""
 

@@ -51,6 +51,8 @@ class Record:
     """The CachedCall of the module (`call_cache.py`)."""
     stores: int = 0
     """How often a call was cached."""
+    attempts: int = 0
+    """How often a whole decoder layer was prepared, or could not be."""
 
     def count(self, fallback: Fallback) -> None:
         if fallback.reason:

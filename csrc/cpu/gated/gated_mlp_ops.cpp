@@ -1,37 +1,18 @@
 // Op gated_mlp: composed of this back end's ops in C++, because composing them in Python costs a decoded
 // token more than their kernels.
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
-#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "../../common/autocast.h"
 #include "../../common/lora_args.h"
-#include "../core/namespace.h"
-
-#define PEFT_KERNELS_TEXT_(name) #name
-#define PEFT_KERNELS_TEXT(name) PEFT_KERNELS_TEXT_(name)
+#include "../core/op_calls.h"
 
 namespace peft_kernels::cpu {
 namespace {
-
-using MultiLoraLinear = std::tuple<std::vector<Tensor>, Tensor>(
-    const Tensor& x, at::TensorList weight, const OptionalTensors& absmax, const OptionalTensors& absmax2,
-    const OptionalTensors& offset, at::IntArrayRef blocksize, at::IntArrayRef out_features,
-    at::TensorList bias, at::TensorList lora_a, at::TensorList lora_b, at::IntArrayRef layer,
-    at::ArrayRef<double> scaling, at::ArrayRef<double> dropout_p, const OptionalTensor& seed,
-    at::IntArrayRef group, const OptionalTensor& row_group, const OptionalDtype& compute_dtype);
-using GatedActivation = Tensor(const Tensor& gate, const Tensor& up, c10::string_view activation);
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> op_of(const char* name) {
-  const std::string full = std::string(PEFT_KERNELS_TEXT(PEFT_KERNELS_NAMESPACE) "::") + name;
-  return c10::Dispatcher::singleton().findSchemaOrThrow(full.c_str(), "").typed<Signature>();
-}
 
 // The list arguments of gated_mlp, per layer: gate, up, down.
 struct MlpLayers {

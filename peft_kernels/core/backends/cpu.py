@@ -18,13 +18,15 @@ from .compiled import CompiledBackend
 
 
 class Library:
-    """The compiled library and its functions (library_ops.cpp, attention_ops.cpp and bits_hash.cpp in
-    csrc/cpu)."""
+    """The compiled library, its functions and its classes (library_ops.cpp, attention_ops.cpp, bits_hash.cpp
+    and decoder_layer.cpp in csrc/cpu)."""
 
     def __init__(self, file: str, namespace: str) -> None:
         torch.ops.load_library(file)
         self.__file__ = file
         self._functions = getattr(torch.ops, f"{namespace}_library")
+        classes = getattr(torch.classes, f"{namespace}_library")
+        self.AdaptedLayers, self.DecoderLayer = classes.AdaptedLayers, classes.DecoderLayer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._functions, name)

@@ -15,7 +15,7 @@ from ...ops.casts import add_residual
 from ..eligibility import hook_reason
 from ..examination import Examination, Layers
 from ..fused import RECORD, Fallback, Fused, computed_by
-from . import eligibility
+from . import eligibility, prepared_layer
 from . import rms_norm as norms
 from .attention import FusedAttention, rounds_to
 from .gated_mlp import FusedMlp
@@ -34,6 +34,9 @@ def _run(layer: Any, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Te
     if "past_key_values" in kwargs and "past_key_values" not in names:  # its old name
         return Fallback()
     kwargs = dict(defaults) | dict(zip(names, args, strict=False)) | kwargs
+    prepared = prepared_layer.run(layer, layer.__dict__[RECORD], x, kwargs)
+    if prepared is not None:
+        return prepared
     children = layer.__dict__["_modules"]
     first, second = (_norm_operands(children, name, x) for name in eligibility.NORM_NAMES)
     if isinstance(first, Fallback):

@@ -115,7 +115,8 @@ def test_checkpointed_layers(reentrant: bool, op_counts: Counter[str]) -> None:
     assert op_counts["add_rms_norm"] == 2
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     got = one_step(model)
-    assert op_counts["add_rms_norm"] == 6 and not block_fallbacks(report)
+    counted = 4 if reentrant else 6  # its first forward has no gradient: the layers run prepared
+    assert op_counts["add_rms_norm"] == counted and not block_fallbacks(report)
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 

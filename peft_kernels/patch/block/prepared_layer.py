@@ -1,0 +1,159 @@
+"""Decoder layers like Llama's without a gradient, as in generation: operands are collected once, and used as
+long as nothing that they were taken from has changed (`call_cache`). The ops of each half are called in C++
+(csrc/cpu/block/decoder_layer.cpp). Results have the bits of calling module by module.
+
+In Python a decoded token of a small model takes several times as long as its kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core import dispatch
+from ...core.backends import cpu
+from ...core.gradient import is_plain_call
+from ...ops.block.rms_norm import CASTING
+from ...ops.lora.multi_lora import AdaptedLinear, flatten
+from ..call_cache import Guards, cached_call, store
+from ..eligibility import hook_reason
+from ..fused import RECORD, Fallback, Record, has, plain_class
+from ..input_spec import InputSpec
+from ..lora.eligibility import active_adapters, is_lora
+from ..lora.forward import adapted_operands
+from . import attention, eligibility
+from . import rms_norm as norms
+from .eligibility import NORM_NAMES, PROJECTIONS, Attention
+from .gated_mlp import FusedMlp
+
+_MAX_ATTEMPTS = 16
+"""A layer that could not be prepared so often is not tried again."""
+
+
+def run(layer: Any, record: Record, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """The output of a decoder layer, or None if its modules must be called. `kwargs` are all its arguments
+    behind x."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not is_plain_call():
+        return None
+    if dispatch.forced() not in (None, "cpu"):
+        return None
+    attn = layer.__dict__["_modules"]["self_attn"]
+    known = eligibility.attention(attn)
+    if isinstance(known, Fallback) or not attention.supports(attn, x, kwargs.get("position_embeddings")):
+        return None
+    prepared: Any = cached_call(layer, record, (x,), None)
+    if prepared is None:
+        prepared = _prepare(layer, record, known, x)
+        if prepared is None:
+            return None
+    rest = dict(kwargs)
+    cos, sin = rest.pop("position_embeddings")
+    mask, cache = rest.pop("attention_mask", None), rest.pop(known.cache, None)
+    heads = prepared.project(x, cos, sin)
+    y, _ = attention.attend(attn, known, heads, mask, cache, rest)
+    out: Tensor = prepared.finish(y, x)
+    return out
+
+
+def _prepare(layer: Any, record: Record, known: Attention, x: Tensor) -> Any:
+    """The prepared layer for inputs like x, or None."""
+    if record.attempts >= _MAX_ATTEMPTS or cpu.BACKEND.probe() is not None:
+        return None
+    record.attempts += 1
+    children = layer.__dict__["_modules"]
+    attn, mlp = children["self_attn"], children["mlp"]
+    if not has(attn, attention.FusedAttention) or not has(mlp, FusedMlp):
+        return None
+    facts = mlp.__dict__[RECORD].facts
+    if facts.change_reason(mlp) or hook_reason(attn) or hook_reason(mlp):
+        return None
+    own_norms = [children[name] for name in NORM_NAMES]
+    if known.kind.normed:
+        own_norms += [attn.q_norm, attn.k_norm]
+    normed = [_norm(one, x) for one in own_norms]
+    groups = [
+        [attn._modules[name] for name in PROJECTIONS],
+        [attn._modules["o_proj"]],
+        [mlp._modules[name] for name in facts.names[:2]],
+        [mlp._modules[facts.names[2]]],
+    ]
+    spec = InputSpec(x.dtype, x.device, None)
+    layers = [found for group in groups if (found := _layers(group, spec, x)) is not None]
+    if None in normed or len(layers) < len(groups):
+        return None
+    weights, eps, offsets, roundings = zip(*normed, strict=True)
+    library = cpu.BACKEND.extension
+    held = [library.AdaptedLayers(*one) for one in layers]
+    rotates = not known.kind.rotates or bool(getattr(attn, known.kind.rotates))
+    prepared = library.DecoderLayer(
+        list(weights),
+        list(eps),
+        list(offsets),
+        list(roundings),
+        *held,
+        attn.head_dim,
+        rotates,
+        facts.activation,
+    )
+
+    def guard(guards: Guards) -> None:
+        guards.forward(plain_class(layer))
+        guards.entry(layer.__dict__, "_modules")
+        for name in (*NORM_NAMES, "self_attn", "mlp"):
+            guards.entry(children, name)
+        for one in own_norms:
+            guards.skipped(one)
+            guards.tensor(guards.entry(one.__dict__["_parameters"], "weight"))
+            guards.entry(one.__dict__, eligibility.norm(one).eps)  # type: ignore[union-attr]
+        for module in (attn, mlp):
+            guards.skipped(module)
+            guards.entry(module.__dict__, "_modules")
+            guards.entry(module.__dict__, RECORD)
+        for name in ("head_dim", known.kind.rotates or "head_dim"):
+            guards.entry(attn.__dict__, name)
+        guards.entry(known.names, "apply_rotary_pos_emb")
+        for module, names in ((attn, (*PROJECTIONS, "o_proj")), (mlp, facts.names)):
+            for name in names:
+                child = guards.entry(module._modules, name)
+                if is_lora(child):
+                    guards.lora(child, active_adapters(child))
+                    guards.skipped(child)
+                else:
+                    guards.linear(child)
+        guards.unchanged = lambda layer: not facts.change_reason(layer.__dict__["_modules"]["mlp"])
+
+    store(layer, x, prepared, [*weights, *layers], guard)
+    return prepared
+
+
+def _norm(module: Any, x: Tensor) -> tuple[Tensor, float, float, bool] | None:
+    """Weight, eps, offset and rounding of a norm whose result has x's dtype."""
+    found = norms.operands(module, x)
+    if isinstance(found, Fallback) or hook_reason(module):
+        return None
+    weight, eps, options = found
+    if weight.dtype != x.dtype and CASTING[options["casting"]]:
+        return None
+    return weight, eps, options["offset"], CASTING[options["casting"]]
+
+
+def _layers(group: Sequence[Any], spec: InputSpec, x: Tensor) -> tuple[Any, ...] | None:
+    """The arguments of AdaptedLayers for layers that share their input."""
+    layers, features = [], []
+    for child in group:
+        operands = adapted_operands(child, spec)
+        if isinstance(operands, Fallback):
+            return None
+        base, adapters = operands
+        if {base.dtype, base.compute_dtype, base.out_dtype} != {x.dtype}:
+            return None
+        if any(one.dropout_p or one.rounds for one in adapters):
+            return None
+        layers.append(AdaptedLinear(base.weight, base.bias, adapters))
+        features.append(base.weight.shape[1])
+    bases, adapters_, _, _ = flatten(x, layers, features, x.dtype, x.dtype)
+    a, b, layer, scaling, _ = adapters_
+    return (*bases, a, b, layer, scaling)
