@@ -150,6 +150,14 @@ class Guards:
             self.entry(scaling, name)
             self.entry(biases, name)
 
+    def base_of_lora(self, module: Any) -> None:
+        """A LoRA layer of PEFT that calls its base layer alone: its adapters are merged or disabled."""
+        d = module.__dict__
+        self.forward(plain_class(module))
+        for name in ("_disable_adapters", "merged_adapters"):
+            self.entry(d, name)
+        self.linear(self.entry(self.entry(d, "_modules"), "base_layer"))
+
     def valid(self, module: nn.Module) -> bool:
         """Whether preparing the call of `module` again would give the same."""
         own = module.__dict__

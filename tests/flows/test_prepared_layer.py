@@ -77,6 +77,50 @@ def test_bits_are_those_of_the_modules(
     assert [fused.record_of(layer).attempts for layer in layers] == [1, 1]  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize("state", ["plain", "merged", "disabled", "some"])
+def test_layers_without_active_adapters(
+    state: str, base: str, dtype: torch.dtype, prepared: list[bool]
+) -> None:
+    """The MLP runs in our ops, and dense layers in our kernel, which round elsewhere than torch's."""
+    model = family("Llama").to(dtype)
+    model = pk.quantize_model(model) if base == "nf4" else model
+    if state != "plain":
+        targets = ["q_proj", "up_proj"] if state == "some" else "all-linear"
+        model = adapted(model, target_modules=targets).to(dtype)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+    model.eval()
+    pk.patch(model)
+    if state == "merged":
+        model.merge_adapter()
+    elif state == "disabled":
+        model.base_model.disable_adapter_layers()
+    with torch.no_grad():
+        got = model(ids(1)).logits
+        assert prepared and all(prepared)
+        again = model(ids(1)).logits
+        want = by_modules(model, lambda: model(ids(1)).logits)
+        assert torch.equal(again, got)
+        assert testing.relative_error(got, want) < (1e-5 if dtype == torch.float32 else 0.03)
+        if state in ("merged", "disabled"):
+            model.unmerge_adapter() if state == "merged" else model.base_model.enable_adapter_layers()
+            active = model(ids(1)).logits
+            assert testing.relative_error(active, by_modules(model, lambda: model(ids(1)).logits)) < 1e-5
+            assert state == "merged" or testing.relative_error(active, got) > 1e-4
+
+
+@pytest.mark.parametrize("part", ["layers", "mlp", "qkv", "norms", "residuals"])
+def test_parts_left_out_are_not_prepared(part: str, prepared: list[bool]) -> None:
+    model = adapted(llama("nf4")).eval()
+    pk.patch(model, without=part)
+    with torch.no_grad():
+        model(ids(2))
+    assert not any(prepared)
+
+
 def of_layer(*path: str) -> Callable[[Any], Any]:
     def find(model: Any) -> Any:
         return model.base_model.model.model.layers[0].get_submodule(".".join(path))

@@ -21,7 +21,7 @@ from ...ops.lora.multi_lora import AdaptedLinear, rounding
 from ..call_cache import Guards, cached_call, store
 from ..eligibility import Base, hook_reason, linear_kind, unsupported_reason
 from ..examination import Examination, Layers
-from ..fused import RECORD, Fallback, Fused, computed_by, plain_class
+from ..fused import RECORD, Fallback, Fused, computed_by, has, plain_class
 from ..input_spec import input_spec
 from ..lora.eligibility import active_adapters, is_lora
 from ..lora.forward import adapted_operands, sum_reason
@@ -165,6 +165,15 @@ def projections(module: nn.Module) -> tuple[str, str, str] | None:
             inside = ([*other.parameters(), *other.buffers(), *other.children()] for other in others)
             return None if any(inside) else names
     return None
+
+
+def facts_of(module: nn.Module) -> Facts | Fallback:
+    """What a module computes if it is a gated MLP, patched or not."""
+    if has(module, FusedMlp):
+        facts: Facts = module.__dict__[RECORD].facts
+        return facts
+    names = projections(module)
+    return Fallback("it is not a gated MLP") if names is None else _facts(module, names)
 
 
 def _facts(module: nn.Module, names: tuple[str, str, str]) -> Facts | Fallback:

@@ -1,6 +1,7 @@
 """Decoder layers like Llama's without a gradient, as in generation: operands are collected once, and used as
 long as nothing that they were taken from has changed (`call_cache`). The ops of each half are called in C++
-(csrc/cpu/block/decoder_layer.cpp). Results have the bits of calling module by module.
+(csrc/cpu/block/decoder_layer.cpp). Where all layers have adapters, results have the bits of calling module by
+module; where none is active (merged, disabled), modules would run torch's functions.
 
 In Python a decoded token of a small model takes several times as long as its kernels.
 """
@@ -19,16 +20,17 @@ from ...core.gradient import is_plain_call
 from ...ops.block.rms_norm import CASTING
 from ...ops.lora.multi_lora import AdaptedLinear, flatten
 from ..call_cache import Guards, cached_call, store
-from ..eligibility import hook_reason
+from ..eligibility import fused_operands, hook_reason
 from ..fused import RECORD, Fallback, Record, has, plain_class
 from ..input_spec import InputSpec
 from ..lora.eligibility import active_adapters, is_lora
 from ..lora.forward import adapted_operands
-from . import attention, eligibility
+from . import attention, eligibility, gated_mlp
 from . import rms_norm as norms
 from .eligibility import NORM_NAMES, PROJECTIONS, Attention
-from .gated_mlp import FusedMlp
 
+_PARTS = {"layers", "mlp", "norms"}
+"""Parts of `patch` that a prepared layer computes, besides those that it is installed with."""
 _MAX_ATTEMPTS = 16
 """A layer that could not be prepared so often is not tried again."""
 
@@ -60,15 +62,13 @@ def run(layer: Any, record: Record, x: Tensor, kwargs: dict[str, Any]) -> Tensor
 
 def _prepare(layer: Any, record: Record, known: Attention, x: Tensor) -> Any:
     """The prepared layer for inputs like x, or None."""
-    if record.attempts >= _MAX_ATTEMPTS or cpu.BACKEND.probe() is not None:
+    if record.attempts >= _MAX_ATTEMPTS or cpu.BACKEND.probe() is not None or record.without & _PARTS:
         return None
     record.attempts += 1
     children = layer.__dict__["_modules"]
     attn, mlp = children["self_attn"], children["mlp"]
-    if not has(attn, attention.FusedAttention) or not has(mlp, FusedMlp):
-        return None
-    facts = mlp.__dict__[RECORD].facts
-    if facts.change_reason(mlp) or hook_reason(attn) or hook_reason(mlp):
+    facts = gated_mlp.facts_of(mlp) if has(attn, attention.FusedAttention) else Fallback()
+    if isinstance(facts, Fallback) or facts.change_reason(mlp) or hook_reason(attn) or hook_reason(mlp):
         return None
     own_norms = [children[name] for name in NORM_NAMES]
     if known.kind.normed:
@@ -118,11 +118,14 @@ def _prepare(layer: Any, record: Record, known: Attention, x: Tensor) -> Any:
         for module, names in ((attn, (*PROJECTIONS, "o_proj")), (mlp, facts.names)):
             for name in names:
                 child = guards.entry(module._modules, name)
-                if is_lora(child):
-                    guards.lora(child, active_adapters(child))
-                    guards.skipped(child)
-                else:
+                if not is_lora(child):
                     guards.linear(child)
+                    continue
+                guards.skipped(child)
+                if _runs_base_alone(child):
+                    guards.base_of_lora(child)
+                else:
+                    guards.lora(child, active_adapters(child))
         guards.unchanged = lambda layer: not facts.change_reason(layer.__dict__["_modules"]["mlp"])
 
     store(layer, x, prepared, [*weights, *layers], guard)
@@ -140,11 +143,19 @@ def _norm(module: Any, x: Tensor) -> tuple[Tensor, float, float, bool] | None:
     return weight, eps, options["offset"], CASTING[options["casting"]]
 
 
+def _runs_base_alone(child: Any) -> bool:
+    """Whether a LoRA layer calls its base layer alone. Disabled and merged, it unmerges first."""
+    return bool(child.disable_adapters) != bool(child.merged_adapters)
+
+
 def _layers(group: Sequence[Any], spec: InputSpec, x: Tensor) -> tuple[Any, ...] | None:
     """The arguments of AdaptedLayers for layers that share their input."""
     layers, features = [], []
     for child in group:
-        operands = adapted_operands(child, spec)
+        operands: Any = adapted_operands(child, spec)
+        if operands == Fallback() and is_lora(child) and _runs_base_alone(child):
+            base = fused_operands(child.get_base_layer(), spec, called=False)
+            operands = base if isinstance(base, Fallback) else (base, [])
         if isinstance(operands, Fallback):
             return None
         base, adapters = operands
