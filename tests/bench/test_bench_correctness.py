@@ -201,7 +201,7 @@ def test_models_of_two_groups_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> 
     )
     for group in (model.STEP, model.TEXTBOOK):
         assert model_case(group).run(ONCE).wrong == {}
-    assert made == ["bnb", "bnb", "bnb", "nf4"]
+    assert made == ["bnb", "bnb", "nf4"]
 
 
 # The block.

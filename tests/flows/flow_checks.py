@@ -62,8 +62,10 @@ def layer_fallbacks(report: Any) -> Counter[str]:
 
 
 def block_fallbacks(report: Any) -> Counter[str]:
-    """Calls of blocks that used the original forward, by reason."""
-    return sum((Counter(entry.fallbacks) for entry in report.blocks), Counter())
+    """Calls of blocks that used the original forward, by reason. An attention function that sdpa serves is
+    none."""
+    counts = sum((Counter(entry.fallbacks) for entry in report.blocks), Counter())
+    return Counter({why: n for why, n in counts.items() if not why.startswith("attention by sdpa")})
 
 
 def fallbacks(report: Any) -> Counter[str]:

@@ -72,11 +72,12 @@ class FusedAttention(FusedAttentionFunction):
 
 
 def supports(module: Any, x: Any, position_embeddings: Any) -> bool:
-    """Whether there is a kernel for such a call."""
+    """Whether our ops compute such a call. fp64 runs their references, as in LoRA layers."""
     if not isinstance(position_embeddings, (tuple, list)) or len(position_embeddings) != 2:
         return False
     cos, sin = position_embeddings
-    if any(type(t) not in ORDINARY or t.dtype not in DTYPES or t.dim() != 3 for t in (x, cos, sin)):
+    dtypes = (*DTYPES, torch.float64)
+    if any(type(t) not in ORDINARY or t.dtype not in dtypes or t.dim() != 3 for t in (x, cos, sin)):
         return False
     batch, rows = x.shape[:2]
     return (
