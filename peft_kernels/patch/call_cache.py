@@ -35,7 +35,7 @@ _any_requires_grad = torch._C._any_requires_grad
 _is_autocast_enabled = torch.is_autocast_enabled
 
 Call = Callable[[Tensor], Tensor]
-"""A layer with all its operands, prepared for one x or more."""
+"""A layer with all its operands, prepared for one x or more. Decoder layers have a form of their own."""
 
 
 class Guards:
@@ -196,14 +196,14 @@ class Guards:
 class CachedCall(NamedTuple):
     """A prepared call, for an x like that of the call it was prepared for."""
 
-    call: Call
+    call: Any
     guards: Guards
     dtype: torch.dtype
     device: torch.device
     features: torch.Size
 
 
-def cached_call(module: nn.Module, record: Record, args: Any, kwargs: Any) -> Call | None:
+def cached_call(module: nn.Module, record: Record, args: Any, kwargs: Any) -> Any:
     """The prepared call of an earlier forward, or None if it has to be prepared (again)."""
     cached: CachedCall | None = record.cached
     if cached is None or len(args) != 1 or kwargs or torch.compiler.is_compiling():
@@ -224,7 +224,7 @@ def cached_call(module: nn.Module, record: Record, args: Any, kwargs: Any) -> Ca
 
 
 def store(
-    module: nn.Module, x: Tensor, call: Call, args: Sequence[Any], guard: Callable[[Guards], None]
+    module: nn.Module, x: Tensor, call: Any, args: Sequence[Any], guard: Callable[[Guards], None]
 ) -> None:
     """Cache a call with the arguments `args`, if they are the module's own. `guard` adds what it was prepared
     from to its guards."""

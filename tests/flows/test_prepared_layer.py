@@ -212,6 +212,36 @@ def test_liger_replaces_the_rotary_function(monkeypatch: pytest.MonkeyPatch) -> 
     assert testing.relative_error(before, want) > 1e-4 and testing.relative_error(got, want) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["LlamaRMSNorm", "LlamaAttention", "LlamaMLP", "LlamaDecoderLayer"])
+def test_a_forward_replaced_for_the_class(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Liger does, after the patch."""
+    from transformers.models.llama import modeling_llama
+
+    model = adapted(llama("nf4")).eval()
+    pk.patch(model)
+    cls = getattr(modeling_llama, name)
+    forward = cls.forward
+    replaced: Any = lambda self, *args, **kwargs: _doubled(forward(self, *args, **kwargs))  # noqa: E731
+    with torch.no_grad():
+        before = model(ids(2)).logits
+        monkeypatch.setattr(cls, "forward", replaced)
+        got = model(ids(2)).logits
+        pk.unpatch(model)
+        want = model(ids(2)).logits
+    assert testing.relative_error(before, want) > 1e-4 and testing.relative_error(got, want) < 1e-5
+
+
+def test_fp64_runs_module_by_module(prepared: list[bool]) -> None:
+    model = adapted(llama("dense")).eval()
+    pk.patch(model)
+    model.double()
+    with torch.no_grad():
+        got = model(ids(2)).logits
+        pk.unpatch(model)
+        want = model(ids(2)).logits
+    assert prepared and not any(prepared) and testing.relative_error(got, want) < 1e-12
+
+
 def test_gradients_autocast_modes_and_copies(prepared: list[bool]) -> None:
     model = adapted(llama("nf4")).eval()
     pk.patch(model)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...core import dispatch
 from ...core.backends import cpu
+from ...core.backends.base import DTYPES
 from ...core.gradient import is_plain_call
 from ...ops.block.rms_norm import CASTING
 from ...ops.lora.multi_lora import AdaptedLinear, flatten
@@ -43,31 +44,34 @@ def run(layer: Any, record: Record, x: Tensor, kwargs: dict[str, Any]) -> Tensor
     if dispatch.forced() not in (None, "cpu"):
         return None
     attn = layer.__dict__["_modules"]["self_attn"]
-    known = eligibility.attention(attn)
-    if isinstance(known, Fallback) or not attention.supports(attn, x, kwargs.get("position_embeddings")):
+    if not attention.supports(attn, x, kwargs.get("position_embeddings")):
         return None
     prepared: Any = cached_call(layer, record, (x,), None)
     if prepared is None:
-        prepared = _prepare(layer, record, known, x)
+        prepared = _prepare(layer, record, x)
         if prepared is None:
             return None
+    known, halves = prepared
     rest = dict(kwargs)
     cos, sin = rest.pop("position_embeddings")
     mask, cache = rest.pop("attention_mask", None), rest.pop(known.cache, None)
-    heads = prepared.project(x, cos, sin)
+    heads = halves.project(x, cos, sin)
     y, _ = attention.attend(attn, known, heads, mask, cache, rest)
-    out: Tensor = prepared.finish(y, x)
+    out: Tensor = halves.finish(y, x)
     return out
 
 
-def _prepare(layer: Any, record: Record, known: Attention, x: Tensor) -> Any:
-    """The prepared layer for inputs like x, or None."""
+def _prepare(layer: Any, record: Record, x: Tensor) -> tuple[Attention, Any] | None:
+    """What is known of the attention module, and the library's DecoderLayer for inputs like x."""
     if record.attempts >= _MAX_ATTEMPTS or cpu.BACKEND.probe() is not None or record.without & _PARTS:
         return None
     record.attempts += 1
     children = layer.__dict__["_modules"]
     attn, mlp = children["self_attn"], children["mlp"]
-    facts = gated_mlp.facts_of(mlp) if has(attn, attention.FusedAttention) else Fallback()
+    known = eligibility.attention(attn)
+    if isinstance(known, Fallback) or not has(attn, attention.FusedAttention) or x.dtype not in DTYPES:
+        return None
+    facts = gated_mlp.facts_of(mlp)
     if isinstance(facts, Fallback) or facts.change_reason(mlp) or hook_reason(attn) or hook_reason(mlp):
         return None
     own_norms = [children[name] for name in NORM_NAMES]
@@ -88,16 +92,8 @@ def _prepare(layer: Any, record: Record, known: Attention, x: Tensor) -> Any:
     library = cpu.BACKEND.extension
     held = [library.AdaptedLayers(*one) for one in layers]
     rotates = not known.kind.rotates or bool(getattr(attn, known.kind.rotates))
-    prepared = library.DecoderLayer(
-        list(weights),
-        list(eps),
-        list(offsets),
-        list(roundings),
-        *held,
-        attn.head_dim,
-        rotates,
-        facts.activation,
-    )
+    of_norms = map(list, (weights, eps, offsets, roundings))
+    halves = library.DecoderLayer(*of_norms, *held, attn.head_dim, rotates, facts.activation)
 
     def guard(guards: Guards) -> None:
         guards.forward(plain_class(layer))
@@ -106,6 +102,7 @@ def _prepare(layer: Any, record: Record, known: Attention, x: Tensor) -> Any:
             guards.entry(children, name)
         for one in own_norms:
             guards.skipped(one)
+            guards.forward(plain_class(one))
             guards.tensor(guards.entry(one.__dict__["_parameters"], "weight"))
             guards.entry(one.__dict__, eligibility.norm(one).eps)  # type: ignore[union-attr]
         for module in (attn, mlp):
@@ -114,7 +111,9 @@ def _prepare(layer: Any, record: Record, known: Attention, x: Tensor) -> Any:
             guards.entry(module.__dict__, RECORD)
         for name in ("head_dim", known.kind.rotates or "head_dim"):
             guards.entry(attn.__dict__, name)
-        guards.entry(known.names, "apply_rotary_pos_emb")
+        guards.forward(plain_class(attn))
+        rotary = guards.entry(known.names, "apply_rotary_pos_emb")
+        guards.entry(rotary.__globals__, "rotate_half")
         for module, names in ((attn, (*PROJECTIONS, "o_proj")), (mlp, facts.names)):
             for name in names:
                 child = guards.entry(module._modules, name)
@@ -128,6 +127,7 @@ def _prepare(layer: Any, record: Record, known: Attention, x: Tensor) -> Any:
                     guards.lora(child, active_adapters(child))
         guards.unchanged = lambda layer: not facts.change_reason(layer.__dict__["_modules"]["mlp"])
 
+    prepared = known, halves
     store(layer, x, prepared, [*weights, *layers], guard)
     return prepared
 
