@@ -44,6 +44,8 @@ def run(layer: Any, record: Record, x: Tensor, kwargs: dict[str, Any]) -> Tensor
     if dispatch.forced() not in (None, "cpu"):
         return None
     attn = layer.__dict__["_modules"]["self_attn"]
+    if not has(attn, attention.FusedAttention):
+        return None
     if not attention.supports(attn, x, kwargs.get("position_embeddings")):
         return None
     prepared: Any = cached_call(layer, record, (x,), None)
@@ -69,7 +71,7 @@ def _prepare(layer: Any, record: Record, x: Tensor) -> tuple[Attention, Any] | N
     children = layer.__dict__["_modules"]
     attn, mlp = children["self_attn"], children["mlp"]
     known = eligibility.attention(attn)
-    if isinstance(known, Fallback) or not has(attn, attention.FusedAttention) or x.dtype not in DTYPES:
+    if isinstance(known, Fallback) or x.dtype not in DTYPES:
         return None
     facts = gated_mlp.facts_of(mlp)
     if isinstance(facts, Fallback) or facts.change_reason(mlp) or hook_reason(attn) or hook_reason(mlp):
