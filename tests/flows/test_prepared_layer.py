@@ -212,6 +212,20 @@ def test_liger_replaces_the_rotary_function(monkeypatch: pytest.MonkeyPatch) -> 
     assert testing.relative_error(before, want) > 1e-4 and testing.relative_error(got, want) < 1e-5
 
 
+def test_a_replaced_norm_of_heads_is_seen() -> None:
+    model = adapted(family("Qwen3")).eval()
+    pk.patch(model)
+    attention = of_layer("self_attn")(model)
+    with torch.no_grad():
+        before = model(ids(2)).logits
+        attention.q_norm = copy.deepcopy(attention.q_norm)
+        attention.q_norm.weight.mul_(3)
+        got = model(ids(2)).logits
+        pk.unpatch(model)
+        want = model(ids(2)).logits
+    assert testing.relative_error(before, want) > 1e-4 and testing.relative_error(got, want) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["LlamaRMSNorm", "LlamaAttention", "LlamaMLP", "LlamaDecoderLayer"])
 def test_a_forward_replaced_for_the_class(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Liger does, after the patch."""

@@ -1,5 +1,5 @@
-// A decoder layer like Llama's whose operands are collected once, for calls without a gradient. To collect
-// and convert them for every op of every token takes Python longer than the kernels run.
+// A decoder layer like Llama's whose operands are collected once, for calls without a gradient. Collecting
+// and converting them in Python, for every op of every token, takes longer than the kernels run.
 #include <ATen/ATen.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>

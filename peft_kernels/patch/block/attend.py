@@ -22,6 +22,7 @@ from ..fused import Fallback, record_of
 from .attention_function import NAME, REPLACED, is_named, runs_ours
 
 _SDPA = sdpa_attention_forward
+"""The entry of transformers' registry that `serve_patched` replaces. Another library's stays."""
 _UNSUPPORTED = {"softcap": "caps of scores", "s_aux": "attention sinks", "sinks": "attention sinks"}
 """Arguments that change the result, but that neither ours nor sdpa supports."""
 
@@ -34,7 +35,7 @@ def register() -> None:
 
 def serve_patched() -> None:
     """Lets patched modules whose configuration says "sdpa" run ours. Changes nothing for other modules."""
-    if AttentionInterface._global_mapping[REPLACED].__module__ != __name__:
+    if AttentionInterface._global_mapping[REPLACED] is _SDPA:
         AttentionInterface.register(REPLACED, sdpa_or_ours)
 
 
@@ -59,26 +60,20 @@ def attention_forward(
     (batch, key_heads, keys, features), a mask that is True where a row attends to a key, or None. Returns
     (batch, rows, heads, features) and None. Selected by name it raises ValueError for arguments that "sdpa"
     would ignore silently."""
-    unsupported = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
-    for name in unsupported:
-        what = _UNSUPPORTED[name]
-        if is_named(module):
+    for name, what in _UNSUPPORTED.items():
+        if kwargs.get(name) is not None and is_named(module):
             raise ValueError(
                 f"{name}: expected None, since neither peft_kernels nor sdpa supports {what}; select another "
                 'attention, e.g. model.set_attn_implementation("eager")'
             )
-    found: Any = (
-        _UNSUPPORTED[unsupported[0]]
-        if unsupported
-        else _unsupported_reason(query, key, value, dropout, scaling, kwargs)
-    )
-    if found is None and attention_mask is not None:
-        found = spans_of(attention_mask, query, key)
-        found = "a mask that is not one or two spans of keys a row" if found is None else found
-    if isinstance(found, str):
+    reason, spans = _unsupported_reason(query, key, value, dropout, scaling, kwargs), None
+    if reason is None and attention_mask is not None:
+        spans = spans_of(attention_mask, query, key)
+        reason = "a mask that is not one or two spans of keys a row" if spans is None else None
+    if reason is not None:
         record = None if torch.compiler.is_compiling() else record_of(module)
         if record is not None:
-            record.count(Fallback(found and f"attention by sdpa, {found}"))
+            record.count(Fallback(reason and f"attention by sdpa, {reason}"))
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )
@@ -89,7 +84,7 @@ def attention_forward(
     rows = query.shape[2]
     if is_causal and k.shape[2] > rows:  # a static cache, empty after the rows, as in sdpa
         k, v = k[:, :, :rows], v[:, :, :rows]
-    return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), found, is_causal, scaling), None
+    return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), spans, is_causal, scaling), None
 
 
 def _autocast(*sides: Tensor) -> tuple[Tensor, ...]:
@@ -104,6 +99,9 @@ def _unsupported_reason(
     """Why ours does not cover a call, "" where sdpa is as fast; None if it does."""
     if query.device.type != "cpu" or query.shape[2] == 1 or not _has_kernel(query):
         return ""
+    for name, what in _UNSUPPORTED.items():
+        if kwargs.get(name) is not None:
+            return what
     if dropout:
         return "dropout of attention weights"
     if kwargs.get("position_bias") is not None:

@@ -33,7 +33,7 @@ from .eligibility import NORM_NAMES, PROJECTIONS, Attention
 _PARTS = {"layers", "mlp", "norms"}
 """Parts of `patch` that a prepared layer computes, besides those that it is installed with."""
 _MAX_ATTEMPTS = 16
-"""A layer that could not be prepared so often is not tried again."""
+"""How often a layer is prepared at most; then it always calls its modules."""
 
 
 def run(layer: Any, record: Record, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
@@ -114,6 +114,8 @@ def _prepare(layer: Any, record: Record, x: Tensor) -> tuple[Attention, Any] | N
         for name in ("head_dim", known.kind.rotates or "head_dim"):
             guards.entry(attn.__dict__, name)
         guards.forward(plain_class(attn))
+        for name in ("q_norm", "k_norm") if known.kind.normed else ():
+            guards.entry(attn._modules, name)
         rotary = guards.entry(known.names, "apply_rotary_pos_emb")
         guards.entry(rotary.__globals__, "rotate_half")
         for module, names in ((attn, (*PROJECTIONS, "o_proj")), (mlp, facts.names)):

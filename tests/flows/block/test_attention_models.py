@@ -376,7 +376,9 @@ def test_foreign_sdpa_is_kept(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> 
         return ours.sdpa_attention_forward(*args, **kwargs)
 
     monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "sdpa", theirs)
-    model = bert().eval()
-    report = pk.patch(model)
-    model(**inputs("whole"))
-    assert calls.theirs == 2 and not calls.ours and "theirs" in str(report)
+    for number, make in enumerate((bert, llama), 1):
+        model = make().eval()
+        report = pk.patch(model)
+        model(**inputs("whole"))
+        assert calls.theirs == 2 * number and not calls.ours and "theirs" in str(report)
+    assert transformers.AttentionInterface._global_mapping["sdpa"] is theirs
