@@ -65,7 +65,9 @@ def run(layer: Any, record: Record, x: Tensor, kwargs: dict[str, Any]) -> Tensor
 
 def _prepare(layer: Any, record: Record, x: Tensor) -> tuple[Attention, Any] | None:
     """What is known of the attention module, and the library's DecoderLayer for inputs like x."""
-    if record.attempts >= _MAX_ATTEMPTS or cpu.BACKEND.probe() is not None or record.without & _PARTS:
+    if record.attempts >= _MAX_ATTEMPTS or record.without & _PARTS:
+        return None
+    if dispatch.select("multi_lora", (x,)) is not cpu.BACKEND:
         return None
     record.attempts += 1
     children = layer.__dict__["_modules"]
