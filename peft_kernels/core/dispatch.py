@@ -1,8 +1,9 @@
 """Chooses the back end that serves a call.
 
-Automatic choice takes the first one in `BACKENDS` that is for the tensors' device, is usable here and
-supports the call. A forced one (`use_backend` or the environment variable PEFT_KERNELS_BACKEND) serves the
-call or raises with the reason.
+Automatic choice considers those in `BACKENDS` that are for the tensors' device, are usable here and support
+the call. It takes the first that has kernels for the op; if none has, the first, which composes it of other
+ops. A forced one (`use_backend` or the environment variable PEFT_KERNELS_BACKEND) serves the call or raises
+with the reason.
 """
 
 from __future__ import annotations
@@ -91,20 +92,23 @@ def select(op: str, args: Sequence[Any]) -> Backend:
     device = next((tensor.device.type for tensor in tensors(args)), None)
     unusable: dict[str, str] = {}
     skipped = False
+    composing: Backend | None = None
     for backend in BACKENDS.values():
         if backend.device_type is None:
-            if not skipped:
+            if composing is None and not skipped:
                 _warn_of_reference(device, unusable)
-            return backend
-        if backend.device_type != device:
+            return composing or backend
+        if backend.device_type != device or (composing and not backend.has_kernel(op)):
             continue
         if (reason := backend.probe()) is not None:
             unusable[backend.name] = reason
         elif (reason := backend.supports(op, args)) is not None:
             _log_once(f"back end {backend.name} skipped: {reason}")
             skipped = True
-        else:
+        elif backend.has_kernel(op):
             return backend
+        else:
+            composing = backend
     raise AssertionError("unreachable: the reference supports everything")
 
 
@@ -165,7 +169,8 @@ def explain() -> str:
         state = f"not usable: {reason}" if reason is not None else f"usable: {backend.describe()}"
         lines.append(f"{backend.name:<10} {state}")
     name = forced()
-    choice = f"forced: {name}" if name else "automatic, the first usable one for the device of the tensors"
+    automatic = "automatic, by the device of the tensors: the first usable one with a kernel"
+    choice = f"forced: {name}" if name else automatic
     lines.append(f"{'choice':<10} {choice}")
     return "\n".join(lines)
 

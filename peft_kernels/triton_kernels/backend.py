@@ -1,8 +1,9 @@
 """Back end `triton`: kernels that Triton compiles on first use, for CUDA tensors.
 
-It serves where back end `cuda` was not built: without nvcc, or for another vendor's card. With
-TRITON_INTERPRET=1 in the environment Triton interprets the kernels in numpy; the back end then takes CPU
-tensors too, when it is forced. Triton is imported by the first call or probe, not with this file.
+It serves where back end `cuda` was not built, without nvcc or for another vendor's card, and the ops that
+`cuda` composes of others. With TRITON_INTERPRET=1 in the environment Triton interprets the kernels in numpy;
+the back end then takes CPU tensors too, when it is forced. Triton is imported by the first call or probe, not
+with this file.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 from ..core import registry
 from ..core.backends.base import Cards, tensors, unserved_tensors
-from ..core.op import Op
+from ..core.op import OPS, Op
 
 MINIMUM = (8, 0)
 """Compute capability that Triton's code for NVIDIA cards needs."""
@@ -78,8 +79,11 @@ class TritonBackend:
             return unserved_tensors(op, args, ("cuda", "cpu"))
         return unserved_tensors(op, args, ("cuda",)) or self._cards.refusal_of_tensors(op, args)
 
+    def has_kernel(self, op: str) -> bool:
+        return not OPS[op].composite or op in COMPOSITES_WITH_KERNELS
+
     def _implement(self, op: type[Op]) -> Callable[..., Any] | None:
-        if op.composite and op.name not in COMPOSITES_WITH_KERNELS:
+        if not self.has_kernel(op.name):
             return None
 
         def call(*args: Any) -> Any:

@@ -174,7 +174,8 @@ def test_explain() -> None:
         r"reference +usable: plain torch, any device, materialises weights", lines["reference"]
     )
     assert re.fullmatch(
-        r"choice +automatic, the first usable one for the device of the tensors", lines["choice"]
+        r"choice +automatic, by the device of the tensors: the first usable one with a kernel",
+        lines["choice"],
     )
     with cpu.BACKEND.use_isa("scalar"):
         assert "instruction set scalar" in pk.explain()

@@ -34,6 +34,9 @@ class Backend(Protocol):
     def supports(self, op: str, args: Sequence[Any]) -> str | None:
         """None when it can serve `op` with these arguments, else why not."""
 
+    def has_kernel(self, op: str) -> bool:
+        """Whether it has kernels for `op`, rather than a composition of other ops or plain torch."""
+
 
 def tensors(args: Sequence[Any]) -> Iterator[torch.Tensor]:
     """All tensors among an op's arguments, also those in lists."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import registry
+from ..op import OPS
 from .base import unserved_tensors
 
 _HASH = re.compile(rb"PEFT_KERNELS_SPEC_HASH=([0-9a-f]{64})")
@@ -60,6 +61,13 @@ class CompiledBackend:
 
     def supports(self, op: str, args: Sequence[Any]) -> str | None:
         return unserved_tensors(op, args, (self.device_type,))
+
+    def has_kernel(self, op: str) -> bool:
+        if not OPS[op].composite:
+            return True
+        # Compositions are registered for no device in particular.
+        key = self.device_type.upper()
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"{self.namespace}::{op}", key)
 
     def _refusal_to_load(self) -> str | None:
         """Why the compiled library must not be loaded, or None; read from the file without loading it.

@@ -31,5 +31,8 @@ class ReferenceBackend:
     def supports(self, op: str, args: Sequence[Any]) -> str | None:
         return None
 
+    def has_kernel(self, op: str) -> bool:
+        return False
+
 
 BACKEND = ReferenceBackend()

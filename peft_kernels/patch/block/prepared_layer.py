@@ -67,7 +67,7 @@ def _prepare(layer: Any, record: Record, x: Tensor) -> tuple[Attention, Any] | N
     """What is known of the attention module, and the library's DecoderLayer for inputs like x."""
     if record.attempts >= _MAX_ATTEMPTS or record.without & _PARTS:
         return None
-    if dispatch.select("multi_lora", (x,)) is not cpu.BACKEND:
+    if dispatch.select("multi_lora_linear", (x,)) is not cpu.BACKEND:
         return None
     record.attempts += 1
     children = layer.__dict__["_modules"]
