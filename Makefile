@@ -133,8 +133,8 @@ test-all: ## Run all tests
 # The tests of every op, a folder per family.
 KERNELS := $(filter-out tests/ops/cpu/%,$(sort $(wildcard tests/ops/*/test_*.py))) tests/nf4/test_nf4_experts.py \
   $(patsubst %,tests/core/test_%.py,compute_dtype gradients gradcheck gradient_needs)
-# Attention, norms, rotary embedding and casts have kernels for the CPU alone; autograd is the same for every back end.
-ON_CARDS := $(filter-out tests/ops/block/% %/test_casts.py %/test_gradcheck.py %/test_gradient_needs.py,$(KERNELS))
+# Attention and casts have kernels for the CPU alone; autograd is the same for every back end.
+ON_CARDS := $(filter-out %/test_attention.py %/test_casts.py %/test_gradcheck.py %/test_gradient_needs.py,$(KERNELS))
 
 # In a process of its own: Triton reads the flag when it first sees a kernel.
 TRITON := $(patsubst %,tests/gpu/triton_kernels/test_%.py,triton_splits experts_triton adamw_triton)

@@ -40,7 +40,10 @@ class CopiedBackend:
         return self.target.supports(op, self._there(args))
 
     def has_kernel(self, op: str) -> bool:
-        return not OPS[op].composite
+        found = OPS[op]
+        if not found.composite:
+            return True
+        return self.target.has_kernel(op) and "!" not in found.schema  # changes of copies would be lost
 
     def _kernel(self, op: type[Op]) -> Callable[..., Any] | None:
         if not self.has_kernel(op.name):

@@ -17,7 +17,7 @@ from peft_kernels.triton_kernels.linear.linear import table_for
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZE, ODD, SMALL, WHOLE = 4096, 4097, 64, 512
 """Features: many programs; rows that start inside a byte or block; with and without split-k."""
-FEW, MANY, RANK, RANKS = 16, 1024, 16, 64
+FEW, MANY, RANK, RANKS, HEAD = 16, 1024, 16, 64, 128
 EXPERTS = 128
 
 
@@ -51,6 +51,7 @@ def calls(dtypes: Sequence[torch.dtype], adapters_on_every_line: bool) -> Iterat
         nested = dtype != FP16
         yield from _weights(dtype, nested)
         yield from _elementwise(dtype)
+        yield from _blocks(dtype)
         yield from _losses(dtype, nested)
         yield from _products(dtype, nested)
         first = dtype == dtypes[0]
@@ -100,6 +101,23 @@ def _elementwise(dtype: torch.dtype) -> Iterator[Call]:
     for bias in (None, empty(SIZE, dtype=dtype)) if dtype == BF16 else (None,):
         yield Call("dora_scale", (t, scale, bias))
         yield Call("dora_scale_backward", (t, t, scale, bias))
+
+
+def _blocks(dtype: torch.dtype) -> Iterator[Call]:
+    """Norms of heads, of models, and of rows longer than a tile; rotary embedding of queries and of one key
+    head."""
+    for features in (HEAD, SIZE, 4 * SIZE) if dtype == BF16 else (SIZE,):
+        x, weight, rstd = empty(MANY, features, dtype=dtype), empty(features, dtype=dtype), empty(MANY)
+        yield Call("rms_norm", (x, weight, 1e-6, 0.0, True, dtype))
+        yield Call("add_rms_norm", (x, x, weight, 1e-6, 1.0, False, dtype))
+        yield Call("rms_norm_backward", (x, x, weight, rstd, x, 0.0, True, True, False))
+    for features in (HEAD, SIZE, 2 * SIZE) if dtype == BF16 else (SIZE,):  # a longer row spills on sm100
+        x, weight, rstd = empty(MANY, features, dtype=dtype), empty(features, dtype=dtype), empty(MANY)
+        yield Call("rms_norm_backward", (x, x, weight, rstd, None, 0.0, True, True, True))
+    q, k = empty(1, MANY, 32, HEAD, dtype=dtype), empty(1, MANY, 1, HEAD, dtype=dtype)
+    for cos in (empty(1, MANY, HEAD, dtype=dtype), empty(1, MANY, HEAD)):
+        yield Call("rotary", ([q, k], cos, cos, False, dtype))
+        yield Call("rotary", ([q, k], cos, cos, True, dtype))
 
 
 def _losses(dtype: torch.dtype, nested: bool) -> Iterator[Call]:

@@ -29,6 +29,7 @@ MINIMUM = (8, 0)
 COMPOSITES_WITH_KERNELS = frozenset(
     (
         "adamw",
+        "add_rms_norm",
         "bottleneck",
         "bottleneck_backward",
         "clip_factor",
@@ -37,6 +38,9 @@ COMPOSITES_WITH_KERNELS = frozenset(
         "experts_lora_linear",
         "experts_lora_linear_backward",
         "linear_cross_entropy",
+        "rms_norm",
+        "rms_norm_backward",
+        "rotary",
     )
 )
 """Composite ops that have a kernel of their own."""

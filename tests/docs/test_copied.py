@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from copied import CopiedBackend, copied
+from skips import require
 
 import peft_kernels as pk
 import testing
@@ -55,6 +56,20 @@ def test_composite_ops_are_copied_part_by_part(copying_backend: str) -> None:
         expected = pk.gated_mlp(x, *layers)
     with pk.use_backend(copying_backend):
         assert torch.equal(pk.gated_mlp(x, *layers), expected)
+
+
+def test_composite_ops_with_kernels_are_copied_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    require("cpu")
+    over = CopiedBackend(BACKENDS["cpu"], "cpu")
+    assert over.has_kernel("rms_norm") and not over.has_kernel("linear_cross_entropy_trained")
+    assert not over.has_kernel("adamw")  # it changes its arguments
+    over.load()
+    monkeypatch.setitem(BACKENDS, over.name, over)
+    x, weight = testing.tensor(5, 300, dtype=torch.bfloat16), testing.tensor(300)
+    with pk.use_backend("cpu"):
+        expected = pk.rms_norm(x, weight)
+    with pk.use_backend(over.name):
+        assert torch.equal(pk.rms_norm(x, weight), expected)
 
 
 def test_errors_of_the_target_are_raised(copying_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,15 @@ def test_x_over_rms_is_rounded(backend: str, of_weight: torch.dtype) -> None:
     assert (got != want).double().mean() < 0.01
 
 
+def test_the_gradient_of_the_weight_takes_the_rounded_x_over_rms(backend: str) -> None:
+    """Over one row nothing is summed."""
+    x, weight, dy = inputs((1, 576), torch.bfloat16, torch.float32)
+    rounded = pk.rms_norm(x, torch.ones(576, dtype=torch.bfloat16), EPS)
+    assert torch.equal(
+        results(lambda *args: pk.rms_norm(*args, EPS), x, weight, dy)["dweight"], (dy * rounded)[0]
+    )
+
+
 @each_dtype
 @pytest.mark.parametrize("kind", ["gemma", "olmo2"])
 def test_other_castings(backend: str, kind: str, dtype: torch.dtype) -> None:
@@ -158,6 +167,12 @@ def test_add_rms_norm(backend: str, kind: str, of_residual: torch.dtype, dtype: 
         if shape != "odd":
             check(got, plain, truth)
         assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True)), "an input was changed"
+
+
+def test_the_sum_is_rounded_before_the_norm(backend: str) -> None:
+    x, weight, residual = inputs((64, 576), torch.bfloat16, torch.float32)
+    y, summed = pk.add_rms_norm(x, residual.bfloat16(), weight, EPS, casting="gemma")
+    assert (y != pk.rms_norm(summed, weight, EPS, casting="gemma")).double().mean() < 0.01
 
 
 def test_add_rms_norm_under_autocast(backend: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from block_samples import angles
@@ -93,6 +94,13 @@ def test_results_in_another_type(backend: str) -> None:
     assert got["q"].dtype == torch.bfloat16 and got["dq"].dtype == torch.float32
 
 
+def test_16_bit_sums_are_rounded_before_they_are_widened(backend: str) -> None:
+    q, k = sides(SIZES["lanes"], torch.bfloat16)
+    of_rows = angles(1, q.shape[1], q.shape[3], torch.bfloat16)
+    for got, want in zip(pk.rotary(q, k, *of_rows, torch.float32), stock(q, k, *of_rows), strict=True):
+        assert got.dtype == torch.float32 and torch.equal(got, want.float())
+
+
 def test_any_layout(backend: str) -> None:
     """Transposed views, non-contiguous features, and gradients of such layouts."""
     q, k = sides(SIZES["lanes"], torch.bfloat16)
@@ -106,6 +114,16 @@ def test_any_layout(backend: str) -> None:
     cos, sin = (torch.stack([t, t], -1)[..., 0] for t in of_rows)
     got = results(lambda q, k: [t.transpose(1, 2) for t in pk.rotary(q, k, cos, sin)], q, k)
     assert torch.equal(got["q"].transpose(1, 2), want["q"])
+
+
+def test_strides_beyond_32_bits(backend: str) -> None:
+    """Pages of a fresh calloc cost nothing until written."""
+    stride = 1 << 30
+    far = torch.from_numpy(np.zeros(3 * stride + 6, np.float16))
+    q = torch.as_strided(far, (4, 1, 1, 6), (stride, 6, 6, 1))
+    q.copy_(testing.tensor(*q.shape, seed=1))
+    near, of_rows = q.contiguous(), angles(4, 1, 6, torch.float16)
+    assert torch.equal(pk.rotary(q, near, *of_rows)[0], stock(near, near, *of_rows)[0])
 
 
 def test_gradient_of_q_or_k_alone(backend: str) -> None:
