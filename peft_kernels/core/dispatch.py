@@ -32,6 +32,7 @@ _forced: ContextVar[str | None] = ContextVar("peft_kernels_backend", default=Non
 _logged: set[str] = set()
 _libraries: list[torch.library.Library] = []
 _chosen: dict[tuple[str, torch.device, torch.dtype], Callable[..., Any]] = {}
+_has_kernel: dict[tuple[str, torch.device, torch.dtype, str | None], bool] = {}
 
 
 def install(*backends: Backend) -> None:
@@ -78,6 +79,16 @@ def call(op: str, *args: Any, like: Tensor | None = None, rounds: torch.dtype | 
     if found is None:
         found = _chosen[key] = registry.eager(kernel(op, (like,)))
     return found(*args) if rounds is None else found(*args, rounds=rounds)
+
+
+def has_kernel(op: str, like: Tensor) -> bool:
+    """Whether a call of `op` on tensors like this one runs kernels, rather than a composition of other ops or
+    plain torch. Cached, as calls of patched modules ask it."""
+    key = op, like.device, like.dtype, forced()
+    found = _has_kernel.get(key)
+    if found is None:
+        found = _has_kernel[key] = select(op, (like,)).has_kernel(op)
+    return found
 
 
 def select(op: str, args: Sequence[Any]) -> Backend:

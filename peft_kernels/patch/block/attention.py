@@ -52,7 +52,7 @@ def _run(
     if isinstance(projected, Fallback):
         return projected
     values, dtypes = projected
-    rounded = rounds_to(module, cache)
+    rounded = rounds_to(module, cache, x.device.type)
     if rounded is None or known.kind.normed:
         values = [t.to(dtype) for t, dtype in zip(values, dtypes, strict=True)]
     q, k, v = (t.view(*x.shape[:-1], -1, module.head_dim) for t in values)
@@ -81,7 +81,7 @@ def supports(module: Any, x: Any, position_embeddings: Any) -> bool:
         return False
     batch, rows = x.shape[:2]
     return (
-        not eligibility.device_reason(x.device)
+        not eligibility.device_reason(x, "rotary")
         and cos.shape[0] in (1, batch)
         and cos.shape[1:] == (rows, module.head_dim)
         and module.head_dim % 2 == 0
@@ -122,10 +122,10 @@ def _project(module: Any, x: Tensor) -> tuple[Sequence[Tensor], Sequence[torch.d
     return multi_lora_linear(x.to(dtype), layers, None, compute), [base.out_dtype for base in bases]
 
 
-def rounds_to(module: Any, cache: Any) -> torch.dtype | None:
+def rounds_to(module: Any, cache: Any, device_type: str) -> torch.dtype | None:
     """The dtype that attention rounds its inputs to, if they can be rounded earlier; None otherwise. A cache
     must keep the values of the original forward, unless in training, where nothing reads it later."""
-    dtype = autocast_dtype("cpu")
+    dtype = autocast_dtype(device_type)
     training = module.training and torch.is_grad_enabled()
     rounds = module.config._attn_implementation in _ROUNDING
     return dtype if rounds and (cache is None or training) else None
@@ -183,4 +183,4 @@ def _projections_reason(module: nn.Module, layers: Layers) -> str:
 def _projection_reason(child: Any, layers: Layers) -> str:
     reason = sum_reason(child, layers) if is_lora(child) else ""
     weight = next(child.parameters(), None)
-    return reason or ("" if weight is None else eligibility.device_reason(weight.device))
+    return reason or ("" if weight is None else eligibility.device_reason(weight, "rotary"))

@@ -67,7 +67,7 @@ def function_reason(module: Any) -> str:
     if not (function.__module__ or "").startswith(("transformers.", __package__)):
         return f"{name!r} is {function.__module__}.{function.__qualname__}"
     weight = next(module.parameters(), None)
-    return "" if weight is None else eligibility.device_reason(weight.device)
+    return "" if weight is None else eligibility.device_reason(weight, "attention")
 
 
 def _forward(module: nn.Module) -> Any:

@@ -28,7 +28,7 @@ def _run(layer: Any, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Te
     if defaults is None:
         return Fallback("its forward was replaced")
     x = hidden_states
-    if not isinstance(x, Tensor) or eligibility.device_reason(x.device) or len(args) > len(defaults):
+    if not isinstance(x, Tensor) or eligibility.device_reason(x, "add_rms_norm") or len(args) > len(defaults):
         return Fallback()
     names = [name for name, _ in defaults]
     if "past_key_values" in kwargs and "past_key_values" not in names:  # its old name
@@ -44,11 +44,11 @@ def _run(layer: Any, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Te
     if isinstance(second, Fallback):
         return second
     attention, mlp = children["self_attn"], children["mlp"]
-    y, _ = attention(hidden_states=_normed(first, _rounds_to(attention, kwargs), x), **kwargs)
+    y, _ = attention(hidden_states=_normed(first, _rounds_to(attention, kwargs, x), x), **kwargs)
     if type(y) not in eligibility.ORDINARY or y.shape != x.shape or y.dtype not in DTYPES:
         x = x + y
         return x + mlp(children[eligibility.NORM_NAMES[1]](x))
-    y, x = _normed(second, _rounds_to(mlp, kwargs), y, x)
+    y, x = _normed(second, _rounds_to(mlp, kwargs, x), y, x)
     y = mlp(y)
     if type(y) in eligibility.ORDINARY and y.shape == x.shape and y.dtype != x.dtype and y.dtype in DTYPES:
         return add_residual(y, x)  # torch's sum of two dtypes takes twice as long
@@ -77,15 +77,15 @@ def _norm_operands(children: dict[str, Any], name: str, x: Tensor) -> Any:
     return Fallback(f"{name}: {reason}") if reason else found
 
 
-def _rounds_to(half: Any, kwargs: dict[str, Any]) -> torch.dtype | None:
+def _rounds_to(half: Any, kwargs: dict[str, Any], x: Tensor) -> torch.dtype | None:
     """The dtype to which attention or MLP rounds its input, if nothing else reads it; None otherwise."""
     if RECORD not in half.__dict__ or hook_reason(half):
         return None
     kind = type(half)
     if issubclass(kind, FusedMlp):
-        return autocast_dtype("cpu") if half.training and torch.is_grad_enabled() else None
+        return autocast_dtype(x.device.type) if half.training and torch.is_grad_enabled() else None
     known = eligibility.attention(half) if issubclass(kind, FusedAttention) else Fallback()
-    return None if isinstance(known, Fallback) else rounds_to(half, kwargs.get(known.cache))
+    return None if isinstance(known, Fallback) else rounds_to(half, kwargs.get(known.cache), x.device.type)
 
 
 def examine(module: nn.Module, layers: Layers) -> Examination | None:
@@ -98,6 +98,6 @@ def examine(module: nn.Module, layers: Layers) -> Examination | None:
 
 def _norm_reason(norm: Any, layers: Layers) -> str:
     found = norms.examine(norm, layers)
-    return (
-        f"a {type(norm).__name__}, which is none of the norms known here" if found is None else found.reason
-    )
+    if found is None:
+        return f"a {type(norm).__name__}, which is none of the norms known here"
+    return found.reason or eligibility.device_reason(norm.weight, "add_rms_norm")

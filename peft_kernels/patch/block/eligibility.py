@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ...core import dispatch
 from ...core.backends.base import DTYPES
 from .. import sources
 from ..fused import Fallback, plain_class
@@ -129,12 +130,15 @@ def weight_reason(weight: Any, device: torch.device | None = None) -> str:
         return f"the weight is of {weight.dtype} and shape {tuple(weight.shape)}"
     if device is not None and device != weight.device:
         return f"x is on {device}"
-    return device_reason(weight.device)
+    return device_reason(weight, "rms_norm")
 
 
-def device_reason(device: torch.device) -> str:
-    """Why a device has no kernels for blocks."""
-    return "" if device.type in ("cpu", "meta") else f"{device.type} has no kernel for it here"
+def device_reason(like: Tensor, op: str) -> str:
+    """Why `op` would be composed of torch's functions on the device of a tensor, or ""."""
+    kind = like.device.type
+    if kind in ("cpu", "meta") or dispatch.has_kernel(op, like):
+        return ""
+    return f"{kind} has no kernel for it here"
 
 
 def layer(module: nn.Module) -> tuple[tuple[str, Any], ...] | None:

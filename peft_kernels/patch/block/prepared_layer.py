@@ -41,7 +41,7 @@ def run(layer: Any, record: Record, x: Tensor, kwargs: dict[str, Any]) -> Tensor
     behind x."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not is_plain_call():
         return None
-    if dispatch.forced() not in (None, "cpu"):
+    if x.device.type != "cpu" or dispatch.forced() not in (None, "cpu"):
         return None
     attn = layer.__dict__["_modules"]["self_attn"]
     if not has(attn, attention.FusedAttention):

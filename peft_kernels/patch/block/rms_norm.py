@@ -22,7 +22,7 @@ def _run(module: Any, *args: Any, **kwargs: Any) -> Tensor | Fallback:
     if len(args) != 1 or kwargs:
         return Fallback(f"extra arguments ({', '.join(kwargs) or 'positional'})")
     (x,) = args
-    if eligibility.device_reason(x.device):
+    if eligibility.device_reason(x, "rms_norm"):
         return Fallback()
     found = operands(module, x)
     if isinstance(found, Fallback):
@@ -61,7 +61,7 @@ def examine(module: nn.Module, layers: Layers) -> Examination | None:
     if isinstance(kind, Fallback):
         reason = kind.reason
     elif is_dtensor(weight):  # `fully_shard` gathers it for the call
-        reason = eligibility.device_reason(weight.device)
+        reason = eligibility.device_reason(weight, "rms_norm")
     else:
         reason = eligibility.weight_reason(weight)
     return Examination.of("norm", module, FusedRmsNorm, reason)
