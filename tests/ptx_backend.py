@@ -12,10 +12,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from peft_kernels.core.backends import crossovers
 from peft_kernels.core.backends.compiled import CompiledBackend
 
 FEW = 4
@@ -30,6 +32,11 @@ class PtxBackend(CompiledBackend):
     device_type = "cpu"
     library = "peft_kernels._C_ptx"
     not_built = "not built (needs nvcc, and PEFT_KERNELS_PTX=1, at installation)"
+
+    def _open(self) -> Any:
+        extension = super()._open()
+        crossovers.set_estimates(extension)
+        return extension
 
     def load(self) -> None:
         super().load()

@@ -106,7 +106,8 @@ def main() -> None:
         run([*pip, "wheel", "-q", "--no-deps", "-w", folder, sdist], folder, CXX=compiler)
         (wheel,) = folder.glob("*.whl")
         names = zipfile.ZipFile(wheel).namelist()
-        expect("peft_kernels/py.typed" in names, f"{wheel.name}: expected py.typed, got {names}")
+        for name in ("py.typed", "core/backends/crossovers.json"):
+            expect(f"peft_kernels/{name}" in names, f"{wheel.name}: expected {name}, got {names}")
         foreign = [n for n in names if not n.startswith("peft_kernels")]
         expect(not foreign, f"{wheel.name}: expected peft_kernels alone, got {foreign}")
         run([*pip, "install", "-q", wheel], folder)

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <map>
 #include <stdexcept>
@@ -16,6 +17,7 @@
 
 #include "../common/build_info.h"
 #include "core/runtime.h"
+#include "linear/crossovers.h"
 #include "linear/linear.h"
 
 #ifdef PEFT_KERNELS_PTX
@@ -43,11 +45,12 @@ DType dtype_named(const std::string& name) {
 using Paths = std::pair<std::string, std::string>;
 
 Paths plan(int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype,
-           const cuda::Card& card) {
+           const cuda::Card& card, bool whatever_crossover = false) {
   const int shift = block_shift_of(blocksize);
   const DType type = dtype_named(dtype);
-  return {cuda::plan_linear(type, m, n, k, shift, card).name,
-          cuda::plan_linear_dx(type, m, n, k, shift, card).name};
+  const auto forward = whatever_crossover ? cuda::plan_fused : cuda::plan_linear;
+  const auto backward = whatever_crossover ? cuda::plan_fused_dx : cuda::plan_linear_dx;
+  return {forward(type, m, n, k, shift, card).name, backward(type, m, n, k, shift, card).name};
 }
 
 std::map<std::string, int64_t> describe(const cuda::LinearPlan& plan) {
@@ -79,11 +82,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "plan_for",
       [](int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype, int compute_capability,
-         int sms, int64_t shared_bytes, int64_t reserved_bytes) {
-        return plan(m, n, k, blocksize, dtype, {compute_capability, sms, shared_bytes, reserved_bytes});
+         int sms, int64_t shared_bytes, int64_t reserved_bytes, bool whatever_crossover) {
+        return plan(m, n, k, blocksize, dtype, {compute_capability, sms, shared_bytes, reserved_bytes},
+                    whatever_crossover);
       },
-      "The same for any card.", arg("m"), arg("n"), arg("k"), arg("blocksize"), arg("dtype"),
-      arg("compute_capability"), arg("sms"), arg("shared_bytes"), arg("reserved_bytes") = kReserved);
+      "The same for any card; whatever_crossover: the kernels that there are for any number of rows.",
+      arg("m"), arg("n"), arg("k"), arg("blocksize"), arg("dtype"), arg("compute_capability"), arg("sms"),
+      arg("shared_bytes"), arg("reserved_bytes") = kReserved, arg("whatever_crossover") = false);
   m.def(
       "cuts_for",
       [](int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype, int compute_capability,
@@ -91,13 +96,23 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         const cuda::Card card{compute_capability, sms, shared_bytes, reserved_bytes};
         const int shift = block_shift_of(blocksize);
         const DType type = dtype_named(dtype);
-        return std::pair{describe(cuda::plan_linear(type, m, n, k, shift, card)),
-                         describe(cuda::plan_linear_dx(type, m, n, k, shift, card))};
+        return std::pair{describe(cuda::plan_fused(type, m, n, k, shift, card)),
+                         describe(cuda::plan_fused_dx(type, m, n, k, shift, card))};
       },
-      "How each of these is partitioned, and the load of the busiest worker: see Cut and Load in linear.h. "
-      "Empty where the weight is dequantised in pieces.",
+      "How each of these is partitioned, whatever the crossover, and the load of the busiest worker: see Cut "
+      "and Load in linear.h. Empty where there is no kernel.",
       arg("m"), arg("n"), arg("k"), arg("blocksize"), arg("dtype"), arg("compute_capability"), arg("sms"),
       arg("shared_bytes"), arg("reserved_bytes") = kReserved);
+  m.def(
+      "set_crossovers",
+      [](int compute_capability, int sms, const std::vector<std::array<int64_t, 3>>& crossovers) {
+        std::vector<cuda::Crossover> list;
+        for (const auto& [weights, forward, backward] : crossovers)
+          list.push_back({weights, forward, backward});
+        cuda::set_crossovers(compute_capability, sms, std::move(list));
+      },
+      "Sets (weights, forward, backward) of cards: see crossovers.h.", arg("compute_capability"), arg("sms"),
+      arg("crossovers"));
   m.def("piece_of", cuda::piece_of,
         "Rows or columns of a weight that are dequantised at a time: see linear.h.");
 #ifdef PEFT_KERNELS_PTX

@@ -1,7 +1,8 @@
 """Checks this installation: versions, back ends and a self-test of a few seconds, with advice on problems.
 
 Each usable back end computes forward, input gradient and LoRA with its gradients in fp32 and bf16, and is
-compared with the reference in fp64. Exit code 1 if there are problems.
+compared with the reference in fp64. For each card it says up to how many rows of activations NF4 GEMMs are
+fused. Exit code 1 if there are problems.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from .. import NF4Weight, lora_linear, nf4_linear
 from .. import __version__ as version
 from ..core import dispatch, registry
-from ..core.backends import BACKENDS, Backend
+from ..core.backends import BACKENDS, Backend, crossovers, cuda
 from . import info
 from .output import Output
 
@@ -72,6 +73,20 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
     if rows:
         out.table(("back end", "self-test", "dtype", "error / allowed>", ""), rows)
     problems = list(_problems(found, reasons, checks))
+    limits: list[dict[str, Any]] = []
+    if reasons["cuda"] is None:
+        try:
+            limits = _crossovers()
+        except ValueError as error:  # a file that cannot be used
+            problems.append(str(error))
+    if limits:
+        out.table(
+            ("card", "weights up to>", "fused rows>", "backward>", ""),
+            [
+                ["any" if n is None else f"{n:,}" if isinstance(n, int) else n for n in row.values()]
+                for row in limits
+            ],
+        )
     for problem in problems:
         out.say(f"problem: {problem}", "red")
     out.say("problems found" if problems else "all is well", "bold")
@@ -81,12 +96,29 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
             "torch": torch.__version__,
             "libraries": found,
             "backends": {name: {"usable": why is None, "reason": why} for name, why in reasons.items()},
+            "crossovers": limits,
             "checks": [vars(check) | {"passed": check.passed} for check in checks],
             "seconds": round(time.monotonic() - start, 2),
             "problems": problems,
         }
     )
     return not problems
+
+
+def _crossovers() -> list[dict[str, Any]]:
+    """Up to how many rows NF4 GEMMs are fused, for each card and size of weight."""
+    return [
+        {
+            "card": card,
+            "weights": None if row.weights == crossovers.ANY else row.weights,
+            "forward": row.forward,
+            "backward": row.backward,
+            "source": table.source,
+        }
+        for card, table in cuda.BACKEND.all_crossovers().items()
+        if table is not None
+        for row in table.rows
+    ]
 
 
 def self_test(backend: Backend, until: float) -> list[Check]:

@@ -17,6 +17,7 @@ import testing
 from peft_kernels.cli import doctor, info
 from peft_kernels.cli.main import main
 from peft_kernels.core.backends import BACKENDS
+from peft_kernels.core.backends.crossovers import ANY, Rows, Table
 
 needs_cpu = pytest.mark.skipif(
     testing.unavailable("cpu") is not None, reason=f"back end cpu: {testing.unavailable('cpu')}"
@@ -108,6 +109,46 @@ def test_missing_or_outdated_parts_are_reported(
         "PEFT_KERNELS_BACKEND=cuda selects a back end that is not usable: no card",
         "peft 0.9.1: expected 0.18 or later (pip install --upgrade peft)",
     ]
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A usable back end cuda."""
+    monkeypatch.setattr(BACKENDS["cuda"], "probe", lambda: None)
+    monkeypatch.setattr(BACKENDS["cuda"], "describe", lambda: "a card")
+    monkeypatch.setattr(doctor, "self_test", lambda backend, until: [])
+
+
+@pytest.mark.usefixtures("card")
+def test_crossovers_are_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (Rows(8_000_000, 384, 320), Rows(ANY, 256, 1024))
+    tables = {"cuda:0 A": Table("9.0", rows), "cuda:1 B": Table("9.0", rows[1:], "B"), "cuda:2 C": None}
+    monkeypatch.setattr(BACKENDS["cuda"], "all_crossovers", lambda: tables)
+    code, report = diagnosed(capsys)
+    assert code == 0 and report["crossovers"] == [
+        {"card": "cuda:0 A", "weights": 8_000_000, "forward": 384, "backward": 320, "source": "estimated"},
+        {"card": "cuda:0 A", "weights": None, "forward": 256, "backward": 1024, "source": "estimated"},
+        {"card": "cuda:1 B", "weights": None, "forward": 256, "backward": 1024, "source": "measured"},
+    ]
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for line in (
+        "cuda:0 A      8,000,000         384       320  estimated",
+        "cuda:1 B            any         256     1,024  measured",
+    ):
+        assert line in text
+
+
+@pytest.mark.usefixtures("card")
+def test_a_bad_file_of_crossovers_is_a_problem(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bad() -> None:
+        raise ValueError("PEFT_KERNELS_CROSSOVERS: expected a file, got nothing")
+
+    monkeypatch.setattr(BACKENDS["cuda"], "all_crossovers", bad)
+    code, report = diagnosed(capsys)
+    assert code == 1 and "PEFT_KERNELS_CROSSOVERS: expected a file, got nothing" in report["problems"]
 
 
 def test_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,7 +162,7 @@ struct TileShape {
   Load load(const Cut& cut) const;
 };
 
-// The kernel and partition of a GEMM, or none; depends on the shape and the card alone.
+// The kernel and partition of a GEMM, or none; depends on the shape, the card and its crossovers alone.
 struct LinearPlan {
   const char* name = "pieces";  // of the kernel; "pieces": none, the caller dequantises piece by piece
   std::variant<SmallShape, TileShape, DxShape> shape{};
@@ -173,6 +173,10 @@ struct LinearPlan {
   // `params` must have the shape that was planned.
   void start(const LinearParams& params, Context& context) const;
 };
+// Whatever the crossovers:
+LinearPlan plan_fused(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
+LinearPlan plan_fused_dx(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
+// Up to the crossover (crossovers.h):
 LinearPlan plan_linear(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
 LinearPlan plan_linear_dx(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
 

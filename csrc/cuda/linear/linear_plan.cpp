@@ -1,22 +1,21 @@
 // Chooses the kernel of an NF4 GEMM by shape and card, and partitions its work.
 #include <algorithm>
+#include <limits>
 
+#include "crossovers.h"
 #include "linear.h"
 
 namespace peft_kernels::cuda {
 namespace {
 
-// Classes of cards: by shared memory, which decides the table of pairs, and by how much faster the matrix
-// units are than the rest.
-enum class Cards { kWide, kWide80, kNarrow, kAny };
+// Classes of cards by shared memory, which decides the table of pairs.
+enum class Cards { kWide, kNarrow, kAny };
 
 bool belongs(const Card& card, Cards cards) {
   const bool wide = has_wide_table(card);
   switch (cards) {
     case Cards::kWide:
       return wide;
-    case Cards::kWide80:
-      return wide && card.compute_capability == 80;
     case Cards::kNarrow:
       return !wide && card.shared_bytes >= 99 << 10;
     default:
@@ -31,22 +30,22 @@ struct Rule {
   decltype(LinearPlan::shape) shape;
 };
 
+constexpr int64_t kAnyRows = std::numeric_limits<int64_t>::max();
+
 // The first rule that fits is used.
 constexpr Rule kLinearRules[] = {
     {"small8", Cards::kWide, 8, SmallShape{1, 1, true}},
     {"small16", Cards::kWide, 16, SmallShape{2, 2, true}},
     {"small32", Cards::kWide, 32, SmallShape{4, 2, true}},
-    {"tiles256", Cards::kWide, 512, TileShape{8, true}},
-    {"tiles128", Cards::kWide, 512, TileShape{4, true}},
-    {"tiles256", Cards::kWide80, 1024, TileShape{8, true}},
-    {"tiles128", Cards::kWide80, 1024, TileShape{4, true}},
+    {"tiles256", Cards::kWide, kAnyRows, TileShape{8, true}},
+    {"tiles128", Cards::kWide, kAnyRows, TileShape{4, true}},
     {"small8_narrow", Cards::kNarrow, 8, SmallShape{1, 1, false}},
     {"small16_narrow", Cards::kNarrow, 16, SmallShape{2, 2, false}},
     {"small32_narrow", Cards::kNarrow, 32, SmallShape{4, 2, false}},
-    {"tiles256_narrow", Cards::kNarrow, 1024, TileShape{8, false}},
-    {"tiles128_narrow", Cards::kNarrow, 1024, TileShape{4, false}},
+    {"tiles256_narrow", Cards::kNarrow, kAnyRows, TileShape{8, false}},
+    {"tiles128_narrow", Cards::kNarrow, kAnyRows, TileShape{4, false}},
 };
-// Beyond one token tile the weight is decoded once per tile; beyond the last rule it is dequantised.
+// Beyond one token tile the weight is decoded once per tile.
 constexpr Rule kDxRules[] = {
     {"dx8", Cards::kWide, 8, DxShape{1, true}},
     {"dx16", Cards::kWide, 16, DxShape{2, true}},
@@ -54,16 +53,17 @@ constexpr Rule kDxRules[] = {
     {"dx8_narrow", Cards::kNarrow, 8, DxShape{1, false}},
     {"dx16_narrow", Cards::kNarrow, 16, DxShape{2, false}},
     {"dx32_narrow", Cards::kAny, 32, DxShape{4, false}},
-    {"dx64", Cards::kWide, 512, DxShape{8, false}},
-    {"dx32_narrow", Cards::kNarrow, 512, DxShape{4, false}},
+    {"dx64", Cards::kWide, kAnyRows, DxShape{8, false}},
+    {"dx32_narrow", Cards::kNarrow, kAnyRows, DxShape{4, false}},
 };
+
+constexpr int64_t kMost = int64_t{1} << 30;  // of 32-bit indices
 
 // Whether groups have whole scales, with 32-bit indices.
 bool takes(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
-  constexpr int64_t kMost = int64_t{1} << 30;
   return dtype != DType::kF32 && card.compute_capability >= 80 && m > 0 && n > 0 && k > 0 &&
-         k % kGroup == 0 && (1 << block_shift) % kGroup == 0 && k % (1 << block_shift) == 0 && n < kMost &&
-         k < kMost && n * k / kGroup < int64_t{1} << 32;
+         k % kGroup == 0 && (1 << block_shift) % kGroup == 0 && k % (1 << block_shift) == 0 && m < kMost &&
+         n < kMost && k < kMost && n * k / kGroup < int64_t{1} << 32;
 }
 
 // Places x, the larger array, and the fixed-size data; returns the bytes available for x.
@@ -175,22 +175,32 @@ LinearPlan choose(const Rule (&rules)[kRules], int64_t m, int64_t n, int64_t k, 
   for (const Rule& rule : rules) {
     if (m > rule.max_m || !belongs(card, rule.cards)) continue;
     const Cut cut = std::visit([&](const auto& shape) { return shape.cut(m, n, k, card); }, rule.shape);
-    if (cut.blocks != 0) return {rule.name, rule.shape, cut};
+    if (cut.blocks != 0 && cut.units < kMost) return {rule.name, rule.shape, cut};
   }
   return {};
 }
 
 }  // namespace
 
-LinearPlan plan_linear(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
+LinearPlan plan_fused(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
   if (!takes(dtype, m, n, k, block_shift, card)) return {};
   return choose(kLinearRules, m, n, k, card);
 }
 
-LinearPlan plan_linear_dx(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
+LinearPlan plan_fused_dx(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
   // Rows of dY are copied in vectors of 16 bytes.
   if (!takes(dtype, m, n, k, block_shift, card) || n % 8 != 0) return {};
   return choose(kDxRules, m, n, k, card);
+}
+
+LinearPlan plan_linear(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
+  return m <= crossover_for(card, n * k).forward ? plan_fused(dtype, m, n, k, block_shift, card)
+                                                 : LinearPlan{};
+}
+
+LinearPlan plan_linear_dx(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
+  return m <= crossover_for(card, n * k).backward ? plan_fused_dx(dtype, m, n, k, block_shift, card)
+                                                  : LinearPlan{};
 }
 
 // As few equal pieces as 128 MB allow: each needs two launches, and a large one fills the card.

@@ -42,11 +42,12 @@ class CompiledBackend:
         if self._refusal is None:
             try:
                 self._extension = self._open()
-            except (ImportError, OSError, ValueError) as error:
+            except (ImportError, OSError, ValueError, AttributeError) as error:
                 self._refusal = f"{self.library} does not load: {error}"
 
     def _open(self) -> Any:
-        """Loads the library, which registers its kernels. Raises ImportError, OSError or ValueError."""
+        """Loads the library, which registers its kernels. Raises ImportError, OSError or ValueError, or
+        AttributeError where a function is missing from a library of other sources."""
         return importlib.import_module(self.library)
 
     def probe(self) -> str | None:

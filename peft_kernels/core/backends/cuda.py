@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import threading
 from collections.abc import Sequence
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import registry
+from . import crossover_timing, crossovers
 from .architectures import unserved
-from .base import Cards
+from .base import Cards, tensors
 from .compiled import CompiledBackend
 
 
@@ -28,6 +33,13 @@ class CudaBackend(CompiledBackend):
     def __init__(self) -> None:
         super().__init__()
         self._cards = self._unprobed_cards()
+        self._crossovers: dict[int, crossovers.Table] = {}
+        self._choosing = threading.Lock()
+
+    def _open(self) -> Any:
+        extension = super()._open()
+        crossovers.set_estimates(extension)
+        return extension
 
     def probe(self) -> str | None:
         if self._refusal is not None:
@@ -40,7 +52,11 @@ class CudaBackend(CompiledBackend):
         return f"CUDA C++, built for {', '.join(self.architectures())}; {self._cards.describe()}"
 
     def supports(self, op: str, args: Sequence[Any]) -> str | None:
-        return super().supports(op, args) or self._cards.refusal_of_tensors(op, args)
+        reason = super().supports(op, args) or self._cards.refusal_of_tensors(op, args)
+        if reason is None:
+            for index in {tensor.device.index for tensor in tensors(args)} - self._crossovers.keys():
+                self.crossovers_of(index, may_measure=True)
+        return reason
 
     def architectures(self) -> list[str]:
         """The architectures of the library's code, as `architectures.chosen` returns them: "8.0",
@@ -61,10 +77,77 @@ class CudaBackend(CompiledBackend):
             The name of a fused kernel, or "pieces": the weight is dequantised piece by piece for torch's
             GEMM.
         """
+        self.crossovers_of(torch.cuda.current_device())
         return self.extension.plan(m, n, k, blocksize, str(dtype).removeprefix("torch."))
+
+    def crossovers_of(self, index: int, may_measure: bool = False) -> crossovers.Table | None:
+        """Up to how many rows NF4 GEMMs are fused on a device; chosen and set at the first call. None while
+        it is to be measured and was not: the estimates apply. Raises ValueError where
+        PEFT_KERNELS_CROSSOVERS names a file that cannot be used."""
+        with self._choosing:
+            if index not in self._crossovers:
+                card = self.card(index)
+                measure = partial(self._measure, index, card) if may_measure and _can_measure() else None
+                table = crossovers.choose(card, measure)
+                if table is None:
+                    return None
+                crossovers.set_table(self.extension, card, table.rows)
+                self._crossovers[index] = table
+            return self._crossovers[index]
+
+    def all_crossovers(self) -> dict[str, crossovers.Table | None]:
+        """`crossovers_of` all devices that can serve, by "cuda:0" and the name."""
+        usable = (i for i in range(torch.cuda.device_count()) if self._cards.refusal(i) is None)
+        return {f"cuda:{i} {torch.cuda.get_device_name(i)}": self.crossovers_of(i) for i in usable}
+
+    def time_both_ways(
+        self,
+        index: int,
+        card: crossovers.Card,
+        shapes: Sequence[crossover_timing.Shape] = crossover_timing.SHAPES,
+        rows: Sequence[int] = crossover_timing.FEW_ROWS,
+    ) -> list[crossover_timing.Cell]:
+        """Times NF4 GEMMs fused and not, on the current stream of a device, which it waits for."""
+        cache_bytes = torch.cuda.get_device_properties(index).L2_cache_size
+        ops, device = getattr(torch.ops, self.namespace), torch.device("cuda", index)
+        clock = crossover_timing.device_clock
+        with torch.cuda.device(device):
+            return crossover_timing.time_cells(
+                self.extension, ops, card, device, cache_bytes, clock, shapes, rows
+            )
+
+    def card(self, index: int) -> crossovers.Card:
+        found = torch.cuda.get_device_properties(index)
+        capability, sms = f"{found.major}.{found.minor}", found.multi_processor_count
+        return crossovers.Card(found.name, capability, sms, _driver(), self._library_hash)
+
+    @cached_property
+    def _library_hash(self) -> str:
+        return hashlib.sha256(Path(self.extension.__file__).read_bytes()).hexdigest()[:16]
+
+    def _measure(self, index: int, card: crossovers.Card) -> list[crossovers.Rows]:
+        return crossover_timing.crossovers(self.time_both_ways(index, card))
 
     def _unprobed_cards(self) -> Cards:
         return Cards(lambda i: unserved(torch.cuda.get_device_capability(i), self.architectures()))
+
+
+def _can_measure() -> bool:
+    """Whether GEMMs of our own can run now: not where a graph is captured, or something sees every op."""
+    return not (
+        torch.cuda.is_current_stream_capturing()
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    )
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver on Linux; empty elsewhere."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
+    except (OSError, IndexError):
+        return ""
 
 
 BACKEND = CudaBackend()

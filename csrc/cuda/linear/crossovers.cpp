@@ -1,0 +1,51 @@
+// The crossovers of cards, as set from Python.
+#include "crossovers.h"
+
+#include <map>
+#include <mutex>
+#include <shared_mutex>
+#include <utility>
+
+namespace peft_kernels::cuda {
+namespace {
+
+std::shared_mutex mutex;
+// By compute capability and multiprocessors.
+std::map<std::pair<int, int>, std::vector<Crossover>>& table() {
+  static std::map<std::pair<int, int>, std::vector<Crossover>> table;
+  return table;
+}
+
+const std::vector<Crossover>* crossovers_of(const Card& card) {
+  const auto own = table().find({card.compute_capability, card.sms});
+  if (own != table().end()) return &own->second;
+  const std::vector<Crossover>* found = nullptr;
+  for (const auto& [key, crossovers] : table()) {
+    if (key.second == 0 && key.first <= card.compute_capability) found = &crossovers;
+  }
+  return found;
+}
+
+}  // namespace
+
+void set_crossovers(int compute_capability, int sms, std::vector<Crossover> crossovers) {
+  const std::unique_lock lock(mutex);
+  const std::pair key{compute_capability, sms};
+  if (crossovers.empty()) {
+    table().erase(key);
+  } else {
+    table()[key] = std::move(crossovers);
+  }
+}
+
+Crossover crossover_for(const Card& card, int64_t weights) {
+  const std::shared_lock lock(mutex);
+  const std::vector<Crossover>* crossovers = crossovers_of(card);
+  if (crossovers == nullptr) return {};
+  for (const Crossover& crossover : *crossovers) {
+    if (weights <= crossover.weights) return crossover;
+  }
+  return crossovers->back();
+}
+
+}  // namespace peft_kernels::cuda

@@ -1,0 +1,27 @@
+// Up to how many rows of activations an NF4 GEMM is fused. With more, it is faster to dequantise the weight
+// and let cuBLAS multiply. The numbers are data: peft_kernels/core/backends/crossovers.json, or measured.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "../core/kernels.h"
+
+namespace peft_kernels::cuda {
+
+struct Crossover {
+  static constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
+
+  int64_t weights = kAny;  // for weights of at most so many elements
+  int64_t forward = kAny, backward = kAny;
+};
+
+// Of the cards of a compute capability that have `sms` multiprocessors or, with 0, of all those that have
+// none of their own. In ascending order of weights, the last for any weight. Empty: as if never set.
+void set_crossovers(int compute_capability, int sms, std::vector<Crossover> crossovers);
+
+// Those of the card, otherwise of the highest compute capability up to its own; without any, kAny.
+Crossover crossover_for(const Card& card, int64_t weights);
+
+}  // namespace peft_kernels::cuda

@@ -1,0 +1,162 @@
+"""Times NF4 GEMMs fused and by dequantise + cuBLAS, and finds from how many rows on the second is faster."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .crossovers import ANY, Card, Rows, set_table
+
+Shape = tuple[int, int]
+SHAPES: tuple[Shape, ...] = ((1024, 4096), (4096, 4096), (14336, 4096))
+"""Weights of an 8B model, from the smallest to the largest."""
+FEW_ROWS = (96, 192, 384, 768)
+LEAST = 32
+"""Up to so many rows reading the weight takes the time, of which a fused kernel reads a quarter."""
+STEP = 32
+BLOCKSIZE = 64
+COPIES = 32
+"""Of a weight, at most."""
+SLEEP = 4_000_000
+"""Clock cycles, about 2 ms."""
+
+Clock = Callable[[Callable[[], object]], float]
+"""Seconds that the device needs for the work that a function starts."""
+
+
+class Cell(NamedTuple):
+    """The times of one GEMM in seconds."""
+
+    out_features: int
+    in_features: int
+    rows: int
+    is_backward: bool
+    fused: float
+    dequantised: float
+
+    @property
+    def weights(self) -> int:
+        return self.out_features * self.in_features
+
+
+def time_cells(
+    library: Any,
+    ops: Any,
+    card: Card,
+    device: torch.device,
+    cache_bytes: int,
+    clock: Clock,
+    shapes: Sequence[Shape] = SHAPES,
+    rows: Sequence[int] = FEW_ROWS,
+) -> list[Cell]:
+    """Times all shapes with all numbers of rows, forward and backward.
+
+    Parameters
+    ----------
+    library
+        The compiled library, whose crossovers for the card are changed meanwhile and then removed.
+    ops
+        Its namespace of torch.ops.
+    cache_bytes : int
+        The size of the device's L2 cache: copies of a weight that do not fit take turns.
+    """
+    cells = []
+    random = torch.Generator(device).manual_seed(0)  # cards draw less power, and run faster, with constants
+    with torch.no_grad():
+        for shape in shapes:
+            weights = _weights(shape, random, cache_bytes)
+            for m, is_backward in itertools.product(rows, (False, True)):
+                size = m, shape[not is_backward]
+                x = torch.randn(size, generator=random, dtype=torch.bfloat16, device=device)
+                turn = partial(_turn, ops, x, weights, shape, is_backward)
+                seconds = []
+                for limit in (ANY, 0):
+                    with _forced(library, card, limit):
+                        seconds.append(clock(turn) / len(weights))
+                cells.append(Cell(*shape, m, is_backward, *seconds))
+    return cells
+
+
+@contextmanager
+def _forced(library: Any, card: Card, rows: int) -> Iterator[None]:
+    """Fuses GEMMs of at most so many rows."""
+    set_table(library, card, [Rows(ANY, rows, rows)])
+    try:
+        yield
+    finally:
+        set_table(library, card, [])
+
+
+def _weights(shape: Shape, random: torch.Generator, cache_bytes: int) -> list[tuple[Tensor, Tensor]]:
+    """Copies of a weight: codes and scales."""
+    elements = math.prod(shape)
+    count = min(max(2 * cache_bytes // (elements // 2), 2), COPIES)
+    size = count, elements // 2
+    codes = torch.randint(256, size, generator=random, dtype=torch.uint8, device=random.device)
+    scales = torch.ones(count, elements // BLOCKSIZE, device=random.device)
+    return list(zip(codes, scales, strict=True))
+
+
+def _turn(
+    ops: Any, x: Tensor, weights: Sequence[tuple[Tensor, Tensor]], shape: Shape, is_backward: bool
+) -> None:
+    """One GEMM with each copy of the weight."""
+    for codes, scales in weights:
+        base = codes, scales, None, None, BLOCKSIZE
+        if is_backward:
+            ops.nf4_linear_dx(x, *base, shape[1])
+        else:
+            ops.nf4_linear(x, *base, shape[0], None)
+
+
+def device_clock(run: Callable[[], object]) -> float:
+    """The median of five times on the current CUDA stream, without Python's time."""
+    run()
+    seconds = []
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(SLEEP)  # work queues up behind it
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(seconds)
+
+
+def crossovers(cells: Iterable[Cell]) -> list[Rows]:
+    """The crossovers by size of the weight, divided halfway between the sizes that were timed."""
+    by_size: dict[int, list[Cell]] = {}
+    for cell in sorted(cells, key=lambda cell: cell.weights):
+        by_size.setdefault(cell.weights, []).append(cell)
+    sizes = list(by_size)
+    ends = [math.isqrt(size * larger) for size, larger in itertools.pairwise(sizes)] + [ANY]
+    limits = [
+        [crossover(cell for cell in group if cell.is_backward == way) for way in (False, True)]
+        for group in by_size.values()
+    ]
+    return [Rows(end, *pair) for end, pair in zip(ends, limits, strict=True)]
+
+
+def crossover(cells: Iterable[Cell]) -> int:
+    """The number of rows up to which to fuse, so that the GEMMs take the least time, each counted as much as
+    the others. A multiple of STEP halfway between those that were timed, and none that was not reached."""
+    by_rows: dict[int, float] = {}
+    for cell in cells:
+        by_rows[cell.rows] = by_rows.get(cell.rows, 0.0) + math.log(cell.fused / cell.dequantised)
+    rows = sorted(by_rows)
+    excess = [0.0, *itertools.accumulate(by_rows[m] for m in rows)]
+    number = excess.index(min(excess))
+    if number == 0:
+        return LEAST
+    if number == len(rows):
+        return rows[-1]
+    return max(math.isqrt(rows[number - 1] * rows[number]) // STEP * STEP, rows[number - 1])

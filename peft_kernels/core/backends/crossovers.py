@@ -1,0 +1,247 @@
+"""Up to how many rows of activations back end `cuda` fuses an NF4 GEMM, by card and size of the weight. With
+more rows the weight is dequantised for cuBLAS.
+
+`crossovers.json` has estimates by compute capability, and tables of cards on which both ways were timed
+(bench/gpu/crossovers.py). PEFT_KERNELS_CROSSOVERS selects:
+
+- unset: the table of the card, otherwise that of its compute capability.
+- "estimated": the table of its compute capability.
+- "measured": the table of the card, otherwise one that is timed at its first use and cached.
+- a path: the table of the card in that file.
+
+The choice changes the last bits of results, so all processes of a job must make the same. No choice depends
+on another process: with several, "measured" is as unset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ENVIRONMENT_VARIABLE = "PEFT_KERNELS_CROSSOVERS"
+ESTIMATED, MEASURED = "estimated", "measured"
+PACKAGED = Path(__file__).with_suffix(".json")
+ANY = 2**62
+"""More weights and rows than there are."""
+
+logger = logging.getLogger("peft_kernels")
+
+
+class Rows(NamedTuple):
+    """The most rows of activations that are fused, for weights of at most `weights` elements."""
+
+    weights: int
+    forward: int
+    backward: int
+
+
+class Card(NamedTuple):
+    """A GPU, and what else decides which way is faster on it."""
+
+    name: str
+    compute_capability: str  # "9.0"
+    multiprocessors: int
+    driver: str = ""
+    library: str = ""
+    """A hash of the compiled kernels."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The crossovers of a card, or estimates for a compute capability. `rows`: in ascending order of
+    weights, the last for any weight."""
+
+    compute_capability: str
+    rows: tuple[Rows, ...]
+    card: str = ""
+    measured_with: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        return MEASURED if self.card else ESTIMATED
+
+
+def read(path: Path) -> list[Table]:
+    """The tables of a file. Raises OSError, or ValueError when it is none of tables."""
+    try:
+        return [_table(entry) for entry in json.loads(path.read_text(encoding="utf-8"))["tables"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected tables as in {PACKAGED.name}: {error!r}") from None
+
+
+def _table(entry: dict[str, Any]) -> Table:
+    rows = []
+    for row in entry["rows"]:
+        weights = ANY if row["weights"] is None else row["weights"]
+        rows.append(Rows(weights, row["forward"], row["backward"]))
+    sizes = [row.weights for row in rows]
+    if not all(type(n) is int and 0 <= n <= ANY for row in rows for n in row):
+        raise ValueError(f"expected whole numbers, got {rows}")
+    if sizes != sorted(set(sizes)) or sizes[-1:] != [ANY]:
+        raise ValueError(f"expected ascending weights that end with null, got {sizes}")
+    card, capability = entry.get("card", ""), entry["compute_capability"]
+    _number(capability)
+    if entry["source"] != (MEASURED if card else ESTIMATED):
+        raise ValueError(f"expected a card where the source is measured, got {entry['source']!r}, {card!r}")
+    return Table(capability, tuple(rows), card, entry.get("measured_with", {}))
+
+
+def write(path: Path, tables: Iterable[Table]) -> None:
+    """Writes a file of tables; readers see all of it or what was there before."""
+    entries = []
+    for table in tables:
+        entry: dict[str, Any] = {"compute_capability": table.compute_capability, "source": table.source}
+        if table.card:
+            entry |= {"card": table.card, "measured_with": table.measured_with}
+        rows = [
+            row._asdict() | {"weights": None if row.weights == ANY else row.weights} for row in table.rows
+        ]
+        entries.append(entry | {"rows": rows})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump({"tables": entries}, file, indent=2)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def set_estimates(extension: Any) -> None:
+    """Gives a compiled library the estimates for all cards."""
+    for table in read(PACKAGED):
+        if not table.card:
+            extension.set_crossovers(_number(table.compute_capability), 0, table.rows)
+
+
+def set_table(extension: Any, card: Card, rows: Sequence[Rows]) -> None:
+    """Sets what a compiled library uses for all cards like this one; without rows, the estimates."""
+    extension.set_crossovers(_number(card.compute_capability), card.multiprocessors, rows)
+
+
+def choose(card: Card, measure: Callable[[], Sequence[Rows]] | None) -> Table | None:
+    """The table to use for a card.
+
+    Parameters
+    ----------
+    card : Card
+    measure : callable
+        Times both ways on the card; may raise RuntimeError. None where nothing can be timed now.
+
+    Returns
+    -------
+    Table or None
+        None if the card must be measured, and cannot be now.
+
+    Raises
+    ------
+    ValueError
+        The file that PEFT_KERNELS_CROSSOVERS names cannot be used.
+    """
+    wanted = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if wanted not in ("", ESTIMATED, MEASURED):
+        return _pinned(card, Path(wanted))
+    packaged = read(PACKAGED)
+    estimate = _estimate(card, packaged)
+    own = None if wanted == ESTIMATED else _of_card(card, packaged)
+    if own is not None or wanted != MEASURED:
+        return own or estimate
+    if _has_several_processes():
+        logger.warning(
+            "%s=%s: in a job of several processes nothing is measured, and the estimates are used. To use a "
+            "measured table, set it to the same file for all of them",
+            ENVIRONMENT_VARIABLE, MEASURED,
+        )  # fmt: skip
+        return estimate
+    return _cached(card) or (None if measure is None else _measured(card, measure) or estimate)
+
+
+def _pinned(card: Card, path: Path) -> Table:
+    try:
+        found = _of_card(card, read(path))
+        reason = f"{path} has no table for {card.name}"
+    except (OSError, ValueError) as error:
+        found, reason = None, str(error)
+    if found is None:
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE}: expected {ESTIMATED}, {MEASURED} or a file with a table for this card: "
+            f"{reason}"
+        )
+    return found
+
+
+def _of_card(card: Card, tables: Iterable[Table]) -> Table | None:
+    return next((table for table in tables if table.card == card.name), None)
+
+
+def _estimate(card: Card, tables: Iterable[Table]) -> Table:
+    """Of the highest compute capability up to the card's, as the compiled library chooses."""
+    known = [table for table in tables if not table.card]
+    own = _number(card.compute_capability)
+    return max(
+        (table for table in known if _number(table.compute_capability) <= own),
+        key=lambda table: _number(table.compute_capability),
+    )
+
+
+def _number(compute_capability: str) -> int:
+    major, minor = compute_capability.split(".")
+    return 10 * int(major) + int(minor)
+
+
+def _has_several_processes() -> bool:
+    size = os.environ.get("WORLD_SIZE", "")  # set by launchers, before there is a process group
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        return True
+    return size.isdigit() and int(size) > 1
+
+
+def cache_path(card: Card) -> Path:
+    """The file that has the table measured on this card. Raises RuntimeError without a home folder."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    key = hashlib.sha256("\0".join(map(str, card)).encode()).hexdigest()[:16]
+    return folder / "peft_kernels" / f"crossovers-{key}.json"
+
+
+def _cached(card: Card) -> Table | None:
+    try:
+        path = cache_path(card)
+        return _of_card(card, read(path)) if path.exists() else None
+    except (OSError, ValueError, RuntimeError) as error:
+        logger.warning("a cache of measured crossovers is ignored: %s", error)
+        return None
+
+
+def _measured(card: Card, measure: Callable[[], Sequence[Rows]]) -> Table | None:
+    """Measures, and fills the cache. None if that fails."""
+    try:
+        table = Table(card.compute_capability, tuple(measure()), card.name, conditions(card))
+    except RuntimeError as error:  # such as torch.OutOfMemoryError
+        logger.warning("crossovers cannot be measured on %s, the estimates are used: %s", card.name, error)
+        return None
+    try:
+        path = cache_path(card)
+        write(path, [table])
+    except (OSError, RuntimeError) as error:
+        logger.warning("measured crossovers cannot be cached: %s", error)
+    else:
+        logger.info("crossovers of %s measured and written to %s", card.name, path)
+    return table
+
+
+def conditions(card: Card) -> dict[str, str]:
+    """What a measured table depends on beside the card."""
+    return {"driver": card.driver, "library": card.library, "torch": torch.__version__}

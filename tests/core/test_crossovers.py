@@ -1,0 +1,391 @@
+"""Which table of crossovers a card gets: packaged, cached, measured or pinned, with broken files."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peft_kernels.core.backends import crossover_timing, crossovers, cuda
+from peft_kernels.core.backends.crossover_timing import Cell, crossover
+from peft_kernels.core.backends.crossovers import ANY, Card, Rows, Table, cache_path, choose, read, write
+
+H100 = Card("NVIDIA H100 80GB HBM3", "9.0", 132, "a driver", "0123")
+MEASURED = [Rows(1000, 96, 64), Rows(ANY, 320, 128)]
+PINNED = [Rows(ANY, 7, 8)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache; one process and no variables."""
+    for name in (crossovers.ENVIRONMENT_VARIABLE, "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def wanted(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], None]:
+    return lambda value: monkeypatch.setenv(crossovers.ENVIRONMENT_VARIABLE, str(value))
+
+
+@pytest.fixture
+def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[Rows]], None]:
+    """Adds a measured table of H100 to those of the package."""
+
+    def add(rows: Sequence[Rows]) -> None:
+        tables = read(crossovers.PACKAGED)
+        monkeypatch.setattr(crossovers, "PACKAGED", tmp_path / "packaged.json")
+        write(crossovers.PACKAGED, [*tables, table(rows)])
+
+    return add
+
+
+def table(rows: Sequence[Rows], card: Card = H100) -> Table:
+    return Table(card.compute_capability, tuple(rows), card.name, {"driver": "a driver"})
+
+
+def measure() -> list[Rows]:
+    return MEASURED
+
+
+def must_not_measure() -> list[Rows]:
+    raise AssertionError("it was measured")
+
+
+def estimate(capability: str) -> tuple[Rows, ...]:
+    (found,) = [t for t in read(crossovers.PACKAGED) if t.compute_capability == capability and not t.card]
+    return found.rows
+
+
+# The package's tables.
+
+
+def test_every_kind_of_card_has_one_estimate() -> None:
+    tables = read(crossovers.PACKAGED)
+    estimated = [t.compute_capability for t in tables if t.source == "estimated"]
+    assert estimated == ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+    for found in tables:
+        for row in found.rows:
+            assert row.forward % 32 == row.backward % 32 == 0 and 32 <= min(row[1:]) <= max(row[1:]) <= 1024
+        # The fixed cost of another launch counts for more with a small weight.
+        assert [row.forward for row in found.rows] == sorted((r.forward for r in found.rows), reverse=True)
+
+
+@pytest.mark.parametrize(
+    "capability,like", [("8.7", "8.6"), ("9.0", "9.0"), ("10.3", "10.0"), ("11.0", "10.0"), ("12.1", "12.0")]
+)
+def test_an_unknown_card_is_as_the_one_before(capability: str, like: str) -> None:
+    found = choose(H100._replace(compute_capability=capability), must_not_measure)
+    assert found is not None and found.source == "estimated" and found.rows == estimate(like)
+
+
+def test_a_packaged_measured_table_goes_first(packaged: Any, wanted: Any) -> None:
+    packaged(MEASURED)
+    for value in ("", "measured"):
+        wanted(value)
+        found = choose(H100, must_not_measure)
+        assert found is not None and (found.source, list(found.rows)) == ("measured", MEASURED)
+        other = choose(H100._replace(name="NVIDIA H200"), measure if value else must_not_measure)
+        assert other is not None and (other.card == "NVIDIA H200") == bool(value)
+    wanted("estimated")
+    found = choose(H100, must_not_measure)
+    assert found is not None and (found.source, found.rows) == ("estimated", estimate("9.0"))
+
+
+# Files.
+
+
+def test_a_file_is_read_as_written(tmp_path: Path) -> None:
+    tables = [*read(crossovers.PACKAGED), table(MEASURED)]
+    write(tmp_path / "some" / "folder" / "file.json", tables)
+    assert read(tmp_path / "some" / "folder" / "file.json") == tables
+    assert [path.name for path in (tmp_path / "some" / "folder").iterdir()] == ["file.json"]
+
+
+def test_a_file_that_cannot_be_written_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(value: Any, file: Any, **options: Any) -> None:
+        file.write('{"tables":')
+        raise OSError("disk full")
+
+    write(tmp_path / "file.json", [table(MEASURED)])
+    monkeypatch.setattr(json, "dump", fails)
+    with pytest.raises(OSError, match="disk full"):
+        write(tmp_path / "file.json", [table(PINNED)])
+    assert read(tmp_path / "file.json") == [table(MEASURED)]
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+
+
+ROW = {"weights": None, "forward": 7, "backward": 8}
+GOOD: dict[str, Any] = {
+    "compute_capability": "9.0",
+    "source": "measured",
+    "card": H100.name,
+    "rows": [ROW],
+}
+BROKEN = {
+    "empty": "",
+    "cut": json.dumps({"tables": [GOOD]})[:-9],
+    "no tables": "{}",
+    "a list": "[]",
+    "an entry that is none": json.dumps({"tables": [3]}),
+    "no rows": json.dumps({"tables": [GOOD | {"rows": []}]}),
+    "no card": json.dumps({"tables": [GOOD | {"card": ""}]}),
+    "another source": json.dumps({"tables": [GOOD | {"source": "guessed"}]}),
+    "no number": json.dumps(
+        {"tables": [GOOD | {"rows": [{"weights": None, "forward": "7", "backward": 8}]}]}
+    ),
+    "negative": json.dumps({"tables": [GOOD | {"rows": [{"weights": None, "forward": 7, "backward": -8}]}]}),
+    "a truth": json.dumps({"tables": [GOOD | {"rows": [{"weights": None, "forward": True, "backward": 8}]}]}),
+    "no last": json.dumps({"tables": [GOOD | {"rows": [{"weights": 9, "forward": 7, "backward": 8}]}]}),
+    "twice": json.dumps({"tables": [GOOD | {"rows": [ROW, ROW]}]}),
+    "no capability": json.dumps({"tables": [GOOD | {"compute_capability": "90"}]}),
+    "a number": json.dumps({"tables": [GOOD | {"compute_capability": 9.0}]}),
+    "not text": b"\xff\xfe{}",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_cache_is_replaced_and_a_broken_pin_is_an_error(
+    name: str, tmp_path: Path, wanted: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = BROKEN[name]
+    for path in (cache_path(H100), tmp_path / "pinned.json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    wanted("measured")
+    with caplog.at_level(logging.WARNING, "peft_kernels"):
+        found = choose(H100, measure)
+    assert found is not None and list(found.rows) == MEASURED
+    assert f"a cache of measured crossovers is ignored: {cache_path(H100)}" in caplog.text
+    assert read(cache_path(H100)) == [found]
+    wanted(tmp_path / "pinned.json")
+    with pytest.raises(ValueError, match=r"PEFT_KERNELS_CROSSOVERS: .*pinned\.json: expected tables"):
+        choose(H100, must_not_measure)
+
+
+# Pins.
+
+
+def test_a_file_pins_the_choice(tmp_path: Path, wanted: Any, packaged: Any) -> None:
+    packaged(MEASURED)
+    write(tmp_path / "mine.json", [table(MEASURED, H100._replace(name="another")), table(PINNED)])
+    wanted(tmp_path / "mine.json")
+    found = choose(H100, must_not_measure)
+    assert found is not None and list(found.rows) == PINNED
+
+
+def test_a_pin_without_the_card_is_an_error(tmp_path: Path, wanted: Any) -> None:
+    wanted(tmp_path / "missing.json")
+    with pytest.raises(ValueError, match=r"PEFT_KERNELS_CROSSOVERS: .*missing\.json"):
+        choose(H100, must_not_measure)
+    write(tmp_path / "other.json", [*read(crossovers.PACKAGED), table(PINNED, H100._replace(name="H200"))])
+    wanted(tmp_path / "other.json")
+    with pytest.raises(ValueError, match=r"other\.json has no table for NVIDIA H100"):
+        choose(H100, must_not_measure)
+
+
+# The cache.
+
+
+def test_a_card_is_measured_once(wanted: Any) -> None:
+    wanted("measured")
+    first = choose(H100, measure)
+    assert first is not None and (first.source, list(first.rows)) == ("measured", MEASURED)
+    assert first.measured_with == {"driver": "a driver", "library": "0123", "torch": torch.__version__}
+    assert choose(H100, must_not_measure) == first
+
+
+def test_nothing_is_measured_unless_wanted(cache: Path, wanted: Any) -> None:
+    for value in ("", "estimated"):
+        wanted(value)
+        found = choose(H100, must_not_measure)
+        assert found is not None and found.rows == estimate("9.0")
+    assert not cache.exists()
+    wanted("measured")
+    choose(H100, measure)
+    wanted("")
+    found = choose(H100, must_not_measure)
+    assert found is not None and found.source == "estimated"
+
+
+@pytest.mark.parametrize("field", Card._fields)
+def test_another_card_driver_or_library_is_measured_anew(field: str, wanted: Any) -> None:
+    wanted("measured")
+    choose(H100, measure)
+    other = H100._replace(**{field: 84 if field == "multiprocessors" else "9.1"})
+    found = choose(other, lambda: PINNED)
+    assert found is not None and list(found.rows) == PINNED
+    assert found.card == other.name
+
+
+def test_a_card_that_cannot_be_measured_now_is_measured_later(wanted: Any) -> None:
+    wanted("measured")
+    assert choose(H100, None) is None
+    choose(H100, measure)
+    found = choose(H100, None)
+    assert found is not None and found.source == "measured"
+
+
+def test_without_memory_the_estimates_are_used(wanted: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def fails() -> list[Rows]:
+        raise torch.OutOfMemoryError("no memory")
+
+    wanted("measured")
+    found = choose(H100, fails)
+    assert found is not None and found.rows == estimate("9.0")
+    assert "cannot be measured on NVIDIA H100 80GB HBM3, the estimates are used: no memory" in caplog.text
+    assert not cache_path(H100).exists()
+
+
+def test_without_a_place_for_the_cache_a_measured_table_is_used(
+    cache: Path, wanted: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.write_text("a file where the folder would be")
+    wanted("measured")
+    found = choose(H100, measure)
+    assert found is not None and list(found.rows) == MEASURED
+    assert "measured crossovers cannot be cached" in caplog.text
+
+
+# Several processes.
+
+
+def test_a_job_of_several_processes_measures_nothing(
+    wanted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor does it read the cache, which its other machines may not have."""
+    wanted("measured")
+    choose(H100, measure)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = choose(H100, must_not_measure)
+    assert found is not None and found.rows == estimate("9.0")
+    assert "in a job of several processes nothing is measured" in caplog.text
+    write(tmp_path / "pinned.json", [table(PINNED)])
+    wanted(tmp_path / "pinned.json")
+    found = choose(H100, must_not_measure)
+    assert found is not None and list(found.rows) == PINNED
+
+
+# From times to tables.
+
+
+def cells(*times: tuple[int, float, float], shape: tuple[int, int] = (64, 64)) -> list[Cell]:
+    return [Cell(*shape, rows, False, fused, dequantised) for rows, fused, dequantised in times]
+
+
+@pytest.mark.parametrize(
+    "times,limit",
+    [
+        ([(64, 1.0, 2.0), (128, 2.0, 2.1), (256, 4.0, 3.0), (512, 8.0, 5.0)], 160),  # 181 is halfway
+        ([(64, 3.0, 2.0), (128, 4.0, 2.1)], 32),  # never fused: but where reading takes the time
+        ([(64, 1.0, 2.0), (128, 1.5, 2.1)], 128),  # never dequantised, as far as it was timed
+        ([(96, 1.0, 2.0), (128, 3.0, 2.0)], 96),
+        # A cell that noise turned round does not decide.
+        ([(64, 1.0, 2.0), (128, 2.1, 2.0), (256, 2.0, 3.0), (512, 8.0, 5.0)], 352),
+        ([(64, 1.0, 2.0), (128, 2.9, 2.0), (256, 2.9, 3.0), (512, 8.0, 5.0)], 64),
+    ],
+)
+def test_crossover_takes_the_least_time(times: list[tuple[int, float, float]], limit: int) -> None:
+    assert crossover(cells(*times)) == crossover(cells(*reversed(times))) == limit
+
+
+def test_weights_of_one_size_are_taken_together() -> None:
+    """One of them by more than the other."""
+    wide = cells((64, 1.0, 2.0), (128, 1.0, 2.0), shape=(128, 64))
+    tall = cells((64, 1.0, 2.0), (128, 1.0, 1.5), shape=(64, 128))
+    both = [cell._replace(is_backward=way) for cell in (*wide, *tall) for way in (False, True)]
+    small = [cell._replace(fused=9.0) for cell in cells((64, 1.0, 2.0), (128, 1.0, 2.0), shape=(32, 64))]
+    small += [cell._replace(is_backward=True, fused=1.0) for cell in small]
+    assert crossover_timing.crossovers([*both, *small]) == [Rows(4096, 32, 128), Rows(ANY, 128, 128)]
+
+
+# The back end.
+
+
+class Extension:
+    """A compiled library that remembers the crossovers."""
+
+    __file__ = __file__
+
+    def __init__(self) -> None:
+        self.table: dict[tuple[int, int], Any] = {}
+
+    def set_crossovers(self, capability: int, sms: int, rows: Any) -> None:
+        self.table[capability, sms] = list(rows)
+
+    def architectures(self) -> str:
+        return "9.0"
+
+
+class Properties:
+    name, major, minor, multi_processor_count, L2_cache_size = H100.name, 9, 0, 132, 50 << 20
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> cuda.CudaBackend:
+    """The CUDA back end with a card; GEMMs are faster fused up to 256 rows."""
+    made: Any = cuda.CudaBackend()
+    made._extension = Extension()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(made, "_measure", lambda index, card: MEASURED)
+    monkeypatch.setattr(made._cards, "_judge", lambda index: None)
+    return made
+
+
+class OnCard(torch.Tensor):
+    """Says that it is on a card."""
+
+    device = torch.device("cuda", 0)  # type: ignore[assignment]
+
+
+def test_the_first_call_on_a_card_sets_its_table(backend: Any, wanted: Any) -> None:
+    wanted("measured")
+    x = torch.ones(2, 3).as_subclass(OnCard)
+    assert backend.crossovers_of(0) is None and backend.extension.table == {}
+    assert backend.supports("nf4_linear", (x,)) is None
+    assert backend.extension.table == {(90, 132): MEASURED}
+    assert backend.crossovers_of(0).source == "measured"
+    backend._measure = must_not_measure
+    assert backend.supports("nf4_linear", (x,)) is None
+
+
+@pytest.mark.parametrize("when", ["capture", "dispatch mode", "transform"])
+def test_nothing_is_measured_in_the_middle_of_things(
+    when: str, backend: Any, wanted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    wanted("measured")
+    x = torch.ones(2, 3).as_subclass(OnCard)
+
+    def call(t: torch.Tensor) -> torch.Tensor:
+        assert backend.supports("nf4_linear", (x,)) is None
+        return t
+
+    if when == "capture":
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            call(x)
+    elif when == "dispatch mode":
+        with FlopCounterMode(display=False):
+            call(x)
+    else:
+        torch.func.vmap(call)(torch.ones(2))
+    assert backend.extension.table == {}
+    call(x)
+    assert backend.extension.table == {(90, 132): MEASURED}
+
+
+def test_a_bad_pin_stops_the_first_call(backend: Any, wanted: Any) -> None:
+    wanted("nowhere.json")
+    with pytest.raises(ValueError, match=r"PEFT_KERNELS_CROSSOVERS: .*nowhere\.json"):
+        backend.supports("nf4_linear", (torch.ones(2, 3).as_subclass(OnCard),))

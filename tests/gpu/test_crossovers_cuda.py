@@ -1,0 +1,215 @@
+"""Up to how many rows of activations GEMMs are fused: the compiled library follows the table, both ways are
+correct at any number of rows, and both are what is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+
+import pytest
+import torch
+from lora_cases import check_lora_linear, check_lora_linear_backward, check_nf4_linear, check_nf4_linear_dx
+from skips import require
+from stub_device import A100, H100, stub_device
+from test_cuda_paths import CARDS, FEW, NEWER, sizes
+from test_experts_cuda import layer
+
+import ptx_backend as ptx
+from peft_kernels.core.backends import crossovers
+from peft_kernels.core.backends.crossover_timing import BLOCKSIZE, time_cells
+from peft_kernels.core.backends.crossovers import ANY, Card, Rows, read
+
+ESTIMATES = {
+    crossovers._number(table.compute_capability): table.rows
+    for table in read(crossovers.PACKAGED)
+    if table.source == crossovers.ESTIMATED
+}
+ALL_CARDS = CARDS | NEWER | {"RTX-4090": (89, 128, 99 << 10)}
+
+
+@pytest.fixture(autouse=True)
+def _estimates() -> Iterator[None]:
+    """Removes what a test sets."""
+    yield
+    if ptx.BACKEND.probe() is None:
+        for capability in (*ESTIMATES, 103):
+            for sms in (1, FEW, A100[1], H100[1]):
+                ptx.BACKEND.extension.set_crossovers(capability, sms, [])
+
+
+def limits(extension: ModuleType, card: Sequence[int], n: int, k: int) -> tuple[int, int]:
+    """The most rows that are fused, by bisection, forward and backward."""
+    found = []
+    for direction in (0, 1):
+        fused, pieces = 0, 1 << 20
+        while pieces - fused > 1:
+            m = (fused + pieces) // 2
+            if extension.plan_for(m, n, k, 64, "bfloat16", *card)[direction] == "pieces":
+                pieces = m
+            else:
+                fused = m
+        found.append(fused)
+    return found[0], found[1]
+
+
+def set_rows(extension: ModuleType, card: Sequence[int], rows: int) -> None:
+    extension.set_crossovers(card[0], card[1], [(ANY, rows, rows)])
+
+
+@pytest.mark.parametrize("name", ALL_CARDS)
+def test_plans_follow_the_estimates(extension: ModuleType, name: str) -> None:
+    card = ALL_CARDS[name]
+    for n, k in ((1024, 4096), (2048, 4096), (2056, 4096), (4096, 8192), (4104, 8192), (28672, 8192)):
+        row = next(row for row in ESTIMATES[card[0]] if n * k <= row.weights)
+        assert limits(extension, card, n, k) == (row.forward, row.backward), (n, k)
+
+
+def test_a_table_applies_to_cards_with_its_multiprocessors(extension: ModuleType) -> None:
+    estimates = limits(extension, H100, 4096, 4096)
+    extension.set_crossovers(90, 132, [(1 << 20, 100, 70), (ANY, 1000, 0)])
+    assert limits(extension, H100, 1024, 1024) == (100, 70)
+    assert limits(extension, H100, 1032, 1024) == (1000, 0)
+    assert limits(extension, (90, 114, 227 << 10), 4096, 4096) == estimates
+    assert limits(extension, (100, 132, 227 << 10), 4096, 4096) == (192, 192)
+    extension.set_crossovers(90, 132, [])
+    assert limits(extension, H100, 4096, 4096) == estimates
+
+
+def test_an_unknown_card_is_as_the_one_before(extension: ModuleType) -> None:
+    for unknown, known in ((87, 86), (103, 100), (110, 100), (121, 120)):
+        shared = 227 << 10
+        expected = limits(extension, (known, 100, shared), 4096, 4096)
+        assert limits(extension, (unknown, 100, shared), 4096, 4096) == expected, unknown
+
+
+def test_more_rows_than_indices_have_are_not_fused(extension: ModuleType) -> None:
+    set_rows(extension, H100, ANY)
+    for m, n, k, fused in (
+        (1 << 20, 4096, 4096, True),
+        (1 << 27, 4096, 4096, False),
+        (1 << 31, 256, 64, False),
+        (1 << 40, 256, 64, False),
+    ):
+        for whatever in (False, True):
+            plans = extension.plan_for(m, n, k, 64, "bfloat16", *H100, whatever_crossover=whatever)
+            assert [plan != "pieces" for plan in plans] == [fused, fused], (m, n, k)
+
+
+def test_how_a_gemm_is_cut_does_not_depend_on_the_crossover(extension: ModuleType) -> None:
+    problem = 128, 4096, 4096, 64, "bfloat16", *H100
+    names, cuts = extension.plan_for(*problem), extension.cuts_for(*problem)
+    assert "pieces" not in names and all(cuts)
+    set_rows(extension, H100, 0)
+    assert extension.plan_for(*problem) == ("pieces", "pieces")
+    assert extension.plan_for(*problem, whatever_crossover=True) == names
+    assert extension.cuts_for(*problem) == cuts
+
+
+@pytest.mark.parametrize("name", ["A100", "RTX-3090", "H100"])
+@pytest.mark.parametrize("m,rows", [(1, 0), (33, 0), (1091, ANY)], ids=["few", "more", "many"])
+def test_both_ways_are_correct(extension: ModuleType, name: str, m: int, rows: int) -> None:
+    """Few rows dequantised, and many more than any table fuses."""
+    card = CARDS[name][0], FEW, CARDS[name][2]
+    extension.set_card(*card)
+    set_rows(extension, card, rows)
+    case = sizes(m, 136, 192, torch.bfloat16, m) | {"bs": 64, "needs": "xab"}
+    plans = extension.plan(m, 136, 192, 64, "bfloat16")
+    assert (plans == ("pieces", "pieces")) == (rows == 0)
+    for check in (check_nf4_linear, check_nf4_linear_dx, check_lora_linear, check_lora_linear_backward):
+        check(case)
+
+
+@pytest.mark.usefixtures("extension")
+def test_experts_are_always_fused() -> None:
+    with torch.no_grad():
+        arguments = layer(64, 64, torch.bfloat16, [0, 3, 3, 90, 91])
+    for rows in (ANY, 0):
+        set_rows(ptx.BACKEND.extension, (80, FEW), rows)
+        ptx.BACKEND.extension.reset_bank_counts()
+        for op in ("experts_linear", "experts_linear_dx"):
+            getattr(torch.ops.peft_kernels, op)(*arguments[op])
+        sites = " ".join(ptx.BACKEND.extension.bank_counts())
+        assert "linear_tiles.cuh" in sites and "linear_dx.cuh" in sites, rows
+
+
+# What is timed.
+
+
+def test_each_way_is_timed() -> None:
+    """On a simulated card whose clock counts launches: GEMMs that are not fused launch to dequantise."""
+    require("ptx")
+    card = Card("a card", "9.0", H100[1])
+    seen: list[set[str]] = []
+
+    with stub_device(H100) as launches:
+
+        def clock(run: Callable[[], object]) -> float:
+            launches()
+            run()
+            done = launches()
+            seen.append({launch.kernel for launch in done})
+            return float(len(done))
+
+        library, ops, device = ptx.BACKEND.extension, torch.ops.peft_kernels_ptx, torch.device("cpu")
+        shapes, rows = ((64, 128), (128, 64)), (64, 1024)
+        cells = time_cells(library, ops, card, device, 3 * 64 * 64, clock, shapes, rows)
+        assert limits(library, H100, 4096, 4096)[0] == ESTIMATES[90][-1].forward, "left as it was set"
+    assert [cell[:4] for cell in cells] == [
+        (*shape, m, way) for shape in shapes for m in rows for way in (False, True)
+    ]
+    assert {cell.fused for cell in cells} == {cell.dequantised for cell in cells} == {1.0}
+    for cell, fused, dequantised in zip(cells, seen[::2], seen[1::2], strict=True):
+        (kernel,), (other,) = fused, dequantised
+        assert ("LinearDx" if cell.is_backward else "LinearTiles") in kernel, kernel
+        assert "Dequantize" in other, other
+
+
+def test_copies_of_a_weight_take_turns() -> None:
+    """As many as twice the cache holds, two at least; every call has its own codes."""
+
+    class Library:
+        def set_crossovers(self, *args: object) -> None:
+            pass
+
+    class Ops:
+        def __init__(self) -> None:
+            self.codes: list[int] = []
+
+        def nf4_linear(
+            self, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, *rest: object
+        ) -> None:
+            assert codes.shape == (64 * 128 // 2,) and scales.shape == (64 * 128 // BLOCKSIZE,)
+            assert codes.unique().numel() > 200, "constants take less power"
+            self.codes.append(codes.data_ptr())
+
+        def nf4_linear_dx(self, x: torch.Tensor, *rest: object) -> None:
+            assert x.shape == (96, 64) and rest[-1] == 128
+
+    def clock(run: Callable[[], object]) -> float:
+        run()
+        return 6.0
+
+    for cache, copies in ((0, 2), (5 * 4096, 10), (1 << 30, 32)):
+        ops, card = Ops(), Card("", "9.0", 1)
+        cells = time_cells(Library(), ops, card, torch.device("cpu"), cache, clock, [(64, 128)], [96])
+        assert len(set(ops.codes)) == copies and len(ops.codes) == 2 * copies
+        assert cells[0].fused == 6.0 / copies
+
+
+def test_random_numbers_of_the_user_stay_as_they_are() -> None:
+    class Nothing:
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda *args: None
+
+    before = torch.get_rng_state()
+    time_cells(
+        Nothing(), Nothing(), Card("", "9.0", 1), torch.device("cpu"), 0, lambda run: 1.0, [(64, 64)], [64]
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_table_of_python_is_a_table_of_the_library(extension: ModuleType) -> None:
+    card = Card("NVIDIA H100 80GB HBM3", "9.0", H100[1])
+    crossovers.set_table(extension, card, [Rows(1 << 20, 96, 64), Rows(ANY, 320, 128)])
+    assert limits(extension, H100, 1024, 1024) == (96, 64)
+    assert limits(extension, H100, 4096, 4096) == (320, 128)
