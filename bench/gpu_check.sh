@@ -7,7 +7,7 @@
 #
 # Parts that cannot run are skipped with a reason. OUT, a folder for one run, gets summary.txt and results.tar.gz
 # (below 16 MB) with logs, tables and JSON lines. Both are rewritten after every part, so that an interrupted run
-# keeps its results.
+# keeps its results. crossovers.json is for PEFT_KERNELS_CROSSOVERS (docs/gpu.md).
 #
 # Exits with 0 when every part that ran passed, 1 when one failed, 2 on a wrong call, 3 without a GPU.
 # --carry FOLDER  from tools/carry.py: FOLDER/python is added to Python's path (bitsandbytes),
@@ -277,11 +277,21 @@ if wants speed; then
   for name in bitsandbytes peft; do
     has $name || skip "contender $name" "it is not installed"
   done
+  if [ "$REHEARSE" = 1 ] && ! "$PYTHON" -c 'import peft_kernels._C_ptx' &> /dev/null; then
+    skip crossovers "the stub device is not built"
+  elif [ "$REHEARSE" = 1 ] || usable cuda; then
+    part crossovers 40 "$PYTHON" bench/gpu/crossovers.py $([ "$REHEARSE" = 1 ] && echo --rehearse) \
+      "$RESULTS/crossovers.json"
+    cat "$RESULTS/crossovers.log" 2> /dev/null
+    [ ! -e "$RESULTS/crossovers.json" ] || cp "$RESULTS/crossovers.json" "$OUT"
+  else
+    skip crossovers "only back end cuda has them"
+  fi
   QUICK=$([ "$REHEARSE" = 1 ] && echo "--min-time 0 --repeats 1 --only 72x64")
-  part speed 300 "$PYTHON" bench/gpu/run.py --backend "$BACKEND" --seconds "{seconds}" \
+  part speed 270 "$PYTHON" bench/gpu/run.py --backend "$BACKEND" --seconds "{seconds}" \
     --output "$RESULTS/speed" $QUICK
   cat "$RESULTS/speed/table.txt" 2> /dev/null
-  part speed-eager 60 "$PYTHON" bench/gpu/run.py --backend "$BACKEND" --eager --seconds "{seconds}" \
+  part speed-eager 50 "$PYTHON" bench/gpu/run.py --backend "$BACKEND" --eager --seconds "{seconds}" \
     --only '^(adamw|(forward|qlora)-.*-m(1|2048)-)' --output "$RESULTS/speed-eager" $QUICK
 fi
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from bench.gpu import run
+from peft_kernels.core.backends import crossovers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "bench" / "gpu_check.sh"
@@ -144,9 +145,14 @@ def test_a_rehearsal_goes_through_all_parts(tmp_path: Path) -> None:
     out = tmp_path / "out"
     status, said = gpu_check(out, REHEARSE="1", OMP_NUM_THREADS="1")
     assert status == 0, said
-    assert parts(out) == ["environment", "check", "tests-cpu", "tests-on-card", "speed", "speed-eager"]
-    assert sorted(path.name for path in out.iterdir()) == ["results.tar.gz", "summary.txt"]
+    stub = ["crossovers"] if run.refusal("ptx") is None else []
+    assert parts(out) == ["environment", "check", "tests-cpu", "tests-on-card", *stub, "speed", "speed-eager"]
+    files = ["crossovers.json"] if stub else []
+    assert sorted(path.name for path in out.iterdir()) == [*files, "results.tar.gz", "summary.txt"]
     found = results(out)
+    if stub:
+        assert found["crossovers.json"] == (out / "crossovers.json").read_text()
+        assert len(crossovers.read(out / "crossovers.json")) == 1
     assert found["summary.txt"] == (out / "summary.txt").read_text()
     assert {f"{name}.log" for name in parts(out)} < found.keys()
     lines = found["speed/results.jsonl"].splitlines()
@@ -159,7 +165,7 @@ def test_a_rehearsal_goes_through_all_parts(tmp_path: Path) -> None:
 # On a machine with a GPU.
 
 TESTS = ["primitives", "check", "tests-cuda", "tests-triton", "tests-on-card"]
-SPEED = ["speed", "speed-eager"]
+SPEED = ["crossovers", "speed", "speed-eager"]
 SANITIZERS = ["memcheck", "racecheck"]
 
 
@@ -186,6 +192,7 @@ def test_parts_in_their_order(
         assert "--tool memcheck --kernel-regex kns=peft_kernels" in recorded
     if "speed" in expected:
         assert re.search(r"bench/gpu/run.py --backend cuda --seconds \d+ --output", recorded)
+        assert re.search(r"bench/gpu/crossovers.py \S+/crossovers.json\n", recorded)
 
 
 def test_only_what_failed_fails(tmp_path: Path, machine: Stub, stubs: Stub) -> None:
@@ -334,7 +341,8 @@ def test_on_an_amd_card_triton_is_tested(tmp_path: Path, machine: Stub) -> None:
     status, said = gpu_check(tmp_path, python=python)
     assert status == 0, said
     assert "build: skipped, an AMD card, which back end triton serves" in said
-    assert parts(tmp_path) == ["environment", "check", "tests-triton", "tests-on-card", *SPEED]
+    assert parts(tmp_path) == ["environment", "check", "tests-triton", "tests-on-card", *SPEED[1:]]
+    assert "crossovers: skipped, only back end cuda has them" in said
 
 
 def test_without_kernels_nothing_is_measured(tmp_path: Path, machine: Stub) -> None:

@@ -1,0 +1,104 @@
+"""Times NF4 GEMMs fused and by dequantise + cuBLAS on this GPU, and writes up to how many rows of activations
+the first is faster, as a file for PEFT_KERNELS_CROSSOVERS.
+
+    python bench/gpu/crossovers.py crossovers.json
+    python bench/gpu/crossovers.py --rehearse crossovers.json   # small shapes on the stub device, no GPU
+
+Exits with 2 if the back end cannot be used here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
+
+import torch
+
+import bench  # noqa: F401  (for the path of `testing`)
+import ptx_backend as ptx
+import testing
+from bench.gpu.device_cases import SHAPES
+from bench.lib import report
+from peft_kernels.core.backends import cuda
+from peft_kernels.core.backends.crossover_timing import Cell, crossovers, time_cells
+from peft_kernels.core.backends.crossovers import ANY, Card, Rows, Table, conditions, write
+
+ROWS = (64, 96, 128, 192, 256, 384, 512, 768, 1024)
+TINY = ((64, 128), (128, 64), (128, 192))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    backend = ptx.BACKEND if options.rehearse else cuda.BACKEND
+    if options.rehearse:
+        testing.register_ptx()
+    if reason := backend.probe():
+        print(
+            f"bench/gpu/crossovers.py: back end {backend.name} cannot be used here: {reason}", file=sys.stderr
+        )
+        return 2
+    card, cells = rehearsed() if options.rehearse else timed()
+    rows = crossovers(cells)
+    write(options.output, [Table(card.compute_capability, tuple(rows), card.name, conditions(card))])
+    print(render(card, cells, rows))
+    return 0
+
+
+def timed() -> tuple[Card, list[Cell]]:
+    card = cuda.BACKEND.card(0)
+    return card, cuda.BACKEND.time_both_ways(0, card, SHAPES, ROWS)
+
+
+def rehearsed() -> tuple[Card, list[Cell]]:
+    from stub_device import H100, stub_device
+
+    card = Card("stub device", "9.0", H100[1])
+    with stub_device(H100):
+        library, ops, device = ptx.BACKEND.extension, torch.ops.peft_kernels_ptx, torch.device("cpu")
+        return card, time_cells(library, ops, card, device, 0, wall_clock, TINY, ROWS)
+
+
+def wall_clock(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def render(card: Card, cells: Sequence[Cell], rows: Sequence[Rows]) -> str:
+    """The times of all cells, and the crossovers."""
+    times: dict[tuple[str, str], list[str]] = {}
+    for cell in cells:
+        name = f"{cell.out_features}x{cell.in_features}", "dx" if cell.is_backward else "forward"
+        times.setdefault(name, []).append(f"{cell.fused * 1e6:.0f} / {cell.dequantised * 1e6:.0f}")
+    columns = ["weight", "", *(f"M={m}" for m in sorted({cell.rows for cell in cells}))]
+    lines = [[*name, *values] for name, values in times.items()]
+    limits = [
+        ["any" if row.weights == ANY else f"{row.weights:,}", str(row.forward), str(row.backward)]
+        for row in rows
+    ]
+    return "\n".join(
+        (
+            f"{card.name}: us fused / by dequantise + cuBLAS",
+            report.table(columns, lines),
+            "",
+            "fused up to so many rows",
+            report.table(("weights up to", "forward", "dx"), limits),
+        )
+    )
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--rehearse", action="store_true", help="on the stub device")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

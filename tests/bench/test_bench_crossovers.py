@@ -1,0 +1,61 @@
+"""bench/gpu/crossovers.py without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from skips import require
+
+from bench.gpu import crossovers as script
+from bench.gpu.device_cases import SHAPES
+from peft_kernels.core.backends import crossovers, cuda
+from peft_kernels.core.backends.crossover_timing import Cell, Shape
+from peft_kernels.core.backends.crossovers import ANY, Card
+
+CARD = Card("NVIDIA H100 80GB HBM3", "9.0", 132, "a driver", "0123")
+
+
+def test_a_rehearsal_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    require("ptx")
+    assert script.main(["--rehearse", str(tmp_path / "crossovers.json")]) == 0
+    (table,) = crossovers.read(tmp_path / "crossovers.json")
+    assert (table.card, table.source) == ("stub device", "measured")
+    assert [row.weights for row in table.rows] == [14188, ANY]
+    said = capsys.readouterr().out
+    assert "stub device: us fused / by dequantise + cuBLAS" in said and "128x192" in said
+
+
+def test_a_card_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On all projections and rows; the file can be pinned."""
+    asked = []
+
+    def timed(index: int, card: Card, shapes: tuple[Shape, ...], rows: tuple[int, ...]) -> list[Cell]:
+        asked.append((index, card, shapes, rows))
+        return [
+            Cell(*shape, m, way, m * 1e-7 * (1 + way), 2.5e-5)
+            for shape in shapes for m in rows for way in (False, True)
+        ]  # fmt: skip
+
+    monkeypatch.setattr(cuda.BACKEND, "probe", lambda: None)
+    monkeypatch.setattr(cuda.BACKEND, "card", lambda index: CARD)
+    monkeypatch.setattr(cuda.BACKEND, "time_both_ways", timed)
+    path = tmp_path / "crossovers.json"
+    assert script.main([str(path)]) == 0
+    assert asked == [(0, CARD, SHAPES, (64, 96, 128, 192, 256, 384, 512, 768, 1024))]
+    monkeypatch.setenv(crossovers.ENVIRONMENT_VARIABLE, str(path))
+    table = crossovers.choose(CARD, None)
+    assert table is not None and table.measured_with["driver"] == "a driver"
+    assert len(table.rows) == 3 and {row[1:] for row in table.rows} == {(192, 96)}
+    said = capsys.readouterr().out
+    assert all(words in said for words in ("1024x4096", "M=1024", " 6 / 25 ", "31,387,297"))
+
+
+def test_without_a_card_the_script_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if cuda.BACKEND.probe() is None:
+        pytest.skip("there is a GPU")
+    assert script.main([str(tmp_path / "crossovers.json")]) == 2
+    assert "back end cuda cannot be used here" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
