@@ -32,15 +32,26 @@ BaseGemm::BaseGemm(const Tensor& rows, const BaseWeight& base, bool is_dx)
 Tensor BaseGemm::run(const OptionalTensor& bias, const Slab& slab) const {
   if (bias) check_bias(*bias, base_.out_features(), rows_.scalar_type());
   if (plan_.has_kernel()) return by_kernel(bias, slab);
-  if (is_dx_) return base_.is_dense() ? at::mm(rows_, base_.dense()).contiguous() : backward_by_pieces();
   const OptionalTensor own_bias = bias ? OptionalTensor(bias->to(rows_.scalar_type()).contiguous()) : bias;
-  return base_.is_dense() ? at::linear(rows_, base_.dense(), own_bias).contiguous()
-                          : forward_by_pieces(own_bias);
+  const Tensor y = at::empty({rows_.size(0), features()}, rows_.options());
+  by_pieces([&](int64_t begin, int64_t end, const Tensor& w) {
+    Tensor out = y.slice(1, begin, end);
+    if (own_bias) {
+      at::addmm_out(out, own_bias->slice(0, begin, end), rows_, w);
+    } else {
+      at::mm_out(out, rows_, w);
+    }
+  });
+  return y;
+}
+
+void BaseGemm::add_to(const Tensor& sum) const {
+  by_pieces([&](int64_t begin, int64_t end, const Tensor& w) { sum.slice(1, begin, end).addmm_(rows_, w); });
 }
 
 Tensor BaseGemm::by_kernel(const OptionalTensor& bias, const Slab& slab) const {
   const Tensor x = are_aligned({rows_.const_data_ptr()}) ? rows_ : rows_.clone();
-  Tensor y = at::empty({x.size(0), is_dx_ ? base_.in_features() : base_.out_features()}, x.options());
+  Tensor y = at::empty({x.size(0), features()}, x.options());
   const Tensor own_bias = bias ? bias->contiguous() : Tensor();
   LinearParams params{};
   params.x = x.const_data_ptr();
@@ -60,37 +71,23 @@ Tensor BaseGemm::by_kernel(const OptionalTensor& bias, const Slab& slab) const {
   return y;
 }
 
-// Dequantises W by rows.
-Tensor BaseGemm::forward_by_pieces(const OptionalTensor& bias) const {
-  const Tensor y = at::empty({rows_.size(0), base_.out_features()}, rows_.options());
-  const auto multiply = [&](int64_t begin, int64_t end, const Tensor& rows) {
-    const Tensor transposed = rows.t();
-    Tensor out = y.slice(1, begin, end);
-    if (bias) {
-      at::addmm_out(out, bias->slice(0, begin, end), rows_, transposed);
-    } else {
-      at::mm_out(out, rows_, transposed);
-    }
-  };
-  by_row_pieces(base_, rows_.options(), multiply);
-  return y;
-}
-
-// Dequantises W by columns: pieces of rows would round the sums piece by piece.
-Tensor BaseGemm::backward_by_pieces() const {
+void BaseGemm::by_pieces(Piece body) const {
   const int64_t n = base_.out_features(), k = base_.in_features();
-  const int64_t cols = piece_of(k, n, rows_.element_size());
-  const Tensor dx = at::empty({rows_.size(0), k}, rows_.options());
-  const Tensor buffer = at::empty({n, std::min(cols, k)}, rows_.options());
-  for (int64_t begin = 0; begin < k; begin += cols) {
-    const int64_t end = std::min(begin + cols, k);
-    dequantize_nf4(view_of(base_.nf4()), {0, n, begin, end, k}, buffer.mutable_data_ptr(),
-                   dtype_of(rows_, "rows"), buffer.size(1), current_stream());
-    const Tensor piece = buffer.slice(1, 0, end - begin);
-    Tensor out = dx.slice(1, begin, end);
-    at::mm_out(out, rows_, piece);
+  if (base_.is_dense()) {
+    body(0, features(), is_dx_ ? base_.dense() : base_.dense().t());
+  } else if (!is_dx_) {
+    by_row_pieces(base_, rows_.options(),
+                  [&](int64_t begin, int64_t end, const Tensor& rows) { body(begin, end, rows.t()); });
+  } else {  // by columns: pieces of rows would round the sums piece by piece
+    const int64_t cols = piece_of(k, n, rows_.element_size());
+    const Tensor buffer = at::empty({n, std::min(cols, k)}, rows_.options());
+    for (int64_t begin = 0; begin < k; begin += cols) {
+      const int64_t end = std::min(begin + cols, k);
+      dequantize_nf4(view_of(base_.nf4()), {0, n, begin, end, k}, buffer.mutable_data_ptr(),
+                     dtype_of(rows_, "rows"), buffer.size(1), current_stream());
+      body(begin, end, buffer.slice(1, 0, end - begin));
+    }
   }
-  return dx;
 }
 
 }  // namespace peft_kernels::cuda

@@ -22,23 +22,28 @@ struct SlabTensor {
   Slab view{};
 };
 
-// x W^T + bias or dY W: planned in the constructor, computed by run(). Holds references: x [m, in_features]
-// or dY [m, out_features], contiguous, and the weight must outlive it.
+// x W^T + bias or dY W: planned in the constructor, computed by run() or add_to(). Holds references: x [m,
+// in_features] or dY [m, out_features], contiguous, and the weight must outlive it.
 class BaseGemm {
  public:
   static BaseGemm forward(const Tensor& x, const BaseWeight& base) { return {x, base, false}; }
   static BaseGemm backward(const Tensor& dy, const BaseWeight& base) { return {dy, base, true}; }
 
-  // Whether a kernel computes it, which accepts a slab.
+  // Whether a kernel computes it, which accepts a slab. Otherwise torch does, which can add to a tensor.
   bool takes_slab() const { return plan_.has_kernel(); }
   Tensor run(const OptionalTensor& bias = std::nullopt, const Slab& slab = {}) const;
+  // sum += the product without a bias, added before it is rounded. For GEMMs that take no slab.
+  void add_to(const Tensor& sum) const;
 
  private:
   BaseGemm(const Tensor& rows, const BaseWeight& base, bool is_dx);
 
   Tensor by_kernel(const OptionalTensor& bias, const Slab& slab) const;
-  Tensor forward_by_pieces(const OptionalTensor& bias) const;
-  Tensor backward_by_pieces() const;
+  // Calls body(begin, end, w) with the right-hand side w of columns [begin, end) of the product, for a packed
+  // weight piece by piece. The next piece overwrites w.
+  using Piece = c10::function_ref<void(int64_t begin, int64_t end, const Tensor& w)>;
+  void by_pieces(Piece body) const;
+  int64_t features() const { return is_dx_ ? base_.in_features() : base_.out_features(); }
 
   const Tensor& rows_;
   const BaseWeight& base_;

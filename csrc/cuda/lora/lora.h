@@ -58,6 +58,8 @@ void lora_slab(const LoraBatch& batch, int layer, bool is_dx, int64_t v_rows, co
 // For deltas that do not join a GEMM: y [m, n] += the deltas of the layer's adapters; dx [m, k] = the sum of
 // terms + mask(dh A) of all adapters, rounded once. dx may be one of the terms.
 void lora_y(const LoraBatch& batch, int layer, int64_t n, const float* h, void* y, Stream stream);
+// y [m, n] = these deltas.
+void lora_deltas(const LoraBatch& batch, int layer, int64_t n, const float* h, void* y, Stream stream);
 // y [m, n] = term + scaling (h B^T + bias) of the only adapter, rounded once; the bias may be null.
 void lora_y(const LoraBatch& batch, int64_t n, const float* h, const void* term, const float* bias, void* y,
             Stream stream);

@@ -42,8 +42,14 @@ class Adapters {
   virtual Tensor dh(const std::vector<Tensor>& dy) const = 0;
   // y += scaling h B^T of the layer's adapters, in the rows they serve.
   virtual void add_deltas(const Tensor& y, size_t layer, const Tensor& h) const = 0;
+  // What add_deltas() adds, for a GEMM that adds to it; undefined if there is no kernel or no adapter.
+  virtual Tensor deltas(const Tensor& x, size_t layer, int64_t out_features, const Tensor& h) const {
+    return {};
+  }
   // The sum of `terms` + mask(dh A) of all adapters, in the rows they serve; may reuse the memory of a term.
   virtual Tensor dx(const std::vector<Tensor>& terms, const Tensor& x, const Tensor& dh) const = 0;
+  // mask(dh A) of all adapters, in the rows they serve; undefined as `deltas`.
+  virtual Tensor dx_deltas(const Tensor& x, const Tensor& dh) const { return {}; }
   // Sums over the rows that an adapter serves, for the adapters that `need` them; the others are empty.
   virtual std::vector<Tensor> da(const Tensor& dh, const Tensor& x, const std::vector<bool>& need) const = 0;
   virtual std::vector<Tensor> db(const std::vector<Tensor>& dy, const Tensor& h,

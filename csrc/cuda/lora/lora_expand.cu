@@ -66,15 +66,23 @@ Delta delta_of_b(const AdapterView& adapter, const float* bias) {
           adapter.rank};
 }
 
+std::vector<Delta> deltas_of(const LoraBatch& batch, int layer) {
+  std::vector<Delta> deltas;
+  for (const AdapterView& adapter : batch.adapters) {
+    if (adapter.layer == layer) deltas.push_back(delta_of_b(adapter, nullptr));
+  }
+  return deltas;
+}
+
 }  // namespace
 
 void lora_y(const LoraBatch& batch, int layer, int64_t n, const float* h, void* y, Stream stream) {
-  std::vector<Delta> deltas;
-  for (const AdapterView& adapter : batch.adapters) {
-    if (adapter.layer != layer) continue;
-    deltas.push_back(delta_of_b(adapter, nullptr));
-  }
+  const std::vector<Delta> deltas = deltas_of(batch, layer);
   if (!deltas.empty()) expand<LoraExpand>({batch, n, h, {y}, deltas, y}, stream);
+}
+
+void lora_deltas(const LoraBatch& batch, int layer, int64_t n, const float* h, void* y, Stream stream) {
+  expand<LoraExpand>({batch, n, h, {}, deltas_of(batch, layer), y}, stream);
 }
 
 void lora_y(const LoraBatch& batch, int64_t n, const float* h, const void* term, const float* bias, void* y,

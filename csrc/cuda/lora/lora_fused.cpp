@@ -64,6 +64,24 @@ class FusedAdapters : public Adapters {
            current_stream());
   }
 
+  Tensor deltas(const Tensor& x, size_t layer, int64_t out_features, const Tensor& h) const override {
+    bool any = false;
+    for (const Adapter& adapter : list()) any |= adapter.layer == static_cast<int64_t>(layer);
+    // With row groups, rows without an adapter have the bits of the base alone.
+    if (!any || row_group()) return {};
+    Tensor y = at::empty({batch_.m, out_features}, x.options());
+    lora_deltas(batch_, static_cast<int>(layer), out_features, h.const_data_ptr<float>(),
+                y.mutable_data_ptr(), current_stream());
+    return y;
+  }
+
+  Tensor dx_deltas(const Tensor& x, const Tensor& dh) const override {
+    if (list().empty() || row_group()) return {};
+    Tensor dx = at::empty(x.sizes(), x.options());
+    lora_dx(batch_, {}, dh.const_data_ptr<float>(), dx.mutable_data_ptr(), current_stream());
+    return dx;
+  }
+
   Tensor dx(const std::vector<Tensor>& terms, const Tensor& x, const Tensor& dh) const override {
     if (terms.empty()) return at::zeros(x.sizes(), x.options());
     if (terms.size() == 1 && list().empty()) return terms[0];

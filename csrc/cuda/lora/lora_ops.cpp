@@ -25,6 +25,14 @@ Tensor layer_forward(const Tensor& x, const Tensor& rounded, const BaseWeight& b
     const SlabTensor slab = adapters.slab(base, layer, false, h);
     if (slab.view.depth != 0) return gemm.run(bias, slab.view);
   }
+  // The GEMM adds to the deltas in its epilogue: y is read once less than if they were added to y.
+  if (compute == x.scalar_type() && !gemm.takes_slab() && !bias) {
+    const Tensor y = adapters.deltas(x, layer, base.out_features(), h);
+    if (y.defined()) {
+      gemm.add_to(y);
+      return y;
+    }
+  }
   OptionalTensor base_bias = bias;
   if (bias && bias->scalar_type() != compute) {
     check_bias(*bias, base.out_features(), x.scalar_type());
@@ -37,16 +45,28 @@ Tensor layer_forward(const Tensor& x, const Tensor& rounded, const BaseWeight& b
 
 Tensor input_gradient(const std::vector<Tensor>& dy, const Tensor& x, const std::vector<BaseWeight>& bases,
                       const Adapters& adapters, const Tensor& dh, at::ScalarType compute) {
-  std::vector<Tensor> terms;
+  std::vector<Tensor> rounded;
+  std::vector<BaseGemm> gemms;
+  rounded.reserve(dy.size());  // GEMMs hold references
+  bool by_torch = compute == x.scalar_type();
   for (size_t j = 0; j < bases.size(); ++j) {
-    const Tensor rounded = in_type(dy[j], compute);
-    const BaseGemm gemm = BaseGemm::backward(rounded, bases[j]);
-    if (compute == x.scalar_type() && bases.size() == 1 && gemm.takes_slab()) {
-      const SlabTensor slab = adapters.slab(bases[0], 0, true, dh);
-      if (slab.view.depth != 0) return gemm.run(std::nullopt, slab.view);
-    }
-    terms.push_back(in_type(gemm.run(), x.scalar_type()));
+    rounded.push_back(in_type(dy[j], compute));
+    gemms.push_back(BaseGemm::backward(rounded[j], bases[j]));
+    by_torch = by_torch && !gemms[j].takes_slab();
   }
+  if (by_torch) {
+    const Tensor dx = adapters.dx_deltas(x, dh);
+    if (dx.defined()) {
+      for (const BaseGemm& gemm : gemms) gemm.add_to(dx);
+      return dx;
+    }
+  }
+  if (compute == x.scalar_type() && gemms.size() == 1 && gemms[0].takes_slab()) {
+    const SlabTensor slab = adapters.slab(bases[0], 0, true, dh);
+    if (slab.view.depth != 0) return gemms[0].run(std::nullopt, slab.view);
+  }
+  std::vector<Tensor> terms;
+  for (const BaseGemm& gemm : gemms) terms.push_back(in_type(gemm.run(), x.scalar_type()));
   return adapters.dx(terms, x, dh);
 }
 
