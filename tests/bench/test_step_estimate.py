@@ -1,0 +1,56 @@
+"""The estimate of a whole step on a GPU (`--only ^estimate`): what it counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench.gpu import step_estimate as estimate
+from bench.gpu.roofline import BY_ARCHITECTURE
+
+H100 = BY_ARCHITECTURE[90]
+ROWS = 64
+
+
+def test_what_counts() -> None:
+    """A view and an allocation are no kernels; an expanded operand is read once."""
+
+    def call(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x.view(-1)[None] * torch.empty_like(y)[:, :1].expand(8, ROWS) + y
+
+    forward, _ = estimate.counted(H100, call, (ROWS,), (8, ROWS))
+    matrix = 8 * ROWS
+    assert forward.launches == 2
+    assert forward.bytes == 2 * (ROWS + 8 + matrix + matrix + matrix + matrix)
+
+
+def test_a_gemm_is_bound_by_flops() -> None:
+    weight = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
+    forward, backward = estimate.counted(H100, lambda x: F.linear(x, weight), (8192, 4096))
+    assert forward.launches == backward.launches == 1
+    assert forward.seconds == pytest.approx(2 * 8192 * 4096 * 4096 / H100.flops)
+
+
+def test_our_norms_and_rotary_embedding_move_each_element_once() -> None:
+    ours = estimate.Ours(H100)
+    elements = estimate.prod(estimate.STATES)
+    for (forward, _), least in ((ours.norm(), 4), (ours.add_norm(), 8)):
+        assert forward.launches == 1
+        assert least <= forward.bytes / elements < 1.01 * least
+    forward, backward = ours.rotary()
+    elements = estimate.prod(estimate.QUERIES) + estimate.prod(estimate.KEYS)
+    assert forward.launches == backward.launches == 1
+    assert 4 <= forward.bytes / elements < 4.1 and 4 <= backward.bytes / elements < 4.1
+
+
+def test_a_step() -> None:
+    found = estimate.Case(H100).run()
+    assert not found.absent, found.absent
+    stock, ours = found.steps[estimate.STOCK], found.steps[estimate.OURS]
+    assert list(stock) == list(ours) == [name for name, *_ in estimate.PARTS]
+    for name in stock:
+        assert 0 < ours[name].seconds <= stock[name].seconds, name
+    assert stock["attention"] == ours["attention"]
+    ((_, met),) = found.goals()
+    assert met
