@@ -186,11 +186,12 @@ class Stock:
         return counted(self.gpu, lambda gate, up: F.silu(gate) * up, GATED, GATED)
 
     def linear(self, group: Sequence[Shape]) -> tuple[Cost, Cost]:
-        """Layers with LoRA that share their input. Weights are dequantised in both directions."""
+        """Layers with LoRA that share their input. Weights are dequantised in both directions: bitsandbytes
+        dequantises the scales, adds their offset and dequantises the codes."""
         costs = []
         for n, k in group:
             forward, backward = counted(self.gpu, _peft_layer(n, k), (TOKENS, k))
-            weight = _dequantize(self.gpu, n, k)
+            weight = replace(_dequantize(self.gpu, n, k), launches=3)
             costs.append((forward + weight, backward + weight))
         forward, backward = _sum(costs)
         more = kernel(self.gpu, 3 * TOKENS * group[0][1]) * (len(group) - 1)  # autograd's sums
