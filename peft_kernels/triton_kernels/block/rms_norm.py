@@ -171,6 +171,9 @@ def _tile(features: int) -> Tile:
 
 def _launch(kernel: object, programs: int, tile: Tile, rounds: bool, *args: Any) -> None:
     constants = {"ROUNDS": rounds, "ROWS": tile.rows, "BLOCK": tile.features}
+    # Fused with the first sum across threads, products would be rounded in one thread of a pair only: threads
+    # of a row would disagree on its rms.
+    constants["enable_fp_fusion"] = False
     launch(kernel, (programs,), *args, config=tile.config, **constants)
 
 

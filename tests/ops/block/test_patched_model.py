@@ -49,7 +49,7 @@ def test_a_training_step(backend: str, autocast: bool, op_counts: Counter[str]) 
     assert op_counts["rotary"] == op_counts["add_rms_norm"] == 2 and op_counts["rms_norm"] == 3
     assert not any(entry.reason or entry.fallbacks for entry in report.blocks), str(report)
     assert got.keys() == plain.keys()
-    floor = torch.finfo(torch.bfloat16 if autocast else torch.float32).eps
+    floor = torch.finfo(torch.bfloat16).eps if autocast else 1e-5  # of a whole model
     for name, value in got.items():
         allowed = 2 * testing.relative_error(plain[name], truth[name]) + floor
         assert testing.relative_error(value, truth[name]) <= allowed, name
