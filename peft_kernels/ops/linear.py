@@ -14,7 +14,7 @@ from ..core.nf4_state import HoldsNF4, NF4State
 from ..core.op import Base, Op
 from ..core.wrong_types import names_wrong_types
 from . import arguments
-from .arguments import autocast_dtype
+from .arguments import autocast_dtype, no_autocast
 from .nf4 import dense_weight
 from .sums import bias_grad
 
@@ -131,5 +131,5 @@ def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     device = x.device.type
     if autocast_dtype(device) is None:
         return F.linear(x, weight, bias)
-    with torch.autocast(device, enabled=False):
+    with no_autocast(device):
         return F.linear(x, weight, bias)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core.module_calls import hooks_on_all
 from ..nf4.experts_forward import experts_forward
+from ..ops.arguments import no_autocast
 from .fused import Fused, Record, fuse, plain_class, restore
 
 logger = logging.getLogger("peft_kernels")
@@ -141,7 +142,7 @@ def _results(forward: Any, inputs: Sequence[Tensor], parts: Sequence[Tensor], **
     x = x.detach().requires_grad_()  # bitsandbytes repacks the weight on CPUs if nothing requires a gradient
     for part in parts:
         part.requires_grad_()
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.enable_grad(), no_autocast(x.device.type):
         y = forward(x, *others, **kwargs)
         dy = torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape).to(y.dtype)
         gradients = torch.autograd.grad(y, [x, *parts], dy, materialize_grads=True)

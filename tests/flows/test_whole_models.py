@@ -135,3 +135,13 @@ def test_state_dicts_equal_stock_s(base: str) -> None:
     pk.unpatch(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
     assert_near(one_step(model), one_step(stock), 1e-12)
+
+
+@OWN
+def test_a_step_on_the_meta_device(base: str) -> None:
+    """Nothing reads a value: sizes of a step can be found without memory."""
+    model, _ = patched_copy(adapted(llama(base)))
+    model.to("meta")
+    loss = language_loss(model, ids().to("meta"))
+    loss.backward()
+    assert loss.is_meta and loss.shape == ()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...core.fingerprint import bits_hash
 from ...core.nf4_state import NF4State
+from ...ops.arguments import no_autocast
 from ...ops.linear import nf4_linear
 from ...ops.lora.lora import lora_linear
 
@@ -119,7 +120,7 @@ class Recipe:
         return hidden
 
     def compute(self, head: Head) -> Tensor:
-        with no_autocast(head.hidden):
+        with no_autocast(head.hidden.device.type):
             logits = head.logits()
             for step in self.steps:
                 logits = step(logits)
@@ -129,8 +130,5 @@ class Recipe:
 def of_head(head: Head) -> AbstractContextManager[Any]:
     """A context in which the loss uses the head's operands: autocast is on if it must round the weight."""
     rounds = isinstance(head.weight, Tensor) and head.weight.dtype != head.hidden.dtype
-    return torch.autocast(head.hidden.device.type, head.hidden.dtype if rounds else None, enabled=rounds)
-
-
-def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
-    return torch.autocast(like.device.type, enabled=False)
+    device = head.hidden.device.type
+    return torch.autocast(device, head.hidden.dtype) if rounds and device != "meta" else no_autocast(device)
