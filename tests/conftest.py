@@ -21,6 +21,7 @@ sys.path.append(str(TESTS.parent))  # for `bench`; at the end: an installed peft
 
 import hypothesis
 import pytest
+import small_models  # noqa: F401
 import torch
 from copied import backend_ids as copied_ids
 from fresh_process import Processes, Python

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_models  # noqa: F401
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -1,7 +1,7 @@
 """Our attention as an attention function of transformers.
 
 Calls that ours does not cover run "sdpa": dropout, position biases, masks that are not spans of keys, a
-single query, devices other than the CPU. Masks are those of "sdpa"."""
+single query, few products (`small_calls`), devices other than the CPU. Masks are those of "sdpa"."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ...core.backends import cpu
 from ...core.backends.base import DTYPES
 from ...ops.arguments import autocast_dtype, is_traced
 from ...ops.block.attention import attention
+from .. import small_calls
 from ..fused import Fallback, record_of
 from .attention_function import NAME, REPLACED, is_named, runs_ours
 
@@ -39,10 +40,18 @@ def serve_patched() -> None:
         AttentionInterface.register(REPLACED, sdpa_or_ours)
 
 
-def sdpa_or_ours(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """transformers' "sdpa", or `attention_forward` for a patched module, unless it is compiled or traced."""
-    ours = not torch.compiler.is_compiling() and runs_ours(module) and not is_traced()
-    return (attention_forward if ours else _SDPA)(module, *args, **kwargs)
+def sdpa_or_ours(
+    module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' "sdpa", or `attention_forward` for a patched module, unless it is compiled or traced, or
+    has few products."""
+    ours = (
+        not torch.compiler.is_compiling()
+        and runs_ours(module)
+        and not is_traced()
+        and query.numel() * key.shape[2] >= small_calls.FEW_PRODUCTS
+    )
+    return (attention_forward if ours else _SDPA)(module, query, key, *args, **kwargs)
 
 
 def attention_forward(

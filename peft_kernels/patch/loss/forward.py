@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.arguments import is_traced
+from .. import small_calls
 from ..eligibility import fused_operands, is_linear4bit
 from ..examination import Examination, Layers
 from ..fused import RECORD, Fallback, Fused, Record, has, record_of
@@ -89,7 +90,7 @@ class LazyHead(Fused):
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         stock = super().forward  # type: ignore[misc]
         record = None if torch.compiler.is_compiling() else _now.record
-        if record is None or RECORD not in self.__dict__:
+        if record is None or RECORD not in self.__dict__ or _has_few_logits(self, x):
             return stock(x, *args, **kwargs)
         logits = Fallback("extra arguments") if args or kwargs else _logits(self, x, record)
         if isinstance(logits, Tensor):
@@ -135,6 +136,13 @@ def examine(module: nn.Module, layers: Layers) -> Examination | None:
         reasons.append("its head was patched without the loss; unpatch first")
     reason = next((reason for reason in reasons if reason), "")
     return Examination.of("loss without logits,", module, LossModel, reason, LossFacts())
+
+
+def _has_few_logits(layer: Any, x: Any) -> bool:
+    return (
+        isinstance(x, Tensor)
+        and x.numel() // max(x.shape[-1], 1) * layer.out_features < small_calls.FEW_LOGITS
+    )
 
 
 def _logits(layer: Any, x: Any, record: Record) -> Tensor | Fallback:
