@@ -19,6 +19,7 @@
 #include "core/runtime.h"
 #include "linear/crossovers.h"
 #include "linear/linear.h"
+#include "loss/cross_entropy_head.h"
 
 #ifdef PEFT_KERNELS_PTX
 #  include "bind.h"
@@ -113,8 +114,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       "Sets (weights, forward, backward) of cards: see crossovers.h.", arg("compute_capability"), arg("sms"),
       arg("crossovers"));
-  m.def("piece_of", cuda::piece_of,
-        "Rows or columns of a weight that are dequantised at a time: see linear.h.");
+  m.def(
+      "piece_of",
+      [](int64_t count, int64_t length, int64_t element_size) {
+        return cuda::piece_of(count, length, element_size);
+      },
+      "Rows or columns of a weight that are dequantised at a time: see linear.h.");
 #ifdef PEFT_KERNELS_PTX
   m.def(
       "set_card",
@@ -123,6 +128,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       "The card that kernels are planned for.", arg("compute_capability"), arg("sms"), arg("shared_bytes"),
       arg("reserved_bytes") = kReserved);
+  m.def("set_capturing", cuda::set_capturing, "Whether calls act as if captured into a CUDA graph.");
+  m.def("set_logit_bytes", cuda::set_logit_bytes, "The logits that a loss computes at a time, in bytes.");
+  m.def("logit_chunk", cuda::logit_chunk, "See cross_entropy_head.h.");
   cudart::bind(m);
 #else
   m.def(

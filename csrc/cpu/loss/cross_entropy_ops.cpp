@@ -3,9 +3,9 @@
 #include <torch/library.h>
 
 #include <tuple>
-#include <utility>
 
 #include "../../common/autocast.h"
+#include "../../common/loss_args.h"
 #include "../core/namespace.h"
 #include "cross_entropy_gradients.h"
 #include "cross_entropy_head.h"
@@ -14,29 +14,14 @@
 namespace peft_kernels::cpu {
 namespace {
 
-void check_arguments(const Tensor& x, const Tensor& labels, int64_t vocabulary, const OptionalTensor& bias,
-                     double softcap, double label_smoothing) {
-  dtype_of(x, "x");
-  TORCH_CHECK(x.dim() == 2, "x: expected 2 dimensions, got ", x.dim());
-  check_dtype(labels, at::kLong, "labels");
-  check_shape(labels, {x.size(0)}, "labels");
-  TORCH_CHECK(vocabulary > 0, "vocabulary: expected 1 or more, got ", vocabulary);
-  TORCH_CHECK(softcap >= 0, "softcap: expected 0 or more, got ", softcap);
-  TORCH_CHECK(0 <= label_smoothing && label_smoothing <= 1, "label_smoothing: expected 0 to 1, got ",
-              label_smoothing);
-  if (bias) check_bias(*bias, vocabulary, x.scalar_type());
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     const Tensor& x, const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
     const OptionalTensor& offset, int64_t blocksize, int64_t vocabulary, const OptionalTensor& bias,
     const Tensor& labels, int64_t ignore_index, double logit_scale, double softcap, double label_smoothing,
     double z_loss, bool need_dx, bool need_entropy, bool need_mean) {
   const WithoutAutocast without_autocast;
-  check_arguments(x, labels, vocabulary, bias, softcap, label_smoothing);
-  // The gradient of label smoothing is then not a multiple of the head's mean row.
-  TORCH_CHECK(!(need_dx && softcap > 0 && label_smoothing > 0),
-              "need_dx: expected False with both softcap and label_smoothing, got True");
+  check_loss(x, labels, vocabulary, bias, softcap, label_smoothing);
+  check_loss_need_dx(need_dx, softcap, label_smoothing);
   Head head(weight, absmax, absmax2, offset, blocksize, vocabulary, x);
   const Labelled labelled(labels, ignore_index, vocabulary);
   const auto floats = x.options().dtype(at::kFloat);
@@ -75,24 +60,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward
     double softcap, double label_smoothing, double z_loss, bool need_dx, bool need_dw, bool need_dbias,
     bool need_dh, bool need_db) {
   const WithoutAutocast without_autocast;
-  check_arguments(x, labels, vocabulary, bias, softcap, label_smoothing);
+  check_loss(x, labels, vocabulary, bias, softcap, label_smoothing);
   const int64_t rows = x.size(0);
-  for (const auto& [t, name] : {std::pair{&dloss, "dloss"}, std::pair{&lse, "lse"}}) {
-    check_dtype(*t, at::kFloat, name);
-    check_shape(*t, {rows}, name);
-  }
-  TORCH_CHECK(h_in.has_value() == lora_b_in.has_value(), "h, lora_b: expected both or neither, got one");
-  if (h_in) {
-    dtype_of(*h_in, "h");
-    dtype_of(*lora_b_in, "lora_b");
-    TORCH_CHECK(h_in->dim() == 2 && h_in->size(0) == rows, "h: expected shape [", rows, ", r], got ",
-                h_in->sizes());
-    check_shape(*lora_b_in, {vocabulary, h_in->size(1)}, "lora_b");
-  }
+  check_loss_adapter(h_in, lora_b_in, rows, vocabulary);
+  check_loss_backward(dloss, lse, rows, absmax.has_value(), bias.has_value(), h_in.has_value(), need_dw,
+                      need_dbias, need_dh, need_db);
   const Head head(weight, absmax, absmax2, offset, blocksize, vocabulary, x);
-  TORCH_CHECK(!need_dw || !absmax, "need_dw: expected False with a packed weight, got True");
-  TORCH_CHECK(!need_dbias || bias, "need_dbias: expected False without a bias, got True");
-  TORCH_CHECK((!need_dh && !need_db) || h_in, "need_dh, need_db: expected False without h, got True");
   const Labelled labelled(labels, ignore_index, vocabulary);
   const bool all = labelled.count() == rows;
   const Tensor index =

@@ -195,6 +195,13 @@ DEVICE float reciprocal(float x) {
   return r;
 }
 
+// Approximate 2^x, within two units in the last place; 0 where that is below 2^-126.
+DEVICE float exp2_approximate(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
 DEVICE float to_float(float x) { return x; }
 DEVICE float to_float(bf16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
 DEVICE float to_float(fp16 x) { return __half2float(__ushort_as_half(x.bits)); }

@@ -38,6 +38,7 @@ Card& card() {
 // Number of cards set so far, used as the device index: device memory does not survive a change of card, so
 // what a kernel left there when it was stopped is gone after set_card().
 int cards = 0;
+bool capturing = false;
 
 }  // namespace
 
@@ -45,7 +46,8 @@ OnDeviceOf::OnDeviceOf(const Tensor& t, const char* name) { check_device(t, name
 OnDeviceOf::~OnDeviceOf() = default;
 
 Stream current_stream() { return {}; }
-bool is_capturing() { return false; }
+bool is_capturing() { return capturing; }
+void set_capturing(bool value) { capturing = value; }
 int current_device() { return cards; }
 
 const Card& current_card() { return card(); }

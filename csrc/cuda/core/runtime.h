@@ -57,6 +57,7 @@ class CallContext final : public Context {
 #ifdef PEFT_KERNELS_PTX
 // The simulated card that kernels are planned for.
 void set_card(const Card& card);
+void set_capturing(bool value);
 #endif
 
 }  // namespace peft_kernels::cuda

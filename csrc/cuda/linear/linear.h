@@ -182,7 +182,7 @@ LinearPlan plan_linear_dx(DType dtype, int64_t m, int64_t n, int64_t k, int bloc
 
 // Without a kernel: how many of a weight's `count` rows or columns, of `length` elements each, to dequantise
 // at a time for torch's matmul. A multiple of 256; may exceed `count`.
-int64_t piece_of(int64_t count, int64_t length, int64_t element_size);
+int64_t piece_of(int64_t count, int64_t length, int64_t element_size, int64_t most_bytes = 128 << 20);
 
 // One file per kernel: linear_small.cu, linear_tiles.cu, linear_dx.cu.
 void start_kernel(const SmallShape& shape, const Cut& cut, const LinearParams& params, Context& context);

@@ -203,12 +203,11 @@ LinearPlan plan_linear_dx(DType dtype, int64_t m, int64_t n, int64_t k, int bloc
                                                   : LinearPlan{};
 }
 
-// As few equal pieces as 128 MB allow: each needs two launches, and a large one fills the card.
+// As few equal pieces as allowed: each needs two launches, and a large one fills the card.
 // linear_pieces.py has the same rule for Triton (`piece_size`).
-int64_t piece_of(int64_t count, int64_t length, int64_t element_size) {
-  constexpr int64_t kMostBytes = 128 << 20;
+int64_t piece_of(int64_t count, int64_t length, int64_t element_size, int64_t most_bytes) {
   constexpr int64_t kUnit = 256;  // whole tiles of torch's GEMM
-  const int64_t most = kMostBytes / (std::max<int64_t>(length, 1) * element_size) / kUnit * kUnit;
+  const int64_t most = most_bytes / (std::max<int64_t>(length, 1) * element_size) / kUnit * kUnit;
   const int64_t pieces = std::max<int64_t>(ceil_div(count, std::max(most, kUnit)), 1);
   return std::max<int64_t>(ceil_div(ceil_div(count, pieces), kUnit), 1) * kUnit;
 }

@@ -28,7 +28,7 @@ FOLDER = "PEFT_KERNELS_PTX_EXECUTED"
 FAMILIES = (
     *("nf4", "nf4_absmax", "nf4_format", "linear", "lora", "lora_dropout", "lora_multi", "dora", "gated"),
     *("dropout", "compute_dtype", "gradients", "cuda_paths", "experts_cuda", "adamw", "adamw_cuda"),
-    *("bottleneck", "bottleneck_cuda"),
+    *("bottleneck", "bottleneck_cuda", "cross_entropy", "cross_entropy_cuda"),
 )
 
 

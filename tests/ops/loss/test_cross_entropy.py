@@ -14,7 +14,6 @@ from torch.autograd import gradcheck
 
 import peft_kernels as pk
 import testing
-from peft_kernels.triton_kernels import backend as triton
 
 OPTIONS: dict[str, dict[str, float]] = {
     "plain": {},
@@ -159,7 +158,7 @@ def test_near_certainty(backend: str, dtype: torch.dtype, rows: int) -> None:
         if name != "top":
             testing.assert_close(g, p, t, name)
     assert got[3].all()
-    if not backend.startswith(("cpu", "triton")):
+    if backend == "reference":
         return  # in plain torch p - 1 is a difference of rounded numbers
     scale = truth[5].norm(dim=1)
     assert ((got[5].double() - truth[5]).norm(dim=1) <= 8 * torch.finfo(dtype).eps * scale + 1e-6).all()
@@ -267,7 +266,7 @@ def test_gradcheck(trained: bool, options: str) -> None:
 def test_kernels_check_labels_themselves(compiled_ops: Any) -> None:
     x, w, labels = torch.ones(3, 32), torch.ones(12, 32), torch.tensor([1, 12, 3])
     args = (w, None, None, None, 0, 12, None, labels, IGNORED, 1.0, 0.0, 0.0, 0.0, True, False, False)
-    if triton.BACKEND.interpreted:  # as on a GPU, where to look at them would be to wait
+    if compiled_ops is not torch.ops.peft_kernels_cpu:  # as on a GPU, where to look at them would be to wait
         assert compiled_ops.linear_cross_entropy(x, *args)[0].isnan().tolist() == [False, True, False]
         return
     with pytest.raises((RuntimeError, IndexError), match="12"):
