@@ -234,6 +234,29 @@ def test_a_call_waits_once_and_a_capture_never(op: str) -> None:
 
 
 @each_dtype
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+def test_long_rows(extension: ModuleType, dtype: torch.dtype, cap: float) -> None:
+    """Each thread has several vectors of a row, in loops that are unrolled, and some single logits."""
+    vocabulary, features = 5 * 512 * 16 // dtype.itemsize - 13, 8
+    weight = testing.tensor(vocabulary, features, dtype=dtype, seed=1)
+    x, labels = testing.tensor(12, features, dtype=dtype), torch.arange(12) * (vocabulary - 1) // 11
+    labels[3] = IGNORED
+    head = (x, weight, None, None, None, 0, vocabulary, None)
+    options = labels, IGNORED, 1.0, cap, 0.0, 1e-2
+    *scores, _ = judge("linear_cross_entropy", (*head, *options, True, True, True))
+    for got, want in zip(
+        run("linear_cross_entropy", (*head, *options, False, True, True)), scores, strict=False
+    ):
+        assert torch.equal(got, want)
+    lse = scores[1]
+    needs = True, True, False, False, False
+    dloss = testing.tensor(12, seed=6)
+    judge("linear_cross_entropy_backward", (dloss, lse, *head, None, None, *options, *needs))
+    with in_chunks(extension, FEW_BYTES):
+        judge("linear_cross_entropy_backward", (dloss, lse, *head, None, None, *options, *needs))
+
+
+@each_dtype
 def test_any_order_of_threads(extension: ModuleType, dtype: torch.dtype) -> None:
     args, back = frozen("dense", dtype, labels_of(5, 1)), trained(dtype, labels_of(5, 1))
     for op, given in (("linear_cross_entropy", args), ("linear_cross_entropy_backward", back)):

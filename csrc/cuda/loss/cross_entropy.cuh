@@ -21,6 +21,13 @@ DEVICE float exponential(float x) {
   return exp2_approximate(x);
 }
 
+// tanh(x / 2) of x in this unit. In 16 bits its absolute error is far below that of the logits.
+template <class T>
+DEVICE float tanh_of_half(float x) {
+  if constexpr (sizeof(T) == 4) return tanhf(0.5f * x);
+  return __fmaf_rn(-2.0f, reciprocal(1.0f + exponential<T>(x)), 1.0f);
+}
+
 // log(1 + x) for x from 0 to 1: the second term is what the sum has lost.
 DEVICE float log_plus_one(float x) {
   const float sum = 1.0f + x;
@@ -38,7 +45,7 @@ class LogitShape {
   DEVICE ValueGradient operator()(float logit) const {
     const float z = logit * factor_;
     if constexpr (!kCapped) return {z, 1.0f};
-    const float tanh = __fmaf_rn(-2.0f, reciprocal(1.0f + exponential<T>(z)), 1.0f);
+    const float tanh = tanh_of_half<T>(z);
     return {cap_ * tanh, __fmaf_rn(-tanh, tanh, 1.0f)};
   }
 
