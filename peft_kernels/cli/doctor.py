@@ -116,7 +116,6 @@ def _crossovers() -> list[dict[str, Any]]:
             "source": table.source,
         }
         for card, table in cuda.BACKEND.all_crossovers().items()
-        if table is not None
         for row in table.rows
     ]
 

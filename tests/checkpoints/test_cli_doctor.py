@@ -122,7 +122,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("card")
 def test_crossovers_are_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     rows = (Rows(8_000_000, 384, 320), Rows(ANY, 256, 1024))
-    tables = {"cuda:0 A": Table("9.0", rows), "cuda:1 B": Table("9.0", rows[1:], "B"), "cuda:2 C": None}
+    tables = {"cuda:0 A": Table("9.0", rows), "cuda:1 B": Table("9.0", rows[1:], "B")}
     monkeypatch.setattr(BACKENDS["cuda"], "all_crossovers", lambda: tables)
     code, report = diagnosed(capsys)
     assert code == 0 and report["crossovers"] == [

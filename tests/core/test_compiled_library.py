@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +81,17 @@ def test_a_stale_library_is_not_loaded(python: Python, compiled: Path) -> None:
     message = rf"{re.escape(str(stale))} was built from other sources than this package: rebuild it"
     assert re.search(rf"^cpu +not usable: {message}", out, re.M)
     assert re.search(rf"^refused: back end cpu cannot be used here: {message}", out, re.M)
+
+
+def test_a_library_that_lacks_a_function_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The schemas may be the same."""
+    backend = cuda.CudaBackend()
+    monkeypatch.setattr(registry, "install", lambda namespace: object())
+    monkeypatch.setattr(backend, "_refusal_to_load", lambda: None)
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace())
+    backend.load()
+    stale = "was built from other sources than this package: rebuild it (pip install .)"
+    assert backend.probe() == f"peft_kernels._C_cuda {stale}"
 
 
 @needs_cpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import pytest
 import torch
 
 from peft_kernels.core.backends import crossover_timing, crossovers, cuda
-from peft_kernels.core.backends.crossover_timing import Cell, crossover
 from peft_kernels.core.backends.crossovers import ANY, Card, Rows, Table, cache_path, choose, read, write
 
 H100 = Card("NVIDIA H100 80GB HBM3", "9.0", 132, "a driver", "0123")
@@ -274,39 +274,6 @@ def test_a_job_of_several_processes_measures_nothing(
     assert found is not None and list(found.rows) == PINNED
 
 
-# From times to tables.
-
-
-def cells(*times: tuple[int, float, float], shape: tuple[int, int] = (64, 64)) -> list[Cell]:
-    return [Cell(*shape, rows, False, fused, dequantised) for rows, fused, dequantised in times]
-
-
-@pytest.mark.parametrize(
-    "times,limit",
-    [
-        ([(64, 1.0, 2.0), (128, 2.0, 2.1), (256, 4.0, 3.0), (512, 8.0, 5.0)], 160),  # 181 is halfway
-        ([(64, 3.0, 2.0), (128, 4.0, 2.1)], 32),  # never fused: but where reading takes the time
-        ([(64, 1.0, 2.0), (128, 1.5, 2.1)], 128),  # never dequantised, as far as it was timed
-        ([(96, 1.0, 2.0), (128, 3.0, 2.0)], 96),
-        # A cell that noise turned round does not decide.
-        ([(64, 1.0, 2.0), (128, 2.1, 2.0), (256, 2.0, 3.0), (512, 8.0, 5.0)], 352),
-        ([(64, 1.0, 2.0), (128, 2.9, 2.0), (256, 2.9, 3.0), (512, 8.0, 5.0)], 64),
-    ],
-)
-def test_crossover_takes_the_least_time(times: list[tuple[int, float, float]], limit: int) -> None:
-    assert crossover(cells(*times)) == crossover(cells(*reversed(times))) == limit
-
-
-def test_weights_of_one_size_are_taken_together() -> None:
-    """One of them by more than the other."""
-    wide = cells((64, 1.0, 2.0), (128, 1.0, 2.0), shape=(128, 64))
-    tall = cells((64, 1.0, 2.0), (128, 1.0, 1.5), shape=(64, 128))
-    both = [cell._replace(is_backward=way) for cell in (*wide, *tall) for way in (False, True)]
-    small = [cell._replace(fused=9.0) for cell in cells((64, 1.0, 2.0), (128, 1.0, 2.0), shape=(32, 64))]
-    small += [cell._replace(is_backward=True, fused=1.0) for cell in small]
-    assert crossover_timing.crossovers([*both, *small]) == [Rows(4096, 32, 128), Rows(ANY, 128, 128)]
-
-
 # The back end.
 
 
@@ -383,6 +350,44 @@ def test_nothing_is_measured_in_the_middle_of_things(
     assert backend.extension.table == {}
     call(x)
     assert backend.extension.table == {(90, 132): MEASURED}
+
+
+def test_the_tables_that_apply_are_listed(backend: Any, wanted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimates until a card is measured. Listing measures nothing."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: H100.name)
+    backend._cards._judge = lambda index: "is too old" if index == 1 else None
+    wanted("measured")
+    assert [t.source for t in backend.all_crossovers().values()] == ["estimated"] * 2
+    backend.crossovers_of(0, may_measure=True)
+    found = backend.all_crossovers()
+    assert list(found) == [f"cuda:{i} {H100.name}" for i in (0, 2)]
+    assert [t.source for t in found.values()] == ["measured"] * 2, "the second from the cache"
+
+
+def test_a_card_is_what_torch_says_and_the_library_that_is_loaded(
+    backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "_driver", lambda: "a driver")
+    seen = set()
+    for content in (b"one library", b"another"):
+        (tmp_path / "library.so").write_bytes(content)
+        monkeypatch.setattr(Extension, "__file__", str(tmp_path / "library.so"))
+        backend.__dict__.pop("_library_hash", None)
+        card = backend.card(0)
+        assert card[:4] == H100[:4]
+        seen.add(card.library)
+    assert len(seen) == 2
+
+
+def test_both_ways_are_timed_on_the_device(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, asked = torch.device("cuda", 3), []
+    monkeypatch.setattr(torch.cuda, "device", lambda entered: nullcontext(asked.append(entered)))
+    monkeypatch.setattr(crossover_timing, "time_cells", lambda *args: asked.extend(args) or [])
+    assert backend.time_both_ways(3, H100) == []
+    ops, timing = torch.ops.peft_kernels_cuda, crossover_timing
+    expected = (ops, H100, device, 50 << 20, timing.device_clock, timing.SHAPES, timing.FEW_ROWS)
+    assert asked == [device, backend.extension, *expected]
 
 
 def test_a_bad_pin_stops_the_first_call(backend: Any, wanted: Any) -> None:

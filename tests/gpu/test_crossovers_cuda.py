@@ -15,8 +15,8 @@ from test_cuda_paths import CARDS, FEW, NEWER, sizes
 from test_experts_cuda import layer
 
 import ptx_backend as ptx
-from peft_kernels.core.backends import crossovers
-from peft_kernels.core.backends.crossover_timing import BLOCKSIZE, time_cells
+from peft_kernels.core.backends import crossovers, cuda
+from peft_kernels.core.backends.crossover_timing import time_cells
 from peft_kernels.core.backends.crossovers import ANY, Card, Rows, read
 
 ESTIMATES = {
@@ -164,52 +164,15 @@ def test_each_way_is_timed() -> None:
         assert "Dequantize" in other, other
 
 
-def test_copies_of_a_weight_take_turns() -> None:
-    """As many as twice the cache holds, two at least; every call has its own codes."""
-
-    class Library:
-        def set_crossovers(self, *args: object) -> None:
-            pass
-
-    class Ops:
-        def __init__(self) -> None:
-            self.codes: list[int] = []
-
-        def nf4_linear(
-            self, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, *rest: object
-        ) -> None:
-            assert codes.shape == (64 * 128 // 2,) and scales.shape == (64 * 128 // BLOCKSIZE,)
-            assert codes.unique().numel() > 200, "constants take less power"
-            self.codes.append(codes.data_ptr())
-
-        def nf4_linear_dx(self, x: torch.Tensor, *rest: object) -> None:
-            assert x.shape == (96, 64) and rest[-1] == 128
-
-    def clock(run: Callable[[], object]) -> float:
-        run()
-        return 6.0
-
-    for cache, copies in ((0, 2), (5 * 4096, 10), (1 << 30, 32)):
-        ops, card = Ops(), Card("", "9.0", 1)
-        cells = time_cells(Library(), ops, card, torch.device("cpu"), cache, clock, [(64, 128)], [96])
-        assert len(set(ops.codes)) == copies and len(ops.codes) == 2 * copies
-        assert cells[0].fused == 6.0 / copies
-
-
-def test_random_numbers_of_the_user_stay_as_they_are() -> None:
-    class Nothing:
-        def __getattr__(self, name: str) -> Callable[..., None]:
-            return lambda *args: None
-
-    before = torch.get_rng_state()
-    time_cells(
-        Nothing(), Nothing(), Card("", "9.0", 1), torch.device("cpu"), 0, lambda run: 1.0, [(64, 64)], [64]
-    )
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_a_table_of_python_is_a_table_of_the_library(extension: ModuleType) -> None:
     card = Card("NVIDIA H100 80GB HBM3", "9.0", H100[1])
     crossovers.set_table(extension, card, [Rows(1 << 20, 96, 64), Rows(ANY, 320, 128)])
     assert limits(extension, H100, 1024, 1024) == (96, 64)
     assert limits(extension, H100, 4096, 4096) == (320, 128)
+
+
+def test_a_card_can_be_timed() -> None:
+    require("cuda")
+    card = cuda.BACKEND.card(0)
+    cells = cuda.BACKEND.time_both_ways(0, card, [(256, 128)], [64, 128])
+    assert all(0 < seconds < 1 for cell in cells for seconds in (cell.fused, cell.dequantised))

@@ -17,6 +17,7 @@ from .base import unserved_tensors
 
 _HASH = re.compile(rb"PEFT_KERNELS_SPEC_HASH=([0-9a-f]{64})")
 _TORCH = re.compile(rb"PEFT_KERNELS_TORCH=([^;]{1,40});")
+_STALE = "was built from other sources than this package: rebuild it (pip install .)"
 
 
 class CompiledBackend:
@@ -42,12 +43,14 @@ class CompiledBackend:
         if self._refusal is None:
             try:
                 self._extension = self._open()
-            except (ImportError, OSError, ValueError, AttributeError) as error:
+            except (ImportError, OSError, ValueError) as error:
                 self._refusal = f"{self.library} does not load: {error}"
+            except AttributeError:  # it lacks a function
+                self._refusal = f"{self.library} {_STALE}"
 
     def _open(self) -> Any:
         """Loads the library, which registers its kernels. Raises ImportError, OSError or ValueError, or
-        AttributeError where a function is missing from a library of other sources."""
+        AttributeError if it lacks a function."""
         return importlib.import_module(self.library)
 
     def probe(self) -> str | None:
@@ -85,9 +88,7 @@ class CompiledBackend:
         ):
             schemas, built_with = (_group(pattern.search(content)) for pattern in (_HASH, _TORCH))
         if schemas != registry.spec_hash():
-            return (
-                f"{found.origin} was built from other sources than this package: rebuild it (pip install .)"
-            )
+            return f"{found.origin} {_STALE}"
         # torch's C++ ABI changes with every minor version.
         if built_with is None or built_with.split(".")[:2] != torch.__version__.split(".")[:2]:
             return (

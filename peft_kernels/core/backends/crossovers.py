@@ -153,19 +153,24 @@ def choose(card: Card, measure: Callable[[], Sequence[Rows]] | None) -> Table | 
     wanted = os.environ.get(ENVIRONMENT_VARIABLE, "")
     if wanted not in ("", ESTIMATED, MEASURED):
         return _pinned(card, Path(wanted))
-    packaged = read(PACKAGED)
-    estimate = _estimate(card, packaged)
-    own = None if wanted == ESTIMATED else _of_card(card, packaged)
+    own = None if wanted == ESTIMATED else _of_card(card, read(PACKAGED))
     if own is not None or wanted != MEASURED:
-        return own or estimate
+        return own or estimate(card)
     if _has_several_processes():
         logger.warning(
             "%s=%s: in a job of several processes nothing is measured, and the estimates are used. To use a "
             "measured table, set it to the same file for all of them",
             ENVIRONMENT_VARIABLE, MEASURED,
         )  # fmt: skip
-        return estimate
-    return _cached(card) or (None if measure is None else _measured(card, measure) or estimate)
+        return estimate(card)
+    return _cached(card) or (None if measure is None else _measured(card, measure) or estimate(card))
+
+
+def estimate(card: Card) -> Table:
+    """Of the highest compute capability up to the card's, as the compiled library chooses."""
+    own = _number(card.compute_capability)
+    known = {_number(table.compute_capability): table for table in read(PACKAGED) if not table.card}
+    return known[max(number for number in known if number <= own)]
 
 
 def _pinned(card: Card, path: Path) -> Table:
@@ -184,16 +189,6 @@ def _pinned(card: Card, path: Path) -> Table:
 
 def _of_card(card: Card, tables: Iterable[Table]) -> Table | None:
     return next((table for table in tables if table.card == card.name), None)
-
-
-def _estimate(card: Card, tables: Iterable[Table]) -> Table:
-    """Of the highest compute capability up to the card's, as the compiled library chooses."""
-    known = [table for table in tables if not table.card]
-    own = _number(card.compute_capability)
-    return max(
-        (table for table in known if _number(table.compute_capability) <= own),
-        key=lambda table: _number(table.compute_capability),
-    )
 
 
 def _number(compute_capability: str) -> int:

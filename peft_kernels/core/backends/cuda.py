@@ -95,10 +95,14 @@ class CudaBackend(CompiledBackend):
                 self._crossovers[index] = table
             return self._crossovers[index]
 
-    def all_crossovers(self) -> dict[str, crossovers.Table | None]:
-        """`crossovers_of` all devices that can serve, by "cuda:0" and the name."""
+    def all_crossovers(self) -> dict[str, crossovers.Table]:
+        """What now applies to each device that can serve, by "cuda:0" and the name."""
         usable = (i for i in range(torch.cuda.device_count()) if self._cards.refusal(i) is None)
-        return {f"cuda:{i} {torch.cuda.get_device_name(i)}": self.crossovers_of(i) for i in usable}
+        return {
+            f"cuda:{i} {torch.cuda.get_device_name(i)}": self.crossovers_of(i)
+            or crossovers.estimate(self.card(i))
+            for i in usable
+        }
 
     def time_both_ways(
         self,

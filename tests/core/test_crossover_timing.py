@@ -1,0 +1,121 @@
+"""From the times of GEMMs to a table of crossovers, with a simulated clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from peft_kernels.core.backends import crossover_timing
+from peft_kernels.core.backends.crossover_timing import BLOCKSIZE, Cell, crossover, device_clock, time_cells
+from peft_kernels.core.backends.crossovers import ANY, Card, Rows
+
+
+def cells(*times: tuple[int, float, float], shape: tuple[int, int] = (64, 64)) -> list[Cell]:
+    return [Cell(*shape, rows, False, fused, dequantised) for rows, fused, dequantised in times]
+
+
+@pytest.mark.parametrize(
+    "times,limit",
+    [
+        ([(64, 1.0, 2.0), (128, 2.0, 2.1), (256, 4.0, 3.0), (512, 8.0, 5.0)], 160),  # 181 is halfway
+        ([(64, 3.0, 2.0), (128, 4.0, 2.1)], 32),  # never fused: but where reading takes the time
+        ([(64, 1.0, 2.0), (128, 1.5, 2.1)], 128),  # never dequantised, as far as it was timed
+        ([(96, 1.0, 2.0), (128, 3.0, 2.0)], 96),
+        # A cell that noise turned round does not decide.
+        ([(64, 1.0, 2.0), (128, 2.1, 2.0), (256, 2.0, 3.0), (512, 8.0, 5.0)], 352),
+        ([(64, 1.0, 2.0), (128, 2.9, 2.0), (256, 2.9, 3.0), (512, 8.0, 5.0)], 64),
+    ],
+)
+def test_crossover_takes_the_least_time(times: list[tuple[int, float, float]], limit: int) -> None:
+    assert crossover(cells(*times)) == crossover(cells(*reversed(times))) == limit
+
+
+def test_weights_of_one_size_are_taken_together() -> None:
+    """One of them by more than the other."""
+    wide = cells((64, 1.0, 2.0), (128, 1.0, 2.0), shape=(128, 64))
+    tall = cells((64, 1.0, 2.0), (128, 1.0, 1.5), shape=(64, 128))
+    both = [cell._replace(is_backward=way) for cell in (*wide, *tall) for way in (False, True)]
+    small = [cell._replace(fused=9.0) for cell in cells((64, 1.0, 2.0), (128, 1.0, 2.0), shape=(32, 64))]
+    small += [cell._replace(is_backward=True, fused=1.0) for cell in small]
+    assert crossover_timing.crossovers([*both, *small]) == [Rows(4096, 32, 128), Rows(ANY, 128, 128)]
+
+
+def test_the_clock_leaves_out_the_first_call_and_what_python_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card whose work starts when it is queued, and after all that was queued before."""
+    python = card = 0.0
+    takes = iter([0.9, 5e-3, 4e-3, 3e-3, 2e-3, 1e-3])
+
+    def queue(seconds: float) -> None:
+        nonlocal card
+        card = max(card, python) + seconds
+
+    def run() -> None:
+        nonlocal python
+        python += 1e-3  # less than the card sleeps
+        queue(next(takes))
+
+    class Event:
+        at = 0.0
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = max(card, python)
+
+        def synchronize(self) -> None:
+            nonlocal python
+            python = max(python, self.at)
+
+        def elapsed_time(self, end: Event) -> float:
+            return (end.at - self.at) * 1e3
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: queue(cycles / 2e9))
+    assert device_clock(run) == pytest.approx(3e-3)
+
+
+def test_copies_of_a_weight_take_turns() -> None:
+    """As many as twice the cache holds, two at least; every call has its own codes."""
+
+    class Library:
+        def set_crossovers(self, *args: object) -> None:
+            pass
+
+    class Ops:
+        def __init__(self) -> None:
+            self.codes: list[int] = []
+
+        def nf4_linear(
+            self, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, *rest: object
+        ) -> None:
+            assert codes.shape == (64 * 128 // 2,) and scales.shape == (64 * 128 // BLOCKSIZE,)
+            assert codes.unique().numel() > 200, "constants take less power"
+            self.codes.append(codes.data_ptr())
+
+        def nf4_linear_dx(self, x: torch.Tensor, *rest: object) -> None:
+            assert x.shape == (96, 64) and rest[-1] == 128
+
+    def clock(run: Callable[[], object]) -> float:
+        run()
+        return 6.0
+
+    for cache, copies in ((0, 2), (5 * 4096, 10), (1 << 30, 32)):
+        ops, card = Ops(), Card("", "9.0", 1)
+        cells = time_cells(Library(), ops, card, torch.device("cpu"), cache, clock, [(64, 128)], [96])
+        assert len(set(ops.codes)) == copies and len(ops.codes) == 2 * copies
+        assert cells[0].fused == 6.0 / copies
+
+
+def test_random_numbers_of_the_user_stay_as_they_are() -> None:
+    class Nothing:
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda *args: None
+
+    before = torch.get_rng_state()
+    time_cells(
+        Nothing(), Nothing(), Card("", "9.0", 1), torch.device("cpu"), 0, lambda run: 1.0, [(64, 64)], [64]
+    )
+    assert torch.equal(torch.get_rng_state(), before)
