@@ -32,7 +32,8 @@ def bits_hash(value: Tensor) -> Tensor:
     """A 64-bit hash of the bits of a dense tensor: int64 () on its device, without synchronisation. Needs 8
     MB of scratch for a contiguous tensor, on a CPU less than the cache.
 
-    On a CPU the compiled library computes it once it is loaded (csrc/cpu/core/bits_hash.cpp)."""
+    The compiled library for its device computes it once that is loaded (core/bits_hash* in csrc/cpu and
+    csrc/cuda)."""
     bits = value.detach().contiguous().view(-1)
     total = torch.zeros((), dtype=torch.int64, device=value.device)
     if not bits.numel():
@@ -41,9 +42,10 @@ def bits_hash(value: Tensor) -> Tensor:
     words = bits.view(torch.uint8).view(
         {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[itemsize]
     )
-    library = getattr(torch.ops, f"{NAMESPACE}_cpu_library")
-    if itemsize == 8 and words.device.type == "cpu" and hasattr(library, "bits_hash"):
-        return torch.tensor(library.bits_hash(words))
+    library = getattr(torch.ops, f"{NAMESPACE}_{words.device.type}_library")
+    if itemsize == 8 and hasattr(library, "bits_hash"):
+        found = library.bits_hash(words)
+        return found if isinstance(found, Tensor) else torch.tensor(found)
     size = _CHUNK.get(value.device.type, _LARGE_CHUNK)
     keys = torch.arange(min(size, words.numel()), device=value.device) * _STEP
     for start in range(0, words.numel(), size):
