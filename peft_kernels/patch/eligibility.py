@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor  # parameters while torch.export traces
 
+from ..core import dispatch
 from ..core.module_calls import more_than_forward
 from ..nf4 import bitsandbytes_format
 from ..nf4.sharded.checks import UNGATHERED, is_sharded, is_tensor_parallel
@@ -50,6 +51,14 @@ class Base(NamedTuple):
     compute_dtype: torch.dtype
     """Of the base GEMM."""
     out_dtype: torch.dtype
+
+
+def device_reason(like: Tensor, op: str) -> str:
+    """Why `op` would be composed of torch's functions on the device of a tensor, or ""."""
+    kind = like.device.type
+    if kind in ("cpu", "meta") or dispatch.has_kernel(op, like):
+        return ""
+    return f"{kind} has no kernel for it here"
 
 
 # Modules whose call is skipped by a fused forward.

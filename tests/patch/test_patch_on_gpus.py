@@ -67,6 +67,16 @@ def test_each_part_asks_for_its_own_op(reasons: Callable[..., dict[str, set[str]
     assert found["decoder layer LlamaDecoderLayer"] == {""}
 
 
+def test_the_loss_needs_kernels_for_frozen_and_trained_heads(
+    reasons: Callable[..., dict[str, set[str]]], model: Any
+) -> None:
+    ops = "linear_cross_entropy", "linear_cross_entropy_trained"
+    for kernels, reason in ((ops, ""), (ops[:1], NONE), (ops[1:], NONE)):
+        reasons(*kernels)
+        (entry,) = pk.patch(model, dry_run=True).losses
+        assert entry.reason == reason, kernels
+
+
 def test_the_report_names_attention_that_stays(
     reasons: Callable[..., dict[str, set[str]]], model: Any
 ) -> None:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ...core import dispatch
 from ...core.backends.base import DTYPES
 from .. import sources
+from ..eligibility import device_reason as device_reason
 from ..fused import Fallback, plain_class
 
 Function = Callable[..., Any]
@@ -131,14 +131,6 @@ def weight_reason(weight: Any, device: torch.device | None = None) -> str:
     if device is not None and device != weight.device:
         return f"x is on {device}"
     return device_reason(weight, "rms_norm")
-
-
-def device_reason(like: Tensor, op: str) -> str:
-    """Why `op` would be composed of torch's functions on the device of a tensor, or ""."""
-    kind = like.device.type
-    if kind in ("cpu", "meta") or dispatch.has_kernel(op, like):
-        return ""
-    return f"{kind} has no kernel for it here"
 
 
 def layer(module: nn.Module) -> tuple[tuple[str, Any], ...] | None:

@@ -7,9 +7,9 @@ import sys
 from functools import cache
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .. import eligibility
 from ..eligibility import TRANSPOSED, layer_reason, linear_kind
 from ..fused import plain_class, replaced_reason
 from ..lora.eligibility import is_lora
@@ -64,17 +64,16 @@ def heads(model: nn.Module) -> list[nn.Module]:
     return [head]
 
 
-def device_reason(device: torch.device) -> str:
-    """Why the loss without logits is not installed on a device, or ""."""
-    if device.type in ("cpu", "meta"):
-        return ""
-    return f"on {device.type} it may be slower than computing the logits"
+def device_reason(weight: Tensor) -> str:
+    """Why the loss of a head with this weight is not computed without logits, or "". Heads may be trained."""
+    ops = "linear_cross_entropy", "linear_cross_entropy_trained"
+    return next(filter(None, (eligibility.device_reason(weight, op) for op in ops)), "")
 
 
 def head_reason(layer: nn.Module) -> str:
     """Why the logits of a layer are computed in any case, or ""."""
     weight = next(layer.parameters(), None)
-    if weight is not None and (reason := device_reason(weight.device)):
+    if weight is not None and (reason := device_reason(weight)):
         return reason
     if reason := replaced_reason(layer):
         return f"the head: {reason}"

@@ -1,4 +1,4 @@
-"""The head that TRL's trainers add to a model (`add_fused_lm_head`), by `token_log_probs` on a CPU.
+"""The head that TRL's trainers add to a model (`add_fused_lm_head`), by `token_log_probs`.
 
 TRL replaces the model's forward on the instance; with `fused_lm_head=True` it returns log-probabilities of
 the labels. A patched model puts ours around it, which runs TRL's for all other calls.
@@ -18,6 +18,7 @@ from ...core.gradient import RaiseInBackward
 from ...nf4.weight import NF4Weight
 from ...nn import NF4Linear
 from ..fused import REPLACES, plain_class, record_of
+from .eligibility import device_reason
 
 IGNORED = -100
 """The label of tokens without a loss, in TRL and transformers."""
@@ -54,15 +55,18 @@ class TrlHead:
             return f"the head is a {type(head).__name__}"
         if not packed and type(weight) not in (Tensor, nn.Parameter):
             return f"the weight of the head is a {type(weight).__name__}"
-        if weight.device.type != "cpu":
-            return "TRL has kernels for the head on GPUs"
+        if reason := device_reason(weight):
+            return reason
         if hasattr(weight, "ds_id"):
             return "DeepSpeed shards the weight of the head"
         if getattr(model.config, "output_router_logits", False):
             return "the loss that balances experts is TRL's"
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())
-        if "log_sum_sq_probs" in self.outputs and (trained or packed):
-            return "sums of squares of a head that is trained or in NF4"
+        if "log_sum_sq_probs" in self.outputs:
+            if weight.device.type != "cpu":
+                return "sums of squares on a GPU"
+            if trained or packed:
+                return "sums of squares of a head that is trained or in NF4"
         return ""
 
     def parts(self, model: Any, hidden: Tensor, targets: Tensor) -> dict[str, Tensor | None]:
