@@ -14,6 +14,7 @@ import peft_kernels as pk
 from peft_kernels.core import dispatch
 from peft_kernels.core.backends import BACKENDS
 from peft_kernels.core.op import OPS
+from peft_kernels.patch.block import decoder_layer
 
 NORMS = ("rms_norm", "add_rms_norm", "rms_norm_backward")
 NONE = "cuda has no kernel for it here"
@@ -83,6 +84,18 @@ def test_the_report_names_attention_that_stays(
     reasons(*NORMS, "rotary")
     with pk.patched(model) as report:
         assert [entry.note for entry in report.blocks if "Attention" in entry.kind] == [NONE] * 2
+
+
+def test_autocast_is_that_of_the_input(
+    reasons: Callable[..., dict[str, set[str]]], monkeypatch: pytest.MonkeyPatch, model: Any
+) -> None:
+    """`torch.autocast` would switch itself off without a card."""
+    reasons("rotary")
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+    half = model.train().model.layers[0].self_attn
+    with pk.patched(model):
+        assert decoder_layer._rounds_to(half, {}, half.q_proj.weight) == torch.get_autocast_dtype("cuda")
+        assert decoder_layer._rounds_to(half, {}, torch.empty(1, device="cpu")) is None
 
 
 def test_plain_torch_is_not_installed(reasons: Callable[..., dict[str, set[str]]], model: Any) -> None:
