@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "../../common/rms_norm_args.h"
 #include "../core/column_sums.h"
 #include "../core/namespace.h"
 #include "../core/parallel.h"
@@ -15,55 +16,39 @@ namespace {
 // Rows over which the weight's gradients are summed at a time, whatever the number of threads.
 constexpr int64_t kNormRows = 64;
 
-struct Args {
-  Tensor x, weight;  // x as rows; weight in fp32, with the offset added
-  int64_t m, features;
+// As the kernels take them: the weight in fp32, with the offset added.
+struct Call {
+  Tensor weight;
   RmsNormParams params{};
 
-  Args(const Tensor& x_in, const Tensor& weight_in, double offset, bool rounds) {
-    dtype_of(weight_in, "weight");
-    TORCH_CHECK(weight_in.dim() == 1 && weight_in.numel() > 0, "weight: expected shape (features,), got ",
-                weight_in.sizes());
-    features = weight_in.numel();
-    x = as_rows(x_in, features, "x");
-    weight = weight_in.to(at::kFloat).contiguous();
+  Call(const RmsNormArgs& args, double offset, bool rounds) : weight(args.weight.to(at::kFloat)) {
     if (offset != 0.0) weight = weight + offset;
-    m = x.size(0);
-    params.x = x.const_data_ptr();
-    params.dtype = dtype_of(x, "x");
-    params.features = features;
+    params.x = args.x.const_data_ptr();
+    params.dtype = args.dtype;
+    params.features = args.features;
     params.weight = weight.const_data_ptr<float>();
     params.rounds = rounds;
   }
 
-  // Checks and sets the dtype of the output, or of its gradient.
-  void result(const Tensor& y, const char* name) {
-    params.out_dtype = dtype_of(y, name);
-    TORCH_CHECK(
-        params.dtype == DType::kF32 || params.out_dtype == DType::kF32 || params.out_dtype == params.dtype,
-        name, ": expected Float or ", x.scalar_type(), " like x, got ", y.scalar_type());
-  }
-
   // Minimum rows per thread.
-  int64_t grain() const { return ceil_div(kElementwiseGrain / 2, features); }
+  int64_t grain() const { return ceil_div(kElementwiseGrain / 2, params.features); }
 
-  // Runs the forward; returns y and rstd.
   template <class Run>
-  std::tuple<Tensor, Tensor> forward(const Tensor& like, double eps, at::ScalarType dtype, const Run& run) {
-    Tensor y = at::empty(like.sizes(), like.options().dtype(dtype)),
-           rstd = at::empty(like.sizes().slice(0, like.dim() - 1), like.options().dtype(at::kFloat));
-    result(y, "dtype");
+  void forward(const RmsNormArgs& args, const RmsNormResults& results, double eps, const Run& run) {
     params.eps = static_cast<float>(eps);
-    params.out = y.mutable_data_ptr();
-    params.rstd = rstd.mutable_data_ptr<float>();
-    parallel_for(0, m, grain(), [&](int64_t begin, int64_t end) { run(params, begin, end); });
-    return {y, rstd};
+    params.out = results.y.mutable_data_ptr();
+    params.out_dtype = results.dtype;
+    params.rstd = results.rstd.mutable_data_ptr<float>();
+    parallel_for(0, args.m, grain(), [&](int64_t begin, int64_t end) { run(params, begin, end); });
   }
 };
 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset,
                                     bool rounds, at::ScalarType dtype) {
-  return Args(x, weight, offset, rounds).forward(x, eps, dtype, kernels().rms_norm);
+  const RmsNormArgs args(x, weight);
+  const RmsNormResults results(args, x, dtype);
+  Call(args, offset, rounds).forward(args, results, eps, kernels().rms_norm);
+  return {results.y, results.rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x_in, const Tensor& residual_in,
@@ -72,43 +57,41 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x_in, const Tensor
   check_shape(residual_in, x_in.sizes(), "residual");
   const at::ScalarType type = at::promote_types(x_in.scalar_type(), residual_in.scalar_type());
   Tensor sum = at::empty(x_in.sizes(), x_in.options().dtype(type));
-  Args args(sum, weight, offset, rounds);
+  const RmsNormArgs args(sum, weight);
+  const RmsNormResults results(args, sum, dtype);
   // The kernel takes a 16-bit branch with an fp32 sum, but the residual must have the sum's dtype.
   const Tensor residual = as_rows(residual_in, args.features, "residual").to(type);
   const Tensor x = as_rows(x_in, args.features, "x");
-  args.params.branch = x.const_data_ptr();
-  args.params.branch_dtype = dtype_of(x, "x");
-  args.params.residual = residual.const_data_ptr();
-  args.params.sum = sum.mutable_data_ptr();
-  const auto [y, rstd] = args.forward(sum, eps, dtype, kernels().add_rms_norm);
-  return {y, sum, rstd};
+  Call call(args, offset, rounds);
+  call.params.branch = x.const_data_ptr();
+  call.params.branch_dtype = dtype_of(x, "x");
+  call.params.residual = residual.const_data_ptr();
+  call.params.sum = sum.mutable_data_ptr();
+  call.forward(args, results, eps, kernels().add_rms_norm);
+  return {results.y, sum, results.rstd};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_in, const Tensor& x, const Tensor& weight,
-                                             const Tensor& rstd_in, const OptionalTensor& add_in,
-                                             double offset, bool rounds, bool need_dx, bool need_dweight) {
-  Args args(x, weight, offset, rounds);
-  args.result(dy_in, "dy");
-  check_shape(dy_in, x.sizes(), "dy");
-  check_dtype(rstd_in, at::kFloat, "rstd");
-  check_shape(rstd_in, x.sizes().slice(0, x.dim() - 1), "rstd");
-  const Tensor dy = dy_in.contiguous(), rstd = rstd_in.contiguous();
-  const Tensor add = add_in ? matching(*add_in, x, "add") : Tensor();
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                             const Tensor& rstd, const OptionalTensor& add, double offset,
+                                             bool rounds, bool need_dx, bool need_dweight) {
+  const RmsNormGradientArgs args(dy, x, weight, rstd, add);
+  const Call call(args, offset, rounds);
   Tensor dx = empty_unless(need_dx, x);
-  RmsNormParams params = args.params;
-  params.dy = dy.const_data_ptr();
-  params.rstd = const_cast<float*>(rstd.const_data_ptr<float>());
-  params.add = add_in ? add.const_data_ptr() : nullptr;
+  RmsNormParams params = call.params;
+  params.out_dtype = args.dy_dtype;
+  params.dy = args.dy.const_data_ptr();
+  params.rstd = const_cast<float*>(args.rstd.const_data_ptr<float>());
+  params.add = add ? args.add.const_data_ptr() : nullptr;
   params.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
   const auto backward = kernels().rms_norm_backward;
   if (!need_dweight) {
-    parallel_for(0, need_dx ? args.m : 0, args.grain(),
+    parallel_for(0, need_dx ? args.m : 0, call.grain(),
                  [&](int64_t begin, int64_t end) { backward(params, begin, end); });
     return {dx, at::empty({0}, weight.options())};
   }
   const int64_t chunks = ceil_div(args.m, kNormRows);
   Tensor sums = at::empty({chunks, args.features}, x.options().dtype(at::kFloat));
-  parallel_for(0, chunks, ceil_div(args.grain(), kNormRows), [&](int64_t begin, int64_t end) {
+  parallel_for(0, chunks, ceil_div(call.grain(), kNormRows), [&](int64_t begin, int64_t end) {
     RmsNormParams part = params;
     for (int64_t i = begin; i < end; ++i) {
       part.sums = sums.mutable_data_ptr<float>() + i * args.features;
