@@ -145,8 +145,8 @@ triton: $(VENV)/.built $(VENV)/.packages-test ## Run the Triton kernels' tests i
 # `make test-gpu` runs the PTX for compute capability 8.0 and rounds the sums of matrix instructions. Here it is the PTX for
 # 10.0, and sums are truncated as on tensor cores. nvcc writes the same PTX for 9.0 as for 8.0, and for 12.0 as for 10.0
 # (tests/gpu/ptx/test_texts.py). Tests of autograd and of refused arguments do not depend on the back end.
-PTX := $(filter-out %_refused.py %/test_gradients.py,$(ON_CARDS)) tests/gpu/test_experts_cuda.py \
-  tests/gpu/test_bottleneck_cuda.py tests/gpu/test_cross_entropy_cuda.py
+PTX := $(filter-out %_refused.py %/test_gradients.py,$(ON_CARDS)) \
+  $(patsubst %,tests/gpu/test_%_cuda.py,experts bottleneck cross_entropy rms_norm rotary)
 ptx: $(VENV)/.built-gpu $(VENV)/.packages-test ## Run the CUDA kernels' tests on what nvcc makes for other cards (needs nvcc)
 ifeq ($(NVCC),)
 	@echo "ptx: no nvcc, nothing to run"

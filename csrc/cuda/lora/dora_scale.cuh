@@ -2,25 +2,13 @@
 // peft_kernels/ops/lora/dora.py.
 #pragma once
 
-#include "../core/device.cuh"
+#include "../core/vectors.cuh"
 
 namespace peft_kernels::cuda {
 
 // Consecutive columns of a thread: 16 bytes of activations, or one element.
 template <class T, bool kVector>
 inline constexpr int kScaleWidth = kVector ? 16 / sizeof(T) : 1;
-
-// Columns [begin, begin + kWidth) of a vector of floats.
-template <int kWidth>
-DEVICE void load_columns(const float* from, int64_t begin, float (&values)[kWidth]) {
-  constexpr int kPart = kWidth < 4 ? kWidth : 4;
-#pragma unroll
-  for (int i = 0; i < kWidth; i += kPart) {
-    const auto part = load_constant(reinterpret_cast<const Vec<float, kPart>*>(from + begin + i));
-#pragma unroll
-    for (int j = 0; j < kPart; ++j) values[i + j] = part.v[j];
-  }
-}
 
 // A block has 32 * kWidth columns. Each of its warps has kRows rows.
 template <class T, bool kVector>
@@ -52,8 +40,8 @@ struct ScaleColumns {
       if (first + i < p.m) z[i] = load_constant(p.z + (first + i) * p.width + column);
     }
     float scale[kWidth], bias[kWidth];
-    load_columns(p.scale, column * kWidth, scale);
-    if (p.bias) load_columns(p.bias, column * kWidth, bias);
+    load_floats(p.scale + column * kWidth, scale);
+    if (p.bias) load_floats(p.bias + column * kWidth, bias);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if (first + i >= p.m) return;
@@ -104,8 +92,8 @@ struct ScaleColumnsBackward {
     float sums[kWidth] = {};
     if (column < p.width) {
       float scale[kWidth], bias[kWidth] = {};
-      load_columns(p.scale, column * kWidth, scale);
-      if (p.bias) load_columns(p.bias, column * kWidth, bias);
+      load_floats(p.scale + column * kWidth, scale);
+      if (p.bias) load_floats(p.bias + column * kWidth, bias);
       for (int64_t row = begin + warp * kRows; row < end; row += kRowsOfBlock) {
         add_rows(p, row, end, column, scale, bias, sums);
       }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import peft_kernels as pk
 import testing
+from peft_kernels.core.backends import BACKENDS
 
 ops = torch.ops.peft_kernels
 EPS = 1e-5
@@ -339,30 +340,37 @@ def test_add_rms_norm_refuses(residual: Tensor, message: str) -> None:
         pk.add_rms_norm(torch.ones(3, 8), residual, torch.ones(8))
 
 
-def test_compiled_op_refuses() -> None:
+@pytest.mark.parametrize("name", ["cpu", "ptx"])
+def test_compiled_op_refuses(name: str) -> None:
     """The op itself checks for memory safety, not only the typed call."""
-    require("cpu")
-    cpu: Any = torch.ops.peft_kernels_cpu
+    require(name)
+    raw: Any = getattr(torch.ops, BACKENDS[name].namespace)
     x, weight, rstd = torch.ones(3, 8), torch.ones(8), torch.ones(3)
     how, rest = (EPS, 0.0, True, torch.float32), (None, 0.0, True, True, True)
     for message, call in (
-        ("x: expected 7 features, got 8", lambda: cpu.rms_norm(x, torch.ones(7), *how)),
-        (r"weight: expected shape \(features,\)", lambda: cpu.rms_norm(x, torch.ones(8, 1), *how)),
-        ("x: expected float32, bfloat16 or float16", lambda: cpu.rms_norm(x.double(), weight, *how)),
-        ("dtype: expected float32, bfloat16 or", lambda: cpu.rms_norm(x, weight, *how[:3], torch.double)),
+        ("x: expected 7 features, got 8", lambda: raw.rms_norm(x, torch.ones(7), *how)),
+        (r"weight: expected shape \(features,\)", lambda: raw.rms_norm(x, torch.ones(8, 1), *how)),
+        ("x: expected float32, bfloat16 or float16", lambda: raw.rms_norm(x.double(), weight, *how)),
+        (
+            "dtype: expected float32, bfloat16 or",
+            lambda: raw.rms_norm(x, weight, *how[:3], torch.double),
+        ),
         (
             "dtype: expected Float or Half like x",
-            lambda: cpu.rms_norm(x.half(), weight, *how[:3], torch.bfloat16),
+            lambda: raw.rms_norm(x.half(), weight, *how[:3], torch.bfloat16),
         ),
-        (r"residual: expected shape \[3, 8\]", lambda: cpu.add_rms_norm(x, x[:2], weight, *how)),
-        ("x: expected 7 features, got 8", lambda: cpu.add_rms_norm(x, x, torch.ones(7), *how)),
-        (r"dy: expected shape \[3, 8\]", lambda: cpu.rms_norm_backward(x[:2], x, weight, rstd, *rest)),
-        ("dy: expected Float or", lambda: cpu.rms_norm_backward(x.half(), x.bfloat16(), weight, rstd, *rest)),
-        (r"rstd: expected shape \[3\]", lambda: cpu.rms_norm_backward(x, x, weight, rstd[:2], *rest)),
-        ("add: expected Float", lambda: cpu.rms_norm_backward(x, x, weight, rstd, x.half(), *rest[1:])),
+        (r"residual: expected shape \[3, 8\]", lambda: raw.add_rms_norm(x, x[:2], weight, *how)),
+        ("x: expected 7 features, got 8", lambda: raw.add_rms_norm(x, x, torch.ones(7), *how)),
+        (r"dy: expected shape \[3, 8\]", lambda: raw.rms_norm_backward(x[:2], x, weight, rstd, *rest)),
+        (
+            "dy: expected Float or",
+            lambda: raw.rms_norm_backward(x.half(), x.bfloat16(), weight, rstd, *rest),
+        ),
+        (r"rstd: expected shape \[3\]", lambda: raw.rms_norm_backward(x, x, weight, rstd[:2], *rest)),
+        ("add: expected Float", lambda: raw.rms_norm_backward(x, x, weight, rstd, x.half(), *rest[1:])),
         (
             r"add: expected shape \[3, 8\]",
-            lambda: cpu.rms_norm_backward(x, x, weight, rstd, x[:2], *rest[1:]),
+            lambda: raw.rms_norm_backward(x, x, weight, rstd, x[:2], *rest[1:]),
         ),
     ):
         with pytest.raises(RuntimeError, match=message):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import peft_kernels as pk
 import testing
+from peft_kernels.core.backends import BACKENDS
 
 SIZES = {"one": (1, 1, 1, 1, 2), "odd": (2, 5, 3, 1, 6), "lanes": (3, 7, 9, 3, 64), "wide": (1, 33, 2, 2, 80)}
 """Batch, rows, heads, heads of keys, features."""
@@ -189,10 +190,11 @@ def test_rotary_refuses(case: str) -> None:
         pk.rotary(**given | wrong)
 
 
-def test_compiled_op_refuses() -> None:
+@pytest.mark.parametrize("name", ["cpu", "ptx"])
+def test_compiled_op_refuses(name: str) -> None:
     """The op itself checks for memory safety, not only the typed call."""
-    require("cpu")
-    cpu: Any = torch.ops.peft_kernels_cpu
+    require(name)
+    raw: Any = getattr(torch.ops, BACKENDS[name].namespace)
     cos = torch.ones(1, 5, 6)
     for message, x, of_rows in (
         ("x: expected shape", [ONES[:, :4]], (cos, cos)),
@@ -203,4 +205,4 @@ def test_compiled_op_refuses() -> None:
         ("cos: expected an even number of features", [ONES], (torch.ones(1, 5, 5), cos)),
     ):
         with pytest.raises(RuntimeError, match=message):
-            cpu.rotary(x, *of_rows, False, torch.float32)
+            raw.rotary(x, *of_rows, False, torch.float32)
