@@ -78,8 +78,8 @@ class Token:
         pk.quantize_model(model)
         options = {"r": 8, "lora_dropout": 0.05, "target_modules": "all-linear"}
         self.model = peft.get_peft_model(model, peft.LoraConfig(**options)).eval()
-        # The parts that patch leaves out on a GPU: on the stub, tensors are on the CPU.
-        self.report = pk.patch(self.model, without=("qkv", "attention", "norms", "residuals", "loss"))
+        # On the stub tensors are on the CPU, where patch would install these too.
+        self.report = pk.patch(self.model, without=("attention", "loss"))
         self.cache = transformers.StaticCache(config=self.config, max_cache_len=16)
         self.inputs = {
             "input_ids": torch.tensor([[3]]),
@@ -104,9 +104,29 @@ def test_a_token_on_the_stub(card: tuple[int, int, int]) -> None:
         inside = _inside_our_ops(token)
     assert not token.report.original, str(token.report)
     assert second == first
-    # Two blocks, each with seven projections.
-    assert Counter(launch.kernel.split("<")[0].split("::")[-1] for launch in first)["LinearSmall"] == 14
+    # Two blocks, each with seven projections, two norms and rotary embeddings, and a last norm.
+    kernels = Counter(launch.kernel.split("<")[0].split("::")[-1] for launch in first)
+    assert (kernels["LinearSmall"], kernels["RmsNorm"], kernels["RotaryHalves"]) == (14, 5, 2)
     assert inside <= ALLOWED_INSIDE, inside - ALLOWED_INSIDE
+
+
+@needs_stub
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
+def test_a_training_step_on_the_stub(autocast: bool) -> None:
+    """The host does not wait for the device in norms, rotary embeddings, residual sums, MLPs and layers."""
+    model, ids = Token().model.train(), torch.tensor([[3, 17, 9, 40], [5, 1, 77, 2]])
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model(input_ids=ids, labels=ids).loss.backward()
+
+    with stub_device() as launches:
+        step()  # one-time set-up
+        launches()
+        with nothing_read():
+            step()
+        kernels = {launch.kernel.split("<")[0].split("::")[-1] for launch in launches()}
+    assert kernels >= {"RmsNorm", "RmsNormBackward", "RotaryHalves", "Gated"}, kernels
 
 
 ALLOWED_INSIDE = {
