@@ -116,6 +116,11 @@ def test_chunks_of_rows(extension: ModuleType, dtype: torch.dtype, base: str) ->
         torch.testing.assert_close(g.float(), w.float(), rtol=2e-2, atol=2e-2)
 
 
+def test_chunks_of_rows_with_a_label(extension: ModuleType) -> None:
+    with in_chunks(extension, FEW_BYTES):
+        judge("linear_cross_entropy", frozen("dense", torch.float32, labels_of(2 * UNIT + 6, 2)))
+
+
 @each_dtype
 def test_pieces_of_the_vocabulary(extension: ModuleType, dtype: torch.dtype) -> None:
     args = trained(dtype, labels_of(9, 1))
