@@ -23,7 +23,10 @@ from upstream_tests import MODE as MODE_VARIABLE
 from upstream_tests import recorder, records_file, write
 
 import peft_kernels as pk
-from peft_kernels.patch import fused
+from peft_kernels.patch import fused, small_calls
+
+# The models of these tests are small.
+small_calls.FEW_PRODUCTS = small_calls.FEW_LOGITS = 0
 
 MODE = os.environ[MODE_VARIABLE]
 PATCHED = MODE != "stock"
