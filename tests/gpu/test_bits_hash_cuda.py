@@ -11,7 +11,7 @@ import testing
 from peft_kernels.core import fingerprint
 
 
-@pytest.mark.parametrize("count", [0, 1, 31, 256, 257, 5000])
+@pytest.mark.parametrize("count", [0, 1, 31, 256, 257, 5000, 20_000])
 def test_the_hash_is_the_same(extension: ModuleType, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     words = testing.tensor(2 * count).view(torch.int64)
     got = torch.ops.peft_kernels_ptx_library.bits_hash(words)

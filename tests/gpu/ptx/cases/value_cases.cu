@@ -201,10 +201,12 @@ void floats() {
 }
 
 struct Approximate {
-  static __device__ Vec<float, 4> of(float x) { return {{expf(x), reciprocal(x), erff(x), 0.0f}}; }
+  static __device__ Vec<float, 4> of(float x) {
+    return {{expf(x), reciprocal(x), erff(x), exp2_approximate(x)}};
+  }
 };
 void approximations() {
-  std::vector<float> in;
+  std::vector<float> in = {-126.5f};
   for (int i = 1; i < 4000; ++i) in.insert(in.end(), {0.02f * i, -0.02f * i});
   const auto out = mapped<Approximate, Vec<float, 4>>(in);
   const auto units = [](float got, double want) {
@@ -217,6 +219,7 @@ void approximations() {
     expect(units(out[i].v[0], std::exp(x)) <= 3 || x < -87, "the exponential" + of);
     expect(units(out[i].v[1], 1 / x) <= 2, "the reciprocal" + of);
     expect(units(out[i].v[2], std::erf(x)) <= 3, "the error function" + of);
+    expect(x < -126 ? out[i].v[3] == 0.0f : units(out[i].v[3], std::exp2(x)) <= 2, "the power of two" + of);
   }
 }
 
