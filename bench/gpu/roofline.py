@@ -33,6 +33,11 @@ class Gpu:
     """Resident on a multiprocessor at most."""
 
     @property
+    def slug(self) -> str:
+        """The name in names of cases."""
+        return self.name.lower().replace(" sxm", "").replace(" ", "-")
+
+    @property
     def block_shared(self) -> int:
         """Bytes of shared memory that one block can have."""
         return self.shared - RESERVED_SHARED

@@ -131,10 +131,8 @@ def _sum(costs: Iterable[tuple[Cost, Cost]]) -> tuple[Cost, Cost]:
 
 
 def _angles() -> tuple[Tensor, Tensor]:
-    shape = 1, LENGTH, FEATURES
-    return torch.empty(shape, dtype=torch.bfloat16, device="meta"), torch.empty(
-        shape, dtype=torch.bfloat16, device="meta"
-    )
+    cos = torch.empty(1, LENGTH, FEATURES, dtype=torch.bfloat16, device="meta")
+    return cos, torch.empty_like(cos)
 
 
 def _norm_weight() -> Tensor:
@@ -286,7 +284,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"estimate-{self.gpu.name.lower().replace(' sxm', '').replace(' ', '-')}"
+        return f"estimate-{self.gpu.slug}"
 
     def run(self, timing: report.Timing = report.ONCE, progress: report.Progress = report.silent) -> Estimate:
         if reason := missing("transformers peft"):

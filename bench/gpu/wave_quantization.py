@@ -103,7 +103,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"waves-{self.gpu.name.lower().replace(' sxm', '').replace(' ', '-')}"
+        return f"waves-{self.gpu.slug}"
 
     def run(self, timing: report.Timing = report.ONCE, progress: report.Progress = report.silent) -> Waves:
         plans = planner()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,3 +56,28 @@ def test_a_step() -> None:
     assert stock["attention"] == ours["attention"]
     ((_, met),) = found.goals()
     assert met
+
+
+def test_the_page_on_gpus_has_these_figures() -> None:
+    """Time and bytes of each part, and the launches of operations that the script counts."""
+    page = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    section = page.partition("### A whole step")[2].partition("###")[0]
+    rows = {cells[0]: cells[1:] for line in section.splitlines() if (cells := _cells(line))}
+    models = estimate.Stock(H100), estimate.Ours(H100)
+    stock, ours = map(estimate.step, models)
+    for name in stock:
+        if name != "last norm":
+            (ms, gb, _), (our_ms, our_gb, _) = stock[name].cells(), ours[name].cells()
+            assert rows[name] == [ms, our_ms, gb, our_gb], name
+    for name, of in {
+        "norm": lambda model: model.norm(),
+        "residual sum with norm": lambda model: model.add_norm(),
+        "rotary embedding of q and k": lambda model: model.rotary(),
+        "gated activation of an MLP": lambda model: model.activation(),
+    }.items():
+        counts = [" + ".join(str(cost.launches) for cost in of(model)) for model in models]
+        assert [rows[name][0], rows[name][-1]] == counts, name
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("| ") else []
