@@ -106,7 +106,7 @@ struct RotaryHalves {
     int first_block;  // more than there are for a tensor that is not there
     int row_blocks;   // blocks of a sequence
     int rows_of_block;
-    int parts;  // of the heads; a thread has every parts-th head
+    int parts;  // threads that share the heads of a row, in turn
   };
   struct Params {
     Tensor tensors[kMostTensors];

@@ -1,8 +1,8 @@
 // The GEMMs of LoRA adapters on 16-bit activations (lora_*.cu).
 //
 // Activations are bf16 or fp16; h = mask(x) A^T and dh = scaling dY B are fp32 [m, ranks], with the columns
-// of all adapters side by side and 0 in rows that an adapter does not serve. fp32 values are never rounded to
-// a narrower type in between.
+// of all adapters side by side and 0 in rows that an adapter does not serve. fp32 values are rounded to a
+// narrower type only as results: y, dx, or the deltas that torch's GEMM adds to.
 #pragma once
 
 #include <vector>
@@ -58,7 +58,7 @@ void lora_slab(const LoraBatch& batch, int layer, bool is_dx, int64_t v_rows, co
 // For deltas that do not join a GEMM: y [m, n] += the deltas of the layer's adapters; dx [m, k] = the sum of
 // terms + mask(dh A) of all adapters, rounded once. dx may be one of the terms.
 void lora_y(const LoraBatch& batch, int layer, int64_t n, const float* h, void* y, Stream stream);
-// y [m, n] = these deltas.
+// y [m, n] = the deltas of the layer's adapters alone, rounded once.
 void lora_deltas(const LoraBatch& batch, int layer, int64_t n, const float* h, void* y, Stream stream);
 // y [m, n] = term + scaling (h B^T + bias) of the only adapter, rounded once; the bias may be null.
 void lora_y(const LoraBatch& batch, int64_t n, const float* h, const void* term, const float* bias, void* y,
