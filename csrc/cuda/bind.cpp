@@ -46,11 +46,11 @@ DType dtype_named(const std::string& name) {
 using Paths = std::pair<std::string, std::string>;
 
 Paths plan(int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype,
-           const cuda::Card& card, bool whatever_crossover = false) {
+           const cuda::Card& card, bool ignore_crossovers = false) {
   const int shift = block_shift_of(blocksize);
   const DType type = dtype_named(dtype);
-  const auto forward = whatever_crossover ? cuda::plan_fused : cuda::plan_linear;
-  const auto backward = whatever_crossover ? cuda::plan_fused_dx : cuda::plan_linear_dx;
+  const auto forward = ignore_crossovers ? cuda::plan_fused : cuda::plan_linear;
+  const auto backward = ignore_crossovers ? cuda::plan_fused_dx : cuda::plan_linear_dx;
   return {forward(type, m, n, k, shift, card).name, backward(type, m, n, k, shift, card).name};
 }
 
@@ -83,13 +83,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "plan_for",
       [](int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype, int compute_capability,
-         int sms, int64_t shared_bytes, int64_t reserved_bytes, bool whatever_crossover) {
+         int sms, int64_t shared_bytes, int64_t reserved_bytes, bool ignore_crossovers) {
         return plan(m, n, k, blocksize, dtype, {compute_capability, sms, shared_bytes, reserved_bytes},
-                    whatever_crossover);
+                    ignore_crossovers);
       },
-      "The same for any card; whatever_crossover: the kernels that there are for any number of rows.",
-      arg("m"), arg("n"), arg("k"), arg("blocksize"), arg("dtype"), arg("compute_capability"), arg("sms"),
-      arg("shared_bytes"), arg("reserved_bytes") = kReserved, arg("whatever_crossover") = false);
+      "The same for any card; ignore_crossovers: the fused kernels, for any number of rows.", arg("m"),
+      arg("n"), arg("k"), arg("blocksize"), arg("dtype"), arg("compute_capability"), arg("sms"),
+      arg("shared_bytes"), arg("reserved_bytes") = kReserved, arg("ignore_crossovers") = false);
   m.def(
       "cuts_for",
       [](int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype, int compute_capability,
@@ -100,7 +100,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return std::pair{describe(cuda::plan_fused(type, m, n, k, shift, card)),
                          describe(cuda::plan_fused_dx(type, m, n, k, shift, card))};
       },
-      "How each of these is partitioned, whatever the crossover, and the load of the busiest worker: see Cut "
+      "How each of these is partitioned, without crossovers, and the load of the busiest worker: see Cut "
       "and Load in linear.h. Empty where there is no kernel.",
       arg("m"), arg("n"), arg("k"), arg("blocksize"), arg("dtype"), arg("compute_capability"), arg("sms"),
       arg("shared_bytes"), arg("reserved_bytes") = kReserved);

@@ -90,8 +90,8 @@ def test_more_rows_than_indices_have_are_not_fused(extension: ModuleType) -> Non
         (1 << 31, 256, 64, False),
         (1 << 40, 256, 64, False),
     ):
-        for whatever in (False, True):
-            plans = extension.plan_for(m, n, k, 64, "bfloat16", *H100, whatever_crossover=whatever)
+        for ignored in (False, True):
+            plans = extension.plan_for(m, n, k, 64, "bfloat16", *H100, ignore_crossovers=ignored)
             assert [plan != "pieces" for plan in plans] == [fused, fused], (m, n, k)
 
 
@@ -101,7 +101,7 @@ def test_how_a_gemm_is_cut_does_not_depend_on_the_crossover(extension: ModuleTyp
     assert "pieces" not in names and all(cuts)
     set_rows(extension, H100, 0)
     assert extension.plan_for(*problem) == ("pieces", "pieces")
-    assert extension.plan_for(*problem, whatever_crossover=True) == names
+    assert extension.plan_for(*problem, ignore_crossovers=True) == names
     assert extension.cuts_for(*problem) == cuts
 
 
