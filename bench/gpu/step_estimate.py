@@ -24,24 +24,62 @@ from peft_kernels.ops.block.rms_norm import add_rms_norm, rms_norm
 from peft_kernels.ops.block.rotary import rotary
 
 from ..lib import report
+from ..lib.layers import RANK
 from ..lib.report import OURS, missing, three_digits
 from .roofline import BY_ARCHITECTURE, NF4_BYTES, Gpu
 
-SEQUENCES, LENGTH, RANK = 4, 2048, 16
-TOKENS = SEQUENCES * LENGTH
-HIDDEN, INTERMEDIATE, HEADS, KEY_HEADS, FEATURES, VOCABULARY, LAYERS = 4096, 14336, 32, 8, 128, 128_256, 32
-"""Llama-3.1-8B, from its config.json."""
-STATES = SEQUENCES, LENGTH, HIDDEN
-GATED = SEQUENCES, LENGTH, INTERMEDIATE
-QUERIES, KEYS = (SEQUENCES, LENGTH, HEADS, FEATURES), (SEQUENCES, LENGTH, KEY_HEADS, FEATURES)
 Shape = tuple[int, int]
-GROUPS: tuple[tuple[Shape, ...], ...] = (
-    ((HIDDEN, HIDDEN), (KEY_HEADS * FEATURES, HIDDEN), (KEY_HEADS * FEATURES, HIDDEN)),
-    ((HIDDEN, HIDDEN),),
-    ((INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN)),
-    ((HIDDEN, INTERMEDIATE),),
-)
-"""out_features and in_features of a decoder layer's weights, grouped by their input."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the batch of a step, and of its model."""
+
+    sequences: int
+    length: int
+    hidden: int
+    intermediate: int
+    heads: int
+    key_heads: int
+    features: int
+    vocabulary: int
+    layers: int
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+    @property
+    def states(self) -> tuple[int, ...]:
+        return self.sequences, self.length, self.hidden
+
+    @property
+    def gated(self) -> tuple[int, ...]:
+        return self.sequences, self.length, self.intermediate
+
+    @property
+    def queries(self) -> tuple[int, ...]:
+        return self.sequences, self.length, self.heads, self.features
+
+    @property
+    def keys(self) -> tuple[int, ...]:
+        return self.sequences, self.length, self.key_heads, self.features
+
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of each position, without data."""
+        cos = torch.empty(1, self.length, self.features, dtype=torch.bfloat16, device="meta")
+        return cos, torch.empty_like(cos)
+
+    @property
+    def groups(self) -> tuple[tuple[Shape, ...], ...]:
+        """out_features and in_features of a decoder layer's weights, grouped by their input."""
+        q, k = ((heads * self.features, self.hidden) for heads in (self.heads, self.key_heads))
+        gate = self.intermediate, self.hidden
+        return (q, k, k), (q[::-1],), (gate, gate), (gate[::-1],)
+
+
+LLAMA = Sizes(4, 2048, 4096, 14336, 32, 8, 128, 128_256, 32)
+"""4x2048 tokens of Llama-3.1-8B, from its config.json."""
 BYTES = 2
 """Of an element in bf16."""
 REACHED = 0.9
@@ -72,10 +110,15 @@ class Cost:
         return [three_digits(1e3 * self.seconds), three_digits(self.bytes / 1e9), f"{self.launches:,}"]
 
 
+def reached(gpu: Gpu) -> Gpu:
+    """The card with the bandwidth that its kernels reach, for the estimates below."""
+    return replace(gpu, bandwidth=REACHED * gpu.bandwidth)
+
+
 def kernel(gpu: Gpu, elements: float, flops: float = 0.0) -> Cost:
     """A kernel that reads and writes so many elements of bf16."""
     nbytes = BYTES * elements
-    return Cost(max(nbytes / (REACHED * gpu.bandwidth), flops / gpu.flops), nbytes, 1)
+    return Cost(max(nbytes / gpu.bandwidth, flops / gpu.flops), nbytes, 1)
 
 
 class Counted(TorchDispatchMode):
@@ -130,15 +173,6 @@ def _sum(costs: Iterable[tuple[Cost, Cost]]) -> tuple[Cost, Cost]:
     return forward, backward
 
 
-def _angles() -> tuple[Tensor, Tensor]:
-    cos = torch.empty(1, LENGTH, FEATURES, dtype=torch.bfloat16, device="meta")
-    return cos, torch.empty_like(cos)
-
-
-def _norm_weight() -> Tensor:
-    return torch.empty(HIDDEN, dtype=torch.bfloat16, device="meta")
-
-
 def _peft_layer(n: int, k: int) -> nn.Module:
     from peft import LoraConfig
     from peft.tuners.lora import Linear
@@ -155,57 +189,59 @@ def _dequantize(gpu: Gpu, n: int, k: int) -> Cost:
 class Stock:
     """transformers' modules, PEFT's LoRA, bitsandbytes' NF4 weights, torch's loss of all logits."""
 
-    def __init__(self, gpu: Gpu) -> None:
-        self.gpu = gpu
+    def __init__(self, gpu: Gpu, sizes: Sizes = LLAMA) -> None:
+        self.gpu, self.sizes = gpu, sizes
 
     def norm(self) -> tuple[Cost, Cost]:
         from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-        norm = LlamaRMSNorm(HIDDEN).to("meta", torch.bfloat16).requires_grad_(False)
-        return counted(self.gpu, norm, STATES)
+        norm = LlamaRMSNorm(self.sizes.hidden).to("meta", torch.bfloat16).requires_grad_(False)
+        return counted(self.gpu, norm, self.sizes.states)
 
     def add(self) -> tuple[Cost, Cost]:
-        return counted(self.gpu, torch.add, STATES, STATES)
+        return counted(self.gpu, torch.add, self.sizes.states, self.sizes.states)
 
     def add_norm(self) -> tuple[Cost, Cost]:
         """A residual sum and its norm; backward adds the gradients of both uses of the sum."""
         forward, backward = _sum([self.add(), self.norm()])
-        return forward, backward + kernel(self.gpu, 3 * prod(STATES))
+        return forward, backward + kernel(self.gpu, 3 * prod(self.sizes.states))
 
     def rotary(self) -> tuple[Cost, Cost]:
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
         def call(q: Tensor, k: Tensor) -> Any:
-            return apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *_angles())
+            return apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *self.sizes.angles())
 
-        return counted(self.gpu, call, QUERIES, KEYS)
+        return counted(self.gpu, call, self.sizes.queries, self.sizes.keys)
 
     def activation(self) -> tuple[Cost, Cost]:
-        return counted(self.gpu, lambda gate, up: F.silu(gate) * up, GATED, GATED)
+        return counted(self.gpu, lambda gate, up: F.silu(gate) * up, self.sizes.gated, self.sizes.gated)
 
     def linear(self, group: Sequence[Shape]) -> tuple[Cost, Cost]:
         """Layers with LoRA that share their input. Weights are dequantised in both directions: bitsandbytes
         dequantises the scales, adds their offset and dequantises the codes."""
-        costs = []
+        costs, tokens = [], self.sizes.tokens
         for n, k in group:
-            forward, backward = counted(self.gpu, _peft_layer(n, k), (TOKENS, k))
+            forward, backward = counted(self.gpu, _peft_layer(n, k), (tokens, k))
             weight = replace(_dequantize(self.gpu, n, k), launches=3)
             costs.append((forward + weight, backward + weight))
         forward, backward = _sum(costs)
-        more = kernel(self.gpu, 3 * TOKENS * group[0][1]) * (len(group) - 1)  # autograd's sums
+        more = kernel(self.gpu, 3 * tokens * group[0][1]) * (len(group) - 1)  # autograd's sums
         return forward, backward + more
 
     def loss(self) -> tuple[Cost, Cost]:
         from transformers.loss.loss_utils import ForCausalLMLoss
 
-        labels = torch.empty(STATES[:2], dtype=torch.int64, device="meta")
-        weight = torch.empty(VOCABULARY, HIDDEN, dtype=torch.bfloat16, device="meta")
-        return counted(self.gpu, lambda x: ForCausalLMLoss(F.linear(x, weight), labels, VOCABULARY), STATES)
+        vocabulary, states = self.sizes.vocabulary, self.sizes.states
+        labels = torch.empty(states[:2], dtype=torch.int64, device="meta")
+        weight = torch.empty(vocabulary, states[-1], dtype=torch.bfloat16, device="meta")
+        return counted(self.gpu, lambda x: ForCausalLMLoss(F.linear(x, weight), labels, vocabulary), states)
 
     def attention(self) -> tuple[Cost, Cost]:
         """One fused kernel forward, three backward, in both columns."""
-        flops = 4 * prod(QUERIES) * LENGTH / 2 / ATTENTION_REACHED
-        elements = 2 * prod(QUERIES) + 2 * prod(KEYS)
+        queries, keys = prod(self.sizes.queries), prod(self.sizes.keys)
+        flops = 4 * queries * self.sizes.length / 2 / ATTENTION_REACHED
+        elements = 2 * queries + 2 * keys
         backward = kernel(self.gpu, 2 * elements, 2.5 * flops)
         return kernel(self.gpu, elements, flops), replace(backward, launches=3)
 
@@ -214,66 +250,85 @@ class Ours(Stock):
     """A model after `pk.patch` on back end cuda. Ops that are one kernel are counted, others listed."""
 
     def norm(self) -> tuple[Cost, Cost]:
-        return counted(self.gpu, lambda x: rms_norm(x, _norm_weight()), STATES)
+        weight = self.norm_weight()
+        return counted(self.gpu, lambda x: rms_norm(x, weight), self.sizes.states)
+
+    def trained_norm(self) -> tuple[Cost, Cost]:
+        return counted(self.gpu, rms_norm, self.sizes.states, self.norm_weight().shape)
 
     def add_norm(self) -> tuple[Cost, Cost]:
-        return counted(self.gpu, lambda x, y: add_rms_norm(x, y, _norm_weight()), STATES, STATES)
+        weight, states = self.norm_weight(), self.sizes.states
+        return counted(self.gpu, lambda x, y: add_rms_norm(x, y, weight), states, states)
+
+    def norm_weight(self) -> Tensor:
+        return torch.empty(self.sizes.hidden, dtype=torch.bfloat16, device="meta")
 
     def rotary(self) -> tuple[Cost, Cost]:
-        return counted(self.gpu, lambda q, k: rotary(q, k, *_angles()), QUERIES, KEYS)
+        angles = self.sizes.angles()
+        return counted(self.gpu, lambda q, k: rotary(q, k, *angles), self.sizes.queries, self.sizes.keys)
 
     def activation(self) -> tuple[Cost, Cost]:
         def call(gate: Tensor, up: Tensor) -> Any:
             return dispatch.call("gated_activation", gate, up, "silu")
 
-        return counted(self.gpu, call, GATED, GATED)
+        return counted(self.gpu, call, self.sizes.gated, self.sizes.gated)
 
     def linear(self, group: Sequence[Shape]) -> tuple[Cost, Cost]:
         """One kernel for all ranks h = x A^T. A layer's deltas are written first, and its GEMM adds to them.
         Backward: ranks, deltas and the gradients of A in a kernel each for the group, of B in one."""
-        k, ranks = group[0][1], RANK * len(group)
-        forward = kernel(self.gpu, TOKENS * (k + 2 * ranks) + k * ranks)
+        tokens, k, ranks = self.sizes.tokens, group[0][1], RANK * len(group)
+        forward = kernel(self.gpu, tokens * (k + 2 * ranks) + k * ranks)
         outputs = sum(n for n, _ in group)
-        backward = kernel(self.gpu, TOKENS * (outputs + 2 * ranks) + outputs * RANK)  # dh
-        backward += kernel(self.gpu, TOKENS * (k + 2 * ranks) + k * ranks)  # deltas of dx
-        backward += kernel(self.gpu, TOKENS * (k + 2 * ranks) + k * ranks)  # dA
-        backward += kernel(self.gpu, TOKENS * (outputs + 2 * ranks) + outputs * RANK)  # dB
+        backward = kernel(self.gpu, tokens * (outputs + 2 * ranks) + outputs * RANK)  # dh
+        backward += kernel(self.gpu, tokens * (k + 2 * ranks) + k * ranks)  # deltas of dx
+        backward += kernel(self.gpu, tokens * (k + 2 * ranks) + k * ranks)  # dA
+        backward += kernel(self.gpu, tokens * (outputs + 2 * ranks) + outputs * RANK)  # dB
         for n, _ in group:
-            weight, flops = _dequantize(self.gpu, n, k), 2 * TOKENS * n * k
-            forward += weight + kernel(self.gpu, TOKENS * (n + 2 * RANK) + n * RANK)
-            forward += kernel(self.gpu, n * k + TOKENS * (k + 2 * n), flops)
-            backward += weight + kernel(self.gpu, n * k + TOKENS * (n + 2 * k), flops)
+            weight, flops = _dequantize(self.gpu, n, k), 2 * tokens * n * k
+            forward += weight + kernel(self.gpu, tokens * (n + 2 * RANK) + n * RANK)
+            forward += kernel(self.gpu, n * k + tokens * (k + 2 * n), flops)
+            backward += weight + kernel(self.gpu, n * k + tokens * (n + 2 * k), flops)
         return forward, backward
 
-    def loss(self) -> tuple[Cost, Cost]:
-        """Logits of a chunk of rows, a kernel that turns them into gradients, and the gradients of x."""
-        chunks = -(-TOKENS // LOSS_ROWS)
-        logits, head = LOSS_ROWS * VOCABULARY, VOCABULARY * HIDDEN
-        flops = 2 * logits * HIDDEN
-        gemm = kernel(self.gpu, head + logits + LOSS_ROWS * HIDDEN, flops)
+    def loss(self, packed: bool = False) -> tuple[Cost, Cost]:
+        """Logits of a chunk of rows, a kernel that turns them into gradients, and the gradients of x. A
+        packed head is dequantised for each GEMM."""
+        tokens, hidden, vocabulary = self.sizes.tokens, self.sizes.hidden, self.sizes.vocabulary
+        rows = min(LOSS_ROWS, tokens)
+        logits, flops = rows * vocabulary, 2 * rows * vocabulary * hidden
+        gemm = kernel(self.gpu, vocabulary * hidden + logits + rows * hidden, flops)
+        if packed:
+            gemm += _dequantize(self.gpu, vocabulary, hidden)
         chunk = gemm + kernel(self.gpu, LOSS_PASSES * logits) + gemm
-        return chunk * chunks, kernel(self.gpu, 2 * TOKENS * HIDDEN)
+        return chunk * -(-tokens // rows), kernel(self.gpu, 2 * tokens * hidden)
 
 
-Part = tuple[str, Callable[[Stock], tuple[Cost, Cost]], int, bool]
-PARTS: tuple[Part, ...] = (
-    ("linear layers with LoRA", lambda m: _sum(map(m.linear, GROUPS)), LAYERS, True),
-    ("norms and residual sums", lambda m: _sum([m.norm(), m.add_norm(), m.add()]), LAYERS, True),
-    ("rotary embedding", lambda m: m.rotary(), LAYERS, True),
-    ("gated activation", lambda m: m.activation(), LAYERS, True),
-    ("attention", lambda m: m.attention(), LAYERS, True),
-    ("last norm", lambda m: m.norm(), 1, False),
-    ("head and loss", lambda m: m.loss(), 1, False),
+Part = tuple[str, Callable[[Any], tuple[Cost, Cost]]]
+OF_A_LAYER: tuple[Part, ...] = (
+    ("linear layers with LoRA", lambda m: _sum(map(m.linear, m.sizes.groups))),
+    ("norms and residual sums", lambda m: _sum([m.norm(), m.add_norm(), m.add()])),
+    ("rotary embedding", lambda m: m.rotary()),
+    ("gated activation", lambda m: m.activation()),
+    ("attention", lambda m: m.attention()),
 )
-"""Name, forward and backward, number in a model, and whether checkpointing repeats the forward."""
+OTHERS: tuple[Part, ...] = (("last norm", lambda m: m.norm()), ("head and loss", lambda m: m.loss()))
+"""Name, forward and backward."""
+
+
+def layer(model: Stock) -> tuple[Cost, Cost]:
+    """Forward and backward of a decoder layer."""
+    return _sum(of(model) for _, of in OF_A_LAYER)
 
 
 def step(model: Stock) -> dict[str, Cost]:
-    """The cost of each part of a step."""
+    """The cost of each part of a step, in which checkpointing repeats the forward of a layer."""
     found = {}
-    for name, of, count, is_repeated in PARTS:
+    for name, of in OF_A_LAYER:
         forward, backward = of(model)
-        found[name] = (forward * (1 + is_repeated) + backward) * count
+        found[name] = (forward * 2 + backward) * model.sizes.layers
+    for name, of in OTHERS:
+        forward, backward = of(model)
+        found[name] = forward + backward
     return found
 
 
@@ -289,7 +344,8 @@ class Case:
     def run(self, timing: report.Timing = report.ONCE, progress: report.Progress = report.silent) -> Estimate:
         if reason := missing("transformers peft"):
             return Estimate(self, absent={self.name: reason})
-        return Estimate(self, steps={STOCK: step(Stock(self.gpu)), OURS: step(Ours(self.gpu))})
+        gpu = reached(self.gpu)
+        return Estimate(self, steps={STOCK: step(Stock(gpu)), OURS: step(Ours(gpu))})
 
 
 @dataclass

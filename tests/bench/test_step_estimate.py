@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from bench.gpu import step_estimate as estimate
 from bench.gpu.roofline import BY_ARCHITECTURE
 
-H100 = BY_ARCHITECTURE[90]
+H100 = estimate.reached(BY_ARCHITECTURE[90])
 ROWS = 64
 
 
@@ -36,21 +36,21 @@ def test_a_gemm_is_bound_by_flops() -> None:
 
 def test_our_norms_and_rotary_embedding_move_each_element_once() -> None:
     ours = estimate.Ours(H100)
-    elements = estimate.prod(estimate.STATES)
+    elements = estimate.prod(estimate.LLAMA.states)
     for (forward, _), least in ((ours.norm(), 4), (ours.add_norm(), 8)):
         assert forward.launches == 1
         assert least <= forward.bytes / elements < 1.01 * least
     forward, backward = ours.rotary()
-    elements = estimate.prod(estimate.QUERIES) + estimate.prod(estimate.KEYS)
+    elements = estimate.prod(estimate.LLAMA.queries) + estimate.prod(estimate.LLAMA.keys)
     assert forward.launches == backward.launches == 1
     assert 4 <= forward.bytes / elements < 4.1 and 4 <= backward.bytes / elements < 4.1
 
 
 def test_a_step() -> None:
-    found = estimate.Case(H100).run()
+    found = estimate.Case(BY_ARCHITECTURE[90]).run()
     assert not found.absent, found.absent
     stock, ours = found.steps[estimate.STOCK], found.steps[estimate.OURS]
-    assert list(stock) == list(ours) == [name for name, *_ in estimate.PARTS]
+    assert list(stock) == list(ours) == [name for name, _ in (*estimate.OF_A_LAYER, *estimate.OTHERS)]
     for name in stock:
         assert 0 < ours[name].seconds <= stock[name].seconds, name
     assert stock["attention"] == ours["attention"]
