@@ -2,7 +2,7 @@
 # Runs all checks and measurements on a machine with a GPU, unattended and without a network:
 #
 #   bench/gpu_check.sh --part tests OUT    # in nine minutes: primitives, tests, sanitizers
-#   bench/gpu_check.sh --part speed OUT    # in nine minutes: times against cuBLAS and bitsandbytes
+#   bench/gpu_check.sh --part speed OUT    # in nine minutes: times against cuBLAS, torch and bitsandbytes
 #   bench/gpu_check.sh OUT                 # both, one after the other
 #
 # Parts that cannot run are skipped with a reason. OUT, a folder for one run, gets summary.txt and results.tar.gz
@@ -289,10 +289,10 @@ if wants speed; then
   fi
   QUICK=$([ "$REHEARSE" = 1 ] && echo "--min-time 0 --repeats 1 --only 72x64")
   part speed 270 "$PYTHON" bench/gpu/run.py --backend "$BACKEND" --seconds "{seconds}" \
-    --output "$RESULTS/speed" $QUICK
+    --output "$RESULTS/speed" $QUICK${QUICK:+|^step-}
   cat "$RESULTS/speed/table.txt" 2> /dev/null
   part speed-eager 50 "$PYTHON" bench/gpu/run.py --backend "$BACKEND" --eager --seconds "{seconds}" \
-    --only '^(adamw|(forward|qlora)-.*-m(1|2048)-)' --output "$RESULTS/speed-eager" $QUICK
+    --only '^(adamw|step-layer|(forward|qlora)-.*-m(1|2048)-)' --output "$RESULTS/speed-eager" $QUICK
 fi
 
 # ---- Sanitizers ------------------------------------------------------------------------------------------

@@ -21,7 +21,10 @@ from ..lib.harness import Case, Contenders, Entry, contenders, copies
 from ..lib.layers import BNB, LayerCache, Weights
 from ..lib.report import OURS
 from ..ops import optimizers
+from .device_weights import DTYPE, DeviceWeights
 from .roofline import Gpu
+from .step_cases import PartCase, Parts
+from .step_estimate import Ours
 
 SHAPES: Sequence[Shape] = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
 ROWS = ((1, 16, 128, 2048), (4, 8, 32, 64, 512, 8192))
@@ -39,23 +42,12 @@ TINY_STEPS: Sequence[tuple[str, optimizers.Shapes]] = (
 TINY_ROWS = ((1, 5, 16, 33, 130),)
 CHECKED_ROWS = 256
 """Rows of a GEMM that are checked: fp64 is slow on most cards."""
-DTYPE = "bf16"
 CUBLAS, UNFUSED = "cuBLAS bf16", "dequantise + cuBLAS"
 CUBLAS_FROZEN = "cuBLAS bf16 (no LoRA)"
 BESIDE = ("triton", "reference")
 """Back ends that also compete in GEMMs, unless they are ours."""
 
 Call = Callable[[Tensor], Tensor]
-
-
-class DeviceWeights(Weights):
-    def __init__(self, shape: Shape, device: str) -> None:
-        super().__init__(*shape, cases.DTYPES[DTYPE])
-        self.device = device
-
-    def normal(self, *shape: int, seed: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        generator = torch.Generator(self.device).manual_seed(seed)
-        return (torch.randn(*shape, generator=generator, device=self.device) * scale).to(dtype or self.dtype)
 
 
 class Suite:
@@ -79,14 +71,25 @@ class Suite:
             if turn == 0:
                 steps = TINY_STEPS if self.tiny else STEPS
                 found += [optimizers.case(group, shapes, build=self.step) for group, shapes in steps]
+                found += Parts(self.device, self.tiny, self.cache, self.release).cases()
         return found
 
     def step(self, shapes: optimizers.Shapes) -> Contenders:
         """Contenders of an optimizer step, in as many copies as the rotation needs."""
-        self._weights = self._layers = None  # frees memory for parameters
+        self.release()
         size = sum(a * b for a, b in shapes)
         count = 2 if self.tiny else copies(size * optimizers.STEP_BYTES, 3, self.cache)
         return contenders(optimizers.entries(shapes, self.device, count))
+
+    def release(self) -> None:
+        """Frees what is kept for later cases."""
+        self._weights = None
+        self._free_layers()
+
+    def _free_layers(self) -> None:
+        self._layers = None
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
 
     def case(self, group: str, shape: Shape, m: int | None, entries: Callable[..., Sequence[Entry]]) -> Case:
         def build() -> Contenders:
@@ -107,9 +110,7 @@ class Suite:
     def layers(self, group: str, shape: Shape) -> LayerCache:
         """The layers of the last group and shape; others are freed, as GPU memory is scarce."""
         if self._layers is None or self._layers[:2] != (group, shape):
-            self._layers = None
-            if self.device == "cuda":
-                torch.cuda.empty_cache()
+            self._free_layers()
             self._layers = group, shape, LayerCache()
         return self._layers[2]
 
@@ -221,7 +222,9 @@ def checked_rows(m: int) -> Tensor:
 
 
 def roofline(case: Case, gpu: Gpu) -> float | None:
-    """Seconds that the device needs at least, or None if the case is not one GEMM or step."""
+    """Seconds that the device needs at least, or None if the case is a linear layer with LoRA."""
+    if isinstance(case, PartCase):
+        return case.limit(Ours(gpu, case.sizes)).seconds
     if case.group == DEQUANTIZE:
         return gpu.dequantize(case.out_features, case.in_features)
     if case.group in optimizers.TITLES:

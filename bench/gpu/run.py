@@ -2,14 +2,15 @@
 
     python bench/gpu/run.py --output gpu-output
     python bench/gpu/run.py --only '^forward-4096x4096'
+    python bench/gpu/run.py --only '^step-'      # the parts of a training step
     python bench/gpu/run.py --eager --only m1-   # with the cost of Python and launches
     python bench/gpu/run.py --check              # small shapes, checked and not timed: for sanitizers
     python bench/gpu/run.py --backend cpu        # small shapes on the CPU, to test the suite (or ptx)
 
-Every case is checked against the fp64 reference first; a wrong result is not timed. Weights rotate through
-copies larger than the cache. The roofline is the time that the measured bandwidth and matrix peak of this
-card allow. Writes results.jsonl and table.txt. Exits with 1 if a result was wrong or a case failed, with 2 if
-the back end cannot be used here.
+Every case is checked against the reference in fp64 first, a decoder layer and a loss in fp32; a wrong result
+is not timed. Weights rotate through copies larger than the cache. The roofline is the time that the measured
+bandwidth and matrix peak of this card allow. Writes results.jsonl and table.txt. Exits with 1 if a result was
+wrong or a case failed, with 2 if the back end cannot be used here.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def on_cpu() -> Iterator[None]:
 
 def test_cases_are_those_of_the_design() -> None:
     names = [case.name for case in Suite("cuda", False, 1 << 20).cases()]
-    assert len(names) == len(set(names)) == 4 * (3 * 10 + 1) + 3
+    assert len(names) == len(set(names)) == 4 * (3 * 10 + 1) + 3 + 10
     for name in (
         "forward-4096x4096-m1-bf16", "dx-14336x4096-m8192-bf16", "dequantize-1024x4096-bf16",
         "adamw-one-tensor-7168x700-fp32", "adamw-448-tensors-7168x700-fp32", "adamw-100m-100000x1000-fp32",
@@ -56,7 +56,8 @@ def test_cases_are_those_of_the_design() -> None:
     telling = [
         names.index(f"{group}-1024x4096-m{m}-bf16") for group in ("forward", "qlora") for m in (1, 2048)
     ]
-    assert max(telling) < min(i for i, name in enumerate(names) if "-m4-" in name or "-m8192-" in name)
+    later = min(i for i, name in enumerate(names) if "-m4-" in name or "-m8192-" in name)
+    assert max(telling) < names.index("step-layer-14336x4096-4x2048-bf16") < later
     assert names[:4] == [f"forward-4096x4096-m{m}-bf16" for m in (1, 16, 128, 2048)]
 
 
