@@ -174,7 +174,7 @@ def multi_bottleneck_backward_args(
     beside: bool = False, dtype: torch.dtype = torch.float32, need_dx: bool = True
 ) -> tuple[Any, ...]:
     def detached(value: Any) -> Any:
-        if isinstance(value, list):
+        if isinstance(value, (list, tuple)):
             return [detached(one) for one in value]
         return value.detach() if isinstance(value, Tensor) else value
 

@@ -18,6 +18,7 @@ from peft_kernels.core.backends import BACKENDS
 ops = torch.ops.peft_kernels
 
 
+@pytest.mark.filterwarnings("error:.*an autograd kernel was not registered")
 @pytest.mark.parametrize("op,sample", CASES, ids=[f"{op}-{sample}" for op, sample in CASES])
 @pytest.mark.parametrize("namespace", NAMESPACES)
 def test_opcheck(namespace: str, op: str, sample: str) -> None:
