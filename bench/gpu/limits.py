@@ -86,7 +86,7 @@ RULES: Sequence[Rule] = (
     Rule(r"ExpertsDx<\w+, 6>", 4.3, tokens=48, architectures=WIDE),
     Rule(r"SumRows<1>", 11.0, tokens=8, tf32_products=3),
     Rule(r"SumRows<2>", 15.5, tokens=16, tf32_products=3),
-    Rule(r"(Lora(Shrink|Expand|OverRows)|Experts(Shrink|OverRows)|Bottleneck(Rows|Expand))<.*>"),
+    Rule(r"(Lora(Shrink|Expand|OverRows)|Experts(Shrink|OverRows)|Bottleneck(Rows|Groups|Expand))<.*>"),
     Rule(r"Gated<float, .*, false>", 36.0, written=4, read=8),
     Rule(r"Gated<(bf16|fp16), .*, false>", 36.0, written=2, read=4),
     Rule(r"Gated<float, .*, true>", 54.0, written=8, read=12),

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../../common/autocast.h"
+#include "../../common/multi_bottleneck_args.h"
 #include "../core/namespace.h"
 #include "bottleneck_rows.h"
 
@@ -18,11 +19,7 @@ namespace {
 
 // The rows of each group; rows that belong to none come last.
 std::vector<std::vector<int64_t>> rows_by_group(const Tensor& row_group, int64_t rows, int64_t groups) {
-  TORCH_CHECK(row_group.scalar_type() == at::kLong || row_group.scalar_type() == at::kInt,
-              "row_group: expected Long or Int, got ", row_group.scalar_type());
-  check_device(row_group, "row_group");
-  check_shape(row_group, {rows}, "row_group");
-  const Tensor group = row_group.to(at::kLong).contiguous();
+  const Tensor group = checked_row_group(row_group, rows);
   const int64_t* row_groups = group.const_data_ptr<int64_t>();
   std::vector<std::vector<int64_t>> found(groups + 1);
   for (int64_t row = 0; row < rows; ++row) {
@@ -76,11 +73,8 @@ std::tuple<Tensor, Tensor> multi_bottleneck(const Tensor& x_in, const OptionalTe
                                             const OptionalTensors& seed) {
   const WithoutAutocast without_autocast;
   const size_t count = down.size();
-  for (const size_t size :
-       {norm_weight.size(), norm_bias.size(), norm_eps.size(), down_bias.size(), up.size(), up_bias.size(),
-        activation.size(), scaling.size(), dropout_p.size(), seed.size()}) {
-    TORCH_CHECK(size == count, "down: expected ", count, " of each like it, got ", size);
-  }
+  check_counts(count, {norm_weight.size(), norm_bias.size(), norm_eps.size(), down_bias.size(), up.size(),
+                       up_bias.size(), activation.size(), scaling.size(), dropout_p.size(), seed.size()});
   TORCH_CHECK(x_in.dim() >= 1, "x: expected at least 1 dimension, got 0");
   const Tensor x = as_rows(x_in, x_in.size(-1), "x");
   Tensor y = at::empty((residual_in ? *residual_in : x_in).sizes(), x_in.options());

@@ -17,25 +17,29 @@ struct BottleneckView {
   DType down_dtype, up_dtype;  // fp32, or the activations' own
   Activation activation;
   float scaling;
-  DropoutMask mask;  // of [m, rank]
+  DropoutMask mask;        // of [the adapter's rows, rank]
+  const float* down_bias;  // [rank] or null, as is up_bias [n]; backward does not need them
+  const float* up_bias;
 };
 
-// Whether one kernel does both GEMMs. Its blocks have 32 rows and keep the intermediate values in shared
-// memory, so it needs at most 256 ranks and at least one block per multiprocessor. Otherwise both GEMMs use
-// the LoRA kernels, which split long sums, with bottleneck_between() in between.
+// Whether the kernel that does both GEMMs takes as many ranks.
+bool takes_ranks(int64_t rank);
+
+// Whether it does both GEMMs of one adapter. Its blocks have 32 rows and keep the intermediate values in
+// shared memory, so it needs at most 256 ranks and at least one block per multiprocessor. Otherwise both
+// GEMMs use the LoRA kernels, which split long sums, with bottleneck_between() in between.
 bool is_fused(const BottleneckView& view, const Card& card);
 
 // z [m, rank] = x down^T + down_bias; y [m, n] = residual + scaling (drop(activation(z)) up^T + up_bias).
-// Biases may be null. Fused.
-void bottleneck(const BottleneckView& view, const void* x, const void* residual, const float* down_bias,
-                const float* up_bias, float* z, void* y, Stream stream);
+// Fused.
+void bottleneck(const BottleneckView& view, const void* x, const void* residual, float* z, void* y,
+                Stream stream);
 // value = drop(activation(z)); dz = drop(scaling dy up) activation'(z); dx [m, k] = term + dz down. The term
 // may be null, and so may any result. Fused.
 void bottleneck_backward(const BottleneckView& view, const void* dy, const float* z, const void* term,
                          float* value, float* dz, void* dx, Stream stream);
 // z, which holds x down^T, += down_bias; also computes value.
-void bottleneck_between(const BottleneckView& view, const float* down_bias, float* z, float* value,
-                        Stream stream);
+void bottleneck_between(const BottleneckView& view, float* z, float* value, Stream stream);
 // dz, which holds scaling dy up, and value; either may be null.
 void bottleneck_between_backward(const BottleneckView& view, const float* z, float* value, float* dz,
                                  Stream stream);

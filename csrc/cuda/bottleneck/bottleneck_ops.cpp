@@ -4,36 +4,12 @@
 
 #include <tuple>
 
-#include "../../common/bottleneck_args.h"
 #include "../core/composed.h"
 #include "../core/runtime.h"
-#include "bottleneck.h"
+#include "bottleneck_view.h"
 
 namespace peft_kernels::cuda {
 namespace {
-
-// Falls back to the composite op: fp32, for which LoRA also uses torch's matmuls, and adapters with a layer
-// norm.
-bool is_composed(const BottleneckArgs& args) {
-  return args.x.scalar_type() == at::kFloat || args.norm_weight.has_value();
-}
-
-BottleneckView view_of(const BottleneckArgs& args, const OptionalTensor& seed) {
-  const Dropout& dropout = args.dropout;
-  return {dtype_of(args.x, "x"),
-          args.m,
-          args.k,
-          args.n,
-          static_cast<int>(args.r),
-          args.down.const_data_ptr(),
-          args.up.const_data_ptr(),
-          dtype_of(args.down, "down"),
-          dtype_of(args.up, "up"),
-          args.activation,
-          args.scaling,
-          {dropout.threshold ? seed->const_data_ptr<int64_t>() : nullptr, dropout.stream, dropout.threshold,
-           dropout.scale}};
-}
 
 // The LoRA adapter whose GEMMs are those of down and up.
 LoraBatch as_lora(const BottleneckView& view) {
@@ -45,9 +21,6 @@ LoraBatch as_lora(const BottleneckView& view) {
           {{view.down, view.up, view.down_dtype, view.up_dtype, view.rank, 0, 0, view.scaling, 0,
             DropoutMask{nullptr, 0, 0, 1.0f}}}};
 }
-
-const float* read(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
-float* written(const Tensor& t) { return t.defined() ? t.mutable_data_ptr<float>() : nullptr; }
 
 std::tuple<Tensor, Tensor> bottleneck_op(const Tensor& x, const OptionalTensor& residual_in,
                                          const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
@@ -66,18 +39,18 @@ std::tuple<Tensor, Tensor> bottleneck_op(const Tensor& x, const OptionalTensor& 
     return composed(bottleneck_op, "bottleneck", x, residual_in, norm_weight, norm_bias, norm_eps, down,
                     down_bias_in, up, up_bias_in, activation, scaling, dropout_p, seed);
   }
-  const BottleneckView view = view_of(args, seed);
+  const BottleneckView view = view_of(args, seed, down_bias, up_bias);
   const Tensor z = at::empty(sizes_with_last(x, args.r), args.floats());
   CallContext context;
   if (is_fused(view, context.card)) {
-    bottleneck(view, args.x.const_data_ptr(), residual.const_data_ptr(), read(down_bias), read(up_bias),
-               written(z), y.mutable_data_ptr(), context.stream);
+    bottleneck(view, args.x.const_data_ptr(), residual.const_data_ptr(), written(z), y.mutable_data_ptr(),
+               context.stream);
   } else {
     const LoraBatch lora = as_lora(view);
     const Tensor value = at::empty({args.m, args.r}, args.floats());
     lora_h(lora, args.x.const_data_ptr(), written(z), context);
-    bottleneck_between(view, read(down_bias), written(z), written(value), context.stream);
-    lora_y(lora, args.n, read(value), residual.const_data_ptr(), read(up_bias), y.mutable_data_ptr(),
+    bottleneck_between(view, written(z), written(value), context.stream);
+    lora_y(lora, args.n, read(value), residual.const_data_ptr(), view.up_bias, y.mutable_data_ptr(),
            context.stream);
   }
   return {y, z};

@@ -42,7 +42,8 @@ void lora_h(const LoraBatch& batch, const void* x, float* h, Context& context);
 // dy: one per layer.
 void lora_dh(const LoraBatch& batch, const std::vector<Activations>& dy, float* dh, Context& context);
 
-// The gradients of A and B, one per adapter, in the types of A and B; null: not needed.
+// The gradients of A and B, one per adapter, in the types of A and B; null: not needed. Of dh and h an
+// adapter reads the rows that it serves alone, so adapters of different groups may share columns.
 void lora_da(const LoraBatch& batch, const void* x, const float* dh, const std::vector<void*>& da,
              Context& context);
 void lora_db(const LoraBatch& batch, const std::vector<Activations>& dy, const float* h,

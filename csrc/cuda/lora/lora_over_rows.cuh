@@ -21,6 +21,9 @@ struct GradientTile : RankTile {
 // rows t, t + 4, t + 8 and t + 12. Each word of such a run gives two rows of an operand, as features can be
 // permuted. The warps of a block have different rows of the same 64 features.
 //
+// Neither activations nor factors of a row reach the sums of adapters that do not serve it, so these may
+// share columns of the factors.
+//
 // kExperts: a sum for each expert over its rows, by separate blocks and without splits.
 template <class T, bool kVector, bool kExperts>
 struct LoraOverRowsOf {
@@ -114,7 +117,12 @@ struct LoraOverRowsOf {
             }
           }
         }
-        add_rows(p, tile, row, rows_end, g, t, values, sums[q]);
+        bool served[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          served[i] = row + t + 4 * i < rows_end && (!row_group(p) || group[i] == tile.group);
+        }
+        add_rows(p, tile, row + t, served, g, values, sums[q]);
       }
     }
 
@@ -153,15 +161,14 @@ struct LoraOverRowsOf {
     }
   }
 
-  // sums += 16 rows of factors, times those of the activations, transposed.
-  static DEVICE void add_rows(const Params& p, const GradientTile& tile, int64_t row, int64_t rows_end, int g,
-                              int t, const float (&values)[4][kRun], float (&sums)[kRun / 2][4]) {
-    Tf32Pair factor[4];  // of rows t, t + 4, t + 8, t + 12
+  // sums += 16 rows of factors, those that are `served`, times those of the activations, transposed.
+  static DEVICE void add_rows(const Params& p, const GradientTile& tile, int64_t row, const bool (&served)[4],
+                              int g, const float (&values)[4][kRun], float (&sums)[kRun / 2][4]) {
+    Tf32Pair factor[4];  // of rows `row`, + 4, + 8, + 12
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int64_t at = row + t + 4 * i;
-      factor[i] = split_tf32(
-          at < rows_end && g < tile.ranks ? load_constant(p.factors + at * p.ld + tile.column + g) : 0.0f);
+      const float* from = p.factors + (row + 4 * i) * p.ld + tile.column + g;
+      factor[i] = split_tf32(served[i] && g < tile.ranks ? load_constant(from) : 0.0f);
     }
 #pragma unroll
     for (int j = 0; j < kRun / 2; ++j) {

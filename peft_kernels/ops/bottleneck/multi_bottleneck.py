@@ -221,7 +221,7 @@ class BottleneckParameters:
 def multi_bottleneck(
     x: Tensor, adapters: Sequence[BottleneckParameters], row_group: Tensor, residual: Tensor | None = None
 ) -> Tensor:
-    """`bottleneck` with adapters[i] for the rows of group i; bit-equal to it on compiled back ends.
+    """`bottleneck` with adapters[i] for the rows of group i, bit-equal to it on a CPU.
 
     Parameters
     ----------

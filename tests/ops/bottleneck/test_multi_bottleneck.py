@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from numbers_policy import same_with_any_threads, short
+from multi_bottleneck_cases import GROUPS as KINDS
+from multi_bottleneck_cases import arguments, case_of, judge
+from numbers_policy import case_id, same_with_any_threads, short
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -116,6 +118,44 @@ def test_gradients_equal_single_adapters(backend: str, beside: bool, dtype: torc
         assert a.dtype == b.dtype and torch.equal(a, b)
 
 
+CASES = testing.pairwise(
+    groups=KINDS,
+    beside=(False, True),
+    biases=(True, False),
+    dtype=(torch.bfloat16, torch.float16, torch.float32),
+    parameters=("same", "fp32"),
+    p=(0.0, 0.3, 1.0),
+    m=(7, 130, 0),
+    k=(33, 96),
+    ranks=((5, 12, 8), (48,), (16, 4, 1, 20, 8, 130)),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_without_layer_norms(backend: str, case: dict[str, Any]) -> None:
+    """Kernels that serve all adapters at once take none."""
+    judge(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("beside", [False, True])
+def test_rows_of_no_adapter_are_copied(backend: str, beside: bool, dtype: torch.dtype) -> None:
+    """To the bit, whatever x holds beside a residual; and so are their gradients."""
+    case = case_of(dtype=dtype, beside=beside, m=45)
+    x, residual, groups, *rest = arguments(case)["multi_bottleneck"]
+    mine = (groups < 0) | (groups >= 3)
+    kept = (x if residual is None else residual)[0, mine]
+    kept[:, ::3], kept[:, 1::3] = 0.0, -0.0
+    (x if residual is None else residual)[0, mine] = kept
+    if residual is not None:
+        x[0, mine] = torch.nan
+    y = torch.ops.peft_kernels.multi_bottleneck(x, residual, groups, *rest)[0][0, mine]
+    assert torch.equal(y, kept) and torch.equal(y.signbit(), kept.signbit())
+    args = arguments(case)["multi_bottleneck_backward"]
+    dx = torch.ops.peft_kernels.multi_bottleneck_backward(*args)[0][0, mine]
+    assert mine.any() and torch.equal(dx, torch.zeros_like(dx) if beside else args[0][0, mine])
+
+
 def test_only_trainable_tensors_get_a_gradient(backend: str) -> None:
     x, residual, every = inputs(torch.float32, True)
     leaves, with_grad = leaves_of(every)
@@ -141,6 +181,28 @@ def test_leading_sizes_groups_of_32_bits_and_no_adapters(backend: str, leading: 
     y.sum().backward()
     assert x.grad is not None and x.grad.shape == x.shape and x.grad.isfinite().all()
     assert torch.equal(multi_bottleneck(x, [], groups), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_nothing_spreads_to_other_rows(backend: str, dtype: torch.dtype) -> None:
+    """NaN in rows of one adapter, or of none, reaches neither results of the others nor their gradients."""
+    case = case_of(dtype=dtype, m=70, beside=True)
+
+    def results(spoilt: int | None) -> tuple[Tensor, Any, Any]:
+        forward, backward = arguments(case).values()
+        there = forward[2] == spoilt
+        for t in (forward[0], *backward[:3]):
+            t[0, there] = torch.nan
+        ops = torch.ops.peft_kernels
+        return ~there, ops.multi_bottleneck(*forward), ops.multi_bottleneck_backward(*backward)
+
+    _, want, want_back = results(None)
+    for spoilt in (1, -1):
+        kept, got, got_back = results(spoilt)
+        for a, b in zip((*got, got_back[0]), (*want, want_back[0]), strict=True):
+            assert torch.equal(a[0, kept], b[0, kept])
+        for a, b in zip(got_back[3:], want_back[3:], strict=True):
+            assert all(torch.equal(a[i], b[i]) for i in range(3) if i != spoilt)
 
 
 def test_other_rows_reach_no_gradient(backend: str) -> None:
