@@ -183,6 +183,20 @@ def _bottlenecks(dtype: torch.dtype) -> Iterator[Call]:
         rest = "gelu", 0.5, p, seed
         yield Call("bottleneck", (x, beside, None, None, 0.0, down, biases[0], up, biases[1], *rest))
         yield Call("bottleneck_backward", (dy, x, z, None, None, 0.0, down, up, *rest, not p, *needs))
+        yield from _two_bottlenecks(m, x, dy, z, down, up, biases, rest)
+
+
+def _two_bottlenecks(
+    m: int, x: Tensor, dy: Tensor, z: Tensor, down: Tensor, up: Tensor, biases: list[Any], rest: Any
+) -> Iterator[Call]:
+    """The same adapter twice, for different rows."""
+    groups, beside = empty(m, dtype=torch.int64), x.shape[1] != dy.shape[1]
+    norms, both = ([None] * 2, [None] * 2, [0.0] * 2), [[one] * 2 for one in rest]
+    factors = [down] * 2, [biases[0]] * 2, [up] * 2, [biases[1]] * 2
+    yield Call("multi_bottleneck", (x, dy if beside else None, groups, *norms, *factors, *both))
+    needs = True, *[[one] * 2 for one in (False, True, True, True, True)]
+    backward = dy, x, z, groups, *norms, factors[0], factors[2], *both, not beside
+    yield Call("multi_bottleneck_backward", (*backward, *needs))
 
 
 def _experts(dtype: torch.dtype, nested: bool) -> Iterator[Call]:

@@ -7,7 +7,8 @@ This file imports Triton, so back end `triton` imports it on first use.
 
 from .block.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
 from .block.rotary import rotary
-from .bottleneck import bottleneck, bottleneck_backward
+from .bottleneck.bottleneck import bottleneck, bottleneck_backward
+from .bottleneck.multi_bottleneck import multi_bottleneck, multi_bottleneck_backward
 from .core.dropout import dropout
 from .core.launch import check_usable
 from .experts.experts import (

@@ -11,6 +11,7 @@ import torch
 from multi_bottleneck_cases import GROUPS as KINDS
 from multi_bottleneck_cases import arguments, case_of, judge
 from numbers_policy import case_id, same_with_any_threads, short
+from skips import require
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -278,6 +279,25 @@ def test_compiled_and_transformed() -> None:
     x.requires_grad_()
     multi_bottleneck(x, every, GROUPS).square().sum().backward()
     assert x.grad is not None and torch.allclose(got, x.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_launch_per_adapter_each_way_in_triton() -> None:
+    """And some for the gradients of factors, up to four in each; with a layer norm the op is composed."""
+    require("triton")
+    from peft_kernels.triton_kernels.core import launch
+
+    noted: list[str] = []
+    forward, backward = arguments(case_of(m=45)).values()
+    with testing.running_on("triton"), launch.recording(lambda kernel, *_: noted.append(kernel.__name__)):
+        torch.ops.peft_kernels.multi_bottleneck(*forward)
+        assert noted == ["bottleneck_kernel"] * 3
+        noted.clear()
+        torch.ops.peft_kernels.multi_bottleneck_backward(*backward)
+        assert noted == ["bottleneck_backward_kernel"] * 3 + ["over_rows_kernel"] * 2
+        noted.clear()
+        norms = [None, torch.ones(40), None]
+        torch.ops.peft_kernels.multi_bottleneck(*forward[:3], norms, *forward[4:])
+        assert noted == ["bottleneck_kernel"] * 2
 
 
 ONE = BottleneckParameters(torch.ones(3, 6), torch.ones(6, 3))
