@@ -119,13 +119,21 @@ def _blocks(dtype: torch.dtype) -> Iterator[Call]:
 
 
 def _losses(dtype: torch.dtype, nested: bool) -> Iterator[Call]:
-    """Heads in pieces: packed with every option; dense, also without gradients."""
+    """A packed head with every option; a dense one with few, also without gradients, and trained."""
     x, labels = empty(MANY, SIZE, dtype=dtype), empty(MANY, dtype=torch.int64)
     head = *nf4(16 * SIZE, SIZE, nested), 16 * SIZE, empty(16 * SIZE)
-    yield Call("linear_cross_entropy", (x, *head, labels, -100, 0.5, 30.0, 0.0, 1e-4, True, True, True))
+    capped, smoothed = (labels, -100, 0.5, 30.0, 0.0, 1e-4), (labels, -100, 1.0, 0.0, 0.1, 0.0)
+    yield Call("linear_cross_entropy", (x, *head, *capped, True, True, True))
     dense = empty(SIZE, SIZE, dtype=dtype), None, None, None, 0, SIZE, None
-    yield Call("linear_cross_entropy", (x, *dense, labels, -100, 1.0, 0.0, 0.1, 0.0, True, False, False))
-    yield Call("linear_cross_entropy", (x, *dense, labels, -100, 1.0, 0.0, 0.0, 0.0, False, False, False))
+    yield Call("linear_cross_entropy", (x, *dense, *smoothed, True, False, False))
+    yield Call("linear_cross_entropy", (x, *dense, *smoothed, False, False, False))
+    adapter = empty(MANY, RANK), empty(16 * SIZE, RANK)
+    yield Call("linear_cross_entropy_trained", (x, *head, *adapter, *capped, True, True))
+    row = empty(MANY)
+    needs = True, False, True, True, True
+    yield Call("linear_cross_entropy_backward", (row, row, x, *head, *adapter, *capped, *needs))
+    needs = True, True, False, False, False
+    yield Call("linear_cross_entropy_backward", (row, row, x, *dense, None, None, *smoothed, *needs))
 
 
 def _products(dtype: torch.dtype, nested: bool) -> Iterator[Call]:

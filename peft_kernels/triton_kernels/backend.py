@@ -38,6 +38,8 @@ COMPOSITES_WITH_KERNELS = frozenset(
         "experts_lora_linear",
         "experts_lora_linear_backward",
         "linear_cross_entropy",
+        "linear_cross_entropy_backward",
+        "linear_cross_entropy_trained",
         "multi_bottleneck",
         "multi_bottleneck_backward",
         "rms_norm",

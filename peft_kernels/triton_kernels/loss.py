@@ -1,237 +1,395 @@
-"""The loss of a frozen head without materialised logits, one piece of the vocabulary after another.
+"""The loss of a head, as in csrc/cuda/loss.
 
-An online softmax as in FlashAttention (Dao et al. 2022), with the head as keys and values: earlier sums are
-rescaled when a greater logit comes up. GEMMs are torch's; a packed head is dequantised piece by piece. The
-label's own logit is added at the end: near certainty p - 1 must not be a difference of rounded values.
+torch's GEMMs compute the logits, those of some rows at a time. A kernel replaces them by their gradients, and
+a second GEMM multiplies these by the head. The gradients of a trained head go by pieces of the vocabulary
+instead, so that each is complete in one GEMM.
+
+The label's logit is left out of the sums and added at the end: near certainty p - 1 must not be a difference
+of rounded values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..core.op import OPS
-from ..ops.loss.cross_entropy import check_dx, narrow_base, row_alignment
+from ..ops.loss.cross_entropy import check_dx
 from .core.common import check, check_dtype, check_float, check_shape
-from .core.launch import VARYING, cdiv, config, launch, power_of_2
-from .gated import exact_exp
-from .nf4.nf4 import dequantize_nf4
+from .core.launch import VARYING, bypasses_cache, config, launch
+from .gated import exact_exp, sigmoid
+from .linear.linear import checked_bias
+from .linear.linear_pieces import backward_by_pieces, dequantize_part, forward_by_pieces, pieces
+from .nf4.nf4 import Nf4, nf4
 
-PIECES = 50
-"""About this many pieces of the vocabulary."""
-LEAST, MOST = 512, 4096  # columns of a piece
-SOFTMAX = config(8, 1)
-COMBINE = config(4, 3, BLOCK_M=4, BLOCK_K=256)
+LOGIT_BYTES = 256 << 20
+"""Of the logits that exist at a time, as in csrc/cuda/loss/cross_entropy_head.h."""
+FEW_ROWS = 256
+"""Up to here reading the head takes as long as multiplying by it: fewer rows save nothing."""
+ROW = config(8, 1, BLOCK=2048)
 
-MAX, SUM, WEIGHTED, LABEL, TOTAL, FACTOR = (tl.constexpr(i) for i in range(6))
-"""Rows of the running statistics of each row's logits, [STATES, m]: the maximum without the label's logit;
-sums over the same of e = e^(z - max) and of e z; the label's logit; the sum of all logits; the factor that
-rescales sums of earlier pieces."""
-STATES = 6
-LOWEST = tl.constexpr(-3e38)
+LOWEST = tl.constexpr(-3e38)  # finite: differences are computed
 
 
 @triton.jit
 def exponential(x, EXACT: tl.constexpr):
-    """e^x for x <= 0. EXACT: for fp32 results."""
+    """e^x for x <= 0. EXACT: for logits in fp32."""
     if EXACT:
         return exact_exp(x)
     return tl.exp(x)
 
 
+@triton.jit
+def log_plus_one(x):
+    """log(1 + x) for x from 0 to 1: the second term is what the sum has lost."""
+    total = 1.0 + x
+    return tl.log(total) + (x - (total - 1.0)) / total
+
+
+@triton.jit
+def quotient(a, b, EXACT: tl.constexpr):
+    if EXACT:
+        return tl.div_rn(a, b)
+    return a / b
+
+
+@triton.jit
+def shaped(logit, scale, cap, CAPPED: tl.constexpr, EXACT: tl.constexpr):
+    """z = softcap(scale * logit), and its derivative."""
+    z = logit * scale
+    if CAPPED:
+        e = exponential(-2.0 * tl.abs(quotient(z, cap, EXACT)), EXACT)
+        t = quotient(1.0 - e, 1.0 + e, EXACT)
+        z = tl.where(z < 0.0, -cap * t, cap * t)
+        derivative = (1.0 - t * t) * scale
+    else:
+        derivative = scale
+    return z, derivative
+
+
 @triton.jit(do_not_specialize=VARYING)
-def softmax_kernel(
+def cross_entropy_kernel(
     logits_ptr,
-    bias_ptr,
     labels_ptr,
-    states_ptr,
-    weight_ptr,
-    label_rows_ptr,
-    m,
+    loss_ptr,
+    lse_ptr,
+    entropy_ptr,
+    top_ptr,
+    mean_ptr,
     first_row,
     cols,
-    features,
+    ignored,
     scale,
     cap,
+    smoothing,
+    z_loss,
     CAPPED: tl.constexpr,
-    WEIGHTS: tl.constexpr,
+    GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row of a piece, which begins at row `first_row` of the head. Overwrites logits by e^(z - max) times
-    the derivative of the cap, 0 for the label, and copies the label's row of the head."""
+    """The loss of one row of logits; GRADIENT: overwrites them by its gradient. Row `first_row` of labels and
+    results belongs to the first row of logits; pointers of results that are not needed are None."""
     row = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BLOCK)
-    inside = col < cols
-    at = logits_ptr + row * cols + col
-    z = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + first_row + col, mask=inside, other=0.0).to(tl.float32)
-    z *= scale
-    derivative = tl.full((BLOCK,), 1.0, tl.float32)
-    if CAPPED:
-        e = tl.exp(-2.0 * tl.abs(z / cap))
-        t = (1.0 - e) / (1.0 + e)
-        derivative = 1.0 - t * t
-        z = tl.where(z < 0.0, -cap * t, cap * t)
-    label = tl.load(labels_ptr + row) - first_row
-    mine = col == label
-    others = inside & (col != label)
-    state = states_ptr + row
-    before = tl.load(state + MAX * m)
-    top = tl.maximum(tl.max(tl.where(others, z, LOWEST), axis=0), before)
     EXACT: tl.constexpr = logits_ptr.dtype.element_ty == tl.float32
-    e = tl.where(others, exponential(z - top, EXACT), 0.0)
-    factor = tl.exp(before - top)
-    tl.store(state + MAX * m, top)
-    tl.store(state + FACTOR * m, factor)
-    tl.store(state + SUM * m, tl.load(state + SUM * m) * factor + tl.sum(e, axis=0))
-    weighted = tl.sum(tl.where(others, e * z, 0.0), axis=0)
-    tl.store(state + WEIGHTED * m, tl.load(state + WEIGHTED * m) * factor + weighted)
-    total = tl.sum(tl.where(inside, z, 0.0), axis=0)
-    tl.store(state + TOTAL * m, tl.load(state + TOTAL * m) + total)
-    here = (label >= 0) & (label < cols)
-    of_label = tl.sum(tl.where(mine, z, 0.0), axis=0)
-    tl.store(state + LABEL * m, tl.where(here, of_label, tl.load(state + LABEL * m)))
-    if WEIGHTS:
-        tl.store(at, (e * derivative).to(logits_ptr.dtype.element_ty), mask=inside)
-        if here:
-            for begin in range(0, features, BLOCK):
-                k = begin + col
-                kept = tl.load(weight_ptr + label * features + k, mask=k < features, other=0.0)
-                tl.store(label_rows_ptr + row * features + k, kept, mask=k < features)
+    logits_ptr += row * cols
+    label = tl.load(labels_ptr + first_row + row)
+    is_scored = label != ignored
+    is_valid = (label >= 0) & (label < cols)
+    of_label = tl.load(logits_ptr + label, mask=is_valid, other=float("nan")).to(tl.float32)
+    of_label, steep = shaped(of_label, scale, cap, CAPPED, EXACT)
+
+    # Of each lane: the maximum, and the sum of all; of e = e^(z - maximum) without the label's: the sums of e
+    # and of e (z - maximum).
+    most = tl.full((BLOCK,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    others = tl.zeros((BLOCK,), tl.float32)
+    weighted = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, cols, BLOCK):
+        col = begin + tl.arange(0, BLOCK)
+        inside = col < cols
+        logit = tl.load(logits_ptr + col, mask=inside, other=0.0).to(tl.float32)
+        z, _ = shaped(logit, scale, cap, CAPPED, EXACT)
+        total += tl.where(inside, z, 0.0)
+        z = tl.where(inside, z, LOWEST)
+        higher = tl.maximum(most, z)
+        step = most - higher
+        z -= higher
+        e = tl.where(inside & (col != label), exponential(z, EXACT), 0.0)
+        factor = exponential(step, EXACT)
+        if entropy_ptr is not None:
+            weighted = (weighted + others * step) * factor + e * z
+        others = others * factor + e
+        most = higher
+    peak = tl.max(most, axis=0)
+    step = most - peak
+    factor = exponential(step, EXACT)
+    weighted = tl.sum((weighted + others * step) * factor, axis=0)
+    rest = tl.sum(others * factor, axis=0)
+    mean = tl.div_rn(tl.sum(total, axis=0), tl.cast(cols, tl.float32))
+
+    # The others against the label: logarithm of their odds, and probabilities.
+    below = of_label - peak
+    odds = tl.log(rest) - below
+    p_others, p_label = sigmoid(odds, EXACT)
+    surprise = tl.maximum(odds, 0.0) + log_plus_one(tl.exp(-tl.abs(odds)))
+    above = tl.where(below < 0.0, tl.log(rest + tl.exp(below)), surprise)  # lse - peak
+    lse = peak + above
+    loss = (1.0 - smoothing) * surprise + z_loss * lse * lse
+    loss += tl.where(smoothing > 0.0, smoothing * (lse - mean), 0.0)
+    out = first_row + row
+    tl.store(loss_ptr + out, tl.where(is_scored, loss, 0.0))
+    tl.store(lse_ptr + out, tl.where(is_scored, lse, 0.0))
+    if entropy_ptr is not None:
+        entropy = above - tl.exp(-above) * weighted - p_label * below
+        tl.store(entropy_ptr + out, tl.where(is_scored, entropy, 0.0))
+        tl.store(top_ptr + out, is_scored & (peak <= of_label))
+    if mean_ptr is not None:
+        tl.store(mean_ptr + out, tl.where(is_scored, mean, 0.0))
+
+    if GRADIENT:
+        of_square, even = 2.0 * z_loss * lse, smoothing / cols
+        at_label = (of_square * p_label + (smoothing - even) - p_others) * steep
+        for begin in range(0, cols, BLOCK):
+            col = begin + tl.arange(0, BLOCK)
+            inside = col < cols
+            logit = tl.load(logits_ptr + col, mask=inside, other=0.0).to(tl.float32)
+            z, derivative = shaped(logit, scale, cap, CAPPED, EXACT)
+            d = (exponential(z - lse, EXACT) * (1.0 + of_square) - even) * derivative
+            d = tl.where(is_scored, tl.where(col == label, at_label, d), 0.0)
+            tl.store(logits_ptr + col, d.to(logits_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=VARYING)
-def combine_kernel(
-    dx_ptr,
-    sums_ptr,
-    mean_ptr,
-    factors_ptr,
-    m,
-    features,
-    of_mean,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+def cross_entropy_backward_kernel(
+    logits_ptr,
+    labels_ptr,
+    dloss_ptr,
+    lse_ptr,
+    first_col,
+    cols,
+    vocabulary,
+    ignored,
+    scale,
+    cap,
+    smoothing,
+    z_loss,
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """dx = factors[0] * sums + factors[1] * dx + of_mean * mean; 0 in rows whose factors are 0."""
-    strips = tl.cdiv(features, BLOCK_K)
-    row = (tl.program_id(0) // strips).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.program_id(0) % strips * BLOCK_K + tl.arange(0, BLOCK_K)
-    first = tl.load(factors_ptr + row, mask=row < m, other=0.0)[:, None]
-    second = tl.load(factors_ptr + m + row, mask=row < m, other=0.0)[:, None]
-    at = row[:, None] * features + k[None, :]
-    inside = (row < m)[:, None] & (k < features)[None, :]
-    value = first * tl.load(sums_ptr + at, mask=inside, other=0.0)
-    value += second * tl.load(dx_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if mean_ptr is not None:
-        value += of_mean * tl.load(mean_ptr + k, mask=k < features, other=0.0)[None, :]
-    value = tl.where((first == 0.0) & (second == 0.0), 0.0, value)
-    tl.store(dx_ptr + at, value.to(dx_ptr.dtype.element_ty), mask=inside)
+    """Overwrites columns from `first_col` on of one row of logits by dloss times the loss's gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    EXACT: tl.constexpr = logits_ptr.dtype.element_ty == tl.float32
+    logits_ptr += row * cols
+    label = tl.load(labels_ptr + row)
+    dloss, lse = tl.load(dloss_ptr + row), tl.load(lse_ptr + row)
+    for begin in range(0, cols, BLOCK):
+        col = begin + tl.arange(0, BLOCK)
+        inside = col < cols
+        logit = tl.load(logits_ptr + col, mask=inside, other=0.0).to(tl.float32)
+        z, derivative = shaped(logit, scale, cap, CAPPED, EXACT)
+        term = tl.where(first_col + col == label, smoothing - 1.0, 0.0) - smoothing / vocabulary
+        d = (exponential(z - lse, EXACT) * (1.0 + 2.0 * z_loss * lse) + term) * derivative * dloss
+        d = tl.where(label != ignored, d, 0.0)
+        tl.store(logits_ptr + col, d.to(logits_ptr.dtype.element_ty), mask=inside)
+
+
+class Head(NamedTuple):
+    """A head of x's dtype, or in NF4: that is dequantised, whatever the number of rows. Kernels that multiply
+    packed weights round the codes, an error that all logits share and that their sums would keep."""
+
+    weight: Tensor | Nf4
+    bias: Tensor | None
+    vocabulary: int
+    features: int
+
+    def logits(self, x: Tensor) -> Tensor:
+        if isinstance(self.weight, Nf4):
+            return forward_by_pieces(x, self.weight, self.vocabulary, self.bias)
+        return _linear(x, self.weight, self.bias)
+
+    def write_dx(self, d: Tensor, dx: Tensor) -> None:
+        if isinstance(self.weight, Nf4):
+            dx.copy_(backward_by_pieces(d, self.weight, self.features))
+        else:
+            torch.mm(d, self.weight, out=dx)
+
+    def by_pieces(self, x: Tensor, itemsize: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Slices of the vocabulary, their rows of the weight, and their logits without an adapter."""
+        packed = isinstance(self.weight, Nf4)
+        length = max(len(x), self.features) if packed else len(x)
+        for rows in pieces(self.vocabulary, length, itemsize, LOGIT_BYTES):
+            part = slice(rows.start, rows.stop)
+            if isinstance(self.weight, Nf4):
+                weight = x.new_empty(len(rows), self.features)
+                dequantize_part(self.weight, self.features, rows, range(self.features), weight)
+            else:
+                weight = self.weight[part]
+            yield part, weight, _linear(x, weight, None if self.bias is None else self.bias[part])
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
+
+
+class Adapter(NamedTuple):
+    """Its term is added in fp32: h [rows, r] = scaling x A^T, and B [vocabulary, r]."""
+
+    h: Tensor
+    b: Tensor
+
+    def added(self, logits: Tensor, rows: slice, cols: slice) -> Tensor:
+        return torch.addmm(logits.float(), self.h[rows], self.b[cols].t())
+
+
+ALL = slice(None)
 
 
 def linear_cross_entropy(args: Any) -> tuple[Tensor, ...]:
-    _check(args)
-    x, labels = args.x.contiguous(), args.labels.contiguous()
-    m, features = x.shape
-    states = x.new_zeros((STATES, m), dtype=torch.float32)
-    states[MAX.value].fill_(LOWEST.value)
-    states[LABEL.value].fill_(float("nan"))  # stays so for a label outside the vocabulary
-    dx = torch.zeros_like(x) if args.need_dx else x.new_empty(0, features)
-    sums = x.new_zeros((m if args.need_dx else 0, features), dtype=torch.float32)
-    smooths = args.need_dx and args.label_smoothing > 0
-    mean = x.new_zeros(features, dtype=torch.float32) if smooths else None
-    for begin, weight in _pieces(args):
-        logits = torch.mm(x, weight.t())
-        if mean is not None:
-            mean += weight.sum(0, dtype=torch.float32)
-        tensors = logits, args.bias, labels, states, weight, dx
-        sizes = m, begin, len(weight), features, args.logit_scale, args.softcap
-        launch(
-            softmax_kernel,
-            (m,),
-            *tensors,
-            *sizes,
-            config=SOFTMAX,
-            CAPPED=args.softcap > 0,
-            WEIGHTS=args.need_dx,
-            BLOCK=power_of_2(len(weight)),
-        )
-        if args.need_dx:
-            sums *= states[FACTOR.value][:, None]
-            if x.dtype == torch.float32:
-                sums.addmm_(logits, weight)
-            else:
-                sums += torch.mm(logits, weight)
-    *scores, factors = _scores(args, states)
-    if args.need_dx:
-        grid = (cdiv(m, COMBINE["BLOCK_M"]) * cdiv(features, COMBINE["BLOCK_K"]),)
-        of_mean = -args.label_smoothing * args.logit_scale / args.vocabulary
-        launch(combine_kernel, grid, dx, sums, mean, factors, m, features, of_mean, config=COMBINE)
-    return *scores, dx
-
-
-def _check(args: Any) -> None:
     check_dx(args)
-    check_float(args.x, "x")
-    check(args.x.dim() == 2, "x", "2 dimensions", args.x.dim())
+    return _losses(args, None, None, args.need_dx)
+
+
+def linear_cross_entropy_trained(args: Any) -> tuple[Tensor, ...]:
+    return _losses(args, args.h, args.lora_b, False)[:-1]
+
+
+def _losses(args: Any, h: Tensor | None, lora_b: Tensor | None, need_dx: bool) -> tuple[Tensor, ...]:
+    head = _checked(args)
+    rows = _rows_with_label(args)
+    x, labels = _chosen(args.x, rows), _chosen(args.labels, rows)
+    adapter = _adapter(args, h, lora_b, rows)
+    m, itemsize = len(x), x.element_size() if adapter is None else 4
+
+    needs = True, True, args.need_entropy, args.need_entropy, args.need_mean, need_dx
+    counts = [m if needed else 0 for needed in needs]
+    loss, lse, entropy, mean = (x.new_empty(counts[i], dtype=torch.float32) for i in (0, 1, 2, 4))
+    top, dx = x.new_empty(counts[3], dtype=torch.bool), x.new_empty(counts[5], head.features)
+    results = loss, lse, entropy, top, mean
+    pointers = [t if needed else None for t, needed in zip(results, needs[:-1], strict=True)]
+    for part in pieces(m, head.vocabulary, itemsize, LOGIT_BYTES):
+        some = slice(part.start, part.stop)
+        logits = head.logits(x[some])
+        if adapter is not None:
+            logits = adapter.added(logits, some, ALL)
+        sizes = part.start, head.vocabulary, *_numbers(args)
+        constants = {"CAPPED": args.softcap > 0, "GRADIENT": need_dx, "enable_fp_fusion": False}
+        launch(cross_entropy_kernel, (len(part),), logits, labels, *pointers, *sizes, config=ROW, **constants)
+        if need_dx:
+            head.write_dx(logits, dx[some])
+    found = zip((*results, dx), needs, strict=True)
+    return tuple(_spread(t, rows, args.x) if needed else t for t, needed in found)
+
+
+def linear_cross_entropy_backward(args: Any) -> tuple[Tensor, ...]:
+    head = _checked(args)
+    _check_backward(args)
+    rows = _rows_with_label(args)
+    x, labels, dloss, lse = (_chosen(t, rows) for t in (args.x, args.labels, args.dloss, args.lse))
+    adapter = _adapter(args, args.h, args.lora_b, rows)
+    weight, bias, lora_b = args.base.weight, args.bias, args.lora_b
+    dx = x.new_zeros(x.shape, dtype=torch.float32) if args.need_dx else None
+    dh = None if adapter is None or not args.need_dh else torch.zeros_like(adapter.h)
+    dw = torch.empty_like(weight) if args.need_dw else None
+    dbias = torch.empty_like(bias) if args.need_dbias else None
+    db = torch.empty_like(lora_b) if args.need_db else None
+    for part, of_part, d in head.by_pieces(x, x.element_size() if adapter is None else 4):
+        if adapter is not None:
+            d = adapter.added(d, ALL, part)
+        sizes = part.start, d.shape[1], head.vocabulary, *_numbers(args)
+        constants = {"CAPPED": args.softcap > 0, "enable_fp_fusion": False}
+        tensors = d, labels, dloss, lse
+        launch(cross_entropy_backward_kernel, (len(x),), *tensors, *sizes, config=ROW, **constants)
+        rounded = d.to(x.dtype)
+        if dx is not None:
+            _add_product(dx, rounded, of_part)
+        if dw is not None:
+            dw[part] = torch.mm(rounded.t(), x)
+        if dbias is not None:
+            dbias[part] = d.sum(0, dtype=torch.float32)
+        if adapter is not None and dh is not None:
+            dh.addmm_(d, adapter.b[part])
+        if adapter is not None and db is not None:
+            db[part] = torch.mm(d.t(), adapter.h)
+    dx, dh = (None if t is None else t.to(like.dtype) for t, like in ((dx, args.x), (dh, args.h)))
+    dx, dh = (None if t is None else _spread(t, rows, args.x) for t in (dx, dh))
+    return tuple(x.new_empty(0) if t is None else t for t in (dx, dw, dbias, dh, db))
+
+
+def _add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
+    """In fp32."""
+    if a.dtype == torch.float32:
+        sums.addmm_(a, b)
+    else:
+        sums += torch.mm(a, b)
+
+
+def _numbers(args: Any) -> tuple[Any, ...]:
+    return args.ignore_index, args.logit_scale, args.softcap, args.label_smoothing, args.z_loss
+
+
+def _rows_with_label(args: Any) -> Tensor | None:
+    """The indices of the rows that have a label. None: all are computed, and those without one have zeros.
+
+    The host waits for the device here, so that the GEMMs of the others can be left out; not during a capture,
+    where nothing may wait and a replay may have other labels.
+    """
+    if len(args.labels) <= FEW_ROWS or bypasses_cache():
+        return None
+    rows = (args.labels != args.ignore_index).nonzero().squeeze(1)
+    return None if len(rows) == len(args.labels) else rows
+
+
+def _chosen(t: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows to compute, contiguous."""
+    return t.contiguous() if rows is None else t[rows]
+
+
+def _spread(t: Tensor, rows: Tensor | None, x: Tensor) -> Tensor:
+    """The reverse: all rows of a result, with zeros where none was computed."""
+    if rows is None:
+        return t
+    return t.new_zeros(len(x), *t.shape[1:]).index_copy_(0, rows, t)
+
+
+def _adapter(args: Any, h: Tensor | None, lora_b: Tensor | None, rows: Tensor | None) -> Adapter | None:
+    check((h is None) == (lora_b is None), "h, lora_b", "both or neither", "one")
+    if h is None or lora_b is None:
+        return None
+    for t, name, count in ((h, "h", len(args.x)), (lora_b, "lora_b", args.vocabulary)):
+        check_float(t, name)
+        check_shape(t, (count, h.shape[-1]), name)
+    return Adapter(_chosen(h.float(), rows), lora_b.float())
+
+
+def _checked(args: Any) -> Head:
+    x, base = args.x, args.base
+    check_float(x, "x")
+    check(x.dim() == 2, "x", "2 dimensions", x.dim())
     check_dtype(args.labels, torch.int64, "labels")
-    check_shape(args.labels, args.x.shape[:1], "labels")
+    check_shape(args.labels, x.shape[:1], "labels")
     check(args.vocabulary > 0, "vocabulary", "1 or more", args.vocabulary)
-    if args.base.absmax is None:
-        if args.base.weight.dtype != torch.float32:  # that is rounded
-            check_dtype(args.base.weight, args.x.dtype, "weight")
-        check_shape(args.base.weight, (args.vocabulary, args.x.shape[1]), "weight")
-    if args.bias is not None:
-        check_float(args.bias, "bias")
-        check_shape(args.bias, (args.vocabulary,), "bias")
+    check(args.softcap >= 0, "softcap", "0 or more", args.softcap)
+    check(0 <= args.label_smoothing <= 1, "label_smoothing", "0 to 1", args.label_smoothing)
+    shape = args.vocabulary, x.shape[1]
+    bias = None if args.bias is None else checked_bias(args.bias, shape[:1], x.dtype)
+    if base.absmax is not None:
+        return Head(nf4(base, shape[0] * shape[1]), bias, *shape)
+    if base.weight.dtype != torch.float32:  # that is rounded
+        check_dtype(base.weight, x.dtype, "weight")
+    check_shape(base.weight, shape, "weight")
+    return Head(base.weight.to(x.dtype), bias, *shape)
 
 
-def _pieces(args: Any) -> Iterator[tuple[int, Tensor]]:
-    """Pieces of the head, dense and contiguous, each with its first row."""
-    n, k, base = args.vocabulary, args.x.shape[1], args.base
-    unit = row_alignment(base, max(k, 1))
-    whole = base.weight.contiguous() if base.absmax is None else None
-    if unit > MOST:  # too few rows begin at a block
-        whole, unit = _dequantized(base, n, k, args.x.dtype), 1
-    step = max(min(max(power_of_2(cdiv(n, PIECES)), LEAST), MOST) // unit, 1) * unit
-    for begin in range(0, n, step):
-        end = min(begin + step, n)
-        if whole is not None:
-            yield begin, whole[begin:end].to(args.x.dtype)
-        else:
-            yield begin, _dequantized(narrow_base(base, begin, end, k), end - begin, k, args.x.dtype)
-
-
-def _dequantized(base: Any, n: int, k: int, dtype: torch.dtype) -> Tensor:
-    return dequantize_nf4(OPS["dequantize_nf4"].named((*base, [n, k], dtype)))
-
-
-def _scores(args: Any, states: Tensor) -> tuple[Tensor, ...]:
-    """loss, lse, entropy, top, mean, and the factors of `combine_kernel`. In fp64, which is cheap for a few
-    values per row."""
-    most, rest, weighted, of_label, total, _ = states.double()
-    valid = args.labels != args.ignore_index
-    smoothing = args.label_smoothing
-    # log(1 + rest / label's).
-    surprise = torch.logaddexp(most - of_label + rest.log(), torch.zeros_like(rest))
-    lse = of_label + surprise
-    loss = (1 - smoothing) * surprise + args.z_loss * lse * lse
-    loss += smoothing * (lse - total / args.vocabulary)
-    each = (most - lse).exp()
-    p_label, z_weight = (-surprise).exp(), 2 * args.z_loss * lse
-    entropy = lse - each * weighted - p_label * of_label if args.need_entropy else lse[:0]
-    steep = args.logit_scale * (1 - (of_label / args.softcap) ** 2 if args.softcap else 1)
-    of_sums = (1 + z_weight) * each * args.logit_scale
-    of_label_row = (z_weight * p_label + smoothing - each * rest) * steep
-    factors = torch.stack((of_sums, of_label_row)).where(valid, 0.0).float()
-    scored = valid if args.need_entropy else valid[:0]
-    mean = (total / args.vocabulary).where(valid, 0.0).float()
-    return (
-        loss.where(valid, 0.0).float(), lse.where(valid, 0.0).float(), entropy.where(scored, 0.0).float(),
-        (most <= of_label)[: len(scored)] & scored, mean if args.need_mean else mean[:0], factors,
-    )  # fmt: skip
+def _check_backward(args: Any) -> None:
+    for t, name in ((args.dloss, "dloss"), (args.lse, "lse")):
+        check_dtype(t, torch.float32, name)
+        check_shape(t, args.x.shape[:1], name)
+    packed = args.base.absmax is not None
+    check(not (args.need_dw and packed), "need_dw", "False with a packed weight", True)
+    check(not args.need_dbias or args.bias is not None, "need_dbias", "False without a bias", True)
+    adapted = args.h is not None
+    check(adapted or not (args.need_dh or args.need_db), "need_dh, need_db", "False without h", True)

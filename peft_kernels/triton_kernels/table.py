@@ -22,6 +22,6 @@ from .linear.linear import nf4_linear, nf4_linear_dx
 from .lora.dora import dora_scale, dora_scale_backward
 from .lora.dora_norm import dora_norm
 from .lora.lora import lora_linear, lora_linear_backward, multi_lora_linear, multi_lora_linear_backward
-from .loss import linear_cross_entropy
+from .loss import linear_cross_entropy, linear_cross_entropy_backward, linear_cross_entropy_trained
 from .nf4.nf4 import dequantize_nf4, quantize_absmax, quantize_nf4, unpack_absmax
 from .optim.adamw import adamw, clip_factor

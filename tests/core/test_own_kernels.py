@@ -130,7 +130,8 @@ def test_kernels_of_a_compiled_library(name: str, composed: str) -> None:
 
 def test_kernels_of_triton() -> None:
     assert triton.BACKEND.has_kernel("nf4_linear") and triton.BACKEND.has_kernel("linear_cross_entropy")
-    assert not triton.BACKEND.has_kernel("linear_cross_entropy_trained")
+    assert triton.BACKEND.has_kernel("linear_cross_entropy_trained")
+    assert not triton.BACKEND.has_kernel("attention")
 
 
 def test_plain_torch_is_no_kernel() -> None:

@@ -78,6 +78,18 @@ def test_the_loss_needs_kernels_for_frozen_and_trained_heads(
         assert entry.reason == reason, kernels
 
 
+def test_triton_has_kernels_for_all_but_attention(
+    reasons: Callable[..., dict[str, set[str]]], monkeypatch: pytest.MonkeyPatch, model: Any
+) -> None:
+    reasons()
+    monkeypatch.setattr(dispatch, "_has_kernel", {})
+    monkeypatch.setattr(BACKENDS["cuda"], "probe", lambda: "not built")
+    monkeypatch.setattr(BACKENDS["triton"], "probe", lambda: None)
+    monkeypatch.setattr(BACKENDS["triton"], "supports", lambda op, args: None)
+    report = pk.patch(model, dry_run=True)
+    assert {entry.reason for entry in (*report.blocks, *report.losses)} == {""} and report.losses
+
+
 def test_the_report_names_attention_that_stays(
     reasons: Callable[..., dict[str, set[str]]], model: Any
 ) -> None:

@@ -13,7 +13,7 @@ from ..core.launch import VARYING, cdiv, config, launch
 from ..nf4.nf4 import Nf4
 from ..nf4.nf4_decode import decode, load_absmax, load_elements
 
-MOST_BYTES = 128 << 20  # of a piece
+MOST_BYTES = 128 << 20  # of a piece of a weight
 UNIT = 256  # rows or columns of the weight: whole tiles of torch's GEMM
 PIECE = config(8, 3, BLOCK_ROWS=16, BLOCK_COLS=256)
 
@@ -66,20 +66,20 @@ def dequantize_part(weight: Nf4, k: int, rows: range, cols: range, out: Tensor) 
     launch(piece_kernel, (tiles,), weight.pointers, out, *args, config=PIECE, **constants)
 
 
-def pieces(count: int, length: int, itemsize: int) -> Iterator[range]:
+def pieces(count: int, length: int, itemsize: int, most_bytes: int = MOST_BYTES) -> Iterator[range]:
     """Splits `count` rows or columns of `length` elements into equal pieces; all but the last are multiples
     of UNIT."""
-    size = piece_size(count, length, itemsize)
+    size = piece_size(count, length, itemsize, most_bytes)
     for begin in range(0, count, size):
         yield range(begin, min(begin + size, count))
 
 
-def piece_size(count: int, length: int, itemsize: int) -> int:
-    """Size of the fewest equal pieces within MOST_BYTES: each costs two launches, and large ones fill the
+def piece_size(count: int, length: int, itemsize: int, most_bytes: int = MOST_BYTES) -> int:
+    """Size of the fewest equal pieces within `most_bytes`: each costs two launches, and large ones fill the
     card.
 
     csrc/cuda/linear/linear_plan.cpp has the same rule."""
-    most = max(MOST_BYTES // (max(length, 1) * itemsize) // UNIT, 1) * UNIT
+    most = max(most_bytes // (max(length, 1) * itemsize) // UNIT, 1) * UNIT
     number = max(cdiv(count, most), 1)
     return max(cdiv(cdiv(count, number), UNIT), 1) * UNIT
 

@@ -160,7 +160,7 @@ def test_near_certainty(backend: str, dtype: torch.dtype, rows: int) -> None:
     assert got[3].all()
     if backend == "reference":
         return  # in plain torch p - 1 is a difference of rounded numbers
-    if backend == "ptx" and dtype == torch.float16:
+    if backend in ("ptx", "triton") and dtype == torch.float16:
         return  # gradients of logits are rounded to fp16, where those below 6e-5 have fewer bits
     scale = truth[5].norm(dim=1)
     assert ((got[5].double() - truth[5]).norm(dim=1) <= 8 * torch.finfo(dtype).eps * scale + 1e-6).all()
