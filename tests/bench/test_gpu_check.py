@@ -28,7 +28,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 def bash(*words: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    options = {"capture_output": True, "text": True, "timeout": 300}
+    options = {"capture_output": True, "text": True, "timeout": WHOLE}
     return subprocess.run(["bash", *words], cwd=cwd, env=os.environ | variables, check=False, **options)
 
 
