@@ -20,7 +20,7 @@ from ..lib.cases import DEQUANTIZE, DX, FORWARD, QLORA, Shape
 from ..lib.harness import Case, Contenders, Entry, contenders, copies
 from ..lib.layers import BNB, LayerCache, Weights
 from ..lib.report import OURS
-from ..ops import optimizers
+from ..ops import experts, optimizers
 from .device_weights import DTYPE, DeviceWeights
 from .roofline import Gpu
 from .step_cases import PartCase, Parts
@@ -40,6 +40,9 @@ TINY_STEPS: Sequence[tuple[str, optimizers.Shapes]] = (
     (optimizers.MANY, [(16, 300), (5, 7), (192, 256)]),
 )
 TINY_ROWS = ((1, 5, 16, 33, 130),)
+EXPERTS = experts.Shape(32, 2, 1536, 2048), (1024, 32768)
+"""A quarter of the experts of Qwen3-30B-A3B, and tokens that are 64 and 2048 rows of an expert on average."""
+TINY_EXPERTS = experts.Shape(4, 2, 80, 64), (9,)
 CHECKED_ROWS = 256
 """Rows of a GEMM that are checked: fp64 is slow on most cards."""
 CUBLAS, UNFUSED = "cuBLAS bf16", "dequantise + cuBLAS"
@@ -72,6 +75,11 @@ class Suite:
                 steps = TINY_STEPS if self.tiny else STEPS
                 found += [optimizers.case(group, shapes, build=self.step) for group, shapes in steps]
                 found += Parts(self.device, self.tiny, self.cache, self.release).cases()
+                of_experts, tokens = TINY_EXPERTS if self.tiny else EXPERTS
+                found += [
+                    experts.experts(group, of_experts, m, DTYPE, self.device)
+                    for m in tokens for group in (experts.FORWARD, experts.QLORA)
+                ]  # fmt: skip
         return found
 
     def step(self, shapes: optimizers.Shapes) -> Contenders:

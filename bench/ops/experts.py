@@ -50,6 +50,7 @@ TOKENS = {FORWARD: (1, 16, 128, 1024), TRAIN: (128, 1024), QLORA: (128, 1024)}
 class Experts:
     shape: Shape
     dtype: torch.dtype
+    device: str = "cpu"
 
     @cached_property
     def nf4(self) -> pk.NF4Weight:
@@ -57,7 +58,7 @@ class Experts:
         dense = torch.empty(self.shape.experts, n, k, dtype=self.dtype)
         for e, one in enumerate(dense):
             one.copy_(testing.tensor(n, k, dtype=self.dtype, seed=e, scale=k**-0.5))
-        return pk.NF4Weight.quantize(dense)
+        return pk.NF4Weight.quantize(dense.to(self.device))
 
     @cached_property
     def rounded(self) -> Tensor:
@@ -66,14 +67,16 @@ class Experts:
     @cached_property
     def adapters(self) -> tuple[Tensor, Tensor]:
         e, n, k = self.shape.experts, self.shape.out_features, self.shape.in_features
-        a = testing.tensor(e, RANK, k, seed=2, scale=k**-0.5)
-        return a.requires_grad_(), testing.tensor(e, n, RANK, seed=3, scale=RANK**-0.5).requires_grad_()
+        a = testing.tensor(e, RANK, k, seed=2, scale=k**-0.5).to(self.device)
+        b = testing.tensor(e, n, RANK, seed=3, scale=RANK**-0.5).to(self.device)
+        return a.requires_grad_(), b.requires_grad_()
 
     def ends(self, tokens: int) -> Tensor:
         """Row offsets of the experts; each token draws its experts without replacement."""
         draws = torch.rand(tokens, self.shape.experts, generator=torch.Generator().manual_seed(7))
         chosen = draws.topk(self.shape.top).indices.flatten()
-        return torch.bincount(chosen, minlength=self.shape.experts).cumsum(0).to(torch.int32)
+        counts = torch.bincount(chosen, minlength=self.shape.experts)
+        return counts.cumsum(0).to(self.device, torch.int32)
 
 
 def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -99,12 +102,12 @@ def expected(
     return correctness.Expected(results(lambda t: t), results(testing.widen))
 
 
-def experts(group: str, shape: Shape, tokens: int, dtype: str) -> Case:
+def experts(group: str, shape: Shape, tokens: int, dtype: str, device: str = "cpu") -> Case:
     def build() -> Contenders:
-        weights = layers.shared(Experts, "experts", shape, DTYPES[dtype])
+        weights = layers.shared(Experts, "experts", shape, DTYPES[dtype], device)
         ends, rows = weights.ends(tokens), tokens * shape.top
-        x = testing.tensor(rows, shape.in_features, dtype=weights.dtype, seed=4)
-        dy = testing.tensor(rows, shape.out_features, dtype=weights.dtype, seed=5)
+        x = testing.tensor(rows, shape.in_features, dtype=weights.dtype, seed=4).to(device)
+        dy = testing.tensor(rows, shape.out_features, dtype=weights.dtype, seed=5).to(device)
         a, b = adapters = weights.adapters
         wanted = expected(group, weights, x, dy, ends, adapters)
         leaf = x.clone().requires_grad_()

@@ -17,6 +17,7 @@ from ..core.module_calls import more_than_forward
 from ..ops.arguments import autocast_dtype
 from ..ops.experts import experts_linear, experts_lora_linear, runs
 from ..ops.gated import gated_activation
+from .grouped_linear import grouped_linear, has_kernel
 from .weight import NF4Weight
 
 __all__ = ["experts_forward"]
@@ -106,6 +107,8 @@ def _matmul(x: Tensor, ends: Tensor, weight: Tensor, bias: Tensor | None, adapte
         return experts_lora_linear(x, ends, weight if packed else weight.to(x.dtype), a, b, scaling, bias)
     if dense is None:
         return experts_linear(x, ends, weight, bias)  # type: ignore[arg-type]
+    if not dense.requires_grad and has_kernel(x, dense):
+        return grouped_linear(x, ends, dense, bias)
     parts = [
         F.linear(x[begin:end], dense[e].to(x.dtype), None if bias is None else bias[e])
         for e, begin, end in runs(ends)

@@ -17,7 +17,7 @@ from bench.gpu.roofline import BY_ARCHITECTURE, Gpu
 from bench.lib import session
 from bench.lib.harness import Absent, Case, Contender, Result
 from bench.lib.report import OURS, Timing
-from bench.ops import optimizers
+from bench.ops import experts, optimizers
 
 TINY = Gpu("a card", 90, 1, 1e9, 1e10, 1e11, 1 << 20)
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -46,10 +46,11 @@ def on_cpu() -> Iterator[None]:
 
 def test_cases_are_those_of_the_design() -> None:
     names = [case.name for case in Suite("cuda", False, 1 << 20).cases()]
-    assert len(names) == len(set(names)) == 4 * (3 * 10 + 1) + 3 + 10
+    assert len(names) == len(set(names)) == 4 * (3 * 10 + 1) + 3 + 4 + 10
     for name in (
         "forward-4096x4096-m1-bf16", "dx-14336x4096-m8192-bf16", "dequantize-1024x4096-bf16",
         "adamw-one-tensor-7168x700-fp32", "adamw-448-tensors-7168x700-fp32", "adamw-100m-100000x1000-fp32",
+        "experts-forward-32-1536x2048-m32768-bf16", "experts-qlora-32-1536x2048-m1024-bf16",
     ):  # fmt: skip
         assert name in names
     # Time may run out: the most important rows of every shape come first.
@@ -69,6 +70,14 @@ def test_every_kind_of_case_is_checked_and_timed() -> None:
         result = case.run(Timing(0.0, 1))
         assert not result.wrong and result.time(OURS) is not None, result.wrong
         assert device_cases.roofline(case, TINY) is not None or case.group == "qlora"
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_experts_are_checked_and_timed() -> None:
+    """Beside torch's grouped GEMM on the weights dequantised in each call."""
+    for case in tiny("experts-forward-4-80x64-m9-bf16", "experts-qlora-4-80x64-m9-bf16"):
+        result = case.run(Timing(0.0, 1))
+        assert not result.wrong and {OURS, experts.DEQUANTISED} <= result.seconds.keys(), result.wrong
 
 
 @pytest.mark.usefixtures("on_cpu")
