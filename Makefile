@@ -146,7 +146,7 @@ triton: $(VENV)/.built $(VENV)/.packages-test ## Run the Triton kernels' tests i
 # 10.0, and sums are truncated as on tensor cores. nvcc writes the same PTX for 9.0 as for 8.0, and for 12.0 as for 10.0
 # (tests/gpu/ptx/test_texts.py). Tests of autograd and of refused arguments do not depend on the back end.
 PTX := $(filter-out %_refused.py %/test_gradients.py,$(ON_CARDS)) \
-  $(patsubst %,tests/gpu/test_%_cuda.py,experts bottleneck multi_bottleneck cross_entropy rms_norm rotary)
+  $(patsubst %,tests/gpu/test_%_cuda.py,experts bottleneck multi_bottleneck cross_entropy rms_norm rotary) tests/gpu/test_experts_grouped.py
 ptx: $(VENV)/.built-gpu $(VENV)/.packages-test ## Run the CUDA kernels' tests on what nvcc makes for other cards (needs nvcc)
 ifeq ($(NVCC),)
 	@echo "ptx: no nvcc, nothing to run"

@@ -1,5 +1,5 @@
-"""Times NF4 GEMMs fused and by dequantise + cuBLAS on this GPU, and writes up to how many rows of activations
-the first is faster, as a file for PEFT_KERNELS_CROSSOVERS.
+"""Times NF4 GEMMs fused and by dequantise + cuBLAS on this GPU, those of experts by torch's grouped GEMM, and
+writes up to how many rows of activations the first is faster, as a file for PEFT_KERNELS_CROSSOVERS.
 
     python bench/gpu/crossovers.py crossovers.json
     python bench/gpu/crossovers.py --rehearse crossovers.json   # small shapes on the stub device, no GPU
@@ -25,10 +25,13 @@ import testing
 from bench.gpu.device_cases import SHAPES
 from bench.lib import report
 from peft_kernels.core.backends import cuda
-from peft_kernels.core.backends.crossover_timing import Cell, crossovers, time_cells
-from peft_kernels.core.backends.crossovers import ANY, Card, Rows, Table, conditions, write
+from peft_kernels.core.backends.crossover_timing import Cell, crossovers, time_cells, time_experts
+from peft_kernels.core.backends.crossovers import ANY, Card, Limits, Rows, Table, conditions, write
 
 ROWS = (64, 96, 128, 192, 256, 384, 512, 768, 1024)
+EXPERTS_SHAPES = ((1536, 2048), (2048, 768))
+EXPERTS_ROWS = (64, 128, 192, 256, 384, 512, 768, 1024, 2048)
+"""Of an expert: of Qwen3-30B-A3B, whose layers have four times as many."""
 TINY = ((64, 128), (128, 64), (128, 192))
 
 
@@ -42,25 +45,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"bench/gpu/crossovers.py: back end {backend.name} cannot be used here: {reason}", file=sys.stderr
         )
         return 2
-    card, cells = rehearsed() if options.rehearse else timed()
-    rows = crossovers(cells)
-    write(options.output, [Table(card.compute_capability, tuple(rows), card.name, conditions(card))])
-    print(render(card, cells, rows))
+    card, cells, of_experts = rehearsed() if options.rehearse else timed()
+    limits = Limits(crossovers(cells), crossovers(of_experts))
+    write(options.output, [Table(card.compute_capability, limits, card.name, conditions(card))])
+    print(render(card.name, cells, limits.rows))
+    if of_experts:
+        print(f"\n{render(f'{card.name}, rows and weights of an expert', of_experts, limits.experts)}")
     return 0
 
 
-def timed() -> tuple[Card, list[Cell]]:
+def timed() -> tuple[Card, list[Cell], list[Cell]]:
     card = cuda.BACKEND.card(0)
-    return card, cuda.BACKEND.time_both_ways(0, card, SHAPES, ROWS)
+    cells = cuda.BACKEND.time_both_ways(0, card, SHAPES, ROWS)
+    return card, cells, cuda.BACKEND.time_experts(0, card, EXPERTS_SHAPES, EXPERTS_ROWS)
 
 
-def rehearsed() -> tuple[Card, list[Cell]]:
+def rehearsed() -> tuple[Card, list[Cell], list[Cell]]:
     from stub_device import H100, stub_device
 
     card = Card("stub device", "9.0", H100[1])
     with stub_device(H100):
         library, ops, device = ptx.BACKEND.extension, torch.ops.peft_kernels_ptx, torch.device("cpu")
-        return card, time_cells(library, ops, card, device, 0, wall_clock, TINY, ROWS)
+        cells = time_cells(library, ops, card, device, 0, wall_clock, TINY, ROWS)
+        return card, cells, time_experts(library, ops, card, device, wall_clock, TINY, ROWS, experts=2)
 
 
 def wall_clock(run: Callable[[], object]) -> float:
@@ -69,7 +76,7 @@ def wall_clock(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def render(card: Card, cells: Sequence[Cell], rows: Sequence[Rows]) -> str:
+def render(title: str, cells: Sequence[Cell], rows: Sequence[Rows]) -> str:
     """The times of all cells, and the crossovers."""
     times: dict[tuple[str, str], list[str]] = {}
     for cell in cells:
@@ -83,7 +90,7 @@ def render(card: Card, cells: Sequence[Cell], rows: Sequence[Rows]) -> str:
     ]
     return "\n".join(
         (
-            f"{card.name}: us fused / by dequantise + cuBLAS",
+            f"{title}: us fused / by dequantise + cuBLAS",
             report.table(columns, lines),
             "",
             "fused up to so many rows",

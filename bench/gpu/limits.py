@@ -68,6 +68,7 @@ WIDE, NARROW = (80, 90, 100), (86, 89, 120)
 RULES: Sequence[Rule] = (
     Rule(r"DequantizeNf4<float>", 8.0, written=4),
     Rule(r"DequantizeNf4<(bf16|fp16)>", 8.0, written=2),
+    Rule(r"DequantizeExperts", 9.8, written=2),
     *by_groups(r"LinearSmall<\w+, WideTable, {}, \d>", (1.8, 2.2, 2.8), WIDE),
     *by_groups(r"LinearSmall<\w+, NarrowTable, {}, \d>", (2.4, 2.8, 3.5), NARROW),
     Rule(r"LinearTiles<\w+, WideTable, \d>", 4.8, tokens=64, architectures=WIDE),
@@ -86,7 +87,9 @@ RULES: Sequence[Rule] = (
     Rule(r"ExpertsDx<\w+, 6>", 4.3, tokens=48, architectures=WIDE),
     Rule(r"SumRows<1>", 11.0, tokens=8, tf32_products=3),
     Rule(r"SumRows<2>", 15.5, tokens=16, tf32_products=3),
-    Rule(r"(Lora(Shrink|Expand|OverRows)|Experts(Shrink|OverRows)|Bottleneck(Rows|Groups|Expand))<.*>"),
+    Rule(
+        r"(Lora(Shrink|Expand|OverRows)|Experts(Shrink|OverRows)|Bottleneck(Rows|Groups|Expand))<.*>|ExpertsExpand"
+    ),
     Rule(r"Gated<float, .*, false>", 36.0, written=4, read=8),
     Rule(r"Gated<(bf16|fp16), .*, false>", 36.0, written=2, read=4),
     Rule(r"Gated<float, .*, true>", 54.0, written=8, read=12),

@@ -17,6 +17,8 @@
 
 #include "../common/build_info.h"
 #include "core/runtime.h"
+#include "experts/experts.h"
+#include "experts/experts_grouped.h"
 #include "linear/crossovers.h"
 #include "linear/linear.h"
 #include "loss/cross_entropy_head.h"
@@ -52,6 +54,34 @@ Paths plan(int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string
   const auto forward = ignore_crossovers ? cuda::plan_fused : cuda::plan_linear;
   const auto backward = ignore_crossovers ? cuda::plan_fused_dx : cuda::plan_linear_dx;
   return {forward(type, m, n, k, shift, card).name, backward(type, m, n, k, shift, card).name};
+}
+
+std::string name_of(cuda::ExpertsWay way) {
+  switch (way) {
+    case cuda::ExpertsWay::kFused:
+      return "fused";
+    case cuda::ExpertsWay::kGrouped:
+      return "grouped";
+    default:
+      return "composed";
+  }
+}
+
+Paths experts_plan(int64_t rows, int64_t experts, int64_t n, int64_t k, int64_t blocksize,
+                   const std::string& dtype, const cuda::Card& card) {
+  const auto way = [&](bool is_dx) {
+    const int shift = block_shift_of(blocksize);
+    return name_of(cuda::plan_experts(is_dx, dtype_named(dtype), experts, rows, n, k, shift, true, card).way);
+  };
+  return {way(false), way(true)};
+}
+
+using Rows = std::vector<std::array<int64_t, 3>>;
+
+std::vector<cuda::Crossover> crossovers_of(const Rows& rows) {
+  std::vector<cuda::Crossover> list;
+  for (const auto& [weights, forward, backward] : rows) list.push_back({weights, forward, backward});
+  return list;
 }
 
 std::map<std::string, int64_t> describe(const cuda::LinearPlan& plan) {
@@ -91,6 +121,23 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       arg("n"), arg("k"), arg("blocksize"), arg("dtype"), arg("compute_capability"), arg("sms"),
       arg("shared_bytes"), arg("reserved_bytes") = kReserved, arg("ignore_crossovers") = false);
   m.def(
+      "experts_plan",
+      [](int64_t rows, int64_t experts, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype) {
+        return experts_plan(rows, experts, n, k, blocksize, dtype, cuda::current_card());
+      },
+      "How a grouped GEMM with `rows` rows of all experts and its gradient are computed on the current "
+      "device: see ExpertsWay in experts.h.");
+  m.def(
+      "experts_plan_for",
+      [](int64_t rows, int64_t experts, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype,
+         int compute_capability, int sms, int64_t shared_bytes, int64_t reserved_bytes) {
+        return experts_plan(rows, experts, n, k, blocksize, dtype,
+                            {compute_capability, sms, shared_bytes, reserved_bytes});
+      },
+      "The same for any card.", arg("rows"), arg("experts"), arg("n"), arg("k"), arg("blocksize"),
+      arg("dtype"), arg("compute_capability"), arg("sms"), arg("shared_bytes"),
+      arg("reserved_bytes") = kReserved);
+  m.def(
       "cuts_for",
       [](int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype, int compute_capability,
          int sms, int64_t shared_bytes, int64_t reserved_bytes) {
@@ -105,15 +152,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       arg("m"), arg("n"), arg("k"), arg("blocksize"), arg("dtype"), arg("compute_capability"), arg("sms"),
       arg("shared_bytes"), arg("reserved_bytes") = kReserved);
   m.def(
-      "set_crossovers",
-      [](int compute_capability, int sms, const std::vector<std::array<int64_t, 3>>& crossovers) {
-        std::vector<cuda::Crossover> list;
-        for (const auto& [weights, forward, backward] : crossovers)
-          list.push_back({weights, forward, backward});
-        cuda::set_crossovers(compute_capability, sms, std::move(list));
+      "set_limits",
+      [](int compute_capability, int sms, const Rows& linear, const Rows& experts) {
+        cuda::set_crossovers(cuda::Gemms::kLinear, compute_capability, sms, crossovers_of(linear));
+        cuda::set_crossovers(cuda::Gemms::kExperts, compute_capability, sms, crossovers_of(experts));
       },
       "Sets (weights, forward, backward) of cards: see crossovers.h.", arg("compute_capability"), arg("sms"),
-      arg("crossovers"));
+      arg("linear"), arg("experts") = Rows{});
   m.def(
       "piece_of",
       [](int64_t count, int64_t length, int64_t element_size) {
@@ -130,6 +175,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       arg("reserved_bytes") = kReserved);
   m.def("set_capturing", cuda::set_capturing, "Whether calls act as if captured into a CUDA graph.");
   m.def("set_logit_bytes", cuda::set_logit_bytes, "The logits that a loss computes at a time, in bytes.");
+  m.def("set_experts_piece_bytes", cuda::set_experts_piece_bytes, "See kPieceBytes in experts_grouped.h.");
   m.def("logit_chunk", cuda::logit_chunk, "See cross_entropy_head.h.");
   cudart::bind(m);
 #else

@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
             problems.append(str(error))
     if limits:
         out.table(
-            ("card", "weights up to>", "fused rows>", "backward>", ""),
+            ("card", "GEMMs", "weights up to>", "fused rows>", "backward>", ""),
             [
                 ["any" if n is None else f"{n:,}" if isinstance(n, int) else n for n in row.values()]
                 for row in limits
@@ -106,17 +106,20 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
 
 
 def _crossovers() -> list[dict[str, Any]]:
-    """Up to how many rows NF4 GEMMs are fused, for each card and size of weight."""
+    """Up to how many rows NF4 GEMMs are fused, for each card and size of weight: of a layer with one weight,
+    or of an expert on average."""
     return [
         {
             "card": card,
+            "gemms": {"rows": "of one weight", "experts": "of experts"}[name],
             "weights": None if row.weights == crossovers.ANY else row.weights,
             "forward": row.forward,
             "backward": row.backward,
             "source": table.source,
         }
         for card, table in cuda.BACKEND.all_crossovers().items()
-        for row in table.rows
+        for name, rows in table.limits._asdict().items()
+        for row in rows
     ]
 
 

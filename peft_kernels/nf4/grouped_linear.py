@@ -10,7 +10,7 @@ from torch import Tensor
 MOST_EXPERTS = 1023
 CARDS = ((9, 0), (10, 0)) if torch.__version__ >= "2.11" else ((9, 0),)
 """Compute capabilities for which `torch._grouped_mm` has a kernel. On others it waits for the device, and on
-10.3 it calls a kernel that is not compiled for it (torch 2.11)."""
+10.3 it calls a kernel that is not compiled for it (torch 2.11). experts_plan.cpp has the same rule."""
 
 
 def has_kernel(x: Tensor, weight: Tensor) -> bool:

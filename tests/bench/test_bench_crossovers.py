@@ -21,9 +21,10 @@ def test_a_rehearsal_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
     assert script.main(["--rehearse", str(tmp_path / "crossovers.json")]) == 0
     (table,) = crossovers.read(tmp_path / "crossovers.json")
     assert (table.card, table.source) == ("stub device", "measured")
-    assert [row.weights for row in table.rows] == [14188, ANY]
+    assert [[row.weights for row in rows] for rows in table.limits] == [[14188, ANY]] * 2
     said = capsys.readouterr().out
-    assert "stub device: us fused / by dequantise + cuBLAS" in said and "128x192" in said
+    assert "stub device: us fused / by dequantise + cuBLAS" in said and said.count("128x192") == 4
+    assert "stub device, rows and weights of an expert: us fused" in said
 
 
 def test_a_card_is_timed(
@@ -42,13 +43,18 @@ def test_a_card_is_timed(
     monkeypatch.setattr(cuda.BACKEND, "probe", lambda: None)
     monkeypatch.setattr(cuda.BACKEND, "card", lambda index: CARD)
     monkeypatch.setattr(cuda.BACKEND, "time_both_ways", timed)
+    monkeypatch.setattr(cuda.BACKEND, "time_experts", timed)
     path = tmp_path / "crossovers.json"
     assert script.main([str(path)]) == 0
-    assert asked == [(0, CARD, SHAPES, (64, 96, 128, 192, 256, 384, 512, 768, 1024))]
+    assert asked == [
+        (0, CARD, SHAPES, (64, 96, 128, 192, 256, 384, 512, 768, 1024)),
+        (0, CARD, ((1536, 2048), (2048, 768)), (64, 128, 192, 256, 384, 512, 768, 1024, 2048)),
+    ]
     monkeypatch.setenv(crossovers.ENVIRONMENT_VARIABLE, str(path))
     table = crossovers.choose(CARD, None)
     assert table is not None and table.measured_with["driver"] == "a driver"
-    assert len(table.rows) == 3 and {row[1:] for row in table.rows} == {(192, 96)}
+    assert [len(rows) for rows in table.limits] == [3, 2]
+    assert {row[1:] for rows in table.limits for row in rows} == {(192, 96), (192, 64)}
     said = capsys.readouterr().out
     assert all(words in said for words in ("1024x4096", "M=1024", " 6 / 25 ", "31,387,297"))
 

@@ -17,7 +17,7 @@ import testing
 from peft_kernels.cli import doctor, info
 from peft_kernels.cli.main import main
 from peft_kernels.core.backends import BACKENDS
-from peft_kernels.core.backends.crossovers import ANY, Rows, Table
+from peft_kernels.core.backends.crossovers import ANY, Limits, Rows, Table
 
 needs_cpu = pytest.mark.skipif(
     testing.unavailable("cpu") is not None, reason=f"back end cpu: {testing.unavailable('cpu')}"
@@ -122,19 +122,29 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("card")
 def test_crossovers_are_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     rows = (Rows(8_000_000, 384, 320), Rows(ANY, 256, 1024))
-    tables = {"cuda:0 A": Table("9.0", rows), "cuda:1 B": Table("9.0", rows[1:], "B")}
+    experts = (Rows(ANY, 416, 352),)
+    tables = {
+        "cuda:0 A": Table("9.0", Limits(rows, experts)),
+        "cuda:1 B": Table("9.0", Limits(rows[1:]), "B"),
+    }
     monkeypatch.setattr(BACKENDS["cuda"], "all_crossovers", lambda: tables)
     code, report = diagnosed(capsys)
+    names = "card", "gemms", "weights", "forward", "backward", "source"
     assert code == 0 and report["crossovers"] == [
-        {"card": "cuda:0 A", "weights": 8_000_000, "forward": 384, "backward": 320, "source": "estimated"},
-        {"card": "cuda:0 A", "weights": None, "forward": 256, "backward": 1024, "source": "estimated"},
-        {"card": "cuda:1 B", "weights": None, "forward": 256, "backward": 1024, "source": "measured"},
+        dict(zip(names, values, strict=True))
+        for values in (
+            ("cuda:0 A", "of one weight", 8_000_000, 384, 320, "estimated"),
+            ("cuda:0 A", "of one weight", None, 256, 1024, "estimated"),
+            ("cuda:0 A", "of experts", None, 416, 352, "estimated"),
+            ("cuda:1 B", "of one weight", None, 256, 1024, "measured"),
+        )
     ]
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     for line in (
-        "cuda:0 A      8,000,000         384       320  estimated",
-        "cuda:1 B            any         256     1,024  measured",
+        "cuda:0 A  of one weight      8,000,000         384       320  estimated",
+        "cuda:0 A  of experts               any         416       352  estimated",
+        "cuda:1 B  of one weight            any         256     1,024  measured",
     ):
         assert line in text
 

@@ -39,7 +39,7 @@ def test_weights_of_one_size_are_taken_together() -> None:
     both = [cell._replace(is_backward=way) for cell in (*wide, *tall) for way in (False, True)]
     small = [cell._replace(fused=9.0) for cell in cells((64, 1.0, 2.0), (128, 1.0, 2.0), shape=(32, 64))]
     small += [cell._replace(is_backward=True, fused=1.0) for cell in small]
-    assert crossover_timing.crossovers([*both, *small]) == [Rows(4096, 32, 128), Rows(ANY, 128, 128)]
+    assert crossover_timing.crossovers([*both, *small]) == (Rows(4096, 32, 128), Rows(ANY, 128, 128))
 
 
 def test_the_clock_leaves_out_the_first_call_and_what_python_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +81,7 @@ def test_copies_of_a_weight_take_turns() -> None:
     """As many as twice the cache holds, two at least; every call has its own codes."""
 
     class Library:
-        def set_crossovers(self, *args: object) -> None:
+        def set_limits(self, *args: object) -> None:
             pass
 
     class Ops:

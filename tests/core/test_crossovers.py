@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from peft_kernels.core.backends import crossover_timing, crossovers, cuda
-from peft_kernels.core.backends.crossovers import ANY, Card, Rows, Table, cache_path, choose, read, write
+from peft_kernels.core.backends.crossovers import ANY, Card, Limits, Rows, Table, choose, read, write
 
 H100 = Card("NVIDIA H100 80GB HBM3", "9.0", 132, "a driver", "0123")
-MEASURED = [Rows(1000, 96, 64), Rows(ANY, 320, 128)]
-PINNED = [Rows(ANY, 7, 8)]
+MEASURED = Limits((Rows(1000, 96, 64), Rows(ANY, 320, 128)), (Rows(ANY, 416, 352),))
+PINNED = Limits((Rows(ANY, 7, 8),))
 
 
 @pytest.fixture(autouse=True)
@@ -35,32 +35,32 @@ def wanted(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], None]:
 
 
 @pytest.fixture
-def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[Rows]], None]:
+def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Limits], None]:
     """Adds a measured table of H100 to those of the package."""
 
-    def add(rows: Sequence[Rows]) -> None:
+    def add(limits: Limits) -> None:
         tables = read(crossovers.PACKAGED)
         monkeypatch.setattr(crossovers, "PACKAGED", tmp_path / "packaged.json")
-        write(crossovers.PACKAGED, [*tables, table(rows)])
+        write(crossovers.PACKAGED, [*tables, table(limits)])
 
     return add
 
 
-def table(rows: Sequence[Rows], card: Card = H100) -> Table:
-    return Table(card.compute_capability, tuple(rows), card.name, {"driver": "a driver"})
+def table(limits: Limits, card: Card = H100) -> Table:
+    return Table(card.compute_capability, limits, card.name, {"driver": "a driver"})
 
 
-def measure() -> list[Rows]:
+def measure() -> Limits:
     return MEASURED
 
 
-def must_not_measure() -> list[Rows]:
+def must_not_measure() -> Limits:
     raise AssertionError("it was measured")
 
 
-def estimate(capability: str) -> tuple[Rows, ...]:
+def estimate(capability: str) -> Limits:
     (found,) = [t for t in read(crossovers.PACKAGED) if t.compute_capability == capability and not t.card]
-    return found.rows
+    return found.limits
 
 
 # The package's tables.
@@ -71,10 +71,14 @@ def test_every_kind_of_card_has_one_estimate() -> None:
     estimated = [t.compute_capability for t in tables if t.source == "estimated"]
     assert estimated == ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
     for found in tables:
-        for row in found.rows:
-            assert row.forward % 32 == row.backward % 32 == 0 and 32 <= min(row[1:]) <= max(row[1:]) <= 1024
-        # The fixed cost of another launch counts for more with a small weight.
-        assert [row.forward for row in found.rows] == sorted((r.forward for r in found.rows), reverse=True)
+        for rows in found.limits:
+            for row in rows:
+                limits = row.forward, row.backward
+                assert {n % 32 for n in limits} == {0} and 32 <= min(limits) <= max(limits) <= 1024
+            # The fixed cost of another launch counts for more with a small weight.
+            assert [row.forward for row in rows] == sorted((r.forward for r in rows), reverse=True)
+    # torch has no grouped GEMM for the others.
+    assert [t.compute_capability for t in tables if t.limits.experts] == ["9.0", "10.0"]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +86,7 @@ def test_every_kind_of_card_has_one_estimate() -> None:
 )
 def test_an_unknown_card_is_as_the_one_before(capability: str, like: str) -> None:
     found = choose(H100._replace(compute_capability=capability), must_not_measure)
-    assert found is not None and found.source == "estimated" and found.rows == estimate(like)
+    assert found is not None and found.source == "estimated" and found.limits == estimate(like)
 
 
 def test_a_packaged_measured_table_goes_first(packaged: Any, wanted: Any) -> None:
@@ -90,12 +94,12 @@ def test_a_packaged_measured_table_goes_first(packaged: Any, wanted: Any) -> Non
     for value in ("", "measured"):
         wanted(value)
         found = choose(H100, must_not_measure)
-        assert found is not None and (found.source, list(found.rows)) == ("measured", MEASURED)
+        assert found is not None and (found.source, found.limits) == ("measured", MEASURED)
         other = choose(H100._replace(name="NVIDIA H200"), measure if value else must_not_measure)
         assert other is not None and (other.card == "NVIDIA H200") == bool(value)
     wanted("estimated")
     found = choose(H100, must_not_measure)
-    assert found is not None and (found.source, found.rows) == ("estimated", estimate("9.0"))
+    assert found is not None and (found.source, found.limits) == ("estimated", estimate("9.0"))
 
 
 # Files.
@@ -157,15 +161,15 @@ def test_a_broken_cache_is_replaced_and_a_broken_pin_is_an_error(
     name: str, tmp_path: Path, wanted: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     content = BROKEN[name]
-    for path in (cache_path(H100), tmp_path / "pinned.json"):
+    for path in (crossovers.cache_path(H100), tmp_path / "pinned.json"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     wanted("measured")
     with caplog.at_level(logging.WARNING, "peft_kernels"):
         found = choose(H100, measure)
-    assert found is not None and list(found.rows) == MEASURED
-    assert f"a cache of measured crossovers is ignored: {cache_path(H100)}" in caplog.text
-    assert read(cache_path(H100)) == [found]
+    assert found is not None and found.limits == MEASURED
+    assert f"a cache of measured crossovers is ignored: {crossovers.cache_path(H100)}" in caplog.text
+    assert read(crossovers.cache_path(H100)) == [found]
     wanted(tmp_path / "pinned.json")
     with pytest.raises(ValueError, match=r"PEFT_KERNELS_CROSSOVERS: .*pinned\.json: expected tables"):
         choose(H100, must_not_measure)
@@ -179,7 +183,7 @@ def test_a_file_pins_the_choice(tmp_path: Path, wanted: Any, packaged: Any) -> N
     write(tmp_path / "mine.json", [table(MEASURED, H100._replace(name="another")), table(PINNED)])
     wanted(tmp_path / "mine.json")
     found = choose(H100, must_not_measure)
-    assert found is not None and list(found.rows) == PINNED
+    assert found is not None and found.limits == PINNED
 
 
 def test_a_pin_without_the_card_is_an_error(tmp_path: Path, wanted: Any) -> None:
@@ -198,7 +202,7 @@ def test_a_pin_without_the_card_is_an_error(tmp_path: Path, wanted: Any) -> None
 def test_a_card_is_measured_once(wanted: Any) -> None:
     wanted("measured")
     first = choose(H100, measure)
-    assert first is not None and (first.source, list(first.rows)) == ("measured", MEASURED)
+    assert first is not None and (first.source, first.limits) == ("measured", MEASURED)
     assert first.measured_with == {"driver": "a driver", "library": "0123", "torch": torch.__version__}
     assert choose(H100, must_not_measure) == first
 
@@ -207,7 +211,7 @@ def test_nothing_is_measured_unless_wanted(cache: Path, wanted: Any) -> None:
     for value in ("", "estimated"):
         wanted(value)
         found = choose(H100, must_not_measure)
-        assert found is not None and found.rows == estimate("9.0")
+        assert found is not None and found.limits == estimate("9.0")
     assert not cache.exists()
     wanted("measured")
     choose(H100, measure)
@@ -222,7 +226,7 @@ def test_another_card_driver_or_library_is_measured_anew(field: str, wanted: Any
     choose(H100, measure)
     other = H100._replace(**{field: 84 if field == "multiprocessors" else "9.1"})
     found = choose(other, lambda: PINNED)
-    assert found is not None and list(found.rows) == PINNED
+    assert found is not None and found.limits == PINNED
     assert found.card == other.name
 
 
@@ -235,14 +239,14 @@ def test_a_card_that_cannot_be_measured_now_is_measured_later(wanted: Any) -> No
 
 
 def test_without_memory_the_estimates_are_used(wanted: Any, caplog: pytest.LogCaptureFixture) -> None:
-    def fails() -> list[Rows]:
+    def fails() -> Limits:
         raise torch.OutOfMemoryError("no memory")
 
     wanted("measured")
     found = choose(H100, fails)
-    assert found is not None and found.rows == estimate("9.0")
+    assert found is not None and found.limits == estimate("9.0")
     assert "cannot be measured on NVIDIA H100 80GB HBM3, the estimates are used: no memory" in caplog.text
-    assert not cache_path(H100).exists()
+    assert not crossovers.cache_path(H100).exists()
 
 
 def test_without_a_place_for_the_cache_a_measured_table_is_used(
@@ -251,7 +255,7 @@ def test_without_a_place_for_the_cache_a_measured_table_is_used(
     cache.write_text("a file where the folder would be")
     wanted("measured")
     found = choose(H100, measure)
-    assert found is not None and list(found.rows) == MEASURED
+    assert found is not None and found.limits == MEASURED
     assert "measured crossovers cannot be cached" in caplog.text
 
 
@@ -266,12 +270,12 @@ def test_a_job_of_several_processes_measures_nothing(
     choose(H100, measure)
     monkeypatch.setenv("WORLD_SIZE", "2")
     found = choose(H100, must_not_measure)
-    assert found is not None and found.rows == estimate("9.0")
+    assert found is not None and found.limits == estimate("9.0")
     assert "in a job of several processes nothing is measured" in caplog.text
     write(tmp_path / "pinned.json", [table(PINNED)])
     wanted(tmp_path / "pinned.json")
     found = choose(H100, must_not_measure)
-    assert found is not None and list(found.rows) == PINNED
+    assert found is not None and found.limits == PINNED
 
 
 # The back end.
@@ -285,8 +289,8 @@ class Extension:
     def __init__(self) -> None:
         self.table: dict[tuple[int, int], Any] = {}
 
-    def set_crossovers(self, capability: int, sms: int, rows: Any) -> None:
-        self.table[capability, sms] = list(rows)
+    def set_limits(self, capability: int, sms: int, rows: Any, experts: Any) -> None:
+        self.table[capability, sms] = Limits(rows, experts)
 
     def architectures(self) -> str:
         return "9.0"

@@ -17,10 +17,10 @@ from test_experts_cuda import layer
 import ptx_backend as ptx
 from peft_kernels.core.backends import crossovers, cuda
 from peft_kernels.core.backends.crossover_timing import time_cells
-from peft_kernels.core.backends.crossovers import ANY, Card, Rows, read
+from peft_kernels.core.backends.crossovers import ANY, Card, Limits, Rows, read
 
 ESTIMATES = {
-    crossovers._number(table.compute_capability): table.rows
+    crossovers._number(table.compute_capability): table.limits
     for table in read(crossovers.PACKAGED)
     if table.source == crossovers.ESTIMATED
 }
@@ -34,7 +34,7 @@ def _estimates() -> Iterator[None]:
     if ptx.BACKEND.probe() is None:
         for capability in (*ESTIMATES, 103):
             for sms in (1, FEW, A100[1], H100[1]):
-                ptx.BACKEND.extension.set_crossovers(capability, sms, [])
+                ptx.BACKEND.extension.set_limits(capability, sms, [])
 
 
 def limits(extension: ModuleType, card: Sequence[int], n: int, k: int) -> tuple[int, int]:
@@ -53,25 +53,25 @@ def limits(extension: ModuleType, card: Sequence[int], n: int, k: int) -> tuple[
 
 
 def set_rows(extension: ModuleType, card: Sequence[int], rows: int) -> None:
-    extension.set_crossovers(card[0], card[1], [(ANY, rows, rows)])
+    extension.set_limits(card[0], card[1], [(ANY, rows, rows)])
 
 
 @pytest.mark.parametrize("name", ALL_CARDS)
 def test_plans_follow_the_estimates(extension: ModuleType, name: str) -> None:
     card = ALL_CARDS[name]
     for n, k in ((1024, 4096), (2048, 4096), (2056, 4096), (4096, 8192), (4104, 8192), (28672, 8192)):
-        row = next(row for row in ESTIMATES[card[0]] if n * k <= row.weights)
+        row = next(row for row in ESTIMATES[card[0]].rows if n * k <= row.weights)
         assert limits(extension, card, n, k) == (row.forward, row.backward), (n, k)
 
 
 def test_a_table_applies_to_cards_with_its_multiprocessors(extension: ModuleType) -> None:
     estimates = limits(extension, H100, 4096, 4096)
-    extension.set_crossovers(90, 132, [(1 << 20, 100, 70), (ANY, 1000, 0)])
+    extension.set_limits(90, 132, [(1 << 20, 100, 70), (ANY, 1000, 0)])
     assert limits(extension, H100, 1024, 1024) == (100, 70)
     assert limits(extension, H100, 1032, 1024) == (1000, 0)
     assert limits(extension, (90, 114, 227 << 10), 4096, 4096) == estimates
     assert limits(extension, (100, 132, 227 << 10), 4096, 4096) == (192, 192)
-    extension.set_crossovers(90, 132, [])
+    extension.set_limits(90, 132, [])
     assert limits(extension, H100, 4096, 4096) == estimates
 
 
@@ -153,7 +153,7 @@ def test_each_way_is_timed() -> None:
         library, ops, device = ptx.BACKEND.extension, torch.ops.peft_kernels_ptx, torch.device("cpu")
         shapes, rows = ((64, 128), (128, 64)), (64, 1024)
         cells = time_cells(library, ops, card, device, 3 * 64 * 64, clock, shapes, rows)
-        assert limits(library, H100, 4096, 4096)[0] == ESTIMATES[90][-1].forward, "left as it was set"
+        assert limits(library, H100, 4096, 4096)[0] == ESTIMATES[90].rows[-1].forward, "left as it was set"
     assert [cell[:4] for cell in cells] == [
         (*shape, m, way) for shape in shapes for m in rows for way in (False, True)
     ]
@@ -166,7 +166,7 @@ def test_each_way_is_timed() -> None:
 
 def test_a_table_of_python_is_a_table_of_the_library(extension: ModuleType) -> None:
     card = Card("NVIDIA H100 80GB HBM3", "9.0", H100[1])
-    crossovers.set_table(extension, card, [Rows(1 << 20, 96, 64), Rows(ANY, 320, 128)])
+    crossovers.set_limits(extension, card, Limits((Rows(1 << 20, 96, 64), Rows(ANY, 320, 128))))
     assert limits(extension, H100, 1024, 1024) == (96, 64)
     assert limits(extension, H100, 4096, 4096) == (320, 128)
 

@@ -6,6 +6,17 @@
 
 namespace peft_kernels::cuda {
 
+// Zeroes the rows of a result from `first` on: all blocks of kThreads threads take part, and each thread
+// stores a T at a time. Rows are whole Ts.
+template <class T, int kThreads>
+DEVICE void clear_rows(const ResultRows& result, int first, int rows) {
+  auto* start = static_cast<uint8_t*>(result.rows);
+  constexpr int64_t kBytes = sizeof(T);
+  const int64_t stride = int64_t{grid_size()} * kThreads * kBytes, end = rows * result.row_bytes;
+  int64_t at = first * result.row_bytes + (int64_t{block_index()} * kThreads + thread_index()) * kBytes;
+  for (; at < end; at += stride) store(reinterpret_cast<T*>(start + at), T{});
+}
+
 // A warp of the first block writes the list. All blocks zero the rows that belong to no expert.
 struct ListExpertRows {
   static constexpr int kThreads = 256;
@@ -22,7 +33,9 @@ struct ListExpertRows {
     const int last = clamped(p, load_constant(p.ends + p.rows.experts - 1));
 #pragma unroll
     for (const ResultRows& result : p.results) {
-      if (result.rows != nullptr) clear(result, last, p.rows.rows);
+      if (result.rows == nullptr) continue;
+      result.row_bytes % 16 == 0 ? clear_rows<Words4, kThreads>(result, last, p.rows.rows)
+                                 : clear_rows<uint16_t, kThreads>(result, last, p.rows.rows);
     }
   }
 
@@ -56,6 +69,7 @@ struct ListExpertRows {
       if (expert < p.rows.experts) {
         store(reinterpret_cast<Words2*>(p.rows.ranges + expert),
               {static_cast<uint32_t>(own_begin), static_cast<uint32_t>(end)});
+        store(p.rows.ends + expert, end);
         RowTile* tile = p.rows.tiles + count + sum_of_tiles - tiles;
         for (int row = own_begin; row < end; row += tile_rows, ++tile) {
           const int tile_end = row + tile_rows < end ? row + tile_rows : end;
@@ -68,17 +82,19 @@ struct ListExpertRows {
     }
     if (lane == 0) store(p.rows.count, count);
   }
+};
 
-  static DEVICE void clear(const ResultRows& result, int first, int rows) {
-    auto* start = static_cast<uint8_t*>(result.rows);
-    const int64_t begin = first * result.row_bytes, end = rows * result.row_bytes;
-    const auto fill = [&](auto zero) {
-      constexpr int64_t kBytes = sizeof(zero);
-      const int64_t stride = int64_t{grid_size()} * kThreads * kBytes;
-      int64_t at = begin + (int64_t{block_index()} * kThreads + thread_index()) * kBytes;
-      for (; at < end; at += stride) store(reinterpret_cast<decltype(zero)*>(start + at), zero);
-    };
-    result.row_bytes % 16 == 0 ? fill(Words4{}) : fill(uint16_t{0});
+struct ClearRest {
+  static constexpr int kThreads = 256;
+  static constexpr int kBlocksPerSm = 4;
+
+  struct Params {
+    ExpertRows rows;
+    ResultRows result;
+  };
+
+  static DEVICE void run(const Params& p) {
+    clear_rows<Words4, kThreads>(p.result, load_constant(p.rows.ends + p.rows.experts - 1), p.rows.rows);
   }
 };
 

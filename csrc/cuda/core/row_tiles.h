@@ -23,12 +23,14 @@ struct ExpertRows {
   RowTile* tiles;  // [max_tiles], the first *count of which are used
   int* count;
   RowRange* ranges;  // [experts]
+  int* ends;         // [experts], of the ranges
 
   static int64_t most_tiles(int64_t experts, int64_t rows, int64_t tile_rows) {
     return rows / tile_rows + std::min(experts, rows);
   }
   static int64_t bytes(int64_t experts, int64_t max_tiles) {
-    return max_tiles * int64_t{sizeof(RowTile)} + experts * int64_t{sizeof(RowRange)} + int64_t{sizeof(int)};
+    return max_tiles * int64_t{sizeof(RowTile)} + experts * int64_t{sizeof(RowRange) + sizeof(int)} +
+           int64_t{sizeof(int)};
   }
 };
 
@@ -42,5 +44,7 @@ struct ResultRows {
 // clamped.
 void list_expert_rows(const ExpertRows& rows, const int* ends, const ResultRows (&results)[2],
                       const Context& context);
+// Zeroes those rows of a result that exists later, once they are listed; they are multiples of 16 bytes.
+void clear_rest(const ExpertRows& rows, const ResultRows& result, const Context& context);
 
 }  // namespace peft_kernels::cuda

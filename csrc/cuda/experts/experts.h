@@ -9,6 +9,22 @@
 
 namespace peft_kernels::cuda {
 
+// ---- experts_plan.cpp ---------------------------------------------------------------------------------
+
+// How a grouped GEMM is computed: by a kernel that decodes NF4, by torch's grouped GEMM on dense weights, or
+// by ops on one expert after the other, for which the host waits for the numbers of rows.
+enum class ExpertsWay { kFused, kGrouped, kComposed };
+struct ExpertsPlan {
+  ExpertsWay way = ExpertsWay::kComposed;
+  int tile_rows = 0;  // of the list of rows
+};
+// Weights [experts, n, k] in NF4, with their packed values aligned to 16 bytes or, for kGrouped alone, 4.
+ExpertsPlan plan_experts(bool is_dx, DType dtype, int64_t experts, int64_t rows, int64_t n, int64_t k,
+                         int block_shift, bool is_aligned, const Card& card);
+// Dense weights: kGrouped, or kComposed where torch has no kernel.
+ExpertsPlan plan_dense_experts(DType dtype, int64_t experts, int64_t rows, int64_t n, int64_t k,
+                               const Card& card);
+
 // ---- experts_linear.cu, experts_linear_dx.cu ----------------------------------------------------------
 
 // `linear` has the first expert's weight and m of all rows; the other experts' parts follow in memory, as do
@@ -46,5 +62,17 @@ void experts_ranks(const ExpertRows& rows, DType dtype, const void* x, int64_t f
 void experts_gradient(const ExpertRows& rows, DType dtype, const void* x, int64_t features,
                       const float* ranks, int rank, bool transposed, float scale, void* out, bool is_f32,
                       Stream stream);
+
+// Columns [begin, begin + count) of a grouped GEMM's result, [rows, features], in bf16: the columns of the
+// product with the base, [rows, count], plus the deltas and biases. They are multiples of 8.
+struct ExpertsColumns {
+  const void* product;
+  int64_t begin, count, features;
+  ExpertsDelta delta;
+  bool is_dx;         // which of the deltas' factors
+  const float* bias;  // [experts, features] or null
+  void* out;          // may be the product if count is features
+};
+void experts_expand(const ExpertRows& rows, const ExpertsColumns& columns, Stream stream);
 
 }  // namespace peft_kernels::cuda

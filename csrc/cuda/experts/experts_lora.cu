@@ -1,4 +1,6 @@
-// Launches ExpertsShrink and ExpertsOverRows: the ranks and gradients of experts' adapters.
+// Launches ExpertsShrink, ExpertsOverRows and ExpertsExpand: the ranks, gradients and deltas of experts'
+// adapters.
+#include "../lora/lora_expand.cuh"
 #include "../lora/lora_over_rows.cuh"
 #include "../lora/lora_shrink.cuh"
 #include "experts.h"
@@ -85,6 +87,33 @@ void experts_gradient(const ExpertRows& rows, DType dtype, const void* x, int64_
     over_rows<ExpertsOverRows<decltype(type)>>(rows, x, features, ranks, rank, transposed, scale, out, is_f32,
                                                stream);
   });
+}
+
+void experts_expand(const ExpertRows& rows, const ExpertsColumns& columns, Stream stream) {
+  using Kernel = ExpertsExpand;
+  const ExpertsDelta& delta = columns.delta;
+  const int64_t rank_stride = columns.is_dx ? columns.features : 1;
+  const int64_t feature_stride = columns.is_dx ? 1 : delta.rank;
+  typename Kernel::Params params{};
+  params.out = static_cast<bf16*>(columns.out) + columns.begin;
+  params.out_ld = columns.features;
+  params.features = columns.count;
+  params.ranks = delta.ranks;
+  params.ld = delta.rank;
+  params.feature_blocks = ceil_div(columns.count, Kernel::kWarps * Kernel::kFeatures);
+  params.terms = 1;
+  params.term[0] = static_cast<const bf16*>(columns.product);
+  Delta& own = params.delta[0];
+  own.factor = {
+      static_cast<const char*>(delta.factor) + columns.begin * feature_stride * (delta.is_f32 ? 4 : 2),
+      rank_stride, feature_stride, delta.is_f32};
+  own.bias = columns.bias == nullptr ? nullptr : columns.bias + columns.begin;
+  own.scale = delta.scale;
+  own.rank = delta.rank;
+  params.experts = rows;
+  params.factor_stride = delta.rank * columns.features;
+  params.bias_stride = columns.features;
+  launch<Kernel>(params, rows.max_tiles * params.feature_blocks, stream);
 }
 
 }  // namespace peft_kernels::cuda

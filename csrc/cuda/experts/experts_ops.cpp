@@ -3,91 +3,75 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include <limits>
 #include <tuple>
 #include <vector>
 
+#include "../../common/lora_args.h"
 #include "../core/composed.h"
-#include "../core/listed_rows.h"
-#include "../core/runtime.h"
-#include "../linear/linear_gemm.h"
-#include "experts.h"
+#include "experts_grouped.h"
 
 namespace peft_kernels::cuda {
 namespace {
-
-// NF4 weights of experts, [experts, out_features, in_features].
-class ExpertsWeight {
- public:
-  ExpertsWeight(const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2,
-                const OptionalTensor& offset, int64_t blocksize, int64_t experts, int64_t out_features,
-                int64_t in_features)
-      : tensors_(packed, absmax, absmax2, offset, blocksize, out_features * in_features, experts),
-        experts_(experts),
-        out_features_(out_features),
-        in_features_(in_features) {}
-
-  int64_t experts() const { return experts_; }
-  int64_t out_features() const { return out_features_; }
-  int64_t in_features() const { return in_features_; }
-  int block_shift() const { return tensors_.block_shift(); }
-  // Scales of one expert, of the second level if there are two.
-  int64_t scale_stride() const {
-    const int64_t blocks = ceil_div(out_features_ * in_features_, int64_t{1} << block_shift());
-    return tensors_.is_nested() ? ceil_div(blocks, nf4::kAbsmaxBlock) : blocks;
-  }
-  bool is_aligned() const { return are_aligned({tensors_.packed()}); }
-  // The view of the first expert.
-  Nf4View view() const { return view_of(tensors_); }
-
- private:
-  Nf4Tensors tensors_;
-  int64_t experts_, out_features_, in_features_;
-};
 
 void check_ends(const Tensor& ends) {
   check_dtype(ends, at::kInt, "ends");
   TORCH_CHECK(ends.dim() == 1, "ends: expected 1 dimension, got ", ends.dim());
 }
 
-// Contiguous and 16-byte aligned, as kernels require.
-Tensor aligned(const Tensor& t) {
-  const Tensor own = t.contiguous();
-  return are_aligned({own.const_data_ptr()}) ? own : own.clone();
-}
-
-ExpertsParams params_of(const Tensor& x, const ExpertsWeight& weight, const ListedRows& listed,
-                        const Tensor& y) {
-  ExpertsParams params{};
-  params.linear.x = x.const_data_ptr();
-  params.linear.dtype = dtype_of(x, "x");
-  params.linear.weight = weight.view();
-  params.linear.m = static_cast<int>(x.size(0));
-  params.linear.n = static_cast<int>(weight.out_features());
-  params.linear.k = static_cast<int>(weight.in_features());
-  params.linear.y = y.mutable_data_ptr();
-  params.rows = listed.view();
-  params.scale_stride = weight.scale_stride();
-  return params;
-}
-
-int tile_rows(const Tensor& x, const ExpertsWeight& weight, bool is_dx) {
-  if (x.size(0) == 0 || x.size(0) > std::numeric_limits<int>::max() || !weight.is_aligned()) return 0;
-  return (is_dx ? experts_dx_tile_rows : experts_tile_rows)(dtype_of(x, "x"), weight.experts(), x.size(0),
-                                                            weight.out_features(), weight.in_features(),
-                                                            weight.block_shift(), current_card());
-}
-
-// Sets the experts' biases; returns the tensor that owns them.
-Tensor set_bias(const OptionalTensor& bias, const ExpertsWeight& weight, const Tensor& x,
-                ExpertsParams& params) {
-  if (!bias) return {};
-  params.linear.bias_dtype = parameter_dtype(*bias, x.scalar_type(), "bias");
+void check_bias(const OptionalTensor& bias, const ExpertsWeight& weight, const Tensor& x) {
+  if (!bias) return;
+  parameter_dtype(*bias, x.scalar_type(), "bias");
   check_shape(*bias, {weight.experts(), weight.out_features()}, "bias");
-  const Tensor own = bias->contiguous();
-  params.linear.bias = own.const_data_ptr();
-  return own;
 }
+
+// x W^T + bias + deltas, or with is_dx dY W + deltas, of rows sorted by expert.
+class ExpertsGemm {
+ public:
+  // `rows` are those of the op, and with `wants_result` the product is computed.
+  ExpertsGemm(const Tensor& rows, const ExpertsWeight& weight, bool is_dx, bool wants_result = true)
+      : weight_(weight), is_dx_(is_dx), plan_(weight.plan(rows, is_dx)) {
+    const int64_t features = is_dx ? weight.in_features() : weight.out_features();
+    // torch allocates that of its grouped GEMM.
+    if (wants_result && plan_.way == ExpertsWay::kFused)
+      result_ = at::empty({rows.size(0), features}, rows.options());
+  }
+
+  bool is_composed() const { return plan_.way == ExpertsWay::kComposed; }
+  int tile_rows() const { return plan_.tile_rows; }
+  // To be zeroed in rows of no expert before run(), or undefined.
+  const Tensor& result() const { return result_; }
+  // `rows`: aligned.
+  Tensor run(const Tensor& rows, const ListedRows& listed, const OptionalTensor& bias = std::nullopt,
+             const ExpertsDelta& delta = {}) const {
+    if (plan_.way == ExpertsWay::kGrouped) return grouped_gemm(rows, listed, weight_, is_dx_, bias, delta);
+    const ManyNf4 nf4 = weight_.nf4();
+    const Tensor own_bias = bias ? bias->contiguous() : Tensor();
+    ExpertsParams params{};
+    params.linear.x = rows.const_data_ptr();
+    params.linear.dtype = dtype_of(rows, "rows");
+    params.linear.weight = nf4.first;
+    params.linear.m = static_cast<int>(rows.size(0));
+    params.linear.n = static_cast<int>(weight_.out_features());
+    params.linear.k = static_cast<int>(weight_.in_features());
+    if (bias) {
+      params.linear.bias = own_bias.const_data_ptr();
+      params.linear.bias_dtype = dtype_of(own_bias, "bias");
+    }
+    params.linear.y = result_.mutable_data_ptr();
+    params.rows = listed.view();
+    params.scale_stride = nf4.scale_stride;
+    params.delta = delta;
+    CallContext context;
+    (is_dx_ ? experts_linear_dx : experts_linear)(params, context);
+    return result_;
+  }
+
+ private:
+  const ExpertsWeight& weight_;
+  bool is_dx_;
+  ExpertsPlan plan_;
+  Tensor result_;
+};
 
 Tensor experts_linear_op(const Tensor& x, const Tensor& ends, const Tensor& packed, const Tensor& absmax,
                          const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize,
@@ -97,19 +81,14 @@ Tensor experts_linear_op(const Tensor& x, const Tensor& ends, const Tensor& pack
   TORCH_CHECK(x.dim() == 2, "x: expected 2 dimensions, got ", x.dim());
   TORCH_CHECK(out_features >= 0, "out_features: expected 0 or more, got ", out_features);
   const ExpertsWeight weight(packed, absmax, absmax2, offset, blocksize, ends.size(0), out_features,
-                             x.size(1));
-  const int rows_of_tile = tile_rows(x, weight, false);
-  if (rows_of_tile == 0) {
+                             x.size(1), x.scalar_type());
+  const ExpertsGemm gemm(x, weight, false);
+  if (gemm.is_composed()) {
     return composed(experts_linear_op, "experts_linear", x, ends, packed, absmax, absmax2, offset, blocksize,
                     out_features, bias);
   }
-  const Tensor own_x = aligned(x), y = at::empty({x.size(0), out_features}, x.options());
-  const ListedRows listed(ends, x.size(0), rows_of_tile, {y});
-  ExpertsParams params = params_of(own_x, weight, listed, y);
-  const Tensor own_bias = set_bias(bias, weight, x, params);
-  CallContext context;
-  experts_linear(params, context);
-  return y;
+  check_bias(bias, weight, x);
+  return gemm.run(aligned(x), {ends, x.size(0), gemm.tile_rows(), {gemm.result()}}, bias);
 }
 
 Tensor experts_linear_dx_op(const Tensor& dy, const Tensor& ends, const Tensor& packed, const Tensor& absmax,
@@ -120,17 +99,13 @@ Tensor experts_linear_dx_op(const Tensor& dy, const Tensor& ends, const Tensor& 
   TORCH_CHECK(dy.dim() == 2, "dy: expected 2 dimensions, got ", dy.dim());
   TORCH_CHECK(in_features >= 0, "in_features: expected 0 or more, got ", in_features);
   const ExpertsWeight weight(packed, absmax, absmax2, offset, blocksize, ends.size(0), dy.size(1),
-                             in_features);
-  const int rows_of_tile = tile_rows(dy, weight, true);
-  if (rows_of_tile == 0) {
+                             in_features, dy.scalar_type());
+  const ExpertsGemm gemm(dy, weight, true);
+  if (gemm.is_composed()) {
     return composed(experts_linear_dx_op, "experts_linear_dx", dy, ends, packed, absmax, absmax2, offset,
                     blocksize, in_features);
   }
-  const Tensor own_dy = aligned(dy), dx = at::empty({dy.size(0), in_features}, dy.options());
-  const ListedRows listed(ends, dy.size(0), rows_of_tile, {dx});
-  CallContext context;
-  experts_linear_dx(params_of(own_dy, weight, listed, dx), context);
-  return dx;
+  return gemm.run(aligned(dy), {ends, dy.size(0), gemm.tile_rows(), {gemm.result()}});
 }
 
 // The adapters of all experts, validated.
@@ -158,31 +133,25 @@ std::tuple<Tensor, Tensor> experts_lora_linear_op(const Tensor& x, const Tensor&
   check_ends(ends);
   TORCH_CHECK(x.dim() == 2, "x: expected 2 dimensions, got ", x.dim());
   const Adapters adapters(lora_a, lora_b, ends, x);
-  const auto fallback = [&] {
+  const ExpertsWeight base(weight, absmax, absmax2, offset, blocksize, ends.size(0), adapters.out_features(),
+                           x.size(1), x.scalar_type());
+  const ExpertsGemm gemm(x, base, false);
+  if (gemm.is_composed() || adapters.rank() == 0) {
     return composed(experts_lora_linear_op, "experts_lora_linear", x, ends, weight, absmax, absmax2, offset,
                     blocksize, bias, lora_a, lora_b, scaling);
-  };
-  if (!absmax) return fallback();
-  const ExpertsWeight base(weight, *absmax, absmax2, offset, blocksize, ends.size(0), adapters.out_features(),
-                           x.size(1));
-  const int rows_of_tile = tile_rows(x, base, false);
-  if (rows_of_tile == 0 || adapters.rank() == 0) return fallback();
-
-  const Tensor own_x = aligned(x), y = at::empty({x.size(0), base.out_features()}, x.options());
+  }
+  check_bias(bias, base, x);
+  const Tensor own_x = aligned(x);
   const Tensor h = at::empty({x.size(0), adapters.rank()}, x.options().dtype(at::kFloat));
-  const ListedRows listed(ends, x.size(0), rows_of_tile, {y, h});
+  const ListedRows listed(ends, x.size(0), gemm.tile_rows(), {gemm.result(), h});
   {
     CallContext context;
     experts_ranks(listed.view(), dtype_of(own_x, "x"), own_x.const_data_ptr(), x.size(1), adapters.factor_a(),
                   false, 1.0f, h.mutable_data_ptr<float>(), context);
   }
-  ExpertsParams params = params_of(own_x, base, listed, y);
-  const Tensor own_bias = set_bias(bias, base, x, params);
   const ExpertsFactor b = adapters.factor_b();
-  params.delta = {h.const_data_ptr<float>(), b.data, b.is_f32, b.rank, static_cast<float>(scaling)};
-  CallContext context;
-  experts_linear(params, context);
-  return {y, h};
+  const ExpertsDelta delta{h.const_data_ptr<float>(), b.data, b.is_f32, b.rank, static_cast<float>(scaling)};
+  return {gemm.run(own_x, listed, bias, delta), h};
 }
 
 std::tuple<Tensor, Tensor, Tensor> experts_lora_linear_backward_op(
@@ -198,26 +167,21 @@ std::tuple<Tensor, Tensor, Tensor> experts_lora_linear_backward_op(
   check_shape(dy, {x.size(0), adapters.out_features()}, "dy");
   check_dtype(h, at::kFloat, "h");
   check_shape(h, {x.size(0), adapters.rank()}, "h");
-  const auto fallback = [&] {
+  const ExpertsWeight base(weight, absmax, absmax2, offset, blocksize, ends.size(0), adapters.out_features(),
+                           x.size(1), x.scalar_type());
+  // Planned the same without dx: the adapters' gradients must not depend on which results are needed.
+  const ExpertsGemm gemm(dy, base, true, need_dx);
+  if (gemm.is_composed() || adapters.rank() == 0) {
     return composed(experts_lora_linear_backward_op, "experts_lora_linear_backward", dy, x, h, ends, weight,
                     absmax, absmax2, offset, blocksize, lora_a, lora_b, scaling, need_dx, need_da, need_db);
-  };
-  if (!absmax) return fallback();
-  const ExpertsWeight base(weight, *absmax, absmax2, offset, blocksize, ends.size(0), adapters.out_features(),
-                           x.size(1));
-  // The same condition without dx: the adapters' gradients must not depend on which results are needed.
-  const int rows_of_tile = tile_rows(dy, base, true);
-  if (rows_of_tile == 0 || adapters.rank() == 0) return fallback();
-
+  }
   const int rank = adapters.rank();
   const DType dtype = dtype_of(dy, "dy");
   const auto scale = static_cast<float>(scaling);
   const Tensor own_dy = aligned(dy), own_x = aligned(x), own_h = h.contiguous();
-  const Tensor dx = empty_unless(need_dx, x), da = empty_unless(need_da, adapters.a),
-               db = empty_unless(need_db, adapters.b);
-  const ListedRows listed(ends, x.size(0), rows_of_tile,
-                          need_dx ? std::vector<Tensor>{dx} : std::vector<Tensor>{});
-  Tensor dh;
+  const Tensor da = empty_unless(need_da, adapters.a), db = empty_unless(need_db, adapters.b);
+  const ListedRows listed(ends, x.size(0), gemm.tile_rows(), {gemm.result()});
+  Tensor dh, dx = empty_unless(false, x);
   if (need_dx || need_da) {
     dh = at::empty({x.size(0), rank}, x.options().dtype(at::kFloat));
     CallContext context;
@@ -225,11 +189,8 @@ std::tuple<Tensor, Tensor, Tensor> experts_lora_linear_backward_op(
                   dh.mutable_data_ptr<float>(), context);
   }
   if (need_dx) {
-    ExpertsParams params = params_of(own_dy, base, listed, dx);
     const ExpertsFactor a = adapters.factor_a();
-    params.delta = {dh.const_data_ptr<float>(), a.data, a.is_f32, rank, 1.0f};
-    CallContext context;
-    experts_linear_dx(params, context);
+    dx = gemm.run(own_dy, listed, std::nullopt, {dh.const_data_ptr<float>(), a.data, a.is_f32, rank, 1.0f});
   }
   if (need_da) {
     experts_gradient(listed.view(), dtype, own_x.const_data_ptr(), x.size(1), dh.const_data_ptr<float>(),

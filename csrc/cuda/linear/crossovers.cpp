@@ -11,16 +11,17 @@ namespace {
 
 std::shared_mutex mutex;
 // By compute capability and multiprocessors.
-std::map<std::pair<int, int>, std::vector<Crossover>>& table() {
-  static std::map<std::pair<int, int>, std::vector<Crossover>> table;
-  return table;
+using Table = std::map<std::pair<int, int>, std::vector<Crossover>>;
+Table& table(Gemms gemms) {
+  static Table linear, experts;
+  return gemms == Gemms::kLinear ? linear : experts;
 }
 
-const std::vector<Crossover>* crossovers_of(const Card& card) {
-  const auto own = table().find({card.compute_capability, card.sms});
-  if (own != table().end()) return &own->second;
+const std::vector<Crossover>* crossovers_of(const Table& table, const Card& card) {
+  const auto own = table.find({card.compute_capability, card.sms});
+  if (own != table.end()) return &own->second;
   const std::vector<Crossover>* found = nullptr;
-  for (const auto& [key, crossovers] : table()) {
+  for (const auto& [key, crossovers] : table) {
     if (key.second == 0 && key.first <= card.compute_capability) found = &crossovers;
   }
   return found;
@@ -28,19 +29,19 @@ const std::vector<Crossover>* crossovers_of(const Card& card) {
 
 }  // namespace
 
-void set_crossovers(int compute_capability, int sms, std::vector<Crossover> crossovers) {
+void set_crossovers(Gemms gemms, int compute_capability, int sms, std::vector<Crossover> crossovers) {
   const std::unique_lock lock(mutex);
   const std::pair key{compute_capability, sms};
   if (crossovers.empty()) {
-    table().erase(key);
+    table(gemms).erase(key);
   } else {
-    table()[key] = std::move(crossovers);
+    table(gemms)[key] = std::move(crossovers);
   }
 }
 
-Crossover crossover_for(const Card& card, int64_t weights) {
+Crossover crossover_for(Gemms gemms, const Card& card, int64_t weights) {
   const std::shared_lock lock(mutex);
-  const std::vector<Crossover>* crossovers = crossovers_of(card);
+  const std::vector<Crossover>* crossovers = crossovers_of(table(gemms), card);
   if (crossovers == nullptr) return {};
   for (const Crossover& crossover : *crossovers) {
     if (weights <= crossover.weights) return crossover;

@@ -1,5 +1,6 @@
 // Up to how many rows of activations an NF4 GEMM is fused. With more, it is faster to dequantise the weight
-// and let cuBLAS multiply. The numbers are data: peft_kernels/core/backends/crossovers.json, or measured.
+// and let cuBLAS, or torch's grouped GEMM, multiply. The numbers are data:
+// peft_kernels/core/backends/crossovers.json, or measured.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +11,9 @@
 
 namespace peft_kernels::cuda {
 
+// GEMMs with one weight, and grouped ones, for which rows and weights are those of an expert on average.
+enum class Gemms { kLinear, kExperts };
+
 struct Crossover {
   static constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
 
@@ -19,9 +23,9 @@ struct Crossover {
 
 // Of the cards of a compute capability that have `sms` multiprocessors or, with 0, of all those that have
 // none of their own. In ascending order of weights, the last for any weight. Empty: as if never set.
-void set_crossovers(int compute_capability, int sms, std::vector<Crossover> crossovers);
+void set_crossovers(Gemms gemms, int compute_capability, int sms, std::vector<Crossover> crossovers);
 
 // Those of the card, otherwise of the highest compute capability up to its own; without any, kAny.
-Crossover crossover_for(const Card& card, int64_t weights);
+Crossover crossover_for(Gemms gemms, const Card& card, int64_t weights);
 
 }  // namespace peft_kernels::cuda

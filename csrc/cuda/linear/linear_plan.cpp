@@ -194,13 +194,15 @@ LinearPlan plan_fused_dx(DType dtype, int64_t m, int64_t n, int64_t k, int block
 }
 
 LinearPlan plan_linear(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
-  return m <= crossover_for(card, n * k).forward ? plan_fused(dtype, m, n, k, block_shift, card)
-                                                 : LinearPlan{};
+  return m <= crossover_for(Gemms::kLinear, card, n * k).forward
+             ? plan_fused(dtype, m, n, k, block_shift, card)
+             : LinearPlan{};
 }
 
 LinearPlan plan_linear_dx(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
-  return m <= crossover_for(card, n * k).backward ? plan_fused_dx(dtype, m, n, k, block_shift, card)
-                                                  : LinearPlan{};
+  return m <= crossover_for(Gemms::kLinear, card, n * k).backward
+             ? plan_fused_dx(dtype, m, n, k, block_shift, card)
+             : LinearPlan{};
 }
 
 // As few equal pieces as allowed: each needs two launches, and a large one fills the card.

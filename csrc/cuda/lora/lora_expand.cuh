@@ -2,6 +2,7 @@
 // join the GEMM with W as a slab.
 #pragma once
 
+#include "../core/row_tiles.cuh"
 #include "lora_fragments.cuh"
 
 namespace peft_kernels::cuda {
@@ -26,7 +27,9 @@ struct Delta {
 //
 // kBottleneck: one term and one delta, which may have a bias; where the delta is 0, out equals the term to
 // the bit.
-template <class T, bool kVector, bool kBottleneck>
+// kExperts: blocks have tiles of rows from a list on the device, and each expert has its factor and its bias,
+// which is not scaled. The rows of out may be longer than those of the terms.
+template <class T, bool kVector, bool kBottleneck, bool kExperts = false>
 struct LoraExpandOf {
   static constexpr int kThreads = 128;
   static constexpr int kBlocksPerSm = kVector && !kBottleneck ? 3 : 2;
@@ -46,20 +49,43 @@ struct LoraExpandOf {
     int terms, deltas;
     const T* term[kMaxTerms];
     Delta delta[kMaxDeltas];
+    ExpertRows experts;
+    int64_t factor_stride, bias_stride;  // from an expert's to the next's
+    int64_t out_ld;
   };
 
   static DEVICE void run(const Params& p) {
     const int g = lane_index() / 4, t = lane_index() % 4;
-    const int64_t rows = block_index() / p.feature_blocks * kRows;
+    const int64_t row_block = block_index() / p.feature_blocks;
     const int64_t features =
         (block_index() % p.feature_blocks * kWarps + warp_index()) * kFeatures;  // the warp's first
     if (features >= p.features) return;
+    if constexpr (kExperts) {
+      if (row_block >= load_constant(p.experts.count)) return;
+      const RowTile tile = load_row_tile(p.experts, static_cast<int>(row_block));
+      for (int rows = tile.begin; rows < tile.end; rows += kRows) {
+        expand(p, rows, tile, features, g, t);
+      }
+    } else {
+      expand(p, row_block * kRows, {}, features, g, t);
+    }
+  }
+
+ private:
+  // `tile`: of experts.
+  static DEVICE void expand(const Params& p, int64_t rows, const RowTile& tile, int64_t features, int g,
+                            int t) {
     float total[kRows / 8][kRun];  // rows g, g + 8, ..; features 8t ..
 #pragma unroll
     for (int i = 0; i < kRows / 8; ++i) {
 #pragma unroll
       for (int j = 0; j < kRun; ++j)
         total[i][j] = kBottleneck ? -0.0f : 0.0f;  // adding a term to -0 does not change it
+      if constexpr (kExperts) {
+        const float* bias = p.delta[0].bias;
+        add_bias<kVector>(bias ? bias + tile.expert * p.bias_stride : bias, features + kRun * t, p.features,
+                          total[i]);
+      }
     }
     for (int term = 0; term < p.terms; ++term) {
       Words4 words[kRows / 8];  // all loaded before the first is used
@@ -67,7 +93,7 @@ struct LoraExpandOf {
       for (int i = 0; i < kRows / 8; ++i) {
         const int64_t row = rows + g + 8 * i;
         words[i] = load_run<T, kVector, false>(p.term[term] + row * p.features, features + kRun * t,
-                                               row < p.m ? p.features : 0);
+                                               row < rows_end(p, tile) ? p.features : 0);
       }
 #pragma unroll
       for (int i = 0; i < kRows / 8; ++i) {
@@ -77,24 +103,28 @@ struct LoraExpandOf {
         for (int j = 0; j < kRun; ++j) total[i][j] += values[j];
       }
     }
-    for (int i = 0; i < p.deltas; ++i) add_delta(p, p.delta[i], rows, features, g, t, total);
+    for (int i = 0; i < (kExperts ? 1 : p.deltas); ++i) {
+      add_delta(p, p.delta[i], rows, tile, features, g, t, total);
+    }
 #pragma unroll
     for (int i = 0; i < kRows / 8; ++i) {
       const int64_t row = rows + g + 8 * i;
-      if (row < p.m)
-        store_run<T, kVector>(p.out + row * p.features, features + kRun * t, p.features, total[i]);
+      if (row < rows_end(p, tile)) {
+        store_run<T, kVector>(p.out + row * (kExperts ? p.out_ld : p.features), features + kRun * t,
+                              p.features, total[i]);
+      }
     }
   }
 
- private:
-  static DEVICE void add_delta(const Params& p, const Delta& delta, int64_t rows, int64_t features, int g,
-                               int t, float (&total)[kRows / 8][kRun]) {
+  static DEVICE void add_delta(const Params& p, const Delta& delta, int64_t rows, const RowTile& tile,
+                               int64_t features, int g, int t, float (&total)[kRows / 8][kRun]) {
     bool served[kRows / 8];
     bool any = false;
 #pragma unroll
     for (int i = 0; i < kRows / 8; ++i) {
       const int64_t row = rows + g + 8 * i;
-      served[i] = row < p.m && (!p.row_group || load_constant(p.row_group + row) == delta.group);
+      served[i] =
+          row < rows_end(p, tile) && (!row_group(p) || load_constant(row_group(p) + row) == delta.group);
       any = any || served[i];
     }
     if (__ballot_sync(kAllLanes, any) == 0) return;
@@ -104,8 +134,15 @@ struct LoraExpandOf {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int at = rank + t + 4 * i;
-        load_four<T, kVector>(delta.factor, at, features + 4 * g, at < delta.rank ? p.features : 0,
-                              factor[i]);
+        const int64_t end = at < delta.rank ? p.features : 0;
+        if constexpr (kExperts) {
+          RankFactor own = delta.factor;
+          own.data =
+              static_cast<const char*>(own.data) + tile.expert * p.factor_stride * (own.is_f32 ? 4 : 2);
+          load_four<T, kVector>(own, at, features + 4 * g, end, factor[i]);
+        } else {
+          load_four<T, kVector>(delta.factor, at, features + 4 * g, end, factor[i]);
+        }
       }
       Tf32Pair ranks[kRows / 8][2];
 #pragma unroll
@@ -125,7 +162,7 @@ struct LoraExpandOf {
       float values[kRun];
 #pragma unroll
       for (int j = 0; j < kRun; ++j) values[j] = sums[i / 2][j % 4][2 * (i % 2) + j / 4];
-      if (delta.mask.threshold != 0) {
+      if (!kExperts && delta.mask.threshold != 0) {
         const int64_t row = rows + g + 8 * i;
         drop_run<kVector>(delta.mask, row * p.features + features + kRun * t, values);
       }
@@ -140,11 +177,16 @@ struct LoraExpandOf {
       }
     }
   }
+
+  static DEVICE int64_t rows_end(const Params& p, const RowTile& tile) { return kExperts ? tile.end : p.m; }
+  // Experts have one adapter, without dropout or row groups.
+  static DEVICE const int64_t* row_group(const Params& p) { return kExperts ? nullptr : p.row_group; }
 };
 
 template <class T, bool kVector>
 struct LoraExpand : LoraExpandOf<T, kVector, false> {};
 template <class T, bool kVector>
 struct BottleneckExpand : LoraExpandOf<T, kVector, true> {};
+struct ExpertsExpand : LoraExpandOf<bf16, true, false, true> {};
 
 }  // namespace peft_kernels::cuda

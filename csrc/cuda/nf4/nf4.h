@@ -33,4 +33,14 @@ struct Part {
 void dequantize_nf4(const Nf4View& weight, const Part& part, void* out, DType dtype, int64_t out_stride,
                     Stream stream);
 
+// The weights of experts, one behind the other: the view of the first, and the steps to the next.
+struct ManyNf4 {
+  Nf4View first;
+  int64_t packed_stride, code_stride, scale_stride;
+};
+// The same part of all `experts` weights as bf16, one behind the other, by one kernel. The part starts at a
+// multiple of 8 elements, its rows are longer than that, and its columns and `ld` are multiples of 8. packed
+// and out are aligned to 4 and 16 bytes.
+void dequantize_experts(const ManyNf4& weights, int64_t experts, const Part& part, void* out, Stream stream);
+
 }  // namespace peft_kernels::cuda

@@ -48,9 +48,9 @@ void launch_elements(const Nf4View& weight, const Block<T>& part, Stream stream)
                  sizeof(typename Kernel::Shared));
 }
 
+// Of a block that has_units().
 template <class T>
-void launch_part(const Nf4View& weight, const Block<T>& part, Stream stream) {
-  if (!has_units(weight, part)) return launch_elements(weight, part, stream);
+typename DequantizeNf4<T>::Params params_of(const Nf4View& weight, const Block<T>& part) {
   using Kernel = DequantizeNf4<T>;
   constexpr int64_t kUnit = Kernel::kUnit, kVector = kUnit / Kernel::kStores;
   typename Kernel::Params params{};
@@ -61,8 +61,21 @@ void launch_part(const Nf4View& weight, const Block<T>& part, Stream stream) {
   params.ld = static_cast<uint32_t>(part.ld / kUnit);
   params.out = reinterpret_cast<typename Kernel::Elements*>(part.out);
   params.out_stride = static_cast<uint32_t>(part.out_stride / kVector);
-  launch<Kernel>(params, ceil_div(params.units, Kernel::kThreads * Kernel::kUnits), stream,
-                 sizeof(typename Kernel::Shared));
+  return params;
+}
+
+// Blocks that decode so many units.
+template <class T>
+int64_t blocks_of(uint32_t units) {
+  return ceil_div(units, DequantizeNf4<T>::kThreads * DequantizeNf4<T>::kUnits);
+}
+
+template <class T>
+void launch_part(const Nf4View& weight, const Block<T>& part, Stream stream) {
+  if (!has_units(weight, part)) return launch_elements(weight, part, stream);
+  using Kernel = DequantizeNf4<T>;
+  const typename Kernel::Params params = params_of(weight, part);
+  launch<Kernel>(params, blocks_of<T>(params.units), stream, sizeof(typename Kernel::Shared));
 }
 
 // One row of any length; the elements after the last whole unit get their own launch.
@@ -96,6 +109,23 @@ void dequantize_nf4(const Nf4View& weight, const Part& part, void* out, DType dt
         part.row_begin * part.ld + part.col_begin, part.ld, rows, cols, static_cast<T*>(out), out_stride};
     rows == 1 ? launch_row(weight, all, stream) : launch_part(weight, all, stream);
   });
+}
+
+void dequantize_experts(const ManyNf4& weights, int64_t experts, const Part& part, void* out, Stream stream) {
+  using T = bf16;
+  using Kernel = DequantizeExperts;
+  int64_t rows = part.row_end - part.row_begin, cols = part.col_end - part.col_begin;
+  const int64_t elements = rows * cols;
+  if (cols == part.ld) cols = elements, rows = 1;
+  typename Kernel::Params params{};
+  params.first = params_of<T>(weights.first, {part.row_begin * part.ld + part.col_begin, part.ld, rows, cols,
+                                              static_cast<T*>(out), cols});
+  params.blocks = static_cast<uint32_t>(blocks_of<T>(params.first.units));
+  params.packed_stride = weights.packed_stride;
+  params.code_stride = weights.code_stride;
+  params.scale_stride = weights.scale_stride;
+  params.out_stride = elements / DequantizeNf4<T>::kUnit;
+  launch<Kernel>(params, experts * params.blocks, stream, sizeof(typename Kernel::Shared));
 }
 
 void unpack_absmax(const uint8_t* q8, const float* absmax2, const float* offset, int64_t blocks,

@@ -44,10 +44,12 @@ struct DequantizeNf4 {
     float map[nf4::kDynamicCodes];
   };
 
-  static DEVICE void run(const Params& p) {
+  static DEVICE void run(const Params& p) { decode(p, static_cast<uint32_t>(block_index())); }
+
+  static DEVICE void decode(const Params& p, uint32_t block) {
     Shared* shared = shared_memory<Shared>();
     const int thread = thread_index();
-    const uint32_t begin = static_cast<uint32_t>(block_index()) * (kThreads * kUnits) + thread;
+    const uint32_t begin = block * (kThreads * kUnits) + thread;
     Unit units[kUnits];
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
@@ -102,6 +104,33 @@ struct DequantizeNf4 {
       store(reinterpret_cast<Words4*>(out),
             {pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7])});
     }
+  }
+};
+
+// Dequantises the same part of several weights, one behind the other in memory, as are their results.
+struct DequantizeExperts {
+  using One = DequantizeNf4<bf16>;
+  static constexpr int kThreads = One::kThreads;
+  static constexpr int kBlocksPerSm = One::kBlocksPerSm;
+  using Shared = typename One::Shared;
+
+  struct Params {
+    typename One::Params first;
+    uint32_t blocks;                                   // of a weight
+    int64_t packed_stride, code_stride, scale_stride;  // from a weight to the next
+    int64_t out_stride;                                // in Elements
+  };
+
+  static DEVICE void run(const Params& p) {
+    const auto block = static_cast<uint32_t>(block_index());
+    const uint32_t expert = block / p.blocks;
+    typename One::Params own = p.first;
+    own.weight.packed += expert * p.packed_stride;
+    own.weight.scale_code += expert * p.code_stride;
+    own.weight.scale += expert * p.scale_stride;
+    if (own.weight.scale_offset != nullptr) own.weight.scale_offset += expert;
+    own.out += expert * p.out_stride;
+    One::decode(own, block - expert * p.blocks);
   }
 };
 

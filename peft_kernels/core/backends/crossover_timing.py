@@ -1,4 +1,5 @@
-"""Times NF4 GEMMs fused and by dequantise + cuBLAS, and finds from how many rows on the second is faster."""
+"""Times NF4 GEMMs fused and by dequantise + cuBLAS or, of experts, torch's grouped GEMM, and finds from how
+many rows on the second is faster."""
 
 from __future__ import annotations
 
@@ -13,12 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .crossovers import ANY, Card, Rows, set_table
+from .crossovers import ANY, Card, Limits, Rows, set_limits
 
 Shape = tuple[int, int]
 SHAPES: tuple[Shape, ...] = ((1024, 4096), (4096, 4096), (14336, 4096))
 """Weights of an 8B model, from the smallest to the largest."""
 FEW_ROWS = (96, 192, 384, 768)
+EXPERTS_SHAPES: tuple[Shape, ...] = ((1536, 2048),)
+EXPERTS = 32
 LEAST = 32
 """Up to so many rows reading the weight takes the time, of which a fused kernel reads a quarter."""
 STEP = 32
@@ -33,7 +36,7 @@ Clock = Callable[[Callable[[], object]], float]
 
 
 class Cell(NamedTuple):
-    """The times of one GEMM in seconds."""
+    """The times of one GEMM in seconds. Of a grouped GEMM: the rows and weight of an expert."""
 
     out_features: int
     in_features: int
@@ -77,27 +80,73 @@ def time_cells(
                 size = m, shape[not is_backward]
                 x = torch.randn(size, generator=random, dtype=torch.bfloat16, device=device)
                 turn = partial(_turn, ops, x, weights, shape, is_backward)
-                seconds = []
-                for limit in (ANY, 0):
-                    with _forced(library, card, limit):
-                        seconds.append(clock(turn) / len(weights))
-                cells.append(Cell(*shape, m, is_backward, *seconds))
+                cells.append(_cell(library, card, clock, shape, m, is_backward, turn, len(weights)))
     return cells
+
+
+def time_experts(
+    library: Any,
+    ops: Any,
+    card: Card,
+    device: torch.device,
+    clock: Clock,
+    shapes: Sequence[Shape] = EXPERTS_SHAPES,
+    rows: Sequence[int] = FEW_ROWS,
+    experts: int = EXPERTS,
+) -> list[Cell]:
+    """Times grouped GEMMs of `experts` experts that have `rows` rows each, as `time_cells`. Empty where
+    torch's grouped GEMM has no kernel for the card."""
+    cells: list[Cell] = []
+    random = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for shape in shapes:
+            with _forced(library, card, 0):
+                if "grouped" not in library.experts_plan(experts, experts, *shape, BLOCKSIZE, "bfloat16"):
+                    continue
+            weights = _weights(shape, random, 0, experts)
+            for m, is_backward in itertools.product(rows, (False, True)):
+                size = experts * m, shape[not is_backward]
+                x = torch.randn(size, generator=random, dtype=torch.bfloat16, device=device)
+                ends = torch.arange(1, experts + 1, dtype=torch.int32, device=device) * m
+                turn = partial(_experts_turn, ops, x, ends, weights, shape, is_backward)
+                cells.append(_cell(library, card, clock, shape, m, is_backward, turn, len(weights)))
+    return cells
+
+
+def _cell(
+    library: Any,
+    card: Card,
+    clock: Clock,
+    shape: Shape,
+    rows: int,
+    is_backward: bool,
+    turn: Callable[[], object],
+    gemms: int,
+) -> Cell:
+    """Times a turn of so many GEMMs both ways."""
+    seconds = []
+    for limit in (ANY, 0):
+        with _forced(library, card, limit):
+            seconds.append(clock(turn) / gemms)
+    return Cell(*shape, rows, is_backward, *seconds)
 
 
 @contextmanager
 def _forced(library: Any, card: Card, rows: int) -> Iterator[None]:
     """Fuses GEMMs of at most so many rows."""
-    set_table(library, card, [Rows(ANY, rows, rows)])
+    limit = (Rows(ANY, rows, rows),)
+    set_limits(library, card, Limits(limit, limit))
     try:
         yield
     finally:
-        set_table(library, card, [])
+        set_limits(library, card, Limits(()))
 
 
-def _weights(shape: Shape, random: torch.Generator, cache_bytes: int) -> list[tuple[Tensor, Tensor]]:
-    """Copies of a weight: codes and scales."""
-    elements = math.prod(shape)
+def _weights(
+    shape: Shape, random: torch.Generator, cache_bytes: int, experts: int = 1
+) -> list[tuple[Tensor, Tensor]]:
+    """Copies of a weight, or of the weights of experts: codes and scales."""
+    elements = experts * math.prod(shape)
     count = min(max(2 * cache_bytes // (elements // 2), 2), COPIES)
     size = count, elements // 2
     codes = torch.randint(256, size, generator=random, dtype=torch.uint8, device=random.device)
@@ -117,6 +166,23 @@ def _turn(
             ops.nf4_linear(x, *base, shape[0], None)
 
 
+def _experts_turn(
+    ops: Any,
+    x: Tensor,
+    ends: Tensor,
+    weights: Sequence[tuple[Tensor, Tensor]],
+    shape: Shape,
+    is_backward: bool,
+) -> None:
+    """One grouped GEMM with each copy of the weights."""
+    for codes, scales in weights:
+        base = codes, scales, None, None, BLOCKSIZE
+        if is_backward:
+            ops.experts_linear_dx(x, ends, *base, shape[1])
+        else:
+            ops.experts_linear(x, ends, *base, shape[0], None)
+
+
 def device_clock(run: Callable[[], object]) -> float:
     """The median of five times on the current CUDA stream, without Python's time."""
     run()
@@ -132,18 +198,20 @@ def device_clock(run: Callable[[], object]) -> float:
     return statistics.median(seconds)
 
 
-def crossovers(cells: Iterable[Cell]) -> list[Rows]:
+def crossovers(cells: Iterable[Cell]) -> tuple[Rows, ...]:
     """The crossovers by size of the weight, divided halfway between the sizes that were timed."""
     by_size: dict[int, list[Cell]] = {}
     for cell in sorted(cells, key=lambda cell: cell.weights):
         by_size.setdefault(cell.weights, []).append(cell)
+    if not by_size:
+        return ()
     sizes = list(by_size)
     ends = [math.isqrt(size * larger) for size, larger in itertools.pairwise(sizes)] + [ANY]
     limits = [
         [crossover(cell for cell in group if cell.is_backward == way) for way in (False, True)]
         for group in by_size.values()
     ]
-    return [Rows(end, *pair) for end, pair in zip(ends, limits, strict=True)]
+    return tuple(Rows(end, *pair) for end, pair in zip(ends, limits, strict=True))
 
 
 def crossover(cells: Iterable[Cell]) -> int:

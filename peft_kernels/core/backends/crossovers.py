@@ -1,5 +1,6 @@
 """Up to how many rows of activations back end `cuda` fuses an NF4 GEMM, by card and size of the weight. With
-more rows the weight is dequantised for cuBLAS.
+more rows the weight is dequantised for cuBLAS. The same for experts, by the mean of their rows: with more,
+their weights are dequantised for torch's grouped GEMM, on cards for which that has a kernel.
 
 `crossovers.json` has estimates by compute capability, and tables of cards on which both ways were timed
 (bench/gpu/crossovers.py). PEFT_KERNELS_CROSSOVERS selects:
@@ -20,7 +21,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,15 @@ class Rows(NamedTuple):
     backward: int
 
 
+class Limits(NamedTuple):
+    """Crossovers in ascending order of weights, the last for any weight."""
+
+    rows: tuple[Rows, ...]
+    """Of GEMMs with one weight."""
+    experts: tuple[Rows, ...] = ()
+    """Of grouped GEMMs: of an expert, whose rows are the mean. Empty: the estimate, if there is one."""
+
+
 class Card(NamedTuple):
     """A GPU, and what else decides which way is faster on it."""
 
@@ -58,11 +68,10 @@ class Card(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """The crossovers of a card, or estimates for a compute capability. `rows`: in ascending order of
-    weights, the last for any weight."""
+    """The crossovers of a card, or estimates for a compute capability."""
 
     compute_capability: str
-    rows: tuple[Rows, ...]
+    limits: Limits
     card: str = ""
     measured_with: dict[str, str] = field(default_factory=dict)
 
@@ -80,8 +89,17 @@ def read(path: Path) -> list[Table]:
 
 
 def _table(entry: dict[str, Any]) -> Table:
+    limits = Limits(_rows(entry["rows"]), _rows(entry["experts"]) if "experts" in entry else ())
+    card, capability = entry.get("card", ""), entry["compute_capability"]
+    _number(capability)
+    if entry["source"] != (MEASURED if card else ESTIMATED):
+        raise ValueError(f"expected a card where the source is measured, got {entry['source']!r}, {card!r}")
+    return Table(capability, limits, card, entry.get("measured_with", {}))
+
+
+def _rows(entries: list[dict[str, Any]]) -> tuple[Rows, ...]:
     rows = []
-    for row in entry["rows"]:
+    for row in entries:
         weights = ANY if row["weights"] is None else row["weights"]
         rows.append(Rows(weights, row["forward"], row["backward"]))
     sizes = [row.weights for row in rows]
@@ -89,11 +107,7 @@ def _table(entry: dict[str, Any]) -> Table:
         raise ValueError(f"expected whole numbers, got {rows}")
     if sizes != sorted(set(sizes)) or sizes[-1:] != [ANY]:
         raise ValueError(f"expected ascending weights that end with null, got {sizes}")
-    card, capability = entry.get("card", ""), entry["compute_capability"]
-    _number(capability)
-    if entry["source"] != (MEASURED if card else ESTIMATED):
-        raise ValueError(f"expected a card where the source is measured, got {entry['source']!r}, {card!r}")
-    return Table(capability, tuple(rows), card, entry.get("measured_with", {}))
+    return tuple(rows)
 
 
 def write(path: Path, tables: Iterable[Table]) -> None:
@@ -103,10 +117,12 @@ def write(path: Path, tables: Iterable[Table]) -> None:
         entry: dict[str, Any] = {"compute_capability": table.compute_capability, "source": table.source}
         if table.card:
             entry |= {"card": table.card, "measured_with": table.measured_with}
-        rows = [
-            row._asdict() | {"weights": None if row.weights == ANY else row.weights} for row in table.rows
-        ]
-        entries.append(entry | {"rows": rows})
+        for name, rows in table.limits._asdict().items():
+            if rows:
+                entry[name] = [
+                    row._asdict() | {"weights": None if row.weights == ANY else row.weights} for row in rows
+                ]
+        entries.append(entry)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -123,15 +139,15 @@ def set_estimates(extension: Any) -> None:
     """Gives a compiled library the estimates for all cards."""
     for table in read(PACKAGED):
         if not table.card:
-            extension.set_crossovers(_number(table.compute_capability), 0, table.rows)
+            extension.set_limits(_number(table.compute_capability), 0, *table.limits)
 
 
-def set_table(extension: Any, card: Card, rows: Sequence[Rows]) -> None:
-    """Sets what a compiled library uses for all cards like this one; without rows, the estimates."""
-    extension.set_crossovers(_number(card.compute_capability), card.multiprocessors, rows)
+def set_limits(extension: Any, card: Card, limits: Limits) -> None:
+    """Sets what a compiled library uses for all cards like this one; where it is empty, the estimates."""
+    extension.set_limits(_number(card.compute_capability), card.multiprocessors, *limits)
 
 
-def choose(card: Card, measure: Callable[[], Sequence[Rows]] | None) -> Table | None:
+def choose(card: Card, measure: Callable[[], Limits] | None) -> Table | None:
     """The table to use for a card.
 
     Parameters
@@ -220,10 +236,10 @@ def _cached(card: Card) -> Table | None:
         return None
 
 
-def _measured(card: Card, measure: Callable[[], Sequence[Rows]]) -> Table | None:
+def _measured(card: Card, measure: Callable[[], Limits]) -> Table | None:
     """Measures, and fills the cache. None if that fails."""
     try:
-        table = Table(card.compute_capability, tuple(measure()), card.name, conditions(card))
+        table = Table(card.compute_capability, measure(), card.name, conditions(card))
     except RuntimeError as error:  # such as torch.OutOfMemoryError
         logger.warning("crossovers cannot be measured on %s, the estimates are used: %s", card.name, error)
         return None

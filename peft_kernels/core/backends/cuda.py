@@ -80,6 +80,29 @@ class CudaBackend(CompiledBackend):
         self.crossovers_of(torch.cuda.current_device())
         return self.extension.plan(m, n, k, blocksize, str(dtype).removeprefix("torch."))
 
+    def experts_plan(
+        self, rows: int, experts: int, n: int, k: int, blocksize: int, dtype: torch.dtype
+    ) -> tuple[str, str]:
+        """How a grouped GEMM with the NF4 weights of experts is computed on the current device, forward and
+        backward.
+
+        Parameters
+        ----------
+        rows : int
+            Of activations, of all experts.
+        experts, n, k : int
+            Experts, out_features and in_features of their weights.
+
+        Returns
+        -------
+        forward, backward : str
+            "fused"; "grouped": the weights are dequantised for torch's grouped GEMM; "composed": one GEMM per
+            expert, for which the host waits for the device.
+        """
+        self.crossovers_of(torch.cuda.current_device())
+        name = str(dtype).removeprefix("torch.")
+        return self.extension.experts_plan(rows, experts, n, k, blocksize, name)
+
     def crossovers_of(self, index: int, may_measure: bool = False) -> crossovers.Table | None:
         """Up to how many rows NF4 GEMMs are fused on a device; chosen and set at the first call. None while
         it is to be measured and was not: the estimates apply. Raises ValueError where
@@ -91,7 +114,7 @@ class CudaBackend(CompiledBackend):
                 table = crossovers.choose(card, measure)
                 if table is None:
                     return None
-                crossovers.set_table(self.extension, card, table.rows)
+                crossovers.set_limits(self.extension, card, table.limits)
                 self._crossovers[index] = table
             return self._crossovers[index]
 
@@ -120,6 +143,19 @@ class CudaBackend(CompiledBackend):
                 self.extension, ops, card, device, cache_bytes, clock, shapes, rows
             )
 
+    def time_experts(
+        self,
+        index: int,
+        card: crossovers.Card,
+        shapes: Sequence[crossover_timing.Shape] = crossover_timing.EXPERTS_SHAPES,
+        rows: Sequence[int] = crossover_timing.FEW_ROWS,
+    ) -> list[crossover_timing.Cell]:
+        """Times grouped GEMMs of experts fused and not, likewise. Empty where there is no choice."""
+        ops, device = getattr(torch.ops, self.namespace), torch.device("cuda", index)
+        clock = crossover_timing.device_clock
+        with torch.cuda.device(device):
+            return crossover_timing.time_experts(self.extension, ops, card, device, clock, shapes, rows)
+
     def card(self, index: int) -> crossovers.Card:
         found = torch.cuda.get_device_properties(index)
         capability, sms = f"{found.major}.{found.minor}", found.multi_processor_count
@@ -129,8 +165,9 @@ class CudaBackend(CompiledBackend):
     def _library_hash(self) -> str:
         return hashlib.sha256(Path(self.extension.__file__).read_bytes()).hexdigest()[:16]
 
-    def _measure(self, index: int, card: crossovers.Card) -> list[crossovers.Rows]:
-        return crossover_timing.crossovers(self.time_both_ways(index, card))
+    def _measure(self, index: int, card: crossovers.Card) -> crossovers.Limits:
+        cells, of_experts = self.time_both_ways(index, card), self.time_experts(index, card)
+        return crossovers.Limits(crossover_timing.crossovers(cells), crossover_timing.crossovers(of_experts))
 
     def _unprobed_cards(self) -> Cards:
         return Cards(lambda i: unserved(torch.cuda.get_device_capability(i), self.architectures()))

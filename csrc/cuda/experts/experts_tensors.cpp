@@ -1,0 +1,57 @@
+// Checks the weights of experts, and plans their GEMMs.
+#include <ATen/ATen.h>
+// Ahead of all others: it is precompiled (tools/precompiled.py).
+
+#include "experts_tensors.h"
+
+namespace peft_kernels::cuda {
+namespace {
+
+// Whether torch's grouped GEMM accepts the strides: either matrix dimension may be the contiguous one.
+bool has_vectors_of(const Tensor& weight) {
+  constexpr int64_t kVector = 8;
+  const int64_t rows = weight.stride(1), columns = weight.stride(2);
+  const bool by_rows = columns == 1 && rows >= weight.size(2),
+             by_columns = rows == 1 && columns >= weight.size(1);
+  return are_aligned({weight.const_data_ptr()}) && weight.stride(0) % kVector == 0 &&
+         (by_rows ? rows % kVector == 0 : by_columns && columns % kVector == 0);
+}
+
+}  // namespace
+
+ExpertsWeight::ExpertsWeight(const Tensor& weight, const OptionalTensor& absmax,
+                             const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize,
+                             int64_t experts, int64_t out_features, int64_t in_features,
+                             at::ScalarType dense_dtype)
+    : experts_(experts), out_features_(out_features), in_features_(in_features) {
+  if (absmax) {
+    nf4_.emplace(weight, *absmax, absmax2, offset, blocksize, out_features * in_features, experts);
+  } else {
+    check_dtype(weight, dense_dtype, "weight");
+    check_shape(weight, {experts, out_features, in_features}, "weight");
+    dense_ = weight;
+  }
+}
+
+ManyNf4 ExpertsWeight::nf4() const {
+  const int64_t elements = out_features_ * in_features_;
+  const int64_t blocks = ceil_div(elements, int64_t{1} << nf4_->block_shift());
+  // Without double quantisation, codes are any bytes (view_of): those of the packed weight.
+  const bool nested = nf4_->is_nested();
+  return {view_of(*nf4_), (elements + 1) / 2, nested ? blocks : (elements + 1) / 2,
+          nested ? ceil_div(blocks, nf4::kAbsmaxBlock) : blocks};
+}
+
+ExpertsPlan ExpertsWeight::plan(const Tensor& rows, bool is_dx) const {
+  const DType dtype = dtype_of(rows, "rows");
+  const Card& card = current_card();
+  if (dense_.defined()) {
+    if (!has_vectors_of(dense_)) return {};
+    return plan_dense_experts(dtype, experts_, rows.size(0), out_features_, in_features_, card);
+  }
+  if (!are_aligned({nf4_->packed()}, 4)) return {};
+  return plan_experts(is_dx, dtype, experts_, rows.size(0), out_features_, in_features_, nf4_->block_shift(),
+                      are_aligned({nf4_->packed()}), card);
+}
+
+}  // namespace peft_kernels::cuda
