@@ -65,7 +65,10 @@ BY_NAME = (
     "bench.ops.losses",
     *(f"bench.models.{name}" for name in ("moe", "serving")),
     "bench.ops.optimizers",
-    *(f"bench.models.{name}" for name in ("peak", "prefix", "optimizer_curves", "rlhf", "methods")),
+    *(
+        f"bench.models.{name}"
+        for name in ("peak", "prefix", "optimizer_curves", "rlhf", "methods", "formats")
+    ),
 )
 DEFAULT = (
     r"^forward-4096x4096-m(1|16|128|512)-",

@@ -48,6 +48,8 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
     compute_dtype: torch.dtype | None = None
     plain_class: type[nn.Module] = nn.Linear
     link: ModelLink | None = None  # to the quantised model
+    aside: dict[str, Tensor] | None = None
+    """Tensors of another owner's checkpoint that only saving needs, see `nf4.owners`."""
     whole_scales: tuple[Tensor, Tensor] | None = None
     """Second-level scales and mean of the whole weight, on the CPU, if this process holds a slice of it."""
     _hf_quantized_needs_local_tp = True
@@ -69,10 +71,11 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
     def from_linear(
         cls,
         linear: nn.Module,
-        blocksize: int = 64,
+        blocksize: int | None = None,
         double_quant: bool = True,
         name: str = "weight",
         compute_dtype: torch.dtype | None = None,
+        format: str = "nf4",
     ) -> NF4Linear:
         """Quantises an nn.Linear (also an NF4Linear made dense by a merge) or a Conv1D of transformers.
 
@@ -82,7 +85,8 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
         dense: Any = linear.weight.detach()  # type: ignore[operator]
         if not isinstance(linear, nn.Linear):
             dense = dense.t()
-        new = cls(NF4Weight.quantize(dense, blocksize, double_quant, name=name), compute_dtype=compute_dtype)
+        weight = NF4Weight.quantize(dense, blocksize, double_quant, name=name, format=format)
+        new = cls(weight, compute_dtype=compute_dtype)
         new.register_parameter("bias", linear.bias)  # type: ignore[arg-type]
         if not isinstance(linear, NF4Linear) and type(linear) is not nn.Linear:
             new.plain_class = type(linear)
@@ -158,7 +162,7 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
         elif is_dtensor(value):
             raise ValueError(self._not_sharded(value))
         plain, link = self.plain_class, self.link
-        for attribute in ("compute_dtype", "plain_class", "link"):
+        for attribute in ("compute_dtype", "plain_class", "link", "aside"):
             self.__dict__.pop(attribute, None)
         self.__class__ = plain  # type: ignore[assignment]
         if not issubclass(plain, nn.Linear):
@@ -219,7 +223,7 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
         weight = self.weight
         form = ""
         if isinstance(weight, NF4Weight):
-            form = f", blocksize={weight.blocksize}, dtype={weight.dtype}"
+            form = f", {weight._state.form}, dtype={weight.dtype}"
             if self.compute_dtype is not None:
                 form += f", compute_dtype={self.compute_dtype}"
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{form}"

@@ -52,8 +52,10 @@ def to_base(model: nn.Module, base: str, compute_dtype: torch.dtype | None = Non
     return model
 
 
-def to_linear4bit(linear: nn.Linear, compute_dtype: torch.dtype | None = None) -> Any:
-    """The layer as bitsandbytes' Linear4bit, NF4 with double quantisation. Skips without bitsandbytes."""
+def to_linear4bit(
+    linear: nn.Linear, compute_dtype: torch.dtype | None = None, quant_type: str = "nf4"
+) -> Any:
+    """The layer as bitsandbytes' Linear4bit with double quantisation. Skips without bitsandbytes."""
     import pytest
 
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -61,7 +63,7 @@ def to_linear4bit(linear: nn.Linear, compute_dtype: torch.dtype | None = None) -
         linear.in_features,
         linear.out_features,
         bias=linear.bias is not None,
-        quant_type="nf4",
+        quant_type=quant_type,
         compute_dtype=compute_dtype,
     )
     layer.load_state_dict(copy.deepcopy(linear.state_dict()))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import testing
+from peft_kernels.core import dispatch
 from peft_kernels.core.backends import cpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,8 +63,9 @@ def bias_of(case: dict[str, Any], kind: str, features: int) -> Tensor | None:
 
 
 def dense64(weight: Any) -> Tensor:
-    """The exact weight that the packed bytes define."""
-    return weight.dequantize(torch.float32).double()
+    """The exact weight that the packed bytes define, by the reference."""
+    with dispatch.use_backend("reference"):
+        return weight.dequantize(torch.float32).double()
 
 
 @dataclass

@@ -186,15 +186,25 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale
 def nf4_weight(
     out_features: int,
     in_features: int,
-    blocksize: int = 64,
+    blocksize: int | None = 64,
     double_quant: bool = True,
     dtype: torch.dtype = torch.float32,
     seed: int = 1,
+    format: str = "nf4",
 ) -> NF4Weight:
-    """A quantised weight, scaled as at the start of training."""
+    """A quantised weight, scaled as at the start of training; in other formats than NF4 unevenly."""
     dense = tensor(out_features, in_features, dtype=dtype, seed=seed, scale=max(in_features, 1) ** -0.5)
+    if format != "nf4":
+        dense = uneven(dense)
     with dispatch.use_backend("reference"):
-        return NF4Weight.quantize(dense, blocksize, double_quant)
+        return NF4Weight.quantize(dense, blocksize, double_quant, format=format)
+
+
+def uneven(weight: Tensor) -> Tensor:
+    """Runs of 16 of the flat values times different powers of two: scales that are powers of two would mostly
+    be equal, and a wrong one would not show."""
+    runs = torch.arange(weight.numel()) // 16
+    return weight * torch.exp2(runs % 5 - 2.0).view(weight.shape).to(weight.dtype)
 
 
 def widen(value: Any) -> Any:

@@ -6,9 +6,9 @@
 
 #include <optional>
 
+#include "codes.h"
 #include "dtype.h"
 #include "integers.h"
-#include "nf4.h"
 
 namespace peft_kernels {
 
@@ -58,11 +58,11 @@ inline void check_bias(const Tensor& bias, int64_t features, at::ScalarType acti
   check_shape(bias, {features}, "bias");
 }
 
-inline int block_shift_of(int64_t blocksize) {
-  TORCH_CHECK(nf4::is_blocksize(blocksize), "blocksize: expected a power of two from ", nf4::kMinBlocksize,
-              " to ", nf4::kMaxBlocksize, ", got ", blocksize);
+inline int block_shift_of(int64_t layout) {
+  TORCH_CHECK(is_layout(layout), "blocksize: expected a power of two from ", nf4::kMinBlocksize, " to ",
+              nf4::kMaxBlocksize, ", got ", blocksize_of(layout), " for codes ", codes_of(layout));
   int shift = 0;
-  while ((int64_t{1} << shift) < blocksize) ++shift;
+  while ((int64_t{1} << shift) < blocksize_of(layout)) ++shift;
   return shift;
 }
 

@@ -52,11 +52,11 @@ template <class Nf4>
 class BaseWeightOf {
  public:
   BaseWeightOf(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
-               const OptionalTensor& offset, int64_t blocksize, int64_t out_features, int64_t in_features,
+               const OptionalTensor& offset, int64_t layout, int64_t out_features, int64_t in_features,
                at::ScalarType compute_dtype)
       : out_features_(out_features), in_features_(in_features) {
     if (absmax) {
-      nf4_ = std::make_unique<Nf4>(weight, *absmax, absmax2, offset, blocksize, out_features * in_features);
+      nf4_ = std::make_unique<Nf4>(weight, *absmax, absmax2, offset, layout, out_features * in_features);
     } else {
       check_dtype(weight, compute_dtype, "weight");
       check_shape(weight, {out_features, in_features}, "weight");
@@ -166,18 +166,18 @@ inline std::vector<AdapterArgs> all_adapters(const Tensor& x, at::TensorList lor
 template <class BaseWeight>
 std::vector<BaseWeight> all_bases(const Tensor& x, at::TensorList weight, const OptionalTensors& absmax,
                                   const OptionalTensors& absmax2, const OptionalTensors& offset,
-                                  at::IntArrayRef blocksize, at::IntArrayRef out_features,
+                                  at::IntArrayRef layout, at::IntArrayRef out_features,
                                   at::ScalarType compute_dtype) {
   const size_t count = weight.size();
   TORCH_CHECK(absmax.size() == count && absmax2.size() == count && offset.size() == count &&
-                  blocksize.size() == count && out_features.size() == count,
-              "absmax, absmax2, offset, blocksize, out_features: expected ", count,
-              " of each like weight, got ", absmax.size(), ", ", absmax2.size(), ", ", offset.size(), ", ",
-              blocksize.size(), ", ", out_features.size());
+                  layout.size() == count && out_features.size() == count,
+              "absmax, absmax2, offset, layout, out_features: expected ", count, " of each like weight, got ",
+              absmax.size(), ", ", absmax2.size(), ", ", offset.size(), ", ", layout.size(), ", ",
+              out_features.size());
   std::vector<BaseWeight> bases;
   bases.reserve(count);
   for (size_t j = 0; j < count; ++j) {
-    bases.emplace_back(weight[j], absmax.get(j), absmax2.get(j), offset.get(j), blocksize[j], out_features[j],
+    bases.emplace_back(weight[j], absmax.get(j), absmax2.get(j), offset.get(j), layout[j], out_features[j],
                        x.size(-1), compute_dtype);
   }
   return bases;

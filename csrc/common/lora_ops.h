@@ -34,7 +34,7 @@ struct LoraOps {
 
   static std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight,
                                                 const OptionalTensor& absmax, const OptionalTensor& absmax2,
-                                                const OptionalTensor& offset, int64_t blocksize,
+                                                const OptionalTensor& offset, int64_t layout,
                                                 const OptionalTensor& bias, const Tensor& lora_a,
                                                 const Tensor& lora_b, double scaling, double dropout_p,
                                                 const OptionalTensor& seed,
@@ -42,21 +42,21 @@ struct LoraOps {
     const at::ScalarType compute = compute_type(compute_dtype, x);
     Layers layers(x, one_adapter(x, lora_a, lora_b, scaling, dropout_p, seed), seed, std::nullopt, compute);
     std::vector<Base> bases;
-    bases.emplace_back(weight, absmax, absmax2, offset, blocksize, lora_b.size(0), lora_a.size(1), compute);
+    bases.emplace_back(weight, absmax, absmax2, offset, layout, lora_b.size(0), lora_a.size(1), compute);
     LoraForward out = layers.forward(bases, {bias});
     return {out.y[0], out.h};
   }
 
   static std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
       const Tensor& dy, const Tensor& x, const Tensor& h, const Tensor& weight, const OptionalTensor& absmax,
-      const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize, const Tensor& lora_a,
+      const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t layout, const Tensor& lora_a,
       const Tensor& lora_b, double scaling, double dropout_p, const OptionalTensor& seed,
       const OptionalDtype& compute_dtype, bool need_dx, bool need_da, bool need_db) {
     const at::ScalarType compute = compute_type(compute_dtype, x);
     Layers layers(x, one_adapter(x, lora_a, lora_b, scaling, dropout_p, seed), seed, std::nullopt, compute);
     check_shape(dy, sizes_with_last(x, lora_b.size(0)), "dy");
     std::vector<Base> bases;
-    bases.emplace_back(weight, absmax, absmax2, offset, blocksize, lora_b.size(0), lora_a.size(1), compute);
+    bases.emplace_back(weight, absmax, absmax2, offset, layout, lora_b.size(0), lora_a.size(1), compute);
     LoraGradients out = layers.backward({gradient_rows(dy, x)}, h_rows(h, x, lora_a.size(0)), bases, need_dx,
                                         {need_da}, {need_db});
     return {out.dx, out.da[0], out.db[0]};
@@ -64,7 +64,7 @@ struct LoraOps {
 
   static std::tuple<std::vector<Tensor>, Tensor> multi_lora_linear(
       const Tensor& x, at::TensorList weight, const OptionalTensors& absmax, const OptionalTensors& absmax2,
-      const OptionalTensors& offset, at::IntArrayRef blocksize, at::IntArrayRef out_features,
+      const OptionalTensors& offset, at::IntArrayRef layout, at::IntArrayRef out_features,
       at::TensorList bias, at::TensorList lora_a, at::TensorList lora_b, at::IntArrayRef layer,
       at::ArrayRef<double> scaling, at::ArrayRef<double> dropout_p, const OptionalTensor& seed,
       at::IntArrayRef group, const OptionalTensor& row_group, const OptionalDtype& compute_dtype) {
@@ -73,7 +73,7 @@ struct LoraOps {
         x, all_adapters(x, lora_a, lora_b, layer, scaling, dropout_p, seed, group, row_group, weight.size()),
         seed, row_group, compute);
     const std::vector<Base> bases =
-        all_bases<Base>(x, weight, absmax, absmax2, offset, blocksize, out_features, compute);
+        all_bases<Base>(x, weight, absmax, absmax2, offset, layout, out_features, compute);
     TORCH_CHECK(bias.size() == bases.size(), "bias: expected ", bases.size(), " like weight, got ",
                 bias.size());
     std::vector<OptionalTensor> biases;  // a tensor without elements means no bias
@@ -85,7 +85,7 @@ struct LoraOps {
   static std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> multi_lora_linear_backward(
       at::TensorList dy, const Tensor& x, const Tensor& h, at::TensorList weight,
       const OptionalTensors& absmax, const OptionalTensors& absmax2, const OptionalTensors& offset,
-      at::IntArrayRef blocksize, at::TensorList lora_a, at::TensorList lora_b, at::IntArrayRef layer,
+      at::IntArrayRef layout, at::TensorList lora_a, at::TensorList lora_b, at::IntArrayRef layer,
       at::ArrayRef<double> scaling, at::ArrayRef<double> dropout_p, const OptionalTensor& seed,
       at::IntArrayRef group, const OptionalTensor& row_group, const OptionalDtype& compute_dtype,
       bool need_dx, const c10::List<bool>& need_da, const c10::List<bool>& need_db) {
@@ -105,7 +105,7 @@ struct LoraOps {
       out_features.push_back(d.size(-1));
     }
     const std::vector<Base> bases =
-        all_bases<Base>(x, weight, absmax, absmax2, offset, blocksize, out_features, compute);
+        all_bases<Base>(x, weight, absmax, absmax2, offset, layout, out_features, compute);
     LoraGradients out = layers.backward(dy_rows, h_rows(h, x, ranks), bases, need_dx,
                                         {need_da.begin(), need_da.end()}, {need_db.begin(), need_db.end()});
     return {out.dx, std::move(out.da), std::move(out.db)};

@@ -12,6 +12,7 @@ from .checks import nf4_weights, quantised_otherwise, read_nf4
 from .folder import Checkpoint
 from .header import CheckpointError, shown
 from .names import Names
+from .owned import owned_weights, owner_in, read_owned
 
 
 def on_meta(checkpoint: Checkpoint) -> Any:
@@ -43,7 +44,7 @@ def compare(checkpoint: Checkpoint) -> Comparison:
     if not checkpoint.path.is_dir():
         return Comparison([], reason="a file has no configuration")
     method = quantised_otherwise(checkpoint.config)
-    if method:
+    if method and owner_in(checkpoint.config) is None:
         return Comparison([], reason=f"it is quantised by {method}, which has other tensors")
     try:
         model = on_meta(checkpoint)
@@ -65,14 +66,19 @@ def compare_with(checkpoint: Checkpoint, model: Any) -> Comparison:
     converters: dict[str, Any] = {}
     for key, shape in sorted(_shapes(checkpoint).items(), key=lambda item: names.order(item[0])):
         target, pattern = names.in_model(key)
-        entry = checkpoint.entries[key]
+        entry = checkpoint.entries.get(key)  # none of a weight whose tensors have other names
         if pattern is not None:
             converter = converters.setdefault(target, copy.deepcopy(names.converter(pattern)))
-            part = torch.empty(shape or (), dtype=entry.dtype, device="meta")
+            dtype = torch.uint8 if entry is None else entry.dtype
+            part = torch.empty(shape or (), dtype=dtype, device="meta")
             converter.add_tensor(target, key, pattern, part)
             continue
         found[target] = shape
-        if shape is not None and target in wanted and not _fits(shape, wanted[target], entry.shape):
+        if (
+            shape is not None
+            and target in wanted
+            and not _fits(shape, wanted[target], () if entry is None else entry.shape)
+        ):
             faults.append(f"{shown(key)}: expected shape {wanted[target]}, as {name} has it, got {shape}")
     for target, converter in converters.items():
         try:
@@ -98,9 +104,9 @@ def _class_named(checkpoint: Checkpoint) -> str | None:
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...] | None]:
-    """Shapes of the weights, of NF4 ones as dense; None for those that cannot be read."""
-    quantised = nf4_weights(checkpoint.entries)
-    items = {item for names in quantised.values() for item in names}
+    """Shapes of the weights, of packed ones as dense; None for those that cannot be read."""
+    quantised, owned = nf4_weights(checkpoint.entries), owned_weights(checkpoint)
+    items = {item for names in (*quantised.values(), *owned.values()) for item in names}
     found: dict[str, tuple[int, ...] | None] = {
         name: entry.shape for name, entry in checkpoint.entries.items() if name not in items
     }
@@ -110,11 +116,16 @@ def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...] | None]:
                 found[weight] = tuple(read_nf4(checkpoint, weight, names, codes=False)[0].shape)
             except CheckpointError:  # reported by `checks`
                 found[weight] = None
+    for weight, names in owned.items():
+        try:
+            found[weight] = tuple(read_owned(checkpoint, weight, names).shape)
+        except CheckpointError:
+            found[weight] = None
     return found
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int, ...], stored: tuple[int, ...]) -> bool:
-    """Whether shapes match; NF4 weights may be transposed, since they are always (out_features,
+    """Whether shapes match; packed weights may be transposed, since they are always (out_features,
     in_features)."""
     return shape == wanted or (shape != stored and sorted(shape) == sorted(wanted))
 

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..nf4 import bitsandbytes_format, experts_format
+from ..nf4 import bitsandbytes_format, packed_format
 from ..nf4.model import METHOD
 from .folder import Checkpoint
 from .header import CheckpointError, Entry, shown
+from .owned import owned_weights, owner_in, read_owned
 
-_STATES = (f".{bitsandbytes_format.STATE_PREFIX}", f".{experts_format.STATE_ITEM}")
-_ITEMS = {*bitsandbytes_format.TENSOR_ITEMS, *experts_format.TENSOR_ITEMS}
+_STATES = (f".{bitsandbytes_format.STATE_PREFIX}", *(f".{item}" for item in packed_format.STATE_ITEMS))
+_ITEMS = {*bitsandbytes_format.TENSOR_ITEMS, *packed_format.TENSOR_ITEMS}
 _ITEMS_OF_EXPERTS = (
-    f".{experts_format.STATE_ITEM}",
-    *(f".{item}" for item in experts_format.TENSOR_ITEMS if item not in bitsandbytes_format.TENSOR_ITEMS),
+    *(f".{item}" for item in packed_format.STATE_ITEMS),
+    *(f".{item}" for item in packed_format.TENSOR_ITEMS if item not in bitsandbytes_format.TENSOR_ITEMS),
 )
 _CHUNK = 1 << 24  # bytes of a tensor checked at a time
 
@@ -69,7 +70,7 @@ def read_nf4(checkpoint: Checkpoint, weight: str, names: list[str], codes: bool 
         else:
             items[name] = entry.read()
     try:
-        return experts_format.read(items, weight)
+        return packed_format.read(items, weight)
     except ValueError as error:
         raise CheckpointError(shown(str(error)) if "\n" in str(error) else str(error)) from error
 
@@ -77,7 +78,7 @@ def read_nf4(checkpoint: Checkpoint, weight: str, names: list[str], codes: bool 
 def faults(
     checkpoint: Checkpoint, values: bool = True, seen: Callable[[int], None] = lambda nbytes: None
 ) -> Iterator[str]:
-    """Yields a message for each fault of files, index, NF4 weights and configuration.
+    """Yields a message for each fault of files, index, packed weights and configuration.
 
     Parameters
     ----------
@@ -94,14 +95,24 @@ def faults(
         except CheckpointError as error:
             yield str(error)
         seen(sum(checkpoint.entries[name].nbytes for name in names))
+    owned = owned_weights(checkpoint)
+    for weight, names in owned.items():
+        try:
+            read_owned(checkpoint, weight, names)
+        except CheckpointError as error:
+            yield str(error)
+        seen(sum(checkpoint.entries[name].nbytes for name in names))
     if values:
-        items = {name for names in quantised.values() for name in names}
+        items = {name for names in (*quantised.values(), *owned.values()) for name in names}
         for name, entry in checkpoint.entries.items():
             if name not in items:
                 fault = _not_finite(entry)
                 if fault is not None:
                     yield fault
                 seen(entry.nbytes)
+    owner = owner_in(checkpoint.config)
+    if owner is not None and not owned:
+        yield f"config.json: expected weights in {owner.title}, as its quantization_config says, got none"
     experts = any(holds_experts(names) for names in quantised.values())
     yield from _faults_of_config(checkpoint, bool(quantised), experts)
 
@@ -132,12 +143,17 @@ def _not_finite(entry: Entry) -> str | None:
 
 
 def quantised_otherwise(config: Mapping[str, Any]) -> str:
-    """The quantisation method in config.json if it is not NF4, else ""."""
+    """The quantisation method in config.json if it is not NF4, or the format's title; else ""."""
+    owner = owner_in(config)
+    if owner is not None:
+        return owner.title
     found = config.get("quantization_config")
     if not found:
         return ""
     method = found.get("quant_method") if isinstance(found, dict) else None
-    if method == METHOD or (four_bits(found) and found.get("bnb_4bit_quant_type") == "nf4"):
+    if method == METHOD or (
+        four_bits(found) and found.get("bnb_4bit_quant_type") in bitsandbytes_format.QUANT_TYPES
+    ):
         return ""
     return shown(method or "an unknown method")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.code_tables import BLOCKSIZES
-from ..nf4.bitsandbytes_format import configuration
+from ..nf4.bitsandbytes_format import QUANT_TYPES, configuration
 from .checks import nf4_weights
 from .destination import (
     check_destination,
@@ -32,6 +32,7 @@ from .folder import CONFIG, Checkpoint
 from .header import CheckpointError, read_header
 from .json_file import read_json
 from .layers import Choice, choose
+from .owned import owner_in
 from .shards import Shard, compose
 
 _JOB, _DONE, _MODEL = "job.json", "done.json", "model"
@@ -64,6 +65,7 @@ def quantize_checkpoint(
     restart: bool = False,
     experts: bool = False,
     partial: bool = False,
+    format: str = "nf4",
     started: Callable[[Conversion], None] = lambda conversion: None,
     progress: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> Conversion:
@@ -88,6 +90,8 @@ def quantize_checkpoint(
         Also pack mixtures of experts, as `quantize_model(experts=True)`.
     partial : bool
         Accept missing tensors, or ones of other shapes than the architecture's.
+    format : str
+        "nf4" or "fp4": the two that bitsandbytes reads.
     started, progress : callable
         Called with the plan, and then with the name and bytes of each tensor.
 
@@ -99,19 +103,22 @@ def quantize_checkpoint(
         with `experts`, no experts, or some that cannot be packed.
     """
     source, destination = Path(source), Path(destination)
+    if format not in QUANT_TYPES:
+        raise CheckpointError(f"format: expected one of {', '.join(QUANT_TYPES)}, got {format!r}")
     if blocksize not in BLOCKSIZES:
         raise CheckpointError(f"blocksize: expected one of {BLOCKSIZES}, got {blocksize}")
     check_destination(destination)
     checkpoint = Checkpoint.open(source)
     _check_dense(checkpoint)
     choice = choose(checkpoint, skip, experts, partial)
-    shards = compose(checkpoint, choice, blocksize, double_quant)
+    shards = compose(checkpoint, choice, blocksize, double_quant, format)
     work = destination.absolute().parent / f".{destination.name}.partial"
     job = {
         "source": str(source.resolve()),
         "files": _stamps(checkpoint.files),
         "blocksize": blocksize,
         "double_quant": double_quant,
+        "format": format,
         "quantise": choice.quantise,
         "experts": sorted(choice.experts),
     }
@@ -133,7 +140,7 @@ def quantize_checkpoint(
             raise CheckpointError(
                 f"{source}: expected files that do not change meanwhile, got changed ones (--restart)"
             )
-        quantization = _quantization(checkpoint, choice, blocksize, double_quant)
+        quantization = _quantization(checkpoint, choice, blocksize, double_quant, format)
         config = checkpoint.config | {"quantization_config": quantization}
         names = [shard.name for shard in shards]
         conversion.bytes_after = write_other_files(model, checkpoint, names, config, conversion.copied)
@@ -146,6 +153,11 @@ def _check_dense(checkpoint: Checkpoint) -> None:
     config = checkpoint.config.get("quantization_config")
     if not checkpoint.path.is_dir() or not (checkpoint.path / CONFIG).exists():
         raise CheckpointError(f"{checkpoint.path}: expected a model's folder with a config.json, got none")
+    owner = owner_in(checkpoint.config)
+    if owner is not None:
+        raise CheckpointError(
+            f"{checkpoint.path}: expected a dense model, got one that is packed already ({owner.title})"
+        )
     if config:
         method = config.get("quant_method", "") if isinstance(config, dict) else ""
         raise CheckpointError(
@@ -157,16 +169,16 @@ def _check_dense(checkpoint: Checkpoint) -> None:
 
 
 def _quantization(
-    checkpoint: Checkpoint, choice: Choice, blocksize: int, double_quant: bool
+    checkpoint: Checkpoint, choice: Choice, blocksize: int, double_quant: bool, format: str
 ) -> dict[str, Any]:
     """The quantization_config of config.json."""
     if not choice.experts:
         dtypes = [checkpoint.entries[name].dtype for name in choice.quantise]
         dtype = max(set(dtypes), key=dtypes.count)
-        return configuration(blocksize, double_quant, dtype, choice.skip_modules)
+        return configuration(blocksize, double_quant, dtype, choice.skip_modules, format)
     from ..quantize.transformers.config import NF4Config
 
-    return NF4Config(blocksize, double_quant, choice.skip_modules, experts=True).to_dict()
+    return NF4Config(blocksize, double_quant, choice.skip_modules, experts=True, format=format).to_dict()
 
 
 def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.nf4_state import NF4State
-from ..nf4 import experts_format
+from ..nf4 import packed_format
 from ..nf4.weight import NF4Weight
 from .changes import Change, Experts, ReadPart
 from .checks import finite_pieces, read_nf4
@@ -164,7 +164,7 @@ class MergedFile:
             return
         assert change is not None
         again = self._repacked(name, state, dtype, change)._state
-        for key, tensor in experts_format.tensors(again, name).items():
+        for key, tensor in packed_format.tensors(again, name).items():
             writer.write_row(key, tensor)
 
     def _dense(self, name: str, state: NF4State, dtype: torch.dtype, change: Change | None) -> Tensor:
@@ -176,7 +176,9 @@ class MergedFile:
     def _repacked(self, name: str, state: NF4State, dtype: torch.dtype, change: Change) -> NF4Weight:
         before = state.dequantize(dtype)
         merged = self._merged(before.clone(), change, name)
-        packed = NF4Weight.quantize(merged, state.blocksize, state.double_quant, name=name)
+        packed = NF4Weight.quantize(
+            merged, state.blocksize, state.double_quant, name=name, format=state.format
+        )
         self.rounding.add(before, merged, packed.dequantize())
         return packed
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.nf4_state import NF4State
-from ..nf4 import bitsandbytes_format, experts_format
+from ..nf4 import bitsandbytes_format, packed_format
 from ..nf4.sharded.local_rows import LocalRows
 from ..nf4.sharded.partition import Partition
 from .folder import Checkpoint
@@ -32,13 +32,14 @@ def read_layout(checkpoint: Checkpoint, weight: str, names: list[str]) -> tuple[
         large = name in (weight, f"{weight}.absmax")
         items[name] = torch.empty(entry.shape, dtype=entry.dtype, device="meta") if large else entry.read()
     try:
-        state, dtype = experts_format.read(items, weight)
+        state, dtype = packed_format.read(items, weight)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     state.name = weight
     if state.offset is not None and state.offset.is_meta:  # stored as text; was created on the codes' device
-        key = f"{weight}.{bitsandbytes_format.STATE_ITEM}"
-        state.offset = torch.tensor(float(bitsandbytes_format.read_json(key, items[key]).nested_offset))
+        key = f"{weight}.{bitsandbytes_format.STATE_PREFIX}{state.format}"
+        numbers = bitsandbytes_format.read_json(key, items[key], (state.format,))
+        state.offset = torch.tensor(float(numbers.nested_offset))
     return state, dtype
 
 
@@ -49,14 +50,16 @@ def read_local_rows(checkpoint: Checkpoint, weight: str, state: NF4State, start:
     codes, scales = partition.slices(start, stop)
     packed = _flat(checkpoint.entries[weight], codes.start, codes.stop)
     absmax = _flat(checkpoint.entries[f"{weight}.absmax"], scales.start, scales.stop)
-    if state.absmax2 is None:
-        absmax = absmax.float()
-        checked: Any = NF4State(partition.shape, partition.blocksize, absmax=absmax)
+    if state.offset is None:
+        absmax = absmax if state.absmax2 is not None else absmax.float()
+        checked: Any = replace(state, absmax=absmax)
         try:
             bitsandbytes_format.check_scales(weight, checked, 0.0)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-    return LocalRows(partition, start, stop, packed, absmax, state.absmax2, state.offset, weight)
+    return LocalRows(
+        partition, start, stop, packed, absmax, state.absmax2, state.offset, weight, state.format
+    )
 
 
 def _flat(entry: Entry, start: int, stop: int) -> Tensor:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ..nf4 import experts_format
-from ..nf4.bitsandbytes_format import STATE_ITEM
+from ..nf4 import packed_format
+from ..nf4.bitsandbytes_format import STATE_ITEMS
 from ..nf4.weight import NF4Weight
 from .checks import finite_pieces
 from .experts_tensors import ExpertsWeight
@@ -36,6 +36,7 @@ class Shard:
     """As in `Choice`, for all files."""
     blocksize: int
     double_quant: bool
+    format: str
     metadata: dict[str, str]
 
     @property
@@ -60,10 +61,13 @@ class Shard:
         for weight in self.experts:
             experts, *one = weight.shape
             meta = torch.empty(one, dtype=weight.dtype, device="meta")
-            packed = NF4Weight.quantize(meta, self.blocksize, self.double_quant, check_finite=False)
-            for name, row in experts_format.tensors(packed._state, weight.name).items():
+            packed = NF4Weight.quantize(
+                meta, self.blocksize, self.double_quant, check_finite=False, format=self.format
+            )
+            for name, row in packed_format.tensors(packed._state, weight.name).items():
                 found[weight.written(name)] = (row.dtype, (experts, *row.shape))
-            found[weight.written(f"{weight.name}.{experts_format.STATE_ITEM}")] = None
+            item = packed_format.state_item(weight.shape, self.format)
+            found[weight.written(f"{weight.name}.{item}")] = None
         return found
 
     def write(self, path: Path, progress: Progress) -> None:
@@ -82,7 +86,9 @@ class Shard:
         meta = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         items = self._nf4(meta, entry.name).state_dict(name=entry.name)
         return {
-            key: None if key.endswith(STATE_ITEM) else (item.dtype, tuple(item.shape))
+            key: None
+            if key.endswith((*STATE_ITEMS, *packed_format.STATE_ITEMS))
+            else (item.dtype, tuple(item.shape))
             for key, item in items.items()
         }
 
@@ -98,20 +104,23 @@ class Shard:
         for dense in weight.experts(lambda entry: progress(entry.name, entry.nbytes)):
             one = self._nf4(dense, f"{weight.name}[{next(number)}]")
             del dense
-            for key, tensor in experts_format.tensors(one._state, weight.name).items():
+            for key, tensor in packed_format.tensors(one._state, weight.name).items():
                 writer.write_row(weight.written(key), tensor)
-        blob = experts_format.description(weight.shape, self.blocksize, weight.dtype)
-        key = weight.written(f"{weight.name}.{experts_format.STATE_ITEM}")
+        blob = packed_format.description(weight.shape, self.blocksize, weight.dtype, self.format)
+        item = packed_format.state_item(weight.shape, self.format)
+        key = weight.written(f"{weight.name}.{item}")
         writer.write(key, torch.tensor(list(blob), dtype=torch.uint8))
 
     def _nf4(self, dense: torch.Tensor, name: str) -> NF4Weight:
         try:
-            return NF4Weight.quantize(dense, self.blocksize, self.double_quant, name=name)
+            return NF4Weight.quantize(dense, self.blocksize, self.double_quant, name=name, format=self.format)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
 
 
-def compose(checkpoint: Checkpoint, choice: Choice, blocksize: int, double_quant: bool) -> list[Shard]:
+def compose(
+    checkpoint: Checkpoint, choice: Choice, blocksize: int, double_quant: bool, format: str = "nf4"
+) -> list[Shard]:
     """One shard per file of the source, of the same name. Packed experts go to the file of their first part.
     If a file becomes empty, the others are renumbered."""
     parts = {entry.name for weight in choice.experts.values() for entry in weight.entries}
@@ -122,7 +131,7 @@ def compose(checkpoint: Checkpoint, choice: Choice, blocksize: int, double_quant
         # transformers refuses a file that does not name its format.
         metadata = {"format": "pt"} | checkpoint.metadata[file.name]
         if entries or experts:
-            rest = choice.quantise, blocksize, double_quant, metadata
+            rest = choice.quantise, blocksize, double_quant, format, metadata
             found.append(Shard(file.name, entries, experts, *rest))
     if len(found) < len(checkpoint.files):
         for i, shard in enumerate(found, 1):

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from ..checkpoints.checks import quantised_otherwise
-from ..checkpoints.folder import CONFIG
+from ..checkpoints.folder import CONFIG, Checkpoint
 from ..checkpoints.header import CheckpointError
 from ..checkpoints.json_file import read_json
+from ..checkpoints.owned import owner_in
 from ..nf4.experts_packing import weight_names
 from ..quantize.targets import choose_experts, choose_layers
 from .sizes import Block, Experts, Linear, Mixture, Model
@@ -47,6 +48,17 @@ def quantised_by(path: Path) -> str:
     """The quantisation method of a folder or config.json if it is not NF4, else ""."""
     config = read_json(path / CONFIG if path.is_dir() else path, 10_000_000)
     return quantised_otherwise(config) if isinstance(config, dict) else ""
+
+
+def packed_bytes(path: Path) -> int | None:
+    """Bytes of the tensors of a folder in a packed format that is loaded as it is; 0 if there are none there;
+    None for other models."""
+    config = read_json(path / CONFIG if path.is_dir() else path, 10_000_000)
+    if not isinstance(config, dict) or owner_in(config) is None:
+        return None
+    if not path.is_dir() or not any(path.glob("*.safetensors")):
+        return 0
+    return sum(entry.nbytes for entry in Checkpoint.examine(path).entries.values())
 
 
 def describe(

@@ -1,8 +1,8 @@
 """Lists the contents of a checkpoint by layer, and its faults.
 
-Checks headers and index, every item of every NF4 weight, missing tensors of the architecture, and NaN and Inf
-in all other tensors (which reads them; --quick does not). Packed experts are listed by layer. Exit code 1 if
-a fault is found."""
+Checks headers and index, every item of every packed weight, missing tensors of the architecture, and NaN and
+Inf in all other tensors (which reads them; --quick does not). Packed experts are listed by layer. Exit code 1
+if a fault is found."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from ..checkpoints.architecture import compare
 from ..checkpoints.checks import faults, holds_experts, nf4_weights, read_nf4
 from ..checkpoints.folder import Checkpoint
 from ..checkpoints.header import CheckpointError
+from ..checkpoints.owned import owned_weights, owner_in, read_owned
+from ..core.formats import FORMATS
 from .output import Output, counted, size
 
-_FAULTY = "NF4, faulty"
+_FAULTY = ", faulty"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="DIR|FILE", type=Path)
-    parser.add_argument("--quick", action="store_true", help="read only NF4 weights, without codes")
+    parser.add_argument("--quick", action="store_true", help="read only packed weights, without codes")
 
 
 @dataclass
@@ -107,14 +109,18 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
 
 def grouped(checkpoint: Checkpoint) -> list[Group]:
     """Groups in the order of names, layers by number."""
-    quantised = nf4_weights(checkpoint.entries)
+    owned, owner = owned_weights(checkpoint), owner_in(checkpoint.config)
+    quantised = nf4_weights(checkpoint.entries) | owned
     inside = {name for names in quantised.values() for name in names}
     groups: dict[tuple[str, str, tuple[int, ...]], Group] = {}
     for name in sorted(checkpoint.entries.keys() - inside | quantised.keys(), key=_natural):
-        form, shape = _form(checkpoint, name, quantised)
+        form, shape = (
+            _owned_form(checkpoint, name, owned) if name in owned else _form(checkpoint, name, quantised)
+        )
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
         items = quantised.get(name, [name])
-        group = groups.setdefault((pattern, form, shape), Group(pattern, form, shape, holds_experts(items)))
+        experts = owner is not None and owner.experts if name in owned else holds_experts(items)
+        group = groups.setdefault((pattern, form, shape), Group(pattern, form, shape, experts))
         group.numbers.append(tuple(int(n) for n in re.findall(r"(?<=\.)\d+(?=\.)", name)))
         group.sizes.append(sum(checkpoint.entries[item].nbytes for item in items))
     return list(groups.values())
@@ -132,7 +138,7 @@ def experts_by_layer(groups: list[Group]) -> list[Layer]:
             layer = found.setdefault(name, Layer(name))
             layer.experts = max(layer.experts, *group.shape[:1], 0)
             layer.weights, layer.nbytes = layer.weights + 1, layer.nbytes + nbytes
-            layer.faulty += group.form == _FAULTY
+            layer.faulty += group.form.endswith(_FAULTY)
     return [found[name] for name in sorted(found, key=_natural)]
 
 
@@ -158,9 +164,25 @@ def _form(checkpoint: Checkpoint, name: str, quantised: dict[str, list[str]]) ->
     try:
         state, dtype = read_nf4(checkpoint, name, quantised[name], codes=False)
     except CheckpointError:
-        return _FAULTY, ()
-    scales = "double-quantised" if state.double_quant else "fp32 scales"
-    return f"NF4 of {str(dtype).removeprefix('torch.')}, blocks of {state.blocksize}, {scales}", state.shape
+        return f"NF4{_FAULTY}", ()
+    scale = FORMATS[state.format].scale
+    scales = f"{'fp32' if scale == 'absmax' else scale.upper()} scales"
+    if state.double_quant:
+        scales = "double-quantised"
+    kind, dense = state.format.upper(), str(dtype).removeprefix("torch.")
+    return f"{kind} of {dense}, blocks of {state.blocksize}, {scales}", state.shape
+
+
+def _owned_form(
+    checkpoint: Checkpoint, name: str, owned: dict[str, list[str]]
+) -> tuple[str, tuple[int, ...]]:
+    owner = owner_in(checkpoint.config)
+    assert owner is not None
+    try:
+        state = read_owned(checkpoint, name, owned[name])
+    except CheckpointError:
+        return f"{owner.title}{_FAULTY}", ()
+    return f"{owner.title}, blocks of {state.blocksize}", state.shape
 
 
 def _as_json(group: Group) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 
 from ..checkpoints.header import CheckpointError
 from . import memory
-from .architecture import CHECKED, build, describe, quantised_by
+from .architecture import CHECKED, build, describe, packed_bytes, quantised_by
 from .output import Output, size
 from .sizes import METHODS, OPTIMISERS, Model, Run
 
@@ -64,6 +64,11 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
     methods, foreign = arguments.method, quantised_by(arguments.path)
     if foreign:
         methods = [method for method in methods if method != "qlora"]
+        if not methods and packed_bytes(arguments.path) is not None:
+            raise CheckpointError(
+                f"{arguments.path}: expected a dense model for qlora, got one that is packed already "
+                f"({foreign}): load it with read_config and train adapters"
+            )
         if not methods:
             raise CheckpointError(
                 f"{arguments.path}: expected a dense model for qlora, got one that is quantised ({foreign}): "
@@ -99,7 +104,14 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
     _print(plans, arguments.memory, out)
     no_note = arguments.kbit_prepared or "qlora" not in plans
     notes = _notes(built, model, no_note) + _notes_on_experts(model, runs, arguments.target_modules is None)
-    if foreign:
+    packed = packed_bytes(arguments.path)
+    if packed is not None:
+        weights = f"takes {size(packed)} for weights" if packed else "takes less for weights"
+        notes.append(
+            f"the model is packed ({foreign}): these are the figures of the dense model, without QLoRA; "
+            f"loaded with read_config it stays packed and {weights}"
+        )
+    elif foreign:
         notes.append(
             f"the model is quantised ({foreign}): these are the figures of the dense model, without QLoRA, "
             "since quantize needs a dense model"

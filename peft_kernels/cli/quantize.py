@@ -1,4 +1,4 @@
-"""Quantises a model's folder to 4 bits (NF4), tensor by tensor.
+"""Quantises a model's folder to 4 bits (NF4, or bitsandbytes' FP4), tensor by tensor.
 
 The result is in bitsandbytes' format: transformers, PEFT, TRL and vLLM read it. --experts also packs mixtures
 of experts, in a format that only peft_kernels reads. DST appears when it is complete; an interrupted run
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..checkpoints.convert import Conversion, quantize_checkpoint
 from ..core.code_tables import BLOCKSIZES
+from ..nf4.bitsandbytes_format import QUANT_TYPES
 from .output import Output, size
 
 
@@ -20,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", metavar="DST", type=Path, help="folder to create; must not exist")
     parser.add_argument(
         "--blocksize", type=int, default=64, choices=BLOCKSIZES, help="values that share a scale (64)"
+    )
+    parser.add_argument(
+        "--format", default="nf4", choices=QUANT_TYPES, help="values of the codes (nf4); fp4 loses more"
     )
     parser.add_argument(
         "--no-double-quant", action="store_true", help="keep scales in fp32: 4.5 bits per value, not 4.13"
@@ -42,7 +46,8 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
     def started(conversion: Conversion) -> None:
         choice = conversion.choice
         packed = f" and {len(choice.experts)} weights of experts" if choice.experts else ""
-        out.say(f"{len(choice.quantise)} linear layers{packed} become NF4, according to {choice.source}")
+        form = arguments.format.upper()
+        out.say(f"{len(choice.quantise)} linear layers{packed} become {form}, according to {choice.source}")
         for reason, count in Counter(choice.left.values()).items():
             names = [name for name, why in choice.left.items() if why == reason]
             shown = ", ".join(names[:3]) + (", ..." if count > 3 else "")
@@ -68,6 +73,7 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
             arguments.restart,
             arguments.experts,
             arguments.partial,
+            arguments.format,
             started,
             lambda name, nbytes: advance(nbytes),
         )

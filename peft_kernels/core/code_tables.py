@@ -1,4 +1,4 @@
-"""The value tables of the NF4 format, for Python (for C++: ``csrc/common/nf4.h``).
+"""The values of codes, for Python (for C++: ``csrc/common/nf4.h`` and ``codes.h``).
 
 Source: QLoRA (Dettmers et al. 2023, section 3) for NF4, "8-bit Approximations for Parallelism in Deep
 Learning" (Dettmers 2015) for the dynamic map; values as in bitsandbytes. A test compares the three.
@@ -28,7 +28,13 @@ NF4_CODE: tuple[float, ...] = (
     0.7229568362236023,
     1.0,
 )
-"""Value of each 4-bit code."""
+"""Values of NF4."""
+
+FP4_CODE: tuple[float, ...] = tuple(sign * n / 12 for sign in (1, -1) for n in (0, 1 / 16, 8, 12, 4, 6, 2, 3))
+"""Values of bitsandbytes' FP4, whose largest magnitude is 1. It has no -0.0."""
+
+E2M1_CODE: tuple[float, ...] = tuple(sign * x for sign in (1.0, -1.0) for x in (0, 0.5, 1, 1.5, 2, 3, 4, 6))
+"""Values of the 4-bit elements of the OCP Microscaling formats (MX 1.0, section 5.3.3)."""
 
 NF4_THRESHOLDS: tuple[float, ...] = (
     -0.8480964303016663,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .fingerprint import fingerprint
+from .formats import FORMATS
 from .op import Base
 from .registry import public_ops as ops
 
@@ -75,7 +76,8 @@ class Share:
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None or a is b:
         return a is b
-    return a.device == b.device and a.dtype == b.dtype and not a.is_meta and torch.equal(a, b)
+    alike = a.device == b.device and a.dtype == b.dtype and a.shape == b.shape and not a.is_meta
+    return alike and _same_bits(a, b)  # values of scale codes include NaN
 
 
 @dataclass
@@ -101,6 +103,7 @@ class NF4State:
     part_of: str | None = None  # the weight that this is one expert of; then read-only
     gathered: bool = False  # by FSDP2, until it is freed; then read-only
     slice_of: tuple[int, ...] | None = None  # shape of the whole, where these are rows or columns of it
+    format: str = "nf4"  # key of FORMATS
 
     def tensors(self) -> dict[str, Tensor]:
         named = {name: getattr(self, name) for name in (*PACKED_FORM, "dense")}
@@ -129,6 +132,12 @@ class NF4State:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     @property
+    def form(self) -> str:
+        """Format and blocksize, for the representations of modules and weights."""
+        format = "" if self.format == "nf4" else f"format={self.format}, "
+        return f"{format}blocksize={self.blocksize}"
+
+    @property
     def merged(self) -> bool:
         """Whether dense values lie over a retained packed form."""
         return self.dense is not None and self.packed is not None
@@ -137,7 +146,8 @@ class NF4State:
     def op_args(self) -> Base:
         """The packed weight as ops take it."""
         assert self.packed is not None
-        return Base(self.packed, self.absmax, self.absmax2, self.offset, self.blocksize)
+        layout = FORMATS[self.format].layout(self.blocksize)
+        return Base(self.packed, self.absmax, self.absmax2, self.offset, layout)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The packed values, ignoring dense values over them."""
@@ -289,7 +299,7 @@ def packed_rows(packed: Tensor, shape: Any) -> Tensor:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    integer = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
     return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
 
 
@@ -307,7 +317,8 @@ def warn_of_growth(kind: str, state: NF4State) -> None:
         "(PiSSA, OLoRA, a merge that assigns); requantize_() packs it, with the loss of 4 bits",
     }[kind]
     warnings.warn(
-        f"{state.name}: {state.nbytes / numel:.3g} bytes for each value of an NF4 weight instead of about "
+        f"{state.name}: {state.nbytes / numel:.3g} bytes for each value of an {state.format.upper()} weight "
+        "instead of about "
         f"{0.5 + 1 / state.blocksize:.2g} ({state.nbytes / 1e6:.3g} MB in all) {why}. The same holds for "
         "every such layer; this warning is shown once.",
         stacklevel=2,

@@ -12,22 +12,23 @@ import torch
 from torch import Tensor
 
 GROUPS = {
-    "$nf4": "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, int blocksize",
-    "$base": "Tensor weight, Tensor? absmax, Tensor? absmax2, Tensor? offset, int blocksize",
-    "$bases": "Tensor[] weight, Tensor?[] absmax, Tensor?[] absmax2, Tensor?[] offset, int[] blocksize",
+    "$nf4": "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, int layout",
+    "$base": "Tensor weight, Tensor? absmax, Tensor? absmax2, Tensor? offset, int layout",
+    "$bases": "Tensor[] weight, Tensor?[] absmax, Tensor?[] absmax2, Tensor?[] offset, int[] layout",
 }
-"""The schema arguments of a base weight: NF4; NF4 or dense; one per layer. In Python they are one `Base`
-named `base`, or a list of them named `bases`."""
+"""The schema arguments of a base weight: packed; packed or dense; one per layer. In Python they are one
+`Base` named `base`, or a list of them named `bases`."""
 
 
 class Base(NamedTuple):
     """The frozen weight of a linear layer, as ops take it."""
 
     weight: Tensor  # uint8, (n + 1) // 2 bytes, flat or (out, in / 2); or dense (out, in)
-    absmax: Tensor | None = None  # fp32 (nblocks,), uint8 when double-quantised; None: the weight is dense
-    absmax2: Tensor | None = None  # fp32 (ceil(nblocks / 256),), of double quantisation
+    absmax: Tensor | None = None  # scales, fp32 (nblocks,), or uint8 codes of them; None: the weight is dense
+    # Double quantisation: fp32 (ceil(nblocks / 256),). Otherwise the values of the 256 codes of scales, fp32.
+    absmax2: Tensor | None = None
     offset: Tensor | None = None  # fp32 (), of double quantisation
-    blocksize: int = 0
+    layout: int = 0  # `formats.Format.layout`
 
 
 def columns(bases: Sequence[Base]) -> list[list[Any]]:

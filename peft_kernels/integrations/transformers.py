@@ -1,27 +1,30 @@
-"""Loads transformers models in 4 bits, and bitsandbytes' checkpoints without bitsandbytes."""
+"""Loads transformers models in 4 bits, and 4-bit checkpoints without the libraries that wrote them."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from transformers import AutoConfig
 from transformers.quantizers import auto
 
 from ..nf4.model import METHOD
+from ..nf4.owners.compressed_tensors import FORMAT as NVFP4_FORMAT
 from ..quantize.transformers.config import NF4Config
 from ..quantize.transformers.quantizer import NF4Quantizer
 
 __all__ = ["NF4Config", "NF4Quantizer", "disable", "enable", "read_config"]
 
-_BITSANDBYTES = "bitsandbytes_4bit"
-_theirs: list[Any] = []  # the quantiser that `enable` replaced
+_theirs: list[tuple[dict[str, Any], str, Any]] = []
+"""What `enable` replaced: a mapping of transformers, a key, and its value, None if there was none."""
 
 
 def read_config(path: Any, **kwargs: Any) -> Any:
     """The configuration of a 4-bit checkpoint, to load it without bitsandbytes.
 
     `AutoModelForCausalLM.from_pretrained(path, config=read_config(path))` reads checkpoints of bitsandbytes
-    and of this package. The file determines which layers are in 4 bits and their blocksizes.
+    and of this package, MXFP4 (GPT-OSS), and NVFP4 of compressed-tensors and modelopt. The file determines
+    which layers are in 4 bits and their blocksizes.
 
     Parameters
     ----------
@@ -33,7 +36,7 @@ def read_config(path: Any, **kwargs: Any) -> Any:
     Raises
     ------
     ValueError
-        The checkpoint is not quantised, or by another method (8 bits, FP4, others).
+        The checkpoint is not quantised, or in another format (8 bits, others).
     """
     config = AutoConfig.from_pretrained(path, **kwargs)
     text = config.get_text_config(decoder=True)
@@ -53,27 +56,57 @@ def read_config(path: Any, **kwargs: Any) -> Any:
         "modules_to_not_convert": ours.modules_to_not_convert,
         "compute_dtype": ours.compute_dtype,
         "experts": ours.experts,
+        "format": ours.format,
+        "stored": ours.stored,
     }
     return config
 
 
 def enable() -> None:
-    """Loads NF4 models of bitsandbytes' configuration with NF4Linear, in the whole process, until
-    `disable()`.
+    """Loads 4-bit models of bitsandbytes' configuration, and the checkpoints that `read_config` reads, with
+    NF4Linear and NF4Experts, in the whole process, until `disable()`.
 
-    Applies to `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")` and 4-bit checkpoints, also
-    in AutoPeftModel and TRL, and needs no bitsandbytes. FP4 and 8 bits still use bitsandbytes."""
-    if not _theirs:
-        _theirs.append(auto.AUTO_QUANTIZER_MAPPING[_BITSANDBYTES])
-        auto.AUTO_QUANTIZER_MAPPING[_BITSANDBYTES] = _nf4_or_theirs  # type: ignore[assignment]
+    Applies to `BitsAndBytesConfig(load_in_4bit=True)` and 4-bit checkpoints, also in AutoPeftModel and TRL,
+    and needs no bitsandbytes and no compressed-tensors. Other quantisation is left to transformers: 8 bits,
+    other formats of compressed-tensors, and `Mxfp4Config(dequantize=True)`."""
+    if _theirs:
+        return
+    _replace(auto.AUTO_QUANTIZER_MAPPING, "bitsandbytes_4bit", NF4Quantizer)
+    mxfp4 = auto.AUTO_QUANTIZER_MAPPING["mxfp4"]
+    _replace(auto.AUTO_QUANTIZER_MAPPING, "mxfp4", functools.partial(_for_mxfp4, mxfp4))
+    # Their configuration needs the library.
+    theirs = auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"]
+    _replace(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "compressed-tensors", _ForNvfp4(theirs))
+    _replace(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "modelopt", NF4Config)
 
 
 def disable() -> None:
     """Undoes `enable()`. Loaded models are not changed."""
-    if _theirs:
-        auto.AUTO_QUANTIZER_MAPPING[_BITSANDBYTES] = _theirs.pop()
+    while _theirs:
+        mapping, key, value = _theirs.pop()
+        if value is None:
+            del mapping[key]
+        else:
+            mapping[key] = value
 
 
-def _nf4_or_theirs(config: Any, **kwargs: Any) -> Any:
-    kind = NF4Quantizer if config.bnb_4bit_quant_type == "nf4" else _theirs[0]
-    return kind(config, **kwargs)
+def _replace(mapping: dict[str, Any], key: str, value: Any) -> None:
+    _theirs.append((mapping, key, mapping.get(key)))
+    mapping[key] = value
+
+
+def _for_mxfp4(theirs: Any, config: Any, pre_quantized: bool = True) -> Any:
+    """The quantiser for a Mxfp4Config: ours for packed checkpoints that should stay packed."""
+    ours = pre_quantized and not config.dequantize
+    return (NF4Quantizer if ours else theirs)(config, pre_quantized=pre_quantized)
+
+
+class _ForNvfp4:
+    """Stands for the class of compressed-tensors' configurations: NVFP4 becomes an NF4Config."""
+
+    def __init__(self, theirs: Any) -> None:
+        self.theirs = theirs
+
+    def from_dict(self, config: dict[str, Any]) -> Any:
+        cls = NF4Config if config.get("format") == NVFP4_FORMAT else self.theirs
+        return cls.from_dict(config)

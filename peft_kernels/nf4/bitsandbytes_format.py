@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.code_tables import BLOCKSIZES, NESTED_BLOCKSIZE, WEIGHT_DTYPES, dynamic_map, nf4_code
+from ..core import dispatch
+from ..core.code_tables import NESTED_BLOCKSIZE, WEIGHT_DTYPES, dynamic_map
+from ..core.formats import FORMATS, code_values
 from ..core.nf4_state import NF4State, packed_rows
 
 STATE_PREFIX = "quant_state.bitsandbytes__"  # then the quantisation type
-STATE_ITEM = f"{STATE_PREFIX}nf4"
+QUANT_TYPES = ("nf4", "fp4")
+STATE_ITEMS = tuple(f"{STATE_PREFIX}{kind}" for kind in QUANT_TYPES)
+"""The item of a weight's JSON; which one it is tells the format."""
 TENSOR_ITEMS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 """Items beside the codes of a weight, the last two with double quantisation."""
 BLOCKSIZE_KEY = "bnb_4bit_blocksize"  # our key in configurations
@@ -32,7 +36,7 @@ def to_state_dict(state: NF4State, dtype: torch.dtype, key: str) -> dict[str, Te
         return {key: state.dense}
     assert state.packed is not None and state.absmax is not None
     numbers: dict[str, Any] = {
-        "quant_type": "nf4",
+        "quant_type": state.format,
         "blocksize": state.blocksize,
         "dtype": _name(dtype),
         "shape": list(state.shape),
@@ -41,7 +45,7 @@ def to_state_dict(state: NF4State, dtype: torch.dtype, key: str) -> dict[str, Te
     items = {
         key: state.packed.view(-1, 1),
         f"{key}.absmax": state.absmax,
-        f"{key}.quant_map": nf4_code(device).clone(),
+        f"{key}.quant_map": _code(state.format, device).clone(),
     }
     if state.absmax2 is not None and state.offset is not None:
         items[f"{key}.nested_absmax"] = state.absmax2
@@ -54,7 +58,7 @@ def to_state_dict(state: NF4State, dtype: torch.dtype, key: str) -> dict[str, Te
             else state.offset.item(),  # meta tensors have no data
         }
     blob = json.dumps(numbers).encode()
-    items[f"{key}.{STATE_ITEM}"] = torch.tensor(list(blob), dtype=torch.uint8, device=device)
+    items[f"{key}.{STATE_PREFIX}{state.format}"] = torch.tensor(list(blob), dtype=torch.uint8, device=device)
     return items
 
 
@@ -75,18 +79,22 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, 
     packed = item("")
     mine = [name for name in state_dict if name.startswith(f"{key}.")]
     for name in mine:
-        if name.startswith(f"{key}.quant_state.") and not name.endswith(STATE_ITEM):
-            raise ValueError(f"{name}: expected quantisation type nf4, this checkpoint holds another")
-    numbers = read_json(f"{key}.{STATE_ITEM}", item(f".{STATE_ITEM}"))
+        if name.startswith(f"{key}.quant_state.") and not name.endswith(STATE_ITEMS):
+            raise ValueError(f"{name}: expected quantisation type nf4 or fp4, this checkpoint holds another")
+    kind = next((kind for kind in QUANT_TYPES if f"{key}.{STATE_PREFIX}{kind}" in mine), QUANT_TYPES[0])
+    state_item = f"{STATE_PREFIX}{kind}"
+    numbers = read_json(f"{key}.{state_item}", item(f".{state_item}"), (kind,))
     nested = f"{key}.nested_absmax" in state_dict or numbers.nested_offset is not None
-    known = {f"{key}.{name}" for name in (*TENSOR_ITEMS, STATE_ITEM)}
+    known = {f"{key}.{name}" for name in (*TENSOR_ITEMS, state_item)}
     foreign = next((name for name in mine if name not in known), None)
     if foreign is not None:
-        raise ValueError(f"{foreign}: expected the items of an NF4 weight alone, got this key beside them")
+        raise ValueError(
+            f"{foreign}: expected the items of an {kind.upper()} weight alone, got this key beside them"
+        )
     if nested:
-        _check_nested(f"{key}.{STATE_ITEM}", numbers)
+        _check_nested(f"{key}.{state_item}", numbers)
         _expect_table(f"{key}.nested_quant_map", dynamic_map(_CPU), item(".nested_quant_map"))
-    _expect_table(f"{key}.quant_map", nf4_code(_CPU), item(".quant_map"))
+    _expect_table(f"{key}.quant_map", _code(kind, _CPU), item(".quant_map"))
     state = assemble(
         key,
         numbers.shape,
@@ -96,6 +104,7 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, 
         item(".absmax"),
         item(".nested_absmax") if nested else None,
         torch.tensor(float(numbers.nested_offset), device=packed.device) if nested else None,
+        kind,
     )
     check_scales(key, state, numbers.nested_offset if nested else 0.0)
     if not nested and f"{key}.nested_quant_map" in state_dict:
@@ -113,9 +122,11 @@ class _Numbers:
     nested_offset: Any
     nested_blocksize: Any
     nested_dtype: Any
+    quant_type: str
 
 
-def read_json(name: str, blob: Tensor) -> _Numbers:
+def read_json(name: str, blob: Tensor, kinds: Sequence[str]) -> _Numbers:
+    """The numbers of a weight in one of the formats `kinds`."""
     expect(name, "dtype", torch.uint8, blob.dtype)
     if blob.numel() > _LONGEST_JSON:
         raise ValueError(f"{name}: expected bitsandbytes' JSON, got {blob.numel()} bytes")
@@ -131,9 +142,13 @@ def read_json(name: str, blob: Tensor) -> _Numbers:
         raise ValueError(
             f"{name}: expected bitsandbytes' JSON, got something else ({short(str(error))})"
         ) from error
-    expect(name, "quant_type", "nf4", numbers.get("quant_type"))
-    nested = (numbers.get(f"nested_{what}") for what in ("offset", "blocksize", "dtype"))
-    return _Numbers(tuple(shape), blocksize, dtype, *nested)
+    kind = numbers.get("quant_type")
+    if kind not in kinds:
+        raise ValueError(f"{name}: expected quant_type {' or '.join(kinds)}, got {short(kind)}")
+    offset, nested_blocksize, nested_dtype = (
+        numbers.get(f"nested_{what}") for what in ("offset", "blocksize", "dtype")
+    )
+    return _Numbers(tuple(shape), blocksize, dtype, offset, nested_blocksize, nested_dtype, kind)
 
 
 def _check_nested(name: str, numbers: _Numbers) -> None:
@@ -151,11 +166,14 @@ def _check_nested(name: str, numbers: _Numbers) -> None:
 
 def check_scales(key: str, state: NF4State, offset: float) -> None:
     """Raises ValueError unless all scales are finite and >= 0."""
-    nested = state.absmax2 is not None
+    nested = state.offset is not None
     scales = state.absmax2 if nested else state.absmax
     assert scales is not None
     if scales.device.type == "meta" or not scales.numel():
         return
+    if state.absmax2 is not None and not nested:
+        used = torch.bincount(scales.view(-1), minlength=256) > 0
+        scales = state.absmax2.view(-1, 256)[:, used]
     good = (scales >= 0) & (scales <= torch.finfo(scales.dtype).max)
     bad = int((~good).sum())
     if bad:
@@ -169,7 +187,11 @@ def check_scales(key: str, state: NF4State, offset: float) -> None:
 
 
 def configuration(
-    blocksize: int, double_quant: bool, compute_dtype: torch.dtype | None, dense: list[str] | None
+    blocksize: int,
+    double_quant: bool,
+    compute_dtype: torch.dtype | None,
+    dense: list[str] | None,
+    kind: str = "nf4",
 ) -> dict[str, Any]:
     """A model's `quantization_config` for config.json, as transformers' BitsAndBytesConfig writes it. `dense`
     names the layers that are not quantised. Blocksizes other than bitsandbytes' use a key of our own."""
@@ -178,7 +200,7 @@ def configuration(
         "_load_in_8bit": False,
         "bnb_4bit_compute_dtype": _name(compute_dtype or torch.float32),
         "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_quant_type": kind,
         "bnb_4bit_use_double_quant": double_quant,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
@@ -198,7 +220,7 @@ def is_quantized(params4bit: Any) -> bool:
 
 
 def reason_unusable(params4bit: Any) -> str | None:
-    """Why a Params4bit cannot be used as NF4 in place, or None. Reads no data."""
+    """Why a Params4bit cannot be used in place, or None. Reads no data."""
     if not is_quantized(params4bit):
         return "the weight is not quantised yet (move it to its device first)"
     quant_state = params4bit.quant_state
@@ -206,8 +228,12 @@ def reason_unusable(params4bit: Any) -> str | None:
         return (
             "bitsandbytes repacked the weight for CPU inference and rounded its scales; reload the checkpoint"
         )
+    if quant_state.quant_type not in QUANT_TYPES:
+        return f"quantisation type {quant_state.quant_type}, expected nf4 or fp4"
     if quant_state.quant_type != "nf4":
-        return f"quantisation type {quant_state.quant_type}, expected nf4"
+        reason = dispatch.format_reason(quant_state.quant_type, params4bit.data)
+        if reason is not None:
+            return reason
     if len(quant_state.shape) != 2:
         return f"shape {tuple(quant_state.shape)}, expected two dimensions"
     if quant_state.nested and quant_state.state2.blocksize != NESTED_BLOCKSIZE:
@@ -231,6 +257,7 @@ def state_of(params4bit: Any, name: str = "params4bit") -> NF4State:
         quant_state.absmax,
         quant_state.state2.absmax if nested else None,
         quant_state.offset if nested else None,
+        quant_state.quant_type,
     )
 
 
@@ -241,8 +268,10 @@ def to_params4bit(state: NF4State, dtype: torch.dtype) -> Any:
 
     if state.dense is not None or state.packed is None or state.absmax is None:
         raise ValueError(
-            "weight: expected packed NF4, got a weight made dense by a write (call requantize_())"
+            "weight: expected packed values, got a weight made dense by a write (call requantize_())"
         )
+    if state.format not in QUANT_TYPES:
+        raise ValueError(f"weight: expected the format nf4 or fp4, got {state.format}")
     device, nested = state.packed.device, state.absmax2 is not None
     second = (
         QuantState(
@@ -257,9 +286,9 @@ def to_params4bit(state: NF4State, dtype: torch.dtype) -> Any:
     quant_state = QuantState(
         absmax=state.absmax,
         shape=torch.Size(state.shape),
-        code=nf4_code(device).clone(),
+        code=_code(state.format, device).clone(),
         blocksize=state.blocksize,
-        quant_type="nf4",
+        quant_type=state.format,
         dtype=dtype,
         offset=state.offset,
         state2=second,
@@ -270,7 +299,7 @@ def to_params4bit(state: NF4State, dtype: torch.dtype) -> Any:
         quant_state=quant_state,
         blocksize=state.blocksize,
         compress_statistics=nested,
-        quant_type="nf4",
+        quant_type=state.format,
         bnb_quantized=True,
     )
 
@@ -284,13 +313,18 @@ def assemble(
     absmax: Tensor,
     absmax2: Tensor | None,
     offset: Tensor | None,
+    format: str = "nf4",
 ) -> NF4State:
     """The state of a weight from its tensors. Checks every length and dtype, so that no kernel reads out of
     bounds."""
     if len(shape) != 2 or min(shape) < 0 or max(shape) > _LARGEST_SIZE:
         raise ValueError(f"{key}: expected a shape (out_features, in_features), got {short(shape)}")
-    if blocksize not in BLOCKSIZES:
-        raise ValueError(f"{key}: expected blocksize one of {BLOCKSIZES}, got {short(blocksize)}")
+    if blocksize not in FORMATS[format].blocksizes:
+        allowed = FORMATS[format].blocksizes
+        raise ValueError(f"{key}: expected blocksize one of {allowed}, got {short(blocksize)}")
+    by_code = FORMATS[format].scale != "absmax"
+    if by_code and shape[1] % blocksize:
+        raise ValueError(f"{key}: expected rows of whole blocks of {blocksize}, got shape {short(shape)}")
     if dtype not in WEIGHT_DTYPES:
         raise ValueError(f"{key}: expected dtype float32, bfloat16 or float16, got {short(dtype)}")
     if packed.dtype not in _STORAGE_DTYPES:
@@ -308,6 +342,10 @@ def assemble(
                 f"{key}.absmax: expected a floating dtype, got {absmax.dtype} and no second level"
             )
         absmax = absmax.float()
+    elif by_code:
+        expect(f"{key}.absmax", "dtype", torch.uint8, absmax.dtype)
+        expect(f"{key}.scale_values", "number of values", 256, absmax2.numel())
+        expect(f"{key}.scale_values", "dtype", torch.float32, absmax2.dtype)
     else:
         assert offset is not None
         expect(f"{key}.absmax", "dtype", torch.uint8, absmax.dtype)
@@ -323,8 +361,13 @@ def assemble(
         absmax.contiguous().view(-1),
         None if absmax2 is None else absmax2.contiguous().view(-1),
         offset,
-        double_quant=absmax2 is not None,
+        double_quant=offset is not None,
+        format=format,
     )
+
+
+def _code(kind: str, device: torch.device) -> Tensor:
+    return code_values(FORMATS[kind].layout(0), device)
 
 
 def expect(key: str, what: str, expected: Any, got: Any) -> None:

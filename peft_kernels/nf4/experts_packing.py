@@ -118,20 +118,21 @@ class NF4Experts(accelerate_loading.ReceivesWeights):
         weights = _weights(self)
         forms = ", ".join(f"{name}={tuple(weight.shape)}" for name, weight in weights.items())
         some = next((weight for weight in weights.values() if isinstance(weight, NF4Weight)), None)
-        return forms if some is None else f"{forms}, blocksize={some.blocksize}, dtype={some.dtype}"
+        return forms if some is None else f"{forms}, {some._state.form}, dtype={some.dtype}"
 
 
 def pack(
     module: Any,
-    blocksize: int = 64,
+    blocksize: int | None = None,
     double_quant: bool = True,
     name: str = "experts",
     compute_dtype: torch.dtype | None = None,
+    format: str = "nf4",
 ) -> None:
     """Quantises the weights of an experts module in place, one at a time. Errors as `NF4Weight.quantize`."""
     for key in weight_names(module):
         dense = _transposed(module, module._parameters[key].detach(), module.is_transposed)
-        weight = NF4Weight.quantize(dense, blocksize, double_quant, name=f"{name}.{key}")
+        weight = NF4Weight.quantize(dense, blocksize, double_quant, name=f"{name}.{key}", format=format)
         module._parameters[key] = nn.Parameter(weight, requires_grad=False)
     adopt(module, compute_dtype)
 

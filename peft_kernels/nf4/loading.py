@@ -106,7 +106,9 @@ def assign_weight(module: nn.Module, key: str, new: Tensor, assign: bool) -> Non
         return
     if assign:
         if is_ours and not isinstance(new, NF4Weight):
-            form = NF4State(tuple(own.shape), own.blocksize, double_quant=own.double_quant)
+            form = NF4State(
+                tuple(own.shape), own.blocksize, double_quant=own.double_quant, format=own._state.format
+            )
             form.dense, form.name = new, own._state.name
             made = NF4Weight(form, new.dtype)
             made._is_param = True  # nn.Parameter() refuses a dense one, whose detach() is an ordinary tensor

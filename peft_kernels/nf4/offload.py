@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .bitsandbytes_format import STATE_ITEM, TENSOR_ITEMS
+from .bitsandbytes_format import STATE_ITEMS, TENSOR_ITEMS
 from .weight import NF4Weight
 
 
@@ -55,4 +55,4 @@ class _Offloaded(Mapping[str, Tensor]):
 
 
 def _keys(name: str) -> list[str]:
-    return [f"{name}.{item}" for item in (*TENSOR_ITEMS, STATE_ITEM)]
+    return [f"{name}.{item}" for item in (*TENSOR_ITEMS, *STATE_ITEMS)]

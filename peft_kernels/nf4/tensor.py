@@ -146,7 +146,12 @@ def _assign_data(func: Any, self: NF4Tensor, value: Tensor) -> None:
             raise ValueError(f"{old.name}: data: expected shape {old.shape}, got {tuple(value.shape)}{flat}")
         packed = old.packed is not None
         state = NF4State(
-            old.shape, old.blocksize, dense=value.detach(), double_quant=old.double_quant, name=old.name
+            old.shape,
+            old.blocksize,
+            dense=value.detach(),
+            double_quant=old.double_quant,
+            name=old.name,
+            format=old.format,
         )
         if packed:
             warn_of_growth("merged" if getattr(self, "_in_merge", 0) else "for good", state)

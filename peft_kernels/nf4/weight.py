@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..core.code_tables import BLOCKSIZES, WEIGHT_DTYPES
+from ..core.code_tables import WEIGHT_DTYPES
 from ..core.fingerprint import fingerprint
+from ..core.formats import FORMATS, check_form
 from ..core.nf4_state import Addition, NF4State, packed_rows
-from ..core.registry import public_ops as ops
 from ..core.wrong_types import names_wrong_types
-from . import bitsandbytes_format, experts_format
+from . import bitsandbytes_format, packed_format, quantizing
 from .tensor import NF4Tensor
 
 if TYPE_CHECKING:
@@ -56,10 +56,11 @@ class NF4Weight(NF4Tensor):
     def quantize(
         cls,
         weight: Tensor,
-        blocksize: int = 64,
+        blocksize: int | None = None,
         double_quant: bool = True,
         check_finite: bool = True,
         name: str = "weight",
+        format: str = "nf4",
     ) -> NF4Weight:
         """Quantise a dense weight.
 
@@ -68,20 +69,23 @@ class NF4Weight(NF4Tensor):
         weight : Tensor, (out_features, in_features) or (experts, out_features, in_features)
             fp32, bf16 or fp16, on any device. On the meta device the result is an empty weight for
             `load_state_dict(assign=True)`.
-        blocksize : int
-            Number of consecutive values that share a scale: 32, 64, ..., 4096. Blocks run over the flat
-            weight.
+        blocksize : int, optional
+            Number of consecutive values that share a scale: 32, 64 (the default), ..., 4096 for NF4 and FP4,
+            32 for MXFP4, 16 for NVFP4. Blocks run over the flat weight.
         double_quant : bool
-            Quantise the scales too (4.127 bits per value instead of 4.5 at blocksize 64).
+            Quantise the scales of NF4 and FP4 too (4.127 bits per value instead of 4.5 at blocksize 64).
         check_finite : bool
             Raise on NaN and Inf, which have no code.
         name : str
             Name of the weight in errors.
+        format : str
+            "nf4", "fp4" (bitsandbytes'), "mxfp4" or "nvfp4".
 
         Raises
         ------
         ValueError
-            Wrong number of dimensions, dtype or blocksize; NaN or Inf in the weight.
+            Wrong number of dimensions, dtype, format or blocksize; NaN or Inf in the weight; rows that are
+            not whole blocks in MXFP4 or NVFP4.
         """
         if isinstance(weight, NF4Weight):
             weight = weight.dequantize()
@@ -90,25 +94,19 @@ class NF4Weight(NF4Tensor):
             raise ValueError(f"{name}: expected shape {expected}, got {tuple(weight.shape)}")
         if weight.dtype not in WEIGHT_DTYPES:
             raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {weight.dtype}")
-        if blocksize not in BLOCKSIZES:
-            raise ValueError(f"blocksize: expected one of {BLOCKSIZES}, got {blocksize}")
+        blocksize = check_form(format, blocksize, weight.shape[-1], name)
+        double_quant = double_quant and FORMATS[format].scale == "absmax"
         if weight.dim() == 3:
             if weight.shape[0] == 0:
                 raise ValueError(f"{name}: expected at least one expert, got shape {tuple(weight.shape)}")
-            rest = blocksize, double_quant, check_finite, name
+            rest = blocksize, double_quant, check_finite, name, format
             return cls.quantize_experts(weight, weight.shape[0], *rest)
-        packed, absmax = ops.quantize_nf4(weight.detach(), blocksize)
-        if weight.is_meta:
-            check_finite = False
-        if check_finite and not (bool(absmax.sum().isfinite()) or bool(absmax.isfinite().all())):
-            bad = int((~torch.isfinite(weight.detach())).sum())
-            raise ValueError(f"{name}: expected finite values, got {bad} NaN or Inf among {weight.numel()}")
+        checked = name if check_finite and not weight.is_meta else None
+        parts = quantizing.quantize(weight.detach(), format, blocksize, double_quant, checked)
+        packed, absmax, absmax2, offset = parts
         shape = (weight.shape[0], weight.shape[1])
-        state = NF4State(
-            shape, blocksize, packed_rows(packed, shape), absmax, double_quant=double_quant, name=name
-        )
-        if double_quant:
-            state.absmax, state.absmax2, state.offset = ops.quantize_absmax(absmax)
+        state = NF4State(shape, blocksize, packed_rows(packed, shape), absmax, absmax2, offset)
+        state.double_quant, state.name, state.format = double_quant, name, format
         return cls(state, weight.dtype)
 
     @classmethod
@@ -117,16 +115,17 @@ class NF4Weight(NF4Tensor):
         cls,
         experts: Iterable[Tensor],
         count: int,
-        blocksize: int = 64,
+        blocksize: int | None = None,
         double_quant: bool = True,
         check_finite: bool = True,
         name: str = "weight",
+        format: str = "nf4",
     ) -> NF4Weight:
         """`quantize` for `count` weights of equal shape (out_features, in_features), one at a time, so that
         they need not all be in memory. Errors name the expert."""
         state, dtype = None, torch.float32
         for e, dense in enumerate(experts):
-            one = cls.quantize(dense, blocksize, double_quant, check_finite, f"{name}[{e}]")._state
+            one = cls.quantize(dense, blocksize, double_quant, check_finite, f"{name}[{e}]", format)._state
             if state is None:
                 wide = one.map(lambda t: t.new_empty((count, *t.shape)))
                 state, dtype = dataclasses.replace(wide, shape=(count, *dense.shape), name=name), dense.dtype
@@ -141,7 +140,9 @@ class NF4Weight(NF4Tensor):
         state = self._state
         if state.dense is not None:
             dense = state.dense.to(self.dtype)
-            packed = NF4Weight.quantize(dense, state.blocksize, state.double_quant, name=state.name)
+            packed = NF4Weight.quantize(
+                dense, state.blocksize, state.double_quant, name=state.name, format=state.format
+            )
             state.become(packed._state)
         return self
 
@@ -220,9 +221,9 @@ class NF4Weight(NF4Tensor):
 
     def state_dict(self, prefix: str = "", name: str = "weight") -> dict[str, Tensor]:
         """Tensors to save under bitsandbytes' keys (`weight`, `weight.absmax`, ...), or for experts those of
-        `experts_format`. Shares memory."""
+        `packed_format`. Shares memory."""
         self._state.refuse_saving_part()
-        form = experts_format if self.dim() == 3 else bitsandbytes_format
+        form = packed_format if packed_format.holds(self._state) else bitsandbytes_format
         return form.to_state_dict(self._state, self.dtype, prefix + name)
 
     @classmethod
@@ -231,7 +232,7 @@ class NF4Weight(NF4Tensor):
     ) -> NF4Weight:
         """Reads tensors that `state_dict` or bitsandbytes wrote. Raises ValueError for items that do not
         fit."""
-        return cls(*experts_format.read(state_dict, prefix + name))
+        return cls(*packed_format.read(state_dict, prefix + name))
 
     @classmethod
     def from_bnb(cls, params4bit: Any) -> NF4Weight:
@@ -247,7 +248,9 @@ class NF4Weight(NF4Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         state = self._state
-        form = "dense" if self.is_dense else f"blocksize={state.blocksize}, double_quant={state.double_quant}"
+        form = "dense"
+        if not self.is_dense:
+            form = f"{state.form}, double_quant={state.double_quant}"
         shape = ", ".join(map(str, state.shape))
         return f"NF4Weight({shape}, dtype={self.dtype}, device={self.device}, {form})"
 
@@ -262,12 +265,13 @@ class NF4Weight(NF4Tensor):
         if "torch.distributed.pipelining" in sys.modules:
             _refuse_pipeline(state.name, sys._getframe(1))
         names = ["dense"] if state.merged else list(state.tensors())
-        return names, (state.shape, state.blocksize, state.double_quant, self.dtype)
+        return names, (state.shape, state.blocksize, state.double_quant, state.format, self.dtype)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Any], context: Any, size: Any, stride: Any) -> NF4Weight:
-        shape, blocksize, double_quant, dtype = context
-        return NF4Weight(NF4State(shape, blocksize, double_quant=double_quant, **inner), dtype)
+        shape, blocksize, double_quant, format, dtype = context
+        state = NF4State(shape, blocksize, double_quant=double_quant, format=format, **inner)
+        return NF4Weight(state, dtype)
 
 
 def _refuse_pipeline(name: str, caller: FrameType | None) -> None:

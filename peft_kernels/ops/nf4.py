@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.code_tables import NESTED_BLOCKSIZE, dynamic_map, dynamic_thresholds, nf4_code, nf4_thresholds
+from ..core.code_tables import NESTED_BLOCKSIZE, dynamic_map, dynamic_thresholds, nf4_thresholds
+from ..core.formats import blocksize_of, code_values
 from ..core.op import Base, Op
 
 ZERO_CODE = 7
@@ -85,16 +86,19 @@ class DequantizeNF4(Op):
 
 
 def dense_weight(base: Base, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A base weight as a dense matrix (out, in); NF4 is dequantised to `dtype`."""
+    """A base weight as a dense matrix (out, in); a packed one is dequantised to `dtype`."""
     absmax = base.absmax
     if absmax is None:
         return base.weight
-    if base.absmax2 is not None and base.offset is not None:
-        absmax = _unpack_absmax(absmax, base.absmax2, base.offset)
+    if base.absmax2 is not None:
+        if base.offset is not None:
+            absmax = _unpack_absmax(absmax, base.absmax2, base.offset)
+        else:
+            absmax = base.absmax2[absmax.reshape(-1).long()]
     flat, numel = base.weight.reshape(-1), prod(shape)
     codes = torch.stack((flat >> 4, flat & 15), dim=1).view(-1)[:numel]
-    scale = absmax.repeat_interleave(base.blocksize)[:numel]
-    return (nf4_code(flat.device)[codes.long()] * scale).to(dtype).reshape(tuple(shape))
+    scale = absmax.repeat_interleave(blocksize_of(base.layout))[:numel]
+    return (code_values(base.layout, flat.device)[codes.long()] * scale).to(dtype).reshape(tuple(shape))
 
 
 def _unpack_absmax(q8: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:

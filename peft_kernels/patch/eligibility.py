@@ -221,5 +221,11 @@ def _state_of(weight: Any) -> NF4State:
         packed = weight.view(out_features, in_features // 2) if in_features % 2 == 0 else weight.view(-1)
     second, offset = (quant_state.state2.absmax, quant_state.offset) if quant_state.nested else (None, None)
     return NF4State(
-        (out_features, in_features), quant_state.blocksize, packed, quant_state.absmax, second, offset
+        (out_features, in_features),
+        quant_state.blocksize,
+        packed,
+        quant_state.absmax,
+        second,
+        offset,
+        format=quant_state.quant_type,
     )

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.code_tables import BLOCKSIZES, WEIGHT_DTYPES
+from ..core.code_tables import WEIGHT_DTYPES
+from ..core.formats import check_form
 from ..core.wrong_types import names_wrong_types
 from ..nf4.experts_packing import NF4Experts, pack, weight_names
 from ..nf4.model import ModelLink, mark_quantized, owners
@@ -31,12 +32,13 @@ _PROGRESS_FROM = 200_000_000  # values; fewer take a second or two
 def quantize_model(
     model: nn.Module,
     skip: Iterable[str] | None = None,
-    blocksize: int = 64,
+    blocksize: int | None = None,
     double_quant: bool = True,
     progress: bool | None = None,
     compute_dtype: torch.dtype | None = None,
     modules_to_not_convert: Iterable[str] | None = None,
     experts: bool = False,
+    format: str = "nf4",
 ) -> nn.Module:
     """Replaces every linear layer of a model by an NF4Linear: nn.Linear, and FalconLinear and Conv1D (GPT-2)
     of transformers. `report_of(model)` lists them, the memory saved, and why others were skipped.
@@ -69,6 +71,9 @@ def quantize_model(
         Also pack the experts of transformers 5 (Mixtral, Qwen3-MoE, GPT-OSS, DeepSeek, ...): parameters of
         three dimensions, and most of such a model. Off by default, because bitsandbytes has no format for
         them: only this package reads the saved model. A warning reports the bytes that stay dense.
+    format : str
+        As `NF4Weight.quantize`. Only this package reads a saved model in another format than "nf4" and
+        "fp4".
 
     Returns
     -------
@@ -92,8 +97,7 @@ def quantize_model(
         raise ValueError(
             "model: expected a module that contains nn.Linear layers, got one; use NF4Linear.from_linear"
         )
-    if blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize: expected one of {BLOCKSIZES}, got {blocksize}")
+    blocksize = check_form(format, blocksize)
     if compute_dtype not in (None, *WEIGHT_DTYPES):
         raise ValueError(f"compute_dtype: expected float32, bfloat16 or float16, got {compute_dtype}")
     if names is not None:
@@ -120,7 +124,7 @@ def quantize_model(
             parent = model.get_submodule(parent_name)
             linear = getattr(parent, child)
             layer = NF4Linear.from_linear(
-                linear, blocksize, double_quant, name=f"{name}.weight", compute_dtype=compute_dtype
+                linear, blocksize, double_quant, f"{name}.weight", compute_dtype, format
             )
             layer.link = link
             setattr(parent, child, layer)
@@ -128,7 +132,7 @@ def quantize_model(
             del linear
         for name, module in sets.items():
             size = _size(module)
-            pack(module, blocksize, double_quant, name, compute_dtype)
+            pack(module, blocksize, double_quant, name, compute_dtype, format)
             bar.update(size)
     layers: dict[str, Any] = {
         name: module for name, module in model.named_modules() if isinstance(module, (NF4Linear, NF4Experts))
@@ -141,7 +145,7 @@ def quantize_model(
         if earlier is not None:
             report.bytes_before = max(earlier.bytes_before, report.bytes_before)
         mark_quantized(model, link, report)
-        _attach_quantizer(model, blocksize, double_quant, names, compute_dtype, experts)
+        _attach_quantizer(model, blocksize, double_quant, names, compute_dtype, experts, format)
         logger.info("%s", report)
     return model
 
@@ -159,10 +163,11 @@ def _attach_quantizer(model: nn.Module, *arguments: Any) -> None:
     from .transformers.config import NF4Config
     from .transformers.quantizer import attach
 
-    blocksize, double_quant, names, compute_dtype, experts = arguments
+    blocksize, double_quant, names, compute_dtype, experts, format = arguments
     for owner in owners(model):
         if isinstance(owner, PreTrainedModel):
-            attach(owner, NF4Config(blocksize, double_quant, names, compute_dtype, experts=experts))
+            config = NF4Config(blocksize, double_quant, names, compute_dtype, experts=experts, format=format)
+            attach(owner, config)
 
 
 def _size(experts: Any) -> int:

@@ -54,6 +54,7 @@ class TritonBackend:
     name = "triton"
     namespace = f"{registry.NAMESPACE}_triton"
     device_type = "cuda"
+    formats = ("nf4",)
 
     def __init__(self) -> None:
         self._library: torch.library.Library | None = None

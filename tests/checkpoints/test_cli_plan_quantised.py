@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 OTHERS: dict[str, dict[str, Any]] = {
     "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-    "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": []},
+    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_8bit": True},
 }

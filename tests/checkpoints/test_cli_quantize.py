@@ -137,6 +137,21 @@ def test_other_blocksizes_load_in_bitsandbytes(double_quant: bool, source: Path,
     assert torch.equal(pk.NF4Weight.from_bnb(weight).dequantize(), expected.dequantize())
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_fp4_loads_in_bitsandbytes(double_quant: bool, source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    options = [] if double_quant else ["--no-double-quant"]
+    assert main(["quantize", str(source), str(tmp_path / "ours"), "--format", "fp4", *options]) == 0
+    assert stored(tmp_path / "ours")["bnb_4bit_quant_type"] == "fp4"
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    weight = model.model.layers[1].mlp.down_proj.weight
+    assert weight.quant_state.quant_type == "fp4" and weight.quant_state.nested == double_quant
+    dense = Checkpoint.open(source)["model.layers.1.mlp.down_proj.weight"]
+    expected = pk.NF4Weight.quantize(dense, 64, double_quant, format="fp4")
+    assert torch.equal(pk.NF4Weight.from_bnb(weight).dequantize(), expected.dequantize())
+    assert main(["inspect", str(tmp_path / "ours")]) == 0
+
+
 def test_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "target"
     assert main(["quantize", str(source), str(target), "--json", "--skip", "down_proj"]) == 0

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import peft_kernels as pk
 from peft_kernels.checkpoints.header import CheckpointError, read_header
-from peft_kernels.nf4 import bitsandbytes_format, experts_format
+from peft_kernels.nf4 import bitsandbytes_format, packed_format
 
 PRINTABLE = [value for value in WILD if value != 10**5000]  # hypothesis cannot print it
 JSON: Any = st.recursive(
@@ -79,6 +79,6 @@ def test_fuzzer_finds_a_missing_check(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_fuzzer_finds_a_missing_check_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts_format, "expect", lambda *_: None)
+    monkeypatch.setattr(packed_format, "expect", lambda *_: None)
     with pytest.raises(AssertionError, match=r"case \d+: "):
         run(range(1000), tmp_path)

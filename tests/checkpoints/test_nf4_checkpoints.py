@@ -202,13 +202,33 @@ def test_missing_and_unexpected_items_are_reported() -> None:
         layer.load_state_dict(extra)
 
 
-def test_fp4_checkpoint_is_refused_by_name() -> None:
-    theirs = bnb.nn.Linear4bit(64, 40, bias=False, quant_type="fp4")
-    theirs.weight = quantized(testing.tensor(40, 64), kind="fp4")
-    with pytest.raises(
-        ValueError, match=r"weight\.quant_state\.bitsandbytes__fp4: expected quantisation type nf4"
-    ):
-        pk.NF4Weight.from_state_dict(theirs.state_dict())
+@each_nesting
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_fp4_checkpoints_of_both(shape: tuple[int, int], nested: bool) -> None:
+    theirs = their_layer(testing.tensor(*shape, dtype=torch.bfloat16), nested=nested, kind="fp4")
+    ours = our_layer(*shape)
+    ours.load_state_dict(theirs.state_dict())
+    same_state(ours.state_dict(), theirs.state_dict())
+    assert ours.weight._state.format == "fp4"
+    state = ours.weight.state_dict()
+    stats = {name.removeprefix("weight."): t for name, t in state.items() if name != "weight"}
+    params = bnb.nn.Params4bit.from_prequantized(state["weight"], stats, device="cpu")
+    assert params.quant_state.quant_type == "fp4"
+    same_state(pk.NF4Weight.from_bnb(params).state_dict(), state)
+
+
+def test_fp4_with_the_table_of_nf4_is_refused() -> None:
+    state = pk.NF4Weight.quantize(testing.tensor(40, 64), format="fp4").state_dict()
+    state["weight.quant_map"] = pk.NF4Weight.quantize(testing.tensor(40, 64)).state_dict()["weight.quant_map"]
+    with pytest.raises(ValueError, match=r"^weight\.quant_map: expected the standard table of the format"):
+        pk.NF4Weight.from_state_dict(state)
+
+
+def test_another_type_is_refused_by_name() -> None:
+    state = our_layer(40, 64, bias=False).state_dict()
+    state["weight.quant_state.bitsandbytes__int4"] = state.pop(BLOB)
+    with pytest.raises(ValueError, match=r"^weight\.quant_state\.bitsandbytes__int4: expected .* nf4 or fp4"):
+        pk.NF4Weight.from_state_dict(state)
 
 
 def test_prefixed_names() -> None:

@@ -103,6 +103,7 @@ def test_save_after_quantize_model(dense: Path, tmp_path: Path) -> None:
         "modules_to_not_convert": ["lm_head"],
         "compute_dtype": "bfloat16",
         "experts": True,
+        "format": "nf4",
     }
     assert not hasattr(model.config, "quantization_config"), "it tells of 4 bits while it is written only"
     again = read(tmp_path)

@@ -284,11 +284,26 @@ def test_enabled_skip_names_are_patterns(skip: list[str], enabled: None, tmp_pat
     assert nf4_layers(model) == {n for n, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"}
 
 
-def test_enable_leaves_other_formats_to_bitsandbytes(enabled: None, tmp_path: Path) -> None:
-    model = Auto.from_pretrained(
-        saved(tmp_path / "dense"), quantization_config=bnb_config(bnb_4bit_quant_type="fp4")
-    )
-    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_enable_loads_fp4(double_quant: bool, enabled: None, tmp_path: Path) -> None:
+    """The values of bitsandbytes' own model, and a checkpoint that it reads."""
+    config = bnb_config(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=double_quant)
+    model = Auto.from_pretrained(saved(tmp_path / "dense"), quantization_config=config)
+    assert nf4_layers(model)
+    model.save_pretrained(tmp_path / "4bit")
+    assert_same_state(model, Auto.from_pretrained(tmp_path / "4bit"))
+    integration.disable()
+    assert_same_state(model, read(tmp_path / "4bit"))
+    theirs = Auto.from_pretrained(tmp_path / "4bit")
+    layer, ours = theirs.model.layers[1].mlp.up_proj, model.model.layers[1].mlp.up_proj
+    assert type(layer).__name__ == "Linear4bit" and layer.weight.quant_state.quant_type == "fp4"
+    assert torch.equal(pk.NF4Weight.from_bnb(layer.weight).dequantize(), ours.weight.dequantize())
+
+
+def test_enable_leaves_8_bits_to_bitsandbytes(enabled: None, tmp_path: Path) -> None:
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    model = Auto.from_pretrained(saved(tmp_path / "dense"), quantization_config=config)
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear8bitLt"
 
 
 # Refused, each with a sentence
@@ -302,7 +317,10 @@ def test_dense_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"bnb_4bit_quant_type": "fp4"}, r"^bnb_4bit_quant_type: expected nf4, got 'fp4'$"),
+        (
+            {"bnb_4bit_quant_type": "int4"},
+            r"^bnb_4bit_quant_type: expected one of \('nf4', 'fp4'\), got 'int4'$",
+        ),
         ({"load_in_8bit": True, "load_in_4bit": False}, r"^quantization_config: .*, got 'load_in_8bit'$"),
         ({"quant_method": "gptq"}, r"^quantization_config: expected bitsandbytes in 4 bits, got 'gptq'$"),
         ({"bnb_4bit_compute_dtype": "int4"}, r"^bnb_4bit_compute_dtype: expected float32, .*, got 'int4'$"),
@@ -353,7 +371,7 @@ def norm_in_4_bits(items: Any) -> None:
         (lambda items: items.pop(f"{KEY}.absmax"), rf"^{KEY}\.absmax: expected a tensor"),
         (lambda items: items.pop(KEY), rf"^{KEY}: expected a tensor in the state dict"),
         (other_shape, rf"^{KEY}: expected shape \(128, 64\), got \(64, 128\)$"),
-        (as_fp4, rf"^{KEY}\.quant_state\.bitsandbytes__fp4: expected quantisation type nf4"),
+        (as_fp4, rf"^{KEY}\.quant_state\.bitsandbytes__fp4: expected quant_type fp4, got 'nf4'$"),
         (norm_in_4_bits, r"^model\.norm\.weight: expected a dense weight for a LlamaRMSNorm, got 4 bits$"),
     ],
     ids=["truncated", "no-absmax", "no-weight", "other-shape", "fp4", "norm"],

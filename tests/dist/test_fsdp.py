@@ -97,6 +97,36 @@ def whole_weights(folder: Path) -> None:
                 assert torch.equal(results[0][1], results[1][1]), shape
 
 
+FORMATS = [("fp4", (5, 33), 32), ("mxfp4", (7, 96), 32), ("nvfp4", (5, 48), 16), ("nvfp4", (5, 3, 48), 16)]
+"""Formats, shapes and blocksizes: shards with more and fewer rows, processes without any, experts."""
+
+
+def other_formats(folder: Path) -> None:
+    """As `whole_weights`; every process has the values of the scale codes, also one without rows."""
+    for ranks in (2, 4):
+        mesh = line(ranks)
+        if mesh is None:
+            continue
+        for format, shape, blocksize in FORMATS:
+            values = testing.uneven(testing.tensor(*shape))
+            want = pk.NF4Weight.quantize(values, blocksize, format=format)
+            layer = MatMul(want.clone())
+            fully_shard(layer, mesh=mesh)
+            layer.unshard()
+            assert_same_bits(layer.weight, want)
+            assert layer.weight._state.format == format
+            layer.reshard()
+            part = layer.weight.to_local()
+            rows = -(-shape[0] // ranks)
+            start = rows * mesh.get_local_rank()
+            assert torch.equal(part.dequantize(), want.dequantize()[start : start + rows])
+            whole = layer.weight.full_tensor()
+            assert_same_bits(whole, want)
+            if len(shape) == 2:
+                x = testing.tensor(3, shape[1])
+                assert torch.equal(layer(x), nn.functional.linear(x, want))
+
+
 @on(2)
 def bytes_of_a_model(folder: Path, mesh: Any) -> None:
     """Of SmolLM2's layer, each of two processes holds and sends half of the packed bytes."""
@@ -310,7 +340,7 @@ def compiled(folder: Path, mesh: Any) -> None:
 
 
 CASES: list[Case] = [
-    whole_weights, bytes_of_a_model, training, mixed_precision, packed_layers, shard_operations, ignored,
+    whole_weights, other_formats, bytes_of_a_model, training, mixed_precision, packed_layers, shard_operations, ignored,
     inner_hooks, patched_modules, compiled, refusals,
 ]  # fmt: skip
 

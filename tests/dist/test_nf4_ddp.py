@@ -96,7 +96,7 @@ def same_bytes(folder: Path) -> None:
 def other_bytes(folder: Path) -> None:
     """A process with other bytes receives the packed bytes of the first, and warns."""
     rank = dist.get_rank()
-    for quantise in ({}, {"double_quant": False}, {"blocksize": 128}):
+    for quantise in ({}, {"double_quant": False}, {"blocksize": 128}, {"format": "nvfp4"}):
         model, first = Wrapper(adapted(seed=rank, **quantise)), adapted(**quantise)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -113,9 +113,9 @@ def other_bytes(folder: Path) -> None:
 
 def other_layout(folder: Path) -> None:
     """Both processes raise, and neither waits."""
-    options = {"blocksize": 64 << dist.get_rank()}
-    with pytest.raises(RuntimeError, match=r"expected NF4 weights of the same .* got others in process 1"):
-        DistributedDataParallel(adapted(**options))
+    for options in ({"blocksize": 64 << dist.get_rank()}, {"format": ("nf4", "fp4")[dist.get_rank()]}):
+        with pytest.raises(RuntimeError, match=r"expected NF4 weights of the same .* got others in process 1"):
+            DistributedDataParallel(adapted(**options))
 
 
 def in_one_process_only(folder: Path) -> None:

@@ -148,6 +148,14 @@ def make_mixture(folder: Path) -> None:
     transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
+def make_packed(gpt_oss: Path, nvfp4: Path) -> None:
+    """Checkpoints that others packed, as the pages' "my-gpt-oss" and "my-nvfp4"."""
+    import owned_folders
+
+    owned_folders.gpt_oss(gpt_oss)
+    owned_folders.nvfp4(nvfp4, "compressed-tensors")
+
+
 def make_adapter(model: Path, folder: Path) -> None:
     """LoRA on the linear layers of a model, as the pages' "my-adapter"."""
     import peft

@@ -55,14 +55,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "my-model"
     doc_pages.make_model(folder)
     doc_pages.make_mixture(folder.with_name("my-mixture"))
+    doc_pages.make_packed(folder.with_name("my-gpt-oss"), folder.with_name("my-nvfp4"))
     doc_pages.make_adapter(folder, folder.with_name("my-adapter"))
     return folder
 
 
 @pytest.fixture
 def work_folder(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which snippets run, with `my-model`, `my-mixture` and `my-adapter`."""
-    for name in ("my-model", "my-mixture"):
+    """The folder in which snippets run, with the models and `my-adapter`."""
+    for name in ("my-model", "my-mixture", "my-gpt-oss", "my-nvfp4"):
         (tmp_path / name).symlink_to(model_folder.with_name(name))
     shutil.copytree(model_folder.with_name("my-adapter"), tmp_path / "my-adapter")  # snippets write to it
     monkeypatch.chdir(tmp_path)

@@ -40,12 +40,13 @@ def layer(
     adapter: torch.dtype = torch.float32,
     nested: bool = True,
     rows: int = ROWS,
-    blocksize: int = 64,
+    blocksize: int | None = 64,
+    format: str = "nf4",
 ) -> dict[str, tuple[Any, ...]]:
-    """Arguments of the four ops."""
+    """Arguments of the four ops. The weights of experts have different scales."""
     experts = len(ends)
-    dense = testing.tensor(experts, n, k, seed=1, scale=k**-0.5)
-    weight = NF4Weight.quantize(dense, blocksize, nested)._state.op_args
+    dense = testing.tensor(experts, n, k, seed=1, scale=k**-0.5) * (1 + torch.arange(experts)).view(-1, 1, 1)
+    weight = NF4Weight.quantize(dense, blocksize, nested, format=format)._state.op_args
     x, dy = testing.tensor(rows, k, dtype=dtype, seed=2), testing.tensor(rows, n, dtype=dtype, seed=3)
     a = testing.tensor(experts, r, k, dtype=adapter, seed=4, scale=k**-0.5)
     b = testing.tensor(experts, n, r, dtype=adapter, seed=5)

@@ -183,6 +183,18 @@ def test_scales_of_every_expert(grouped: ModuleType, op: str, nested: bool, bloc
     check(op, layer(80, 208, torch.bfloat16, ENDS["some"], nested=nested, blocksize=blocksize)[op])
 
 
+@pytest.mark.parametrize("format", ["fp4", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("op", OPS)
+def test_formats(grouped: ModuleType, op: str, format: str) -> None:
+    """Scales are codes, with a table per expert; blocks are too short for kernels that decode in a GEMM."""
+    blocksize = 64 if format == "fp4" else None
+    arguments = layer(48, 128, torch.bfloat16, ENDS["some"], blocksize=blocksize, format=format)[op]
+    check(op, arguments)
+    assert "DequantizeExperts" in launched(op, arguments)
+    grouped.set_card(80, 7, 163 << 10)
+    check(op, arguments)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_without_a_bias(grouped: ModuleType, op: str) -> None:
     arguments = layer(48, 128, torch.bfloat16, ENDS["rest"])[op]

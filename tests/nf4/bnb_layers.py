@@ -30,9 +30,9 @@ def quantized(
     return params.to("cpu")
 
 
-def their_layer(dense: Tensor, bias: bool = True, **options: Any) -> Any:
-    layer = bnb.nn.Linear4bit(dense.shape[1], dense.shape[0], bias=bias, quant_type="nf4")
-    layer.weight = quantized(dense, **options)
+def their_layer(dense: Tensor, bias: bool = True, kind: str = "nf4", **options: Any) -> Any:
+    layer = bnb.nn.Linear4bit(dense.shape[1], dense.shape[0], bias=bias, quant_type=kind)
+    layer.weight = quantized(dense, kind=kind, **options)
     layer.weight.module, layer.quant_state = layer, layer.weight.quant_state
     return layer
 

@@ -128,9 +128,22 @@ def exact(layer: Any) -> Tensor:
 def test_linear4bit(
     backend: str, enabled: None, training: bool, bias: bool, nested: bool, dtype: torch.dtype
 ) -> None:
+    check_linear4bit(training, bias, nested, dtype)
+
+
+@each_dtype
+@each_nesting
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_fp4_linear4bit(enabled: None, training: bool, nested: bool, dtype: torch.dtype) -> None:
+    check_linear4bit(training, True, nested, dtype, "fp4")
+
+
+def check_linear4bit(training: bool, bias: bool, nested: bool, dtype: torch.dtype, kind: str = "nf4") -> None:
     """Errors against fp64 within the numerics policy, forward and backward, with blocks that cross rows."""
     for shape in ((40, 64), (33, 96), (64, 128)):
-        layer = their_layer(testing.tensor(*shape, dtype=dtype, scale=0.1), bias=bias, nested=nested)
+        layer = their_layer(
+            testing.tensor(*shape, dtype=dtype, scale=0.1), bias=bias, nested=nested, kind=kind
+        )
         layer.to(dtype).train(training)
         before = copy.deepcopy(layer.state_dict())
         weight = exact(layer)
@@ -192,14 +205,37 @@ def test_autocast_does_not_change_the_dtype(enabled: None) -> None:
         assert torch.equal(got, layer(x))
 
 
-def test_patched_layer_gives_the_same_bits(enabled: None) -> None:
-    layer = their_layer(testing.tensor(40, 64, dtype=torch.bfloat16)).bfloat16().eval()
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_patched_layer_gives_the_same_bits(enabled: None, kind: str) -> None:
+    layer = their_layer(testing.tensor(40, 64, dtype=torch.bfloat16), kind=kind).bfloat16().eval()
     x = testing.tensor(3, 64, dtype=torch.bfloat16)
     with torch.no_grad():
         want = layer(x)
         with pk.patched(layer) as report:
             assert torch.equal(layer(x), want)
     assert report.fused
+
+
+@each_nesting
+def test_fp4_functions(enabled: None, nested: bool) -> None:
+    """Values to the bit, and products of one row; the layer is not repacked in evaluation."""
+    dense, x = testing.tensor(64, 128, dtype=torch.bfloat16), testing.tensor(1, 128, dtype=torch.bfloat16)
+    params = quantized(dense, nested=nested, kind="fp4")
+    state, weight = params.quant_state, pk.NF4Weight.from_bnb(params)
+    values = bnb_functional.dequantize_4bit(params.data, state)
+    assert_same(values, weight.dequantize(torch.bfloat16), "values")
+    assert_same(values, stock(lambda: bnb_functional.dequantize_4bit(params.data, state)), "theirs")
+    want = pk.nf4_linear(x, weight)
+    assert_same(bnb.matmul_4bit(x, params.data, quant_state=state), want, "matmul")
+    if not nested:  # its gemv dequantises the scales in its own way
+        assert_same(bnb_functional.gemv_4bit(x, params.data, state=state), want, "gemv")
+        out = torch.empty_like(values)
+        bnb_functional.dequantize_4bit(params.data, state, out=out)
+        assert_same(out, values, "out")
+    layer = their_layer(dense, bias=False, nested=nested, kind="fp4").eval()
+    with torch.no_grad():
+        assert_same(layer(x), want, "layer")
+    assert torch.equal(layer.weight.data, params.data)
 
 
 # opcheck and torch.compile
@@ -222,7 +258,7 @@ def test_opcheck(enabled: None, storage: torch.dtype, nested: bool) -> None:
             torch.library.opcheck(ops.quantize_4bit.default, (testing.tensor(40, 64), 64, "nf4", storage))
 
 
-@pytest.mark.parametrize("kind,training", [("nf4", True), ("nf4", False), ("fp4", True)])
+@pytest.mark.parametrize("kind,training", [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)])
 def test_compiled_in_one_graph(enabled: None, kind: str, training: bool) -> None:
     torch.compiler.reset()
     net = torch.nn.Sequential(*(their_layer(testing.tensor(64, 64, scale=0.1), kind=kind) for _ in range(2)))
@@ -244,28 +280,15 @@ def test_compiled_in_one_graph(enabled: None, kind: str, training: bool) -> None
 
 
 @each_nesting
-def test_fp4_is_left_to_bitsandbytes(enabled: None, nested: bool) -> None:
-    """Bit for bit, repacking included."""
-    dense, x = testing.tensor(64, 128, dtype=torch.bfloat16), testing.tensor(3, 128, dtype=torch.bfloat16)
+def test_quantising_to_fp4_is_left_to_bitsandbytes(enabled: None, nested: bool) -> None:
+    dense = testing.tensor(33, 96, dtype=torch.bfloat16)
 
     def results() -> list[Tensor]:
         params = quantized(dense, nested=nested, kind="fp4")
-        state = params.quant_state
-        layer = bnb.nn.Linear4bit(128, 64, bias=False, quant_type="fp4", compute_dtype=torch.bfloat16)
-        layer.weight = quantized(dense, nested=nested, kind="fp4")
-        y = bnb.matmul_4bit(x, params.data, quant_state=state)
-        values = bnb_functional.dequantize_4bit(params.data, state)
-        gemv = bnb_functional.gemv_4bit(x[:1], params.data, state=state)
-        return [params.data, state.absmax, values, y, gemv, layer.eval()(x), layer.weight.data]
+        return [params.data, params.quant_state.absmax]
 
-    with torch.no_grad():
-        got = results()
-    for i, (one, theirs) in enumerate(zip(got, stock(results), strict=True)):
-        assert_same(one, theirs, f"result {i}")
-    out = torch.empty(64, 128, dtype=torch.bfloat16)
-    params = quantized(dense, kind="fp4", nested=False)
-    with pytest.raises(NotImplementedError, match=r"dequantize_4bit.out: bitsandbytes has no kernel for CPU"):
-        bnb_functional.dequantize_4bit(params.data, params.quant_state, out=out)
+    for got, want in zip(results(), stock(results), strict=True):
+        assert_same(got, want, "bits")
 
 
 def test_other_scale_table_is_left_to_bitsandbytes(enabled: None) -> None:
@@ -286,6 +309,9 @@ def test_unsupported_dtype_is_left_to_bitsandbytes(enabled: None) -> None:
     theirs = stock(lambda: ops.quantize_4bit(*arguments))
     for got, want in zip(ops.quantize_4bit(*arguments), theirs, strict=True):
         assert_same(got, want, "fp64")
+    values = *theirs, 64, "nf4", [40, 64], torch.float64, torch.empty(40, 64).double()
+    with pytest.raises(NotImplementedError, match=r"dequantize_4bit.out: bitsandbytes has no kernel for CPU"):
+        ops.dequantize_4bit.out(*values)
 
 
 def test_saving_does_not_depend_on_enable() -> None:

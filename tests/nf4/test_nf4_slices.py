@@ -10,7 +10,7 @@ import peft_kernels as pk
 import testing
 from peft_kernels.nf4.sharded.tp_slices import (
     encode_scales,
-    first_level_scales,
+    one_level_scales,
     slice_size,
     slice_state,
     unsliceable_reason,
@@ -51,6 +51,24 @@ def test_slice_equals_the_dense_slice(shape: tuple[int, int], nested: bool, dim:
         torch.testing.assert_close(nn.functional.linear(x, mine), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("format, blocksize", [("fp4", 64), ("mxfp4", 32), ("nvfp4", 16)])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_slices_of_other_formats(format: str, blocksize: int, dim: int) -> None:
+    shape, count = (6, 192), 3
+    weight = pk.NF4Weight.quantize(testing.uneven(testing.tensor(*shape, seed=1)), blocksize, format=format)
+    assert not unsliceable_reason(shape, blocksize, dim, count)
+    size = slice_size(shape[dim], count)
+    for start in range(0, shape[dim], size):
+        state = slice_state(weight._state, dim, start, start + size)
+        assert state.format == format
+        mine = pk.NF4Weight(state, torch.float32)
+        want = weight.dequantize().narrow(dim, start, size)
+        assert torch.equal(mine.dequantize(), want)
+        x = testing.tensor(3, want.shape[1], seed=2)
+        torch.testing.assert_close(nn.functional.linear(x, mine), x @ want.T, rtol=1e-4, atol=1e-4)
+        assert all(t.untyped_storage().nbytes() == t.nbytes for t in state.tensors().values()), "a view"
+
+
 @pytest.mark.parametrize("shape,blocksize,dim,count,reason", WHOLE)
 def test_unsliceable_weights_are_refused(
     shape: tuple[int, ...], blocksize: int, dim: int, count: int, reason: str
@@ -62,6 +80,6 @@ def test_nested_scale_codes_round_trip() -> None:
     state = pk.NF4Weight.quantize(testing.tensor(300, 192, seed=3), 64)._state
     assert state.absmax is not None and state.absmax2 is not None and state.offset is not None
     second = state.absmax2, state.offset
-    codes = encode_scales(first_level_scales(state), second)
+    codes = encode_scales(one_level_scales(state)[0], second)
     assert codes is not None and torch.equal(codes, state.absmax)
-    assert encode_scales(first_level_scales(state) * 1.001, second) is None
+    assert encode_scales(one_level_scales(state)[0] * 1.001, second) is None

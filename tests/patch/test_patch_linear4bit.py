@@ -31,13 +31,30 @@ def test_fp32_activations_over_a_base_that_computes_in_bf16() -> None:
     assert not any(entry.fallbacks for entry in (*report.layers, *again.layers))
 
 
+def test_an_adapter_over_fp4() -> None:
+    """The layer in place, without a copy of its weight."""
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.q = models.to_linear4bit(nn.Linear(128, 96), torch.float32, "fp4")
+    layer, x = lora(model, target_modules=["q"]).base_model.model.q, testing.tensor(5, 128)
+    nn.init.normal_(layer.lora_B["default"].weight)
+    truth, plain = run(in_fp64(layer), x.double()), run(layer, x)
+    packed = layer.base_layer.weight.data_ptr()
+    with pk.patched(layer) as report:
+        got = run(layer, x)
+    assert str(report) == "peft_kernels: 1 of 1 layers fused" and layer.base_layer.weight.data_ptr() == packed
+    for name in got:
+        testing.assert_close(got[name], plain[name], truth[name], name)
+
+
 # bitsandbytes' Linear4bit without an adapter.
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_linear4bit_alone(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_linear4bit_alone(kind: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    layer = models.to_linear4bit(nn.Linear(128, 96, dtype=dtype), compute_dtype=dtype)
+    layer = models.to_linear4bit(nn.Linear(128, 96, dtype=dtype), dtype, kind)
     x = testing.tensor(9, 128, dtype=dtype)
     plain = run(layer, x)
     weight = pk.NF4Weight.from_bnb(layer.weight).dequantize(torch.float32).double()

@@ -19,14 +19,14 @@ namespace {
 class AdaptedLayers : public torch::CustomClassHolder {
  public:
   AdaptedLayers(std::vector<Tensor> weight, OptionalTensors absmax, OptionalTensors absmax2,
-                OptionalTensors offset, std::vector<int64_t> blocksize, std::vector<int64_t> out_features,
+                OptionalTensors offset, std::vector<int64_t> layout, std::vector<int64_t> out_features,
                 std::vector<Tensor> bias, std::vector<Tensor> lora_a, std::vector<Tensor> lora_b,
                 std::vector<int64_t> layer, std::vector<double> scaling)
       : weight_(std::move(weight)),
         absmax_(std::move(absmax)),
         absmax2_(std::move(absmax2)),
         offset_(std::move(offset)),
-        blocksize_(std::move(blocksize)),
+        layout_(std::move(layout)),
         out_features_(std::move(out_features)),
         bias_(std::move(bias)),
         lora_a_(std::move(lora_a)),
@@ -38,15 +38,15 @@ class AdaptedLayers : public torch::CustomClassHolder {
 
   std::vector<Tensor> run(const Tensor& x) const {
     static const auto op = op_of<MultiLoraLinear>("multi_lora_linear");
-    return std::get<0>(op.call(x, weight_, absmax_, absmax2_, offset_, blocksize_, out_features_, bias_,
-                               lora_a_, lora_b_, layer_, scaling_, no_dropout_, std::nullopt, no_group_,
-                               std::nullopt, std::nullopt));
+    return std::get<0>(op.call(x, weight_, absmax_, absmax2_, offset_, layout_, out_features_, bias_, lora_a_,
+                               lora_b_, layer_, scaling_, no_dropout_, std::nullopt, no_group_, std::nullopt,
+                               std::nullopt));
   }
 
  private:
   std::vector<Tensor> weight_;
   OptionalTensors absmax_, absmax2_, offset_;
-  std::vector<int64_t> blocksize_, out_features_;
+  std::vector<int64_t> layout_, out_features_;
   std::vector<Tensor> bias_, lora_a_, lora_b_;
   std::vector<int64_t> layer_;
   std::vector<double> scaling_, no_dropout_;

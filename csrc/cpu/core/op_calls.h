@@ -18,10 +18,10 @@ namespace peft_kernels::cpu {
 
 using MultiLoraLinear = std::tuple<std::vector<Tensor>, Tensor>(
     const Tensor& x, at::TensorList weight, const OptionalTensors& absmax, const OptionalTensors& absmax2,
-    const OptionalTensors& offset, at::IntArrayRef blocksize, at::IntArrayRef out_features,
-    at::TensorList bias, at::TensorList lora_a, at::TensorList lora_b, at::IntArrayRef layer,
-    at::ArrayRef<double> scaling, at::ArrayRef<double> dropout_p, const OptionalTensor& seed,
-    at::IntArrayRef group, const OptionalTensor& row_group, const OptionalDtype& compute_dtype);
+    const OptionalTensors& offset, at::IntArrayRef layout, at::IntArrayRef out_features, at::TensorList bias,
+    at::TensorList lora_a, at::TensorList lora_b, at::IntArrayRef layer, at::ArrayRef<double> scaling,
+    at::ArrayRef<double> dropout_p, const OptionalTensor& seed, at::IntArrayRef group,
+    const OptionalTensor& row_group, const OptionalDtype& compute_dtype);
 using GatedActivation = Tensor(const Tensor& gate, const Tensor& up, c10::string_view activation);
 using RmsNorm = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& weight, double eps, double offset,
                                            bool rounds, at::ScalarType dtype);

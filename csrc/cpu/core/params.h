@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../../common/activation.h"
+#include "../../common/codes.h"
 #include "../../common/dtype.h"
 
 namespace peft_kernels::cpu {
@@ -18,11 +19,15 @@ struct F16 {
   uint16_t bits;
 };
 
+// A packed weight. The scale of a block is absmax[block], or where that is null scale_values[q8[block]]; with
+// double quantisation that times absmax2[block / 256], plus the offset.
 struct Nf4View {
-  const uint8_t* packed;  // [(n + 1) / 2]
-  const float* absmax;    // [blocks], or null with double quantisation
-  const uint8_t* q8;      // [blocks]
-  const float* absmax2;   // [ceil(blocks / 256)]
+  const CodeValues* codes;
+  const uint8_t* packed;      // [(n + 1) / 2]
+  const float* absmax;        // [blocks], or null
+  const uint8_t* q8;          // [blocks]
+  const float* scale_values;  // [256]
+  const float* absmax2;       // [ceil(blocks / 256)], or null
   float offset;
   int block_shift;  // log2(blocksize)
 };

@@ -72,12 +72,12 @@ class ExpertBias {
 class ExpertWeights {
  public:
   ExpertWeights(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
-                const OptionalTensor& offset, int64_t blocksize, int64_t experts, int64_t out_features,
+                const OptionalTensor& offset, int64_t layout, int64_t experts, int64_t out_features,
                 int64_t in_features, at::ScalarType dtype)
       : in_features_(in_features) {
     if (absmax) {
-      nf4_ = std::make_unique<Nf4Weight>(weight, *absmax, absmax2, offset, blocksize,
-                                         out_features * in_features, experts);
+      nf4_ = std::make_unique<Nf4Weight>(weight, *absmax, absmax2, offset, layout, out_features * in_features,
+                                         experts);
       views_.reserve(experts);
       for (int64_t e = 0; e < experts; ++e) views_.push_back(nf4_->view(e));
       return;

@@ -147,32 +147,32 @@ void add_sums(std::vector<Gemm>& gemms, const Hidden& hidden, const Tensor& rows
 }
 
 Tensor experts_linear(const Tensor& x, const Tensor& ends, const Tensor& packed, const Tensor& absmax,
-                      const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize,
+                      const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t layout,
                       int64_t out_features, const OptionalTensor& bias) {
   TORCH_CHECK(out_features >= 0, "out_features: expected 0 or more, got ", out_features);
   const Tensor rows = expert_activation(x, "x");
   const Runs runs = expert_rows(ends, rows.size(0));
   const int64_t experts = ends.size(0);
-  const ExpertWeights weights(packed, absmax, absmax2, offset, blocksize, experts, out_features, rows.size(1),
+  const ExpertWeights weights(packed, absmax, absmax2, offset, layout, experts, out_features, rows.size(1),
                               x.scalar_type());
   const ExpertBias biases(bias, experts, out_features, x.scalar_type());
   return forward(rows, runs, weights, biases, out_features, nullptr);
 }
 
 Tensor experts_linear_dx(const Tensor& dy, const Tensor& ends, const Tensor& packed, const Tensor& absmax,
-                         const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize,
+                         const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t layout,
                          int64_t in_features) {
   TORCH_CHECK(in_features >= 0, "in_features: expected 0 or more, got ", in_features);
   const Tensor rows = expert_activation(dy, "dy");
   const Runs runs = expert_rows(ends, rows.size(0));
-  const ExpertWeights weights(packed, absmax, absmax2, offset, blocksize, ends.size(0), rows.size(1),
+  const ExpertWeights weights(packed, absmax, absmax2, offset, layout, ends.size(0), rows.size(1),
                               in_features, dy.scalar_type());
   return backward_to_rows(rows, runs, weights, in_features, nullptr);
 }
 
 std::tuple<Tensor, Tensor> experts_lora_linear(const Tensor& x, const Tensor& ends, const Tensor& weight,
                                                const OptionalTensor& absmax, const OptionalTensor& absmax2,
-                                               const OptionalTensor& offset, int64_t blocksize,
+                                               const OptionalTensor& offset, int64_t layout,
                                                const OptionalTensor& bias, const Tensor& lora_a,
                                                const Tensor& lora_b, double scaling) {
   const WithoutAutocast without_autocast;
@@ -181,7 +181,7 @@ std::tuple<Tensor, Tensor> experts_lora_linear(const Tensor& x, const Tensor& en
   const int64_t experts = ends.size(0);
   check_experts_adapters(lora_a, lora_b, rows, experts);
   const int64_t out_features = lora_b.size(1);
-  const ExpertWeights weights(weight, absmax, absmax2, offset, blocksize, experts, out_features, rows.size(1),
+  const ExpertWeights weights(weight, absmax, absmax2, offset, layout, experts, out_features, rows.size(1),
                               x.scalar_type());
   const ExpertBias biases(bias, experts, out_features, x.scalar_type());
   const ExpertMatrices a(lora_a, runs, lora_a.scalar_type(), "lora_a");
@@ -195,9 +195,8 @@ std::tuple<Tensor, Tensor> experts_lora_linear(const Tensor& x, const Tensor& en
 
 std::tuple<Tensor, Tensor, Tensor> experts_lora_linear_backward(
     const Tensor& dy, const Tensor& x, const Tensor& h, const Tensor& ends, const Tensor& weight,
-    const OptionalTensor& absmax, const OptionalTensor& absmax2, const OptionalTensor& offset,
-    int64_t blocksize, const Tensor& lora_a, const Tensor& lora_b, double scaling, bool need_dx, bool need_da,
-    bool need_db) {
+    const OptionalTensor& absmax, const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t layout,
+    const Tensor& lora_a, const Tensor& lora_b, double scaling, bool need_dx, bool need_da, bool need_db) {
   const WithoutAutocast without_autocast;
   const Tensor rows = expert_activation(x, "x");
   const Runs runs = expert_rows(ends, rows.size(0));
@@ -208,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor> experts_lora_linear_backward(
   check_shape(dy, {rows.size(0), out_features}, "dy");
   check_dtype(h, at::kFloat, "h");
   check_shape(h, {rows.size(0), rank}, "h");
-  const ExpertWeights weights(weight, absmax, absmax2, offset, blocksize, experts, out_features, rows.size(1),
+  const ExpertWeights weights(weight, absmax, absmax2, offset, layout, experts, out_features, rows.size(1),
                               x.scalar_type());
   const Tensor gradients = dy.contiguous();
   const auto none = [](const Tensor& t) { return at::empty({0}, t.options()); };

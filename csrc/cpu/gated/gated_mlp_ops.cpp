@@ -18,7 +18,7 @@ namespace {
 struct MlpLayers {
   at::TensorList weight;
   const OptionalTensors &absmax, &absmax2, &offset;
-  at::IntArrayRef blocksize, out_features;
+  at::IntArrayRef layout, out_features;
   at::TensorList bias;
 };
 
@@ -55,7 +55,7 @@ std::tuple<std::vector<Tensor>, Tensor> run_layers(const Tensor& x, const MlpLay
   static const auto op = op_of<MultiLoraLinear>("multi_lora_linear");
   return op.call(x, layers.weight.slice(begin, count), part_of(layers.absmax, begin, end),
                  part_of(layers.absmax2, begin, end), part_of(layers.offset, begin, end),
-                 layers.blocksize.slice(begin, count), layers.out_features.slice(begin, count),
+                 layers.layout.slice(begin, count), layers.out_features.slice(begin, count),
                  layers.bias.slice(begin, count), a, b, layer, scaling, dropout_p, seed, group, std::nullopt,
                  std::nullopt);
 }
@@ -69,8 +69,8 @@ void check_sizes(const MlpLayers& layers, const MlpAdapters& adapters) {
   };
   check(3, ", for gate, up and down",
         {layers.weight.size(), layers.absmax.size(), layers.absmax2.size(), layers.offset.size(),
-         layers.blocksize.size(), layers.out_features.size(), layers.bias.size()},
-        "weight, absmax, absmax2, offset, blocksize, out_features, bias");
+         layers.layout.size(), layers.out_features.size(), layers.bias.size()},
+        "weight, absmax, absmax2, offset, layout, out_features, bias");
   check(adapters.a.size(), " like lora_a",
         {adapters.b.size(), adapters.layer.size(), adapters.scaling.size(), adapters.dropout_p.size()},
         "lora_b, layer, scaling, dropout_p");
@@ -81,13 +81,12 @@ void check_sizes(const MlpLayers& layers, const MlpAdapters& adapters) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_mlp(
     const Tensor& x, at::TensorList weight, const OptionalTensors& absmax, const OptionalTensors& absmax2,
-    const OptionalTensors& offset, at::IntArrayRef blocksize, at::IntArrayRef out_features,
-    at::TensorList bias, at::TensorList lora_a, at::TensorList lora_b, at::IntArrayRef layer,
-    at::ArrayRef<double> scaling, at::ArrayRef<double> dropout_p, const OptionalTensor& seed,
-    c10::string_view activation) {
+    const OptionalTensors& offset, at::IntArrayRef layout, at::IntArrayRef out_features, at::TensorList bias,
+    at::TensorList lora_a, at::TensorList lora_b, at::IntArrayRef layer, at::ArrayRef<double> scaling,
+    at::ArrayRef<double> dropout_p, const OptionalTensor& seed, c10::string_view activation) {
   const WithoutAutocast without_autocast;
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const MlpLayers layers{weight, absmax, absmax2, offset, blocksize, out_features, bias};
+  const MlpLayers layers{weight, absmax, absmax2, offset, layout, out_features, bias};
   const MlpAdapters adapters{lora_a, lora_b, layer, scaling, dropout_p};
   check_sizes(layers, adapters);
   auto [first, h] = run_layers(x, layers, adapters, seed, 0, 2);

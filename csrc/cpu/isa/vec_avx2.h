@@ -128,7 +128,7 @@ inline void store_nibbles(uint8_t* p, VecI codes) {
 
 struct CodeTable {
   Vec low, high;  // codes 0-7 and 8-15
-  CodeTable() : low(load(nf4::kCode)), high(load(nf4::kCode + 8)) {}
+  explicit CodeTable(const CodeValues& codes) : low(load(codes.value)), high(load(codes.value + 8)) {}
 };
 inline VecI load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline VecI next_nibble(VecI bits) { return _mm256_srli_epi32(bits, 4); }
@@ -140,8 +140,14 @@ inline Vec lookup_code(const CodeTable& table, VecI bits) {
 }
 template <int kBlocks>
 inline Vec spread_scales(const float* scales) {
-  if constexpr (kBlocks == 1) return splat(scales[0]);
-  return _mm256_set_m128(_mm_set1_ps(scales[1]), _mm_set1_ps(scales[0]));
+  if constexpr (kBlocks == 1) {
+    return splat(scales[0]);
+  } else if constexpr (kBlocks == 2) {
+    return _mm256_set_m128(_mm_set1_ps(scales[1]), _mm_set1_ps(scales[0]));
+  } else {
+    const __m256i lane = _mm256_set_epi32(3, 3, 2, 2, 1, 1, 0, 0);
+    return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(scales)), lane);
+  }
 }
 
 template <class Out>
@@ -151,9 +157,9 @@ template <>
 struct NibbleTable<float> {
   static constexpr int kStep = 8;
   CodeTable table;
-  explicit NibbleTable(float absmax) {
-    table.low = mul(table.low, splat(absmax));
-    table.high = mul(table.high, splat(absmax));
+  NibbleTable(const CodeValues& codes, float scale) : table(codes) {
+    table.low = mul(table.low, splat(scale));
+    table.high = mul(table.high, splat(scale));
   }
   void decode(const uint8_t* packed, float* out) const {
     int32_t bytes;
@@ -175,9 +181,9 @@ template <class Half>
 struct NibbleTable {
   static constexpr int kStep = 32;
   __m256i low, high;  // low and high bytes of the 16 values, in both halves: pshufb looks up bytes
-  explicit NibbleTable(float absmax) {
-    const __m128i a = narrow(mul(load(nf4::kCode), splat(absmax)), Half{});
-    const __m128i b = narrow(mul(load(nf4::kCode + 8), splat(absmax)), Half{});
+  NibbleTable(const CodeValues& codes, float scale) {
+    const __m128i a = narrow(mul(load(codes.value), splat(scale)), Half{});
+    const __m128i b = narrow(mul(load(codes.value + 8), splat(scale)), Half{});
     const __m128i byte = _mm_set1_epi16(0xff);
     low = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(b, byte)));
     high = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8)));

@@ -173,7 +173,7 @@ inline Vec keep_factors(const uint32_t* words, uint32_t threshold, float scale) 
 // The codes of a packed weight, eight per lane. lookup_code reads the lowest nibble of each lane.
 struct CodeTable {
   Vec codes;
-  CodeTable() : codes(load(nf4::kCode)) {}
+  explicit CodeTable(const CodeValues& from) : codes(load(from.value)) {}
 };
 inline VecI load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline VecI next_nibble(VecI bits) { return _mm512_srli_epi32(bits, 4); }
@@ -185,9 +185,12 @@ inline Vec spread_scales(const float* scales) {
     return splat(scales[0]);
   } else if constexpr (kBlocks == 2) {
     return _mm512_insertf32x8(splat(scales[0]), _mm256_set1_ps(scales[1]), 1);
-  } else {
+  } else if constexpr (kBlocks == 4) {
     const __m512i lane = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
     return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(scales)), lane);
+  } else {
+    const __m512i lane = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+    return _mm512_permutexvar_ps(lane, _mm512_castps256_ps512(_mm256_loadu_ps(scales)));
   }
 }
 
@@ -199,7 +202,7 @@ template <>
 struct NibbleTable<float> {
   static constexpr int kStep = 16;  // nibbles per step
   Vec table;
-  explicit NibbleTable(float absmax) : table(mul(load(nf4::kCode), splat(absmax))) {}
+  NibbleTable(const CodeValues& codes, float scale) : table(mul(load(codes.value), splat(scale))) {}
   void decode(const uint8_t* packed, float* out) const {
     int64_t bytes;
     memcpy(&bytes, packed, sizeof(bytes));
@@ -221,12 +224,22 @@ struct NibbleTable<float> {
   }
 };
 
+// The even and the odd elements of two blocks of kLanes elements: each block has half of the lanes.
+inline void decode_split_blocks(const CodeValues& codes, float scale0, float scale1, const uint8_t* packed,
+                                float* out) {
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+  const Vec values = load(codes.value);
+  const Vec scale = _mm512_insertf32x8(splat(scale0), _mm256_set1_ps(scale1), 1);
+  store(out, mul(_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), values), scale));
+  store(out + kLanes, mul(_mm512_permutexvar_ps(bytes, values), scale));
+}
+
 template <class Half>
 struct NibbleTable {
   static constexpr int kStep = 32;
   __m512i table;  // the 16 values twice: vpermw reads five bits of an index
-  explicit NibbleTable(float absmax)
-      : table(_mm512_broadcast_i64x4(narrow(mul(load(nf4::kCode), splat(absmax)), Half{}))) {}
+  NibbleTable(const CodeValues& codes, float scale)
+      : table(_mm512_broadcast_i64x4(narrow(mul(load(codes.value), splat(scale)), Half{}))) {}
   void decode(const uint8_t* packed, Half* out) const {
     const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
     const __m512i spread = _mm512_set_epi8(-1, 15, -1, 15, -1, 14, -1, 14, -1, 13, -1, 13, -1, 12, -1, 12,  //

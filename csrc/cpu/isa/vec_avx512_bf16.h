@@ -59,35 +59,46 @@ inline EvenOdd even_odd(VecPairs first, VecPairs second) {
           (__m512bh)_mm512_permutex2var_epi16((__m512i)first, odds, (__m512i)second)};
 }
 
-// Decodes 64 elements with one absmax, the even before the odd: they are the high and the low nibbles, so
+// 32 bytes in lanes of 16 bits.
+inline __m512i bytes_in_lanes(const uint8_t* packed) {
+  return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+}
+
+// Decodes 64 elements with one scale, the even before the odd: they are the high and the low nibbles, so
 // nothing has to be interleaved.
 struct EvenOddTable {
   __m512i table;  // the 16 values twice: vpermw reads five bits of an index
-  explicit EvenOddTable(float absmax)
-      : table(_mm512_broadcast_i64x4(narrow(mul(load(nf4::kCode), splat(absmax)), PanelBF16{}))) {}
+  EvenOddTable(const CodeValues& codes, float scale)
+      : table(_mm512_broadcast_i64x4(narrow(mul(load(codes.value), splat(scale)), PanelBF16{}))) {}
   void decode(const uint8_t* packed, PanelBF16* out) const {
-    const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+    const __m512i bytes = bytes_in_lanes(packed);
     _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table));
     _mm512_storeu_si512(out + 32, _mm512_permutexvar_epi16(bytes, table));
   }
 };
 
-// Decodes two rows with an absmax each, interleaved: the 32 entries that vpermw reads hold both tables.
+// Decodes two rows with a scale each, interleaved: the 32 entries that vpermw reads hold both tables.
 struct PairTable {
   static constexpr int kStep = 16;  // columns
   __m512i table;
   PairTable() : table(_mm512_setzero_si512()) {}
-  PairTable(float absmax0, float absmax1) {
-    const Vec codes = load(nf4::kCode);
-    table = (__m512i)_mm512_cvtne2ps_pbh(mul(codes, splat(absmax1)), mul(codes, splat(absmax0)));
+  PairTable(const CodeValues& codes, float scale0, float scale1) {
+    const Vec values = load(codes.value);
+    table = (__m512i)_mm512_cvtne2ps_pbh(mul(values, splat(scale1)), mul(values, splat(scale0)));
   }
-  // By the lowest nibble of each 16-bit lane: the lower half of the lanes with absmax0, the upper with
-  // absmax1.
+  // By the lowest nibble of each 16-bit lane: the lower half of the lanes with scale0, the upper with
+  // scale1.
   VecPairs lookup_halves(VecI bits) const {
     const __m512i upper = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
     constexpr int kAndThenOr = 0xea;  // (a & b) | c
     const __m512i index = _mm512_ternarylogic_epi32(bits, _mm512_set1_epi16(15), upper, kAndThenOr);
     return (__m512bh)_mm512_permutexvar_epi16(index, table);
+  }
+  // 64 elements of two blocks, the even before the odd.
+  void decode_even_odd(const uint8_t* packed, PanelBF16* out) const {
+    const __m512i bytes = bytes_in_lanes(packed);
+    store_pairs(out, lookup_halves((VecI)_mm512_srli_epi16(bytes, 4)));
+    store_pairs(out + 32, lookup_halves((VecI)bytes));
   }
   void decode(const uint8_t* packed0, const uint8_t* packed1, PanelBF16* out) const {
     int64_t bytes0, bytes1;
@@ -108,13 +119,33 @@ struct PairTable {
   }
 };
 
-// The codes as bf16, for 16-bit lanes. Rounded unscaled they would be off by up to 2^-8, always in the same
-// direction; times kScale, found by search, none is off by more than 2^-9.3.
+// Decodes four blocks, each with a quarter of the lanes. A permutation of two registers covers 64 entries.
+struct QuadTable {
+  __m512i first, second;  // of two blocks each
+  QuadTable(const CodeValues& codes, float scale0, float scale1, float scale2, float scale3)
+      : first(PairTable(codes, scale0, scale1).table), second(PairTable(codes, scale2, scale3).table) {}
+  // By the lowest nibble of each 16-bit lane.
+  VecPairs lookup_quarters(__m512i bits) const {
+    const __m512i quarter =
+        _mm512_set_epi64(0x0030003000300030, 0x0030003000300030, 0x0020002000200020, 0x0020002000200020,
+                         0x0010001000100010, 0x0010001000100010, 0, 0);
+    constexpr int kAndThenOr = 0xea;  // (a & b) | c
+    const __m512i index = _mm512_ternarylogic_epi32(bits, _mm512_set1_epi16(15), quarter, kAndThenOr);
+    return (__m512bh)_mm512_permutex2var_epi16(first, index, second);
+  }
+  // 64 elements, the even before the odd.
+  void decode_even_odd(const uint8_t* packed, PanelBF16* out) const {
+    const __m512i bytes = bytes_in_lanes(packed);
+    store_pairs(out, lookup_quarters(_mm512_srli_epi16(bytes, 4)));
+    store_pairs(out + 32, lookup_quarters(bytes));
+  }
+};
+
+// The codes as bf16 for 16-bit lanes, times bf16_factor.
 struct PairCodeTable {
-  static constexpr float kScale = 1.1888107061386108f;
   __m512i codes;  // the 16 codes twice: vpermw reads five bits of an index
-  PairCodeTable() {
-    const Vec scaled = mul(load(nf4::kCode), splat(kScale));
+  explicit PairCodeTable(const CodeValues& from) {
+    const Vec scaled = mul(load(from.value), splat(from.bf16_factor));
     codes = (__m512i)_mm512_cvtne2ps_pbh(scaled, scaled);
   }
 };

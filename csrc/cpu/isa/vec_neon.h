@@ -124,7 +124,7 @@ inline void store_nibbles(uint8_t* p, VecI codes) {
 
 struct CodeTable {
   uint8x16x4_t codes;
-  CodeTable() : codes(load16(nf4::kCode)) {}
+  explicit CodeTable(const CodeValues& from) : codes(load16(from.value)) {}
 };
 inline VecI load_bytes(const uint8_t* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
 inline VecI next_nibble(VecI bits) {
@@ -135,8 +135,8 @@ inline Vec lookup_code(const CodeTable& table, VecI bits) {
 }
 template <int kBlocks>
 inline Vec spread_scales(const float* scales) {
-  static_assert(kBlocks == 1, "a chunk is no longer than a block");
-  return splat(scales[0]);
+  static_assert(kBlocks <= 2, "");
+  return kBlocks == 1 ? splat(scales[0]) : Vec{scales[0], scales[0], scales[1], scales[1]};
 }
 
 // The nibbles of eight bytes, in the order of elements.
@@ -157,10 +157,10 @@ template <>
 struct NibbleTable<float> {
   static constexpr int kStep = 16;
   uint8x16_t planes[4];  // byte i of each of the 16 values
-  explicit NibbleTable(float absmax) {
+  NibbleTable(const CodeValues& codes, float scale) {
     uint16x8_t words[4];
     for (int i = 0; i < 4; ++i) {
-      words[i] = vreinterpretq_u16_f32(mul(load(nf4::kCode + i * kLanes), splat(absmax)));
+      words[i] = vreinterpretq_u16_f32(mul(load(codes.value + i * kLanes), splat(scale)));
     }
     const uint8x16_t low0 = vreinterpretq_u8_u16(vuzp1q_u16(words[0], words[1])),
                      low1 = vreinterpretq_u8_u16(vuzp1q_u16(words[2], words[3])),
@@ -198,13 +198,13 @@ struct NibbleTable<float> {
   }
 };
 
-// The low and the high bytes of 16 values: codes times one absmax.
+// The low and the high bytes of 16 values: codes times one scale.
 struct HalfPlanes {
   uint8x16_t low, high;
   template <class Half>
-  HalfPlanes(float absmax, Half half) {
+  HalfPlanes(const CodeValues& codes, float scale, Half half) {
     uint16x4_t words[4];
-    for (int i = 0; i < 4; ++i) words[i] = narrow(mul(load(nf4::kCode + i * kLanes), splat(absmax)), half);
+    for (int i = 0; i < 4; ++i) words[i] = narrow(mul(load(codes.value + i * kLanes), splat(scale)), half);
     const uint8x16_t first = vreinterpretq_u8_u16(vcombine_u16(words[0], words[1])),
                      second = vreinterpretq_u8_u16(vcombine_u16(words[2], words[3]));
     low = vuzp1q_u8(first, second);
@@ -229,7 +229,7 @@ template <class Half>
 struct NibbleTable {
   static constexpr int kStep = 16;
   HalfPlanes planes;
-  explicit NibbleTable(float absmax) : planes(absmax, Half{}) {}
+  NibbleTable(const CodeValues& codes, float scale) : planes(codes, scale, Half{}) {}
   void decode(const uint8_t* packed, Half* out) const {
     HalfValues(planes, nibbles_in_order(packed)).store(out);
   }

@@ -57,11 +57,11 @@ inline EvenOdd even_odd(VecPairs first, VecPairs second) {
   return {vreinterpretq_bf16_u16(vuzp1q_u16(x, y)), vreinterpretq_bf16_u16(vuzp2q_u16(x, y))};
 }
 
-// Decodes 64 elements with one absmax, of every 16 the even before the odd: they are the high and the low
+// Decodes 64 elements with one scale, of every 16 the even before the odd: they are the high and the low
 // nibbles, so nothing has to be interleaved.
 struct EvenOddTable {
   HalfPlanes planes;
-  explicit EvenOddTable(float absmax) : planes(absmax, PanelBF16{}) {}
+  EvenOddTable(const CodeValues& codes, float scale) : planes(codes, scale, PanelBF16{}) {}
   void decode(const uint8_t* packed, PanelBF16* out) const {
     for (int i = 0; i < 64; i += 16) {
       const uint8x8_t bytes = vld1_u8(packed + i / 2);
@@ -70,11 +70,12 @@ struct EvenOddTable {
   }
 };
 
-// Decodes two rows with an absmax each, interleaved.
+// Decodes two rows with a scale each, interleaved.
 struct PairTable {
   static constexpr int kStep = 16;  // columns
   HalfPlanes planes0, planes1;
-  PairTable(float absmax0, float absmax1) : planes0(absmax0, PanelBF16{}), planes1(absmax1, PanelBF16{}) {}
+  PairTable(const CodeValues& codes, float scale0, float scale1)
+      : planes0(codes, scale0, PanelBF16{}), planes1(codes, scale1, PanelBF16{}) {}
   void decode(const uint8_t* packed0, const uint8_t* packed1, PanelBF16* out) const {
     const HalfValues row0(planes0, nibbles_in_order(packed0)), row1(planes1, nibbles_in_order(packed1));
     interleave_pairs(vreinterpretq_bf16_u8(row0.first), vreinterpretq_bf16_u8(row1.first), out);
@@ -83,14 +84,13 @@ struct PairTable {
   }
 };
 
-// The codes as bf16, for 16-bit lanes; kScale as in vec_avx512_bf16.h.
+// The codes as bf16 for 16-bit lanes, times bf16_factor.
 struct PairCodeTable {
-  static constexpr float kScale = 1.1888107061386108f;
   uint8x16x2_t planes;  // their low bytes, and their high ones
-  PairCodeTable() {
-    const HalfPlanes codes(kScale, PanelBF16{});
-    planes.val[0] = codes.low;
-    planes.val[1] = codes.high;
+  explicit PairCodeTable(const CodeValues& codes) {
+    const HalfPlanes halves(codes, codes.bf16_factor, PanelBF16{});
+    planes.val[0] = halves.low;
+    planes.val[1] = halves.high;
   }
 };
 inline VecI next_nibble16(VecI bits) {

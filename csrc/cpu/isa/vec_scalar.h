@@ -151,7 +151,7 @@ inline void store_nibbles(uint8_t* p, VecI codes) {
 
 struct CodeTable {
   const float* codes;
-  CodeTable() : codes(nf4::kCode) {}
+  explicit CodeTable(const CodeValues& from) : codes(from.value) {}
 };
 inline VecI load_bytes(const uint8_t* p) {
   VecI out;
@@ -167,15 +167,16 @@ inline Vec lookup_code(const CodeTable& table, VecI bits) {
 }
 template <int kBlocks>
 inline Vec spread_scales(const float* scales) {
-  return splat(scales[0]);
+  static_assert(kBlocks <= 2, "");
+  return kBlocks == 1 ? splat(scales[0]) : Vec{scales[0], scales[0], scales[1], scales[1]};
 }
 
 template <class Out>
 struct NibbleTable {
   static constexpr int kStep = 4;
   Out values[nf4::kCodes];
-  explicit NibbleTable(float absmax) {
-    for (int i = 0; i < nf4::kCodes; i += kLanes) store(values + i, mul(load(nf4::kCode + i), splat(absmax)));
+  NibbleTable(const CodeValues& codes, float scale) {
+    for (int i = 0; i < nf4::kCodes; i += kLanes) store(values + i, mul(load(codes.value + i), splat(scale)));
   }
   void decode(const uint8_t* packed, Out* out) const {
     for (int i = 0; i < kStep / 2; ++i) {

@@ -11,12 +11,13 @@
 
 constexpr int64_t kChunk = 8 * kLanes;     // elements
 constexpr int64_t kGemvMaxWeightRows = 4;  // rows of the weight that share the loads of lhs
+constexpr int kGemvPass = 4;               // rows of lhs that are multiplied together
 
 struct GemvF32 : FloatSteps {
   using Lhs = float;  // rearranged
   static constexpr int kSteps = 8;
   using Table = CodeTable;
-  static constexpr float kTableScale = 1.0f;  // of the codes in the table
+  static float factor(const CodeValues&) { return 1.0f; }  // of the values in the table
   static Vec lookup(const Table& table, VecI bits) { return lookup_code(table, bits); }
   static VecI next(VecI bits) { return next_nibble(bits); }
 };
@@ -26,7 +27,7 @@ struct GemvBF16 : PairSteps {
   using Lhs = BF16;
   static constexpr int kSteps = 4;
   using Table = PairCodeTable;
-  static constexpr float kTableScale = PairCodeTable::kScale;
+  static float factor(const CodeValues& codes) { return codes.bf16_factor; }
   static VecPairs lookup(const Table& table, VecI bits) { return lookup_code(table, bits); }
   static VecI next(VecI bits) { return next_nibble16(bits); }
 };
@@ -40,10 +41,30 @@ struct GemvLayout {
   int64_t scale_floats;  // of one weight row
 };
 
-inline GemvLayout gemv_layout(int64_t depth) {
-  const int64_t chunks = (depth + kChunk - 1) / kChunk;
-  return {chunks, chunks * kChunk, round_up(chunks * kChunk / nf4::kMinBlocksize, 16)};
+inline GemvLayout gemv_layout(const GemmTerm& term) {
+  const int64_t chunks = (term.depth + kChunk - 1) / kChunk;
+  const int64_t blocksize = int64_t{1} << term.rhs.nf4->block_shift;
+  return {chunks, chunks * kChunk, round_up(chunks * kChunk / min64(nf4::kMinBlocksize, blocksize), 16)};
 }
+
+// Scratch: the decoding table of scales that are codes, the rearranged lhs, the scales of a few rows.
+struct GemvScratch {
+  Codebook* book;
+  void* lhs;
+  float* scales;
+
+  GemvScratch(const GemvLayout& layout, int64_t rows, void* scratch)
+      : book(static_cast<Codebook*>(scratch)),
+        lhs(static_cast<char*>(scratch) + kBookBytes),
+        scales(static_cast<float*>(lhs) + rows * layout.lhs_values) {}
+  static int64_t bytes(const GemvLayout& layout, int64_t rows) {
+    const int64_t scales = kGemvMaxWeightRows * layout.scale_floats + kCodeRun;
+    return kBookBytes + (rows * layout.lhs_values + scales) * static_cast<int64_t>(sizeof(float));
+  }
+
+ private:
+  static constexpr int64_t kBookBytes = (sizeof(Codebook) + 63) / 64 * 64;
+};
 
 #if PEFT_KERNELS_TWO_TABLES
 #  include "linear_gemv_folded.inl"
@@ -63,16 +84,18 @@ inline bool gemv_serves(const GemmParams& p) {
     return p.m <= kMostRows && FoldedScratch::bytes(term, p.m) <= kGemvScratchBytes;
   }
 #endif
-  if (p.m > kFewRows) return false;
-  const GemvLayout layout = gemv_layout(term.depth);
-  const int64_t floats = p.m * layout.lhs_values + kGemvMaxWeightRows * layout.scale_floats;
-  return floats * static_cast<int64_t>(sizeof(float)) <= kGemvScratchBytes;
+  // Packing lhs does not pay for a few rows more, where decoding takes longer.
+  const bool is_short = has_bf16_values(term) && term.rhs.nf4->codes != kCodeValues;
+  if (p.m > (is_short && !PEFT_KERNELS_TILES ? 2 * kFewRows : kFewRows)) return false;
+  return GemvScratch::bytes(gemv_layout(term), p.m) <= kGemvScratchBytes;
 }
 
 template <class Gemv>
 void gemv_arrange_lhs(const GemmTerm& term, const Rect& rect, void* scratch) {
-  const GemvLayout layout = gemv_layout(term.depth);
-  auto* arranged = static_cast<typename Gemv::Lhs*>(scratch);
+  const GemvLayout layout = gemv_layout(term);
+  const GemvScratch to(layout, rect.m1 - rect.m0, scratch);
+  if (term.rhs.nf4->q8) *to.book = Codebook(term.rhs.nf4->scale_values);
+  auto* arranged = static_cast<typename Gemv::Lhs*>(to.lhs);
   constexpr int kStepLanes = kChunk / Gemv::kSteps;
   for (int64_t m = rect.m0; m < rect.m1; ++m) {
     for (int64_t first = 0; first < layout.lhs_values; first += kChunk, arranged += kChunk) {
@@ -92,7 +115,7 @@ void gemv_arrange_lhs(const GemmTerm& term, const Rect& rect, void* scratch) {
 template <class Gemv, int kRows, int kWeightRows, int kBlocks>
 void gemv_tile(const Nf4View& w, const uint8_t* packed, int64_t depth, const GemvLayout& layout,
                const typename Gemv::Lhs* lhs, const float* scales, float* out) {
-  const typename Gemv::Table table;
+  const typename Gemv::Table table(*w.codes);
   const int64_t row_bytes = depth / 2;
   Vec sums[kRows][kWeightRows];
 #pragma GCC unroll 4
@@ -168,31 +191,42 @@ constexpr int gemv_weight_rows() {
   return kMost >= 4 ? 4 : kMost >= 2 ? 2 : 1;
 }
 
+// The scales of blocks [first, first + count), times `factor`, then zeros up to `padded`. May write up to
+// kCodeRun values more.
+inline void gemv_scales(const Codebook& book, const Nf4View& w, int64_t first, int64_t count, float factor,
+                        int64_t padded, float* out) {
+  if (PEFT_KERNELS_PERMUTES_BYTES && w.q8) {
+    unpack_scales(book, w, first, count, out);
+    for (int64_t b = 0; factor != 1.0f && b < count; ++b) out[b] *= factor;
+  } else {
+    for (int64_t b = 0; b < count; ++b) out[b] = block_absmax(w, first + b) * factor;
+  }
+  for (int64_t b = count; b < padded; ++b) out[b] = 0.0f;
+}
+
 // Up to kRows rows of lhs.
 template <class Gemv, int kRows, int kBlocks>
 void gemv_rows(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, const typename Gemv::Lhs* lhs,
-               float* scales, float* tile) {
+               const GemvScratch& s, float* tile) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return gemv_rows<Gemv, kRows - 1, kBlocks>(term, rows, n0, cols, lhs, scales, tile);
+    if (rows < kRows) return gemv_rows<Gemv, kRows - 1, kBlocks>(term, rows, n0, cols, lhs, s, tile);
   }
   constexpr int kWeightRows = gemv_weight_rows<kRows>();
   const Nf4View& w = *term.rhs.nf4;
-  const GemvLayout layout = gemv_layout(term.depth);
+  const GemvLayout layout = gemv_layout(term);
   const int64_t blocks = term.depth >> w.block_shift;
+  const float inverse = 1.0f / Gemv::factor(*w.codes);
   for (int64_t c = 0; c < cols;) {
     const int64_t count = cols - c >= kWeightRows ? kWeightRows : 1;
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t first_block = (n0 + c + i) * blocks;
-      float* row = scales + i * layout.scale_floats;
-      for (int64_t b = 0; b < blocks; ++b)
-        row[b] = block_absmax(w, first_block + b) * (1.0f / Gemv::kTableScale);
-      for (int64_t b = blocks; b < layout.scale_floats; ++b) row[b] = 0.0f;
+      gemv_scales(*s.book, w, (n0 + c + i) * blocks, blocks, inverse, layout.scale_floats,
+                  s.scales + i * layout.scale_floats);
     }
     const uint8_t* packed = w.packed + (n0 + c) * term.depth / 2;
     if (count == kWeightRows) {
-      gemv_tile<Gemv, kRows, kWeightRows, kBlocks>(w, packed, term.depth, layout, lhs, scales, tile + c);
+      gemv_tile<Gemv, kRows, kWeightRows, kBlocks>(w, packed, term.depth, layout, lhs, s.scales, tile + c);
     } else {
-      gemv_tile<Gemv, kRows, 1, kBlocks>(w, packed, term.depth, layout, lhs, scales, tile + c);
+      gemv_tile<Gemv, kRows, 1, kBlocks>(w, packed, term.depth, layout, lhs, s.scales, tile + c);
     }
     c += count;
   }
@@ -200,23 +234,23 @@ void gemv_rows(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, con
 
 template <class Gemv, int kBlocks>
 void gemv_blocks(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, void* scratch, float* tile) {
-  const int64_t lhs_values = gemv_layout(term.depth).lhs_values;
-  float* scales = static_cast<float*>(scratch) + rows * lhs_values;
-  for (int64_t r = 0; r < rows; r += 4) {
-    const auto* lhs = static_cast<const typename Gemv::Lhs*>(scratch) + r * lhs_values;
-    gemv_rows<Gemv, 4, kBlocks>(term, rows - r, n0, cols, lhs, scales, tile + r * kStrip);
+  const GemvLayout layout = gemv_layout(term);
+  const GemvScratch s(layout, rows, scratch);
+  for (int64_t r = 0; r < rows; r += kGemvPass) {
+    const auto* lhs = static_cast<const typename Gemv::Lhs*>(s.lhs) + r * layout.lhs_values;
+    gemv_rows<Gemv, kGemvPass, kBlocks>(term, rows - r, n0, cols, lhs, s, tile + r * kStrip);
   }
 }
 
-// `scratch` holds the rearranged lhs, followed by the scales.
 template <class Gemv>
 void gemv_add_term(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, void* scratch, float* tile) {
   const int64_t blocks_in_chunk = kChunk >> term.rhs.nf4->block_shift;
   if (blocks_in_chunk <= 1) return gemv_blocks<Gemv, 1>(term, rows, n0, cols, scratch, tile);
-  if constexpr (kChunk >= 2 * nf4::kMinBlocksize) {
-    if (blocks_in_chunk == 2) return gemv_blocks<Gemv, 2>(term, rows, n0, cols, scratch, tile);
+  if (blocks_in_chunk == 2) return gemv_blocks<Gemv, 2>(term, rows, n0, cols, scratch, tile);
+  if constexpr (kChunk >= 4 * kSmallestBlocksize) {
+    if (blocks_in_chunk == 4) return gemv_blocks<Gemv, 4>(term, rows, n0, cols, scratch, tile);
   }
-  if constexpr (kChunk >= 4 * nf4::kMinBlocksize) gemv_blocks<Gemv, 4>(term, rows, n0, cols, scratch, tile);
+  if constexpr (kChunk >= 8 * kSmallestBlocksize) gemv_blocks<Gemv, 8>(term, rows, n0, cols, scratch, tile);
 }
 
 inline void gemv_arrange_lhs(const GemmTerm& term, const Rect& rect, void* scratch) {

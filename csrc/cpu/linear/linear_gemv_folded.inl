@@ -65,29 +65,9 @@ inline void folded_arrange(const GemmTerm& term, int64_t m0, int64_t rows, BF16*
 inline void folded_arrange_lhs(const GemmTerm& term, const Rect& rect, void* scratch) {
   const int64_t rows = rect.m1 - rect.m0, pass = folded_pass(rows);
   const FoldedScratch to(term, rows, scratch);
-  if (term.rhs.nf4->q8) *to.book = Codebook(nf4::kDynamicMap);
+  if (term.rhs.nf4->q8) *to.book = Codebook(term.rhs.nf4->scale_values);
   for (int64_t r = 0; r < rows; r += pass) {
     folded_arrange(term, rect.m0 + r, min64(pass, rows - r), to.lhs + r * term.depth);
-  }
-}
-
-// The absmax of blocks [first, first + count). Writes up to kCodeRun values past the end of `out`.
-inline void unpack_absmax(const Codebook& book, const Nf4View& w, int64_t first, int64_t count, float* out) {
-  const Vec offset = splat(w.offset);
-  for (int64_t b = first, end = first + count; b < end;) {
-    const int64_t group = b >> nf4::kAbsmaxBlockShift;
-    const int64_t run = min64(min64(kCodeRun, end - b), ((group + 1) << nf4::kAbsmaxBlockShift) - b);
-    const uint8_t* codes = w.q8 + b;
-    uint8_t copy[kCodeRun];  // the weight may end here
-    if (run < kCodeRun) {
-      memset(copy, 0, sizeof(copy));
-      memcpy(copy, codes, run);
-      codes = copy;
-    }
-    book.decode(codes, splat(w.absmax2[group]), out);
-    for (int64_t i = 0; i < run; i += kLanes) store(out + i, add(load(out + i), offset));
-    b += run;
-    out += run;
   }
 }
 
@@ -99,7 +79,7 @@ inline const float* folded_absmax(const GemmTerm& term, int64_t n0, int64_t cols
   static_assert(kFoldedBlock == 1 << 6, "");
   if (shift == 0 && w.absmax) return w.absmax + first;
   if (shift == 0) {
-    unpack_absmax(*s.book, w, first, count, s.absmax);
+    unpack_scales(*s.book, w, first, count, s.absmax);
   } else {
     for (int64_t i = 0; i < count; ++i) s.absmax[i] = block_absmax(w, (first + i) >> shift);
   }
@@ -108,8 +88,8 @@ inline const float* folded_absmax(const GemmTerm& term, int64_t n0, int64_t cols
 
 // tile[r][i] += row r of lhs . row i of the weight.
 template <int kRows, int kWeightRows>
-void folded_tile(const uint8_t* packed, const float* absmax, int64_t depth, const BF16* lhs,
-                 const uint8_t* ahead, float* tile) {
+void folded_tile(const CodeValues& codes, const uint8_t* packed, const float* absmax, int64_t depth,
+                 const BF16* lhs, const uint8_t* ahead, float* tile) {
   constexpr int64_t kVector = 2 * kLanes;
   const int64_t row_bytes = depth / 2, runs = depth / kFoldedBlock;
   Vec sums[kRows][kWeightRows];
@@ -134,7 +114,7 @@ void folded_tile(const uint8_t* packed, const float* absmax, int64_t depth, cons
 #pragma GCC unroll 4
     for (int i = 0; i < kWeightRows; ++i, ahead += kFoldedChunk / 2) {
       __builtin_prefetch(ahead);
-      tables[i] = PairTable(absmax[i * runs + run], absmax[i * runs + run + 1]);
+      tables[i] = PairTable(codes, absmax[i * runs + run], absmax[i * runs + run + 1]);
     }
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j, lhs += kRows * kVector) {
@@ -153,7 +133,7 @@ void folded_tile(const uint8_t* packed, const float* absmax, int64_t depth, cons
     for (int i = 0; i < kWeightRows; ++i, ahead += kFoldedBlock / 2) {
       __builtin_prefetch(ahead);
       PanelBF16 values[kFoldedBlock];
-      EvenOddTable(absmax[i * runs + run]).decode(packed + i * row_bytes, values);
+      EvenOddTable(codes, absmax[i * runs + run]).decode(packed + i * row_bytes, values);
       even[i] = load_pairs(values);
       odd[i] = load_pairs(values + kVector);
     }
@@ -185,7 +165,8 @@ void folded_rows(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, c
   const int64_t ahead = max64(kAhead, kWeightRows * row_bytes);
   int64_t c = 0;
   const auto multiply = [&](auto count) {
-    folded_tile<kRows, decltype(count)::kValue>(packed, absmax, term.depth, lhs, packed + ahead, tile + c);
+    folded_tile<kRows, decltype(count)::kValue>(*term.rhs.nf4->codes, packed, absmax, term.depth, lhs,
+                                                packed + ahead, tile + c);
     c += count;
     packed += count * row_bytes;
     absmax += count * runs;

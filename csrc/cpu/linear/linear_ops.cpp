@@ -9,13 +9,13 @@ namespace peft_kernels::cpu {
 namespace {
 
 Tensor nf4_linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2,
-                  const OptionalTensor& offset, int64_t blocksize, int64_t out_features,
+                  const OptionalTensor& offset, int64_t layout, int64_t out_features,
                   const OptionalTensor& bias) {
   TORCH_CHECK(x.dim() >= 1, "x: expected at least 1 dimension, got 0");
   TORCH_CHECK(out_features >= 0, "out_features: expected 0 or more, got ", out_features);
   const int64_t in_features = x.size(-1);
   const Rows rows(activation(x, in_features, "x"));
-  const Nf4Weight weight(packed, absmax, absmax2, offset, blocksize, out_features * in_features);
+  const Nf4Weight weight(packed, absmax, absmax2, offset, layout, out_features * in_features);
   Tensor y = at::empty(sizes_with_last(x, out_features), x.options());
   Gemm gemm(y);
   gemm.set_bias(bias, x.scalar_type());
@@ -25,13 +25,13 @@ Tensor nf4_linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, c
 }
 
 Tensor nf4_linear_dx(const Tensor& dy, const Tensor& packed, const Tensor& absmax,
-                     const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize,
+                     const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t layout,
                      int64_t in_features) {
   TORCH_CHECK(dy.dim() >= 1, "dy: expected at least 1 dimension, got 0");
   TORCH_CHECK(in_features >= 0, "in_features: expected 0 or more, got ", in_features);
   const int64_t out_features = dy.size(-1);
   const Tensor rows = activation(dy, out_features, "dy");
-  const Nf4Weight weight(packed, absmax, absmax2, offset, blocksize, out_features * in_features);
+  const Nf4Weight weight(packed, absmax, absmax2, offset, layout, out_features * in_features);
   Tensor dx = at::empty(sizes_with_last(dy, in_features), dy.options());
   Gemm gemm(dx);
   gemm.add(term_of(rows, "dy", weight.matrix(in_features)));

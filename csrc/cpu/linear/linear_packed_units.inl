@@ -58,6 +58,16 @@ struct FloatsUnit : FloatSteps {
 #pragma GCC unroll 2
       for (; i + 64 <= count; i += 64) decode_run<64>(w, first + i, out + i);
     }
+    for (; w.block_shift < 5 && i < count; i += kOrder) {
+      if constexpr (kOrder < kSmallestBlocksize) {
+        float natural[kOrder];
+        const int64_t left = min64(kOrder, count - i);
+        dequantize_run(w, first + i, left, natural);
+        for (int64_t j = 0; j < left; ++j) out[i + j / 2 + (j % 2 ? kLanes : 0)] = natural[j];
+      } else {
+        decode_short_blocks(w, *w.codes, first + i, out + i);
+      }
+    }
     for (; i < count; i += nf4::kMinBlocksize) decode_run<nf4::kMinBlocksize>(w, first + i, out + i);
   }
 
@@ -72,10 +82,21 @@ struct FloatsUnit : FloatSteps {
  private:
   template <int kRun>
   static void decode_run(const Nf4View& w, int64_t first, float* out) {
-    const NibbleTable<float> table(block_absmax(w, first >> w.block_shift));
+    const NibbleTable<float> table(*w.codes, block_absmax(w, first >> w.block_shift));
 #pragma GCC unroll 8
     for (int i = 0; i < kRun; i += kOrder)
       table.decode_split(w.packed + (first + i) / 2, out + i, out + i + kLanes);
+  }
+  // kOrder elements of blocks of 16. A template, so that only ISAs with long steps need decode_split_blocks.
+  template <class Codes>
+  static void decode_short_blocks(const Nf4View& w, const Codes& codes, int64_t first, float* out) {
+    if constexpr (kOrder > kSmallestBlocksize) {
+      const int64_t block = first >> w.block_shift;
+      decode_split_blocks(codes, block_absmax(w, block), block_absmax(w, block + 1), w.packed + first / 2,
+                          out);
+    } else {
+      decode_run<kSmallestBlocksize>(w, first, out);
+    }
   }
 };
 
@@ -136,10 +157,27 @@ struct PairsUnit : PairSteps {
       // Builds a table per run, even for longer blocks: without a loop over blocks the runs overlap.
 #  pragma GCC unroll 4
       for (; i < whole; i += kRun) {
-        const EvenOddTable table(block_absmax(w, (first + i) >> w.block_shift));
+        const EvenOddTable table(*w.codes, block_absmax(w, (first + i) >> w.block_shift));
         table.decode(bytes + i / 2, out + i);
       }
     }
+#  if PEFT_KERNELS_TWO_TABLES
+    if (first % kRun == 0 && w.block_shift < 6) {
+      const int64_t whole = count / kRun * kRun;
+#    pragma GCC unroll 4
+      for (; i < whole; i += kRun) {
+        const int64_t block = (first + i) >> w.block_shift;
+        if (w.block_shift == 5) {
+          const PairTable table(*w.codes, block_absmax(w, block), block_absmax(w, block + 1));
+          table.decode_even_odd(w.packed + (first + i) / 2, out + i);
+        } else {
+          const QuadTable table(*w.codes, block_absmax(w, block), block_absmax(w, block + 1),
+                                block_absmax(w, block + 2), block_absmax(w, block + 3));
+          table.decode_even_odd(w.packed + (first + i) / 2, out + i);
+        }
+      }
+    }
+#  endif
     for (; i < count; i += kOrder) {  // unaligned, or the end of a row
       PanelBF16 natural[kOrder];
       const int64_t left = min64(kOrder, count - i);

@@ -14,13 +14,13 @@ namespace {
 
 //|w + s b A||^2 = w . w + s (2 w A^T + s b A A^T) . b, row by row, so B A is never formed.
 Tensor dora_norm(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
-                 const OptionalTensor& offset, int64_t blocksize, const Tensor& lora_a, const Tensor& lora_b,
+                 const OptionalTensor& offset, int64_t layout, const Tensor& lora_a, const Tensor& lora_b,
                  double scaling) {
   const WithoutAutocast without_autocast;
   const DoraNormArgs args(lora_a, lora_b);
   const int64_t out_features = args.out_features(), in_features = args.in_features();
-  const BaseWeight base(absmax ? weight : weight.contiguous(), absmax, absmax2, offset, blocksize,
-                        out_features, in_features, weight.scalar_type());
+  const BaseWeight base(absmax ? weight : weight.contiguous(), absmax, absmax2, offset, layout, out_features,
+                        in_features, weight.scalar_type());
   const MatrixView w = base.matrix();
 
   Tensor squares = at::empty({out_features}, args.a.options());

@@ -38,10 +38,10 @@ struct Labelled {
 class Head {
  public:
   Head(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
-       const OptionalTensor& offset, int64_t blocksize, int64_t vocabulary, const Tensor& x)
+       const OptionalTensor& offset, int64_t layout, int64_t vocabulary, const Tensor& x)
       : rounds_(!absmax && weight.scalar_type() == at::kFloat && x.scalar_type() != at::kFloat &&
                 weight.is_contiguous()),
-        base_(absmax || rounds_ ? weight : as_multiplied(weight, x), absmax, absmax2, offset, blocksize,
+        base_(absmax || rounds_ ? weight : as_multiplied(weight, x), absmax, absmax2, offset, layout,
               vocabulary, x.size(1), rounds_ ? at::kFloat : x.scalar_type()),
         like_(at::empty({0, x.size(1)}, x.options())) {
     if (base_.is_dense()) {
@@ -112,7 +112,7 @@ class Head {
       view.absmax += block;
     } else {
       view.q8 += block;
-      view.absmax2 += block / nf4::kAbsmaxBlock;
+      if (view.absmax2) view.absmax2 += block / nf4::kAbsmaxBlock;
     }
     return {nullptr, DType::kF32, base_.in_features(), &view};
   }

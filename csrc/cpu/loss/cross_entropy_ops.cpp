@@ -16,13 +16,13 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     const Tensor& x, const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
-    const OptionalTensor& offset, int64_t blocksize, int64_t vocabulary, const OptionalTensor& bias,
+    const OptionalTensor& offset, int64_t layout, int64_t vocabulary, const OptionalTensor& bias,
     const Tensor& labels, int64_t ignore_index, double logit_scale, double softcap, double label_smoothing,
     double z_loss, bool need_dx, bool need_entropy, bool need_mean) {
   const WithoutAutocast without_autocast;
   check_loss(x, labels, vocabulary, bias, softcap, label_smoothing);
   check_loss_need_dx(need_dx, softcap, label_smoothing);
-  Head head(weight, absmax, absmax2, offset, blocksize, vocabulary, x);
+  Head head(weight, absmax, absmax2, offset, layout, vocabulary, x);
   const Labelled labelled(labels, ignore_index, vocabulary);
   const auto floats = x.options().dtype(at::kFloat);
   const int64_t rows = x.size(0), features = x.size(1);
@@ -54,8 +54,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward(
     const Tensor& dloss, const Tensor& lse, const Tensor& x, const Tensor& weight,
-    const OptionalTensor& absmax, const OptionalTensor& absmax2, const OptionalTensor& offset,
-    int64_t blocksize, int64_t vocabulary, const OptionalTensor& bias, const OptionalTensor& h_in,
+    const OptionalTensor& absmax, const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t layout,
+    int64_t vocabulary, const OptionalTensor& bias, const OptionalTensor& h_in,
     const OptionalTensor& lora_b_in, const Tensor& labels, int64_t ignore_index, double logit_scale,
     double softcap, double label_smoothing, double z_loss, bool need_dx, bool need_dw, bool need_dbias,
     bool need_dh, bool need_db) {
@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward
   check_loss_adapter(h_in, lora_b_in, rows, vocabulary);
   check_loss_backward(dloss, lse, rows, absmax.has_value(), bias.has_value(), h_in.has_value(), need_dw,
                       need_dbias, need_dh, need_db);
-  const Head head(weight, absmax, absmax2, offset, blocksize, vocabulary, x);
+  const Head head(weight, absmax, absmax2, offset, layout, vocabulary, x);
   const Labelled labelled(labels, ignore_index, vocabulary);
   const bool all = labelled.count() == rows;
   const Tensor index =

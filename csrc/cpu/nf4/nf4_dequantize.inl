@@ -2,8 +2,31 @@
 
 inline float block_absmax(const Nf4View& w, int64_t block) {
   if (w.absmax) return w.absmax[block];
+  const float value = w.scale_values[w.q8[block]];
+  if (!w.absmax2) return value;
   // Multiply, round, add, round: bit-equal to bitsandbytes, so no fused multiply-add (-ffp-contract=off).
-  return nf4::kDynamicMap[w.q8[block]] * w.absmax2[block >> nf4::kAbsmaxBlockShift] + w.offset;
+  return value * w.absmax2[block >> nf4::kAbsmaxBlockShift] + w.offset;
+}
+
+// The scales of blocks [first, first + count), which are codes. Writes up to kCodeRun values past the end of
+// `out`.
+inline void unpack_scales(const Codebook& book, const Nf4View& w, int64_t first, int64_t count, float* out) {
+  const Vec offset = splat(w.offset);
+  for (int64_t b = first, end = first + count; b < end;) {
+    const int64_t group = b >> nf4::kAbsmaxBlockShift;
+    const int64_t run = min64(min64(kCodeRun, end - b), ((group + 1) << nf4::kAbsmaxBlockShift) - b);
+    const uint8_t* codes = w.q8 + b;
+    uint8_t copy[kCodeRun];  // the weight may end here
+    if (run < kCodeRun) {
+      memset(copy, 0, sizeof(copy));
+      memcpy(copy, codes, run);
+      codes = copy;
+    }
+    book.decode(codes, splat(w.absmax2 ? w.absmax2[group] : 1.0f), out);
+    for (int64_t i = 0; w.absmax2 && i < run; i += kLanes) store(out + i, add(load(out + i), offset));
+    b += run;
+    out += run;
+  }
 }
 
 // A run within one block, from any element.
@@ -29,13 +52,36 @@ void decode_ragged_run(const NibbleTable<Out>& table, const uint8_t* packed, int
   }
 }
 
+// Whole blocks of kSmallestBlocksize, which is less than a step of NibbleTable<Out>, through fp32.
+template <class Out>
+void decode_short_blocks(const Nf4View& w, int64_t first, int64_t count, Out* out) {
+  constexpr int64_t kBlock = kSmallestBlocksize;
+  for (; count > 0; first += kBlock, out += kBlock, count -= kBlock) {
+    const NibbleTable<float> table(*w.codes, block_absmax(w, first >> w.block_shift));
+    float values[kBlock];
+    for (int64_t i = 0; i < kBlock; i += NibbleTable<float>::kStep) {
+      table.decode(w.packed + (first + i) / 2, values + i);
+    }
+    narrow_run(values, kBlock, out);
+  }
+}
+
 template <class Out>
 void dequantize_run(const Nf4View& w, int64_t first, int64_t count, Out* out) {
   constexpr int64_t kStep = NibbleTable<Out>::kStep;
   const int64_t blocksize = int64_t{1} << w.block_shift;
+  if constexpr (kStep > kSmallestBlocksize) {
+    if (blocksize == kSmallestBlocksize && first % blocksize == 0) {
+      const int64_t whole = count - count % blocksize;
+      decode_short_blocks(w, first, whole, out);
+      first += whole;
+      out += whole;
+      count -= whole;
+    }
+  }
   while (count > 0) {
     const int64_t left_in_block = blocksize - (first & (blocksize - 1));
-    const NibbleTable<Out> table(block_absmax(w, first >> w.block_shift));
+    const NibbleTable<Out> table(*w.codes, block_absmax(w, first >> w.block_shift));
     int64_t run = count < left_in_block ? count : left_in_block;
     if (first % kStep == 0 && run >= kStep) {
       run -= run % kStep;

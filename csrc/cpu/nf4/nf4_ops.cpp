@@ -77,15 +77,15 @@ Tensor unpack_absmax(const Tensor& q8, const Tensor& absmax2, const Tensor& offs
 }
 
 Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2,
-                      const OptionalTensor& offset, int64_t blocksize, at::IntArrayRef shape,
+                      const OptionalTensor& offset, int64_t layout, at::IntArrayRef shape,
                       at::ScalarType dtype) {
   Tensor out = at::empty(shape, packed.options().dtype(dtype));
   const DType out_dtype = dtype_of(out, "dtype");
-  const Nf4Weight weight(packed, absmax, absmax2, offset, blocksize, out.numel());
+  const Nf4Weight weight(packed, absmax, absmax2, offset, layout, out.numel());
   void* data = out.mutable_data_ptr();
   const auto dequantize = kernels().dequantize;
   // Whole blocks, so that a table is built once and every thread starts in a high nibble.
-  const int64_t blocks = ceil_div(out.numel(), blocksize);
+  const int64_t blocksize = blocksize_of(layout), blocks = ceil_div(out.numel(), blocksize);
   parallel_for(0, blocks, ceil_div(kDequantizeGrain, blocksize), [&](int64_t begin, int64_t end) {
     dequantize(weight.view(), begin * blocksize, std::min(end * blocksize, out.numel()), out_dtype, data);
   });

@@ -10,14 +10,19 @@ namespace peft_kernels::cpu {
 class Nf4Weight {
  public:
   Nf4Weight(const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2,
-            const OptionalTensor& offset, int64_t blocksize, int64_t numel, int64_t count = 1)
-      : tensors_(packed, absmax, absmax2, offset, blocksize, numel, count), numel_(numel) {
+            const OptionalTensor& offset, int64_t layout, int64_t numel, int64_t count = 1)
+      : tensors_(packed, absmax, absmax2, offset, layout, numel, count), numel_(numel) {
+    view_.codes = &tensors_.codes();
     view_.packed = tensors_.packed();
     view_.block_shift = tensors_.block_shift();
     if (tensors_.is_nested()) {
       view_.q8 = tensors_.q8();
+      view_.scale_values = nf4::kDynamicMap;
       view_.absmax2 = tensors_.absmax2();
       if (count > 0) view_.offset = *tensors_.offset();
+    } else if (tensors_.has_scale_values()) {
+      view_.q8 = tensors_.q8();
+      view_.scale_values = tensors_.scale_values(0);
     } else {
       view_.absmax = tensors_.absmax();
     }
@@ -31,13 +36,17 @@ class Nf4Weight {
     const int64_t blocks = ceil_div(numel_, int64_t{1} << view_.block_shift);
     Nf4View view = view_;
     view.packed += index * ((numel_ + 1) / 2);
-    if (!tensors_.is_nested()) {
+    if (view.absmax) {
       view.absmax += index * blocks;
       return view;
     }
     view.q8 += index * blocks;
-    view.absmax2 += index * ceil_div(blocks, nf4::kAbsmaxBlock);
-    view.offset = tensors_.offset()[index];
+    if (tensors_.is_nested()) {
+      view.absmax2 += index * ceil_div(blocks, nf4::kAbsmaxBlock);
+      view.offset = tensors_.offset()[index];
+    } else {
+      view.scale_values = tensors_.scale_values(index);
+    }
     return view;
   }
   // The weight as a matrix with `cols` elements per row.

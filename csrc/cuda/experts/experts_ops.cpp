@@ -74,17 +74,17 @@ class ExpertsGemm {
 };
 
 Tensor experts_linear_op(const Tensor& x, const Tensor& ends, const Tensor& packed, const Tensor& absmax,
-                         const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize,
+                         const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t layout,
                          int64_t out_features, const OptionalTensor& bias) {
   const OnDeviceOf device(x, "x");
   check_ends(ends);
   TORCH_CHECK(x.dim() == 2, "x: expected 2 dimensions, got ", x.dim());
   TORCH_CHECK(out_features >= 0, "out_features: expected 0 or more, got ", out_features);
-  const ExpertsWeight weight(packed, absmax, absmax2, offset, blocksize, ends.size(0), out_features,
-                             x.size(1), x.scalar_type());
+  const ExpertsWeight weight(packed, absmax, absmax2, offset, layout, ends.size(0), out_features, x.size(1),
+                             x.scalar_type());
   const ExpertsGemm gemm(x, weight, false);
   if (gemm.is_composed()) {
-    return composed(experts_linear_op, "experts_linear", x, ends, packed, absmax, absmax2, offset, blocksize,
+    return composed(experts_linear_op, "experts_linear", x, ends, packed, absmax, absmax2, offset, layout,
                     out_features, bias);
   }
   check_bias(bias, weight, x);
@@ -92,18 +92,18 @@ Tensor experts_linear_op(const Tensor& x, const Tensor& ends, const Tensor& pack
 }
 
 Tensor experts_linear_dx_op(const Tensor& dy, const Tensor& ends, const Tensor& packed, const Tensor& absmax,
-                            const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize,
+                            const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t layout,
                             int64_t in_features) {
   const OnDeviceOf device(dy, "dy");
   check_ends(ends);
   TORCH_CHECK(dy.dim() == 2, "dy: expected 2 dimensions, got ", dy.dim());
   TORCH_CHECK(in_features >= 0, "in_features: expected 0 or more, got ", in_features);
-  const ExpertsWeight weight(packed, absmax, absmax2, offset, blocksize, ends.size(0), dy.size(1),
-                             in_features, dy.scalar_type());
+  const ExpertsWeight weight(packed, absmax, absmax2, offset, layout, ends.size(0), dy.size(1), in_features,
+                             dy.scalar_type());
   const ExpertsGemm gemm(dy, weight, true);
   if (gemm.is_composed()) {
     return composed(experts_linear_dx_op, "experts_linear_dx", dy, ends, packed, absmax, absmax2, offset,
-                    blocksize, in_features);
+                    layout, in_features);
   }
   return gemm.run(aligned(dy), {ends, dy.size(0), gemm.tile_rows(), {gemm.result()}});
 }
@@ -126,19 +126,19 @@ struct Adapters {
 
 std::tuple<Tensor, Tensor> experts_lora_linear_op(const Tensor& x, const Tensor& ends, const Tensor& weight,
                                                   const OptionalTensor& absmax, const OptionalTensor& absmax2,
-                                                  const OptionalTensor& offset, int64_t blocksize,
+                                                  const OptionalTensor& offset, int64_t layout,
                                                   const OptionalTensor& bias, const Tensor& lora_a,
                                                   const Tensor& lora_b, double scaling) {
   const OnDeviceOf device(x, "x");
   check_ends(ends);
   TORCH_CHECK(x.dim() == 2, "x: expected 2 dimensions, got ", x.dim());
   const Adapters adapters(lora_a, lora_b, ends, x);
-  const ExpertsWeight base(weight, absmax, absmax2, offset, blocksize, ends.size(0), adapters.out_features(),
+  const ExpertsWeight base(weight, absmax, absmax2, offset, layout, ends.size(0), adapters.out_features(),
                            x.size(1), x.scalar_type());
   const ExpertsGemm gemm(x, base, false);
   if (gemm.is_composed() || adapters.rank() == 0) {
     return composed(experts_lora_linear_op, "experts_lora_linear", x, ends, weight, absmax, absmax2, offset,
-                    blocksize, bias, lora_a, lora_b, scaling);
+                    layout, bias, lora_a, lora_b, scaling);
   }
   check_bias(bias, base, x);
   const Tensor own_x = aligned(x);
@@ -156,9 +156,8 @@ std::tuple<Tensor, Tensor> experts_lora_linear_op(const Tensor& x, const Tensor&
 
 std::tuple<Tensor, Tensor, Tensor> experts_lora_linear_backward_op(
     const Tensor& dy, const Tensor& x, const Tensor& h, const Tensor& ends, const Tensor& weight,
-    const OptionalTensor& absmax, const OptionalTensor& absmax2, const OptionalTensor& offset,
-    int64_t blocksize, const Tensor& lora_a, const Tensor& lora_b, double scaling, bool need_dx, bool need_da,
-    bool need_db) {
+    const OptionalTensor& absmax, const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t layout,
+    const Tensor& lora_a, const Tensor& lora_b, double scaling, bool need_dx, bool need_da, bool need_db) {
   const OnDeviceOf device(dy, "dy");
   check_ends(ends);
   TORCH_CHECK(x.dim() == 2, "x: expected 2 dimensions, got ", x.dim());
@@ -167,13 +166,13 @@ std::tuple<Tensor, Tensor, Tensor> experts_lora_linear_backward_op(
   check_shape(dy, {x.size(0), adapters.out_features()}, "dy");
   check_dtype(h, at::kFloat, "h");
   check_shape(h, {x.size(0), adapters.rank()}, "h");
-  const ExpertsWeight base(weight, absmax, absmax2, offset, blocksize, ends.size(0), adapters.out_features(),
+  const ExpertsWeight base(weight, absmax, absmax2, offset, layout, ends.size(0), adapters.out_features(),
                            x.size(1), x.scalar_type());
   // Planned the same without dx: the adapters' gradients must not depend on which results are needed.
   const ExpertsGemm gemm(dy, base, true, need_dx);
   if (gemm.is_composed() || adapters.rank() == 0) {
     return composed(experts_lora_linear_backward_op, "experts_lora_linear_backward", dy, x, h, ends, weight,
-                    absmax, absmax2, offset, blocksize, lora_a, lora_b, scaling, need_dx, need_da, need_db);
+                    absmax, absmax2, offset, layout, lora_a, lora_b, scaling, need_dx, need_da, need_db);
   }
   const int rank = adapters.rank();
   const DType dtype = dtype_of(dy, "dy");

@@ -20,12 +20,12 @@ bool has_vectors_of(const Tensor& weight) {
 }  // namespace
 
 ExpertsWeight::ExpertsWeight(const Tensor& weight, const OptionalTensor& absmax,
-                             const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize,
+                             const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t layout,
                              int64_t experts, int64_t out_features, int64_t in_features,
                              at::ScalarType dense_dtype)
     : experts_(experts), out_features_(out_features), in_features_(in_features) {
   if (absmax) {
-    nf4_.emplace(weight, *absmax, absmax2, offset, blocksize, out_features * in_features, experts);
+    nf4_.emplace(weight, *absmax, absmax2, offset, layout, out_features * in_features, experts);
   } else {
     check_dtype(weight, dense_dtype, "weight");
     check_shape(weight, {experts, out_features, in_features}, "weight");
@@ -36,10 +36,13 @@ ExpertsWeight::ExpertsWeight(const Tensor& weight, const OptionalTensor& absmax,
 ManyNf4 ExpertsWeight::nf4() const {
   const int64_t elements = out_features_ * in_features_;
   const int64_t blocks = ceil_div(elements, int64_t{1} << nf4_->block_shift());
-  // Without double quantisation, codes are any bytes (view_of): those of the packed weight.
-  const bool nested = nf4_->is_nested();
-  return {view_of(*nf4_), (elements + 1) / 2, nested ? blocks : (elements + 1) / 2,
-          nested ? ceil_div(blocks, nf4::kAbsmaxBlock) : blocks};
+  const int64_t bytes = (elements + 1) / 2;
+  const Nf4View first = view_of(*nf4_);
+  if (nf4_->has_scale_values())
+    return {first, bytes, blocks, 0, nf4_->scale_values(1) - nf4_->scale_values(0)};
+  if (nf4_->is_nested()) return {first, bytes, blocks, ceil_div(blocks, nf4::kAbsmaxBlock), 0};
+  // Codes are any bytes (view_of): those of the packed weight.
+  return {first, bytes, bytes, blocks, 0};
 }
 
 ExpertsPlan ExpertsWeight::plan(const Tensor& rows, bool is_dx) const {

@@ -22,7 +22,7 @@ inline Tensor aligned(const Tensor& t) {
 class ExpertsWeight {
  public:
   ExpertsWeight(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
-                const OptionalTensor& offset, int64_t blocksize, int64_t experts, int64_t out_features,
+                const OptionalTensor& offset, int64_t layout, int64_t experts, int64_t out_features,
                 int64_t in_features, at::ScalarType dense_dtype);
 
   int64_t experts() const { return experts_; }

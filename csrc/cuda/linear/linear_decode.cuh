@@ -11,8 +11,8 @@
 namespace peft_kernels::cuda {
 
 // Decoded values are multiplied by this factor before rounding to 16 bits; sums are divided by it afterwards.
-// It is the factor for which the 16 rounded codes are nearest to the exact ones, weighted by their frequency
-// in weights.
+// It is the factor for which the 16 rounded codes of NF4 are nearest to the exact ones, weighted by their
+// frequency in weights.
 template <class T>
 inline constexpr float kCodeFactor = 0;
 template <>
@@ -50,7 +50,7 @@ struct NarrowTable {
 // Fills the table. `start` is the shared memory of the block, the first `bytes_before` bytes of which are in
 // use before a wide table. Called by all threads; a barrier must follow.
 template <class T, class Table, int kThreads>
-DEVICE Table fill_table(uint8_t* start, uint32_t bytes_before) {
+DEVICE Table fill_table(const Nf4View& weight, uint8_t* start, uint32_t bytes_before) {
   constexpr int kRows = 256, kRowsOfWarp = kRows / (kThreads / kWarp);
   static_assert(kRowsOfWarp <= kWarp && kRowsOfWarp % 4 == 0);
   const int lane = lane_index(), first = warp_index() * kRowsOfWarp;
@@ -61,7 +61,7 @@ DEVICE Table fill_table(uint8_t* start, uint32_t bytes_before) {
   }
   // A lane computes one row and writes 16 bytes of every fourth.
   const int mine = first + lane % kRowsOfWarp;
-  const auto code = [](int i) { return __fmul_rn(kCodeTable.value[i], kCodeFactor<T>); };
+  const auto code = [&](int i) { return __fmul_rn(code_value(weight, i), kCodeFactor<T>); };
   const uint32_t pair = pack2<T>(code(mine >> 4), code(mine & 15));
   uint8_t* row = start + (address - start_address) + (first + lane / 8) * Table::kRowBytes + lane % 8 * 16;
 #pragma unroll

@@ -52,7 +52,7 @@ struct LinearDxOf {
     if (Groups::kIsMany && self.begin_ >= self.groups_.work().end()) return;
     self.start_loading();
     self.table_ = fill_table<T, Table, kThreads>(
-        shared_memory<uint8_t>(), p.stages_offset == 0 ? kStages * sizeof(Stage) : sizeof(Shared));
+        p.weight, shared_memory<uint8_t>(), p.stages_offset == 0 ? kStages * sizeof(Stage) : sizeof(Shared));
     fill_map<kThreads>(p.weight, self.shared_->map, kFactor);
     bool begins_halfway = self.begin_ % 2 != 0;
     while (self.stage_ < self.end_) {

@@ -45,8 +45,8 @@ struct LinearSmall {
     LinearSmall self(p);
     self.copy_x();
     self.start_loading();
-    self.table_ =
-        fill_table<T, Table, kThreads>(self.start_, p.x_offset == 0 ? self.x_bytes() : sizeof(Shared));
+    self.table_ = fill_table<T, Table, kThreads>(p.weight, self.start_,
+                                                 p.x_offset == 0 ? self.x_bytes() : sizeof(Shared));
     fill_map<kThreads>(p.weight, self.shared_->map);
     copy_async_wait<0>();
     __syncthreads();

@@ -44,7 +44,7 @@ struct LinearTilesOf {
     LinearTilesOf self(p);
     if (Groups::kIsMany && self.begin_ >= self.end_) return;
     self.start_loading();
-    self.table_ = fill_table<T, Table, kThreads>(shared_memory<uint8_t>(), sizeof(Shared));
+    self.table_ = fill_table<T, Table, kThreads>(p.weight, shared_memory<uint8_t>(), sizeof(Shared));
     fill_map<kThreads>(p.weight, self.shared_->map);
     __syncthreads();
     for (int tile = self.begin_ / self.stages_; tile * self.stages_ < self.end_; ++tile) {

@@ -67,7 +67,7 @@ struct SumRows {
     const int64_t slices = (p.k + kSlice - 1) / kSlice;
     const int64_t begin = slices * split / p.splits, end = slices * (split + 1) / p.splits;
 
-    if (thread < nf4::kCodes) store(&shared->code[thread], split_code(kCodeTable.value[thread]));
+    if (thread < nf4::kCodes) store(&shared->code[thread], split_code(code_value(p.weight, thread)));
     fill_map<kThreads>(p.weight, shared->map);
     const float offset = load_scale_offset(p.weight);
 

@@ -71,12 +71,12 @@ Sums dense_sums(const Tensor& weight, const DoraNormArgs& args) {
 }
 
 Tensor dora_norm_op(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
-                    const OptionalTensor& offset, int64_t blocksize, const Tensor& lora_a,
-                    const Tensor& lora_b, double scaling) {
+                    const OptionalTensor& offset, int64_t layout, const Tensor& lora_a, const Tensor& lora_b,
+                    double scaling) {
   const OnDeviceOf device(weight, "weight");
   const DoraNormArgs args(lora_a, lora_b);
   if (!absmax) dtype_of(weight, "weight");
-  const BaseWeight base(weight, absmax, absmax2, offset, blocksize, args.out_features(), args.in_features(),
+  const BaseWeight base(weight, absmax, absmax2, offset, layout, args.out_features(), args.in_features(),
                         weight.scalar_type());
   const Sums sums = base.is_dense() ? dense_sums(base.dense().contiguous(), args) : nf4_sums(base, args);
   const Tensor gram = at::mm(args.a, args.a.t()), b = args.b.contiguous();

@@ -33,10 +33,10 @@ Tensor rows_with_label(const Tensor& labels, int64_t ignore_index) {
 }
 
 LossHead::LossHead(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
-                   const OptionalTensor& offset, int64_t blocksize, int64_t vocabulary,
+                   const OptionalTensor& offset, int64_t layout, int64_t vocabulary,
                    const OptionalTensor& bias, const Tensor& x)
     : base_(!absmax && weight.scalar_type() == at::kFloat ? weight.to(x.scalar_type()) : weight, absmax,
-            absmax2, offset, blocksize, vocabulary, x.size(1), x.scalar_type()),
+            absmax2, offset, layout, vocabulary, x.size(1), x.scalar_type()),
       bias_(bias),
       options_(x.options()) {
   // Kernels index a row in 32 bits.

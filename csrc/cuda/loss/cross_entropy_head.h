@@ -28,7 +28,7 @@ Tensor rows_with_label(const Tensor& labels, int64_t ignore_index);
 class LossHead {
  public:
   LossHead(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
-           const OptionalTensor& offset, int64_t blocksize, int64_t vocabulary, const OptionalTensor& bias,
+           const OptionalTensor& offset, int64_t layout, int64_t vocabulary, const OptionalTensor& bias,
            const Tensor& x);
 
   // x W^T + bias for some rows of x. Rows of the result may lie apart.

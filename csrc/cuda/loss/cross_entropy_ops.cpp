@@ -87,7 +87,7 @@ Losses losses_of(const Tensor& x_in, const LossHead& head, const OptionalTensor&
 }
 
 Losses linear_cross_entropy_op(const Tensor& x, const Tensor& weight, const OptionalTensor& absmax,
-                               const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize,
+                               const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t layout,
                                int64_t vocabulary, const OptionalTensor& bias, const Tensor& labels,
                                int64_t ignore_index, double logit_scale, double softcap,
                                double label_smoothing, double z_loss, bool need_dx, bool need_entropy,
@@ -95,7 +95,7 @@ Losses linear_cross_entropy_op(const Tensor& x, const Tensor& weight, const Opti
   const OnDeviceOf device(x, "x");
   check_loss(x, labels, vocabulary, bias, softcap, label_smoothing);
   check_loss_need_dx(need_dx, softcap, label_smoothing);
-  const LossHead head(weight, absmax, absmax2, offset, blocksize, vocabulary, bias, x);
+  const LossHead head(weight, absmax, absmax2, offset, layout, vocabulary, bias, x);
   return losses_of(x, head, std::nullopt, std::nullopt, labels,
                    options_of(vocabulary, ignore_index, logit_scale, softcap, label_smoothing, z_loss),
                    need_dx, need_entropy, need_mean);
@@ -103,14 +103,14 @@ Losses linear_cross_entropy_op(const Tensor& x, const Tensor& weight, const Opti
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_trained_op(
     const Tensor& x, const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
-    const OptionalTensor& offset, int64_t blocksize, int64_t vocabulary, const OptionalTensor& bias,
+    const OptionalTensor& offset, int64_t layout, int64_t vocabulary, const OptionalTensor& bias,
     const OptionalTensor& h, const OptionalTensor& lora_b, const Tensor& labels, int64_t ignore_index,
     double logit_scale, double softcap, double label_smoothing, double z_loss, bool need_entropy,
     bool need_mean) {
   const OnDeviceOf device(x, "x");
   check_loss(x, labels, vocabulary, bias, softcap, label_smoothing);
   check_loss_adapter(h, lora_b, x.size(0), vocabulary);
-  const LossHead head(weight, absmax, absmax2, offset, blocksize, vocabulary, bias, x);
+  const LossHead head(weight, absmax, absmax2, offset, layout, vocabulary, bias, x);
   const auto [loss, lse, entropy, top, mean, dx] =
       losses_of(x, head, h, lora_b, labels,
                 options_of(vocabulary, ignore_index, logit_scale, softcap, label_smoothing, z_loss), false,
@@ -127,17 +127,16 @@ void add_matmul(Tensor& sums, const Tensor& a, const Tensor& b) {
 // read twice.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward_op(
     const Tensor& dloss_in, const Tensor& lse_in, const Tensor& x_in, const Tensor& weight,
-    const OptionalTensor& absmax, const OptionalTensor& absmax2, const OptionalTensor& offset,
-    int64_t blocksize, int64_t vocabulary, const OptionalTensor& bias, const OptionalTensor& h,
-    const OptionalTensor& lora_b, const Tensor& labels_in, int64_t ignore_index, double logit_scale,
-    double softcap, double label_smoothing, double z_loss, bool need_dx, bool need_dw, bool need_dbias,
-    bool need_dh, bool need_db) {
+    const OptionalTensor& absmax, const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t layout,
+    int64_t vocabulary, const OptionalTensor& bias, const OptionalTensor& h, const OptionalTensor& lora_b,
+    const Tensor& labels_in, int64_t ignore_index, double logit_scale, double softcap, double label_smoothing,
+    double z_loss, bool need_dx, bool need_dw, bool need_dbias, bool need_dh, bool need_db) {
   const OnDeviceOf device(x_in, "x");
   check_loss(x_in, labels_in, vocabulary, bias, softcap, label_smoothing);
   check_loss_adapter(h, lora_b, x_in.size(0), vocabulary);
   check_loss_backward(dloss_in, lse_in, x_in.size(0), absmax.has_value(), bias.has_value(), h.has_value(),
                       need_dw, need_dbias, need_dh, need_db);
-  const LossHead head(weight, absmax, absmax2, offset, blocksize, vocabulary, bias, x_in);
+  const LossHead head(weight, absmax, absmax2, offset, layout, vocabulary, bias, x_in);
   const Tensor rows = rows_with_label(labels_in, ignore_index), x = chosen(x_in, rows);
   const Tensor labels = chosen(labels_in, rows), dloss = chosen(dloss_in, rows), lse = chosen(lse_in, rows);
   const Adapter adapter(h, lora_b, rows);

@@ -5,15 +5,18 @@
 
 namespace peft_kernels::cuda {
 
-// An NF4 weight on the device. The scale of a block is map[scale_code[block]] * scale[block >> scale_shift] +
-// *scale_offset, with the double-quantisation map of the format; with a plain absmax it is scale[block].
+// A packed weight on the device. The scale of a block is map[scale_code[block]] * scale[block >> scale_shift]
+// + *scale_offset, with the map of double quantisation; with a plain absmax it is scale[block], and with
+// scales that are codes it is scale_values[scale_code[block]].
 struct Nf4View {
   const uint8_t* packed;
   const uint8_t* scale_code;  // plain absmax: any bytes
-  const float* scale;
-  const float* scale_offset;  // null: plain absmax, with a map of ones
+  const float* scale;         // null: ones, with scale_values
+  const float* scale_offset;  // null: no double quantisation
   int scale_shift;
-  int block_shift;  // log2 of the blocksize
+  int block_shift;            // log2 of the blocksize
+  const float* scale_values;  // null: a map of ones
+  int codes;                  // index of kCodeValues
 };
 
 void quantize_nf4(const void* weight, DType dtype, int64_t numel, int block_shift, uint8_t* packed,
@@ -36,7 +39,7 @@ void dequantize_nf4(const Nf4View& weight, const Part& part, void* out, DType dt
 // The weights of experts, one behind the other: the view of the first, and the steps to the next.
 struct ManyNf4 {
   Nf4View first;
-  int64_t packed_stride, code_stride, scale_stride;
+  int64_t packed_stride, code_stride, scale_stride, values_stride;
 };
 // The same part of all `experts` weights as bf16, one behind the other, by one kernel. The part starts at a
 // multiple of 8 elements, its rows are longer than that, and its columns and `ld` are multiples of 8. packed

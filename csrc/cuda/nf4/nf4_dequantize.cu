@@ -124,6 +124,7 @@ void dequantize_experts(const ManyNf4& weights, int64_t experts, const Part& par
   params.packed_stride = weights.packed_stride;
   params.code_stride = weights.code_stride;
   params.scale_stride = weights.scale_stride;
+  params.values_stride = weights.values_stride;
   params.out_stride = elements / DequantizeNf4<T>::kUnit;
   launch<Kernel>(params, experts * params.blocks, stream, sizeof(typename Kernel::Shared));
 }

@@ -1,4 +1,5 @@
-// Dequantises NF4 weights, unpacking double-quantised absmax on the fly; bit-equal to peft_kernels/ops/nf4.
+// Dequantises packed weights, unpacking double-quantised absmax on the fly; bit-equal to
+// peft_kernels/ops/nf4.
 #pragma once
 
 #include "nf4_tables.cuh"
@@ -57,7 +58,7 @@ struct DequantizeNf4 {
       const uint32_t unit = begin + i * kThreads;
       units[i] = load_unit(p, unit < p.units ? unit : p.units - 1);
     }
-    if (thread < nf4::kCodes) store(&shared->code[thread], kCodeTable.value[thread]);
+    if (thread < nf4::kCodes) store(&shared->code[thread], code_value(p.weight, thread));
     fill_map<kThreads>(p.weight, shared->map);
     const float offset = load_scale_offset(p.weight);
     __syncthreads();
@@ -81,7 +82,7 @@ struct DequantizeNf4 {
     constexpr int kUnitShift = 3;
     static_assert(kUnit == 1 << kUnitShift);
     return {load_once(reinterpret_cast<const uint32_t*>(p.weight.packed) + from),
-            load_scale(p.weight, from >> (p.weight.block_shift - kUnitShift)),
+            load_any_scale(p.weight, from >> (p.weight.block_shift - kUnitShift)),
             row * p.out_stride + col * kStores};
   }
 
@@ -116,9 +117,9 @@ struct DequantizeExperts {
 
   struct Params {
     typename One::Params first;
-    uint32_t blocks;                                   // of a weight
-    int64_t packed_stride, code_stride, scale_stride;  // from a weight to the next
-    int64_t out_stride;                                // in Elements
+    uint32_t blocks;                                                  // of a weight
+    int64_t packed_stride, code_stride, scale_stride, values_stride;  // from a weight to the next
+    int64_t out_stride;                                               // in Elements
   };
 
   static DEVICE void run(const Params& p) {
@@ -128,6 +129,7 @@ struct DequantizeExperts {
     own.weight.packed += expert * p.packed_stride;
     own.weight.scale_code += expert * p.code_stride;
     own.weight.scale += expert * p.scale_stride;
+    own.weight.scale_values += expert * p.values_stride;
     if (own.weight.scale_offset != nullptr) own.weight.scale_offset += expert;
     own.out += expert * p.out_stride;
     One::decode(own, block - expert * p.blocks);
@@ -154,7 +156,7 @@ struct DequantizeElements {
   static DEVICE void run(const Params& p) {
     Shared* shared = shared_memory<Shared>();
     const int thread = thread_index();
-    if (thread < nf4::kCodes) store(&shared->code[thread], kCodeTable.value[thread]);
+    if (thread < nf4::kCodes) store(&shared->code[thread], code_value(p.weight, thread));
     fill_map<kThreads>(p.weight, shared->map);
     const float offset = load_scale_offset(p.weight);
     __syncthreads();
@@ -167,7 +169,7 @@ struct DequantizeElements {
       const uint32_t byte = load_constant(p.weight.packed + element / 2);
       const uint32_t code = element % 2 ? byte & 15 : byte >> 4;
       const auto block = static_cast<uint32_t>(element >> p.weight.block_shift);
-      const float absmax = unpack_scale_rn(load_scale(p.weight, block), shared->map, offset);
+      const float absmax = unpack_scale_rn(load_any_scale(p.weight, block), shared->map, offset);
       store(p.out + row * p.out_stride + col, from_float<T>(__fmul_rn(load(&shared->code[code]), absmax)));
     }
   }

@@ -50,12 +50,12 @@ Tensor unpack_absmax_op(const Tensor& q8, const Tensor& absmax2, const Tensor& o
 }
 
 Tensor dequantize_nf4_op(const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2,
-                         const OptionalTensor& offset, int64_t blocksize, at::IntArrayRef shape,
+                         const OptionalTensor& offset, int64_t layout, at::IntArrayRef shape,
                          at::ScalarType dtype) {
   const OnDeviceOf device(packed, "packed");
   Tensor out = at::empty(shape, packed.options().dtype(dtype));
   const int64_t numel = out.numel();
-  const Nf4Tensors weight(packed, absmax, absmax2, offset, blocksize, numel);
+  const Nf4Tensors weight(packed, absmax, absmax2, offset, layout, numel);
   dequantize_nf4(view_of(weight), {0, 1, 0, numel, numel}, out.mutable_data_ptr(), dtype_of(out, "dtype"),
                  numel, current_stream());
   return out;

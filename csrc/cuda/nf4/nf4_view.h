@@ -8,11 +8,22 @@
 namespace peft_kernels::cuda {
 
 inline Nf4View view_of(const Nf4Tensors& weight) {
+  Nf4View view{};
+  view.packed = view.scale_code = weight.packed();
+  view.block_shift = weight.block_shift();
+  view.codes = static_cast<int>(&weight.codes() - kCodeValues);
   if (weight.is_nested()) {
-    return {weight.packed(),        weight.q8(),         weight.absmax2(), weight.offset(),
-            nf4::kAbsmaxBlockShift, weight.block_shift()};
+    view.scale_code = weight.q8();
+    view.scale = weight.absmax2();
+    view.scale_offset = weight.offset();
+    view.scale_shift = nf4::kAbsmaxBlockShift;
+  } else if (weight.has_scale_values()) {
+    view.scale_code = weight.q8();
+    view.scale_values = weight.scale_values(0);
+  } else {
+    view.scale = weight.absmax();
   }
-  return {weight.packed(), weight.packed(), weight.absmax(), nullptr, 0, weight.block_shift()};
+  return view;
 }
 
 }  // namespace peft_kernels::cuda

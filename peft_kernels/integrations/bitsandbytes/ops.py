@@ -1,9 +1,9 @@
-"""Our kernels for bitsandbytes' NF4 ops and optimizer steps, between `enable()` and `disable()`.
+"""Our kernels for bitsandbytes' 4-bit ops and optimizer steps, between `enable()` and `disable()`.
 
 bitsandbytes registers kernels of its ops with torch.library. Ours are registered over them, so its functions,
-modules and optimizers are unchanged. Calls that ours do not support (fp4, custom tables, optimizers other
-than Adam and Lion) fall back to bitsandbytes' kernel. Written for version 0.50.2; enable() refuses versions
-with other op schemas."""
+modules and optimizers are unchanged. Calls that ours do not support (quantising to FP4, FP4 on GPUs, custom
+tables, optimizers other than Adam and Lion) fall back to bitsandbytes' kernel. Written for version 0.50.2;
+enable() refuses versions with other op schemas."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -20,8 +21,10 @@ from torch import Tensor
 from ...core import dispatch
 from ...core.backends import BACKENDS
 from ...core.backends.base import DTYPES
-from ...core.code_tables import BLOCKSIZES, dynamic_map, nf4_code
+from ...core.code_tables import BLOCKSIZES, dynamic_map
+from ...core.formats import FORMATS, code_values
 from ...core.registry import public_ops
+from ...nf4.bitsandbytes_format import QUANT_TYPES
 from . import optim
 from .covers import has_kernels, is_table
 
@@ -51,8 +54,8 @@ class Enabled:
 
 
 def enable() -> Enabled:
-    """Runs bitsandbytes' NF4 ops and the steps of its Adam, AdamW and Lion on our kernels, on the CPU and on
-    CUDA where available.
+    """Runs bitsandbytes' 4-bit ops and the steps of its Adam, AdamW and Lion on our kernels, on the CPU and
+    on CUDA where available.
 
     Linear4bit then no longer repacks its weight in evaluation on a CPU (which rounds scales to bf16); a
     weight that was repacked before is restored at its next use, with rounded scales. Quantising NaN or Inf to
@@ -134,7 +137,7 @@ _originals: dict[str, Any] = {}
 
 
 def _quantize(a: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> Any:
-    if not _covers(quant_type, blocksize, a.dtype, a.device):
+    if quant_type != "nf4" or not _covers(quant_type, blocksize, a.dtype, a.device):
         return NotImplemented
     packed, absmax = public_ops.quantize_nf4(a, blocksize)
     if not bool(torch.isfinite(absmax).all()):
@@ -149,7 +152,7 @@ def _dequantize(
     if not _covers(quant_type, blocksize, dtype, a.device):
         return NotImplemented
     packed, scales = _packed(a, prod(shape)), _scales(absmax, prod(shape), blocksize)
-    return public_ops.dequantize_nf4(packed, scales, None, None, blocksize, shape, dtype)
+    return public_ops.dequantize_nf4(packed, scales, None, None, _layout(quant_type, blocksize), shape, dtype)
 
 
 def _dequantize_out(*args: Any) -> Any:
@@ -186,14 +189,16 @@ def _gemm(
         return NotImplemented
     else:
         scales = q8, absmax.float(), offset.float()
-    return dispatch.call("nf4_linear", a, _packed(b, numel), *scales, blocksize, shape[0], bias)
+    layout = _layout(quant_type, blocksize)
+    return dispatch.call("nf4_linear", a, _packed(b, numel), *scales, layout, shape[0], bias)
 
 
 def _gemv(a: Tensor, b: Tensor, shape: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Any:
     # Two-dimensional scales: a weight that bitsandbytes repacked for its CPU kernel.
-    if absmax.dim() != 1 or not is_table(code, nf4_code):
+    quant_type = next((kind for kind in _quant_types(a.device) if is_table(code, _TABLES[kind])), None)
+    if absmax.dim() != 1 or quant_type is None:
         return NotImplemented
-    return _gemm(a, b, shape, absmax, blocksize, "nf4")
+    return _gemm(a, b, shape, absmax, blocksize, quant_type)
 
 
 def _gemv_out(*args: Any) -> Any:
@@ -228,8 +233,22 @@ _SCHEMAS = {
 }
 
 
+def _layout(quant_type: str, blocksize: int) -> int:
+    return FORMATS[quant_type].layout(blocksize)
+
+
+_TABLES = {kind: partial(code_values, _layout(kind, 0)) for kind in QUANT_TYPES}
+"""The values of the codes on a device, by quantisation type."""
+
+
 def _covers(quant_type: str, blocksize: int, dtype: torch.dtype, device: torch.device) -> bool:
-    return quant_type == "nf4" and blocksize in BLOCKSIZES and dtype in DTYPES and has_kernels(device)
+    supported = quant_type in _quant_types(device)
+    return supported and blocksize in BLOCKSIZES and dtype in DTYPES and has_kernels(device)
+
+
+def _quant_types(device: torch.device) -> tuple[str, ...]:
+    """Those of our kernels: on GPUs they have NF4's codes only."""
+    return QUANT_TYPES if device.type == "cpu" else QUANT_TYPES[:1]
 
 
 def _packed(stored: Tensor, numel: int) -> Tensor:
@@ -288,7 +307,7 @@ def _register(library: torch.library.Library, name: str, ours: Kernel, key: str)
             return result
         if theirs is None:
             raise NotImplementedError(
-                f"{qualified}: bitsandbytes has no kernel for {key}, and ours support only NF4"
+                f"{qualified}: bitsandbytes has no kernel for {key}, and ours do not support the call"
             )
         return theirs(keys, *args)
 
@@ -305,7 +324,7 @@ def _register(library: torch.library.Library, name: str, ours: Kernel, key: str)
 
 
 class _Repacks:
-    """Replaces Linear4bit's attribute: False for NF4, otherwise the layer's own value."""
+    """Replaces Linear4bit's attribute: False for NF4 and FP4, otherwise the layer's own value."""
 
     def __init__(self, by_default: bool) -> None:
         self._by_default = by_default
@@ -314,7 +333,7 @@ class _Repacks:
         if layer is None:
             return self
         quant_state = getattr(layer.weight, "quant_state", None)
-        if quant_state is not None and quant_state.quant_type == "nf4":
+        if quant_state is not None and quant_state.quant_type in QUANT_TYPES:
             return False
         if torch.compiler.is_compiling():  # tracing reads the class attribute
             return self._by_default
@@ -328,5 +347,5 @@ def _find_state(module: Any) -> None:
     """Restores a repacked weight before a forward uses it: repacked ones give no gradient."""
     _originals[_FINDS_STATE](module)
     quant_state = module.weight.quant_state
-    if getattr(quant_state, "packing_format_for_cpu", False) and quant_state.quant_type == "nf4":
+    if getattr(quant_state, "packing_format_for_cpu", False) and quant_state.quant_type in QUANT_TYPES:
         unpack(module)

@@ -118,7 +118,7 @@ def _values(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _about(value: Tensor) -> Any:
-    return layout_of(value) if isinstance(value, NF4Weight) else (value.dtype, tuple(value.shape))
+    return layout_of(value._state) if isinstance(value, NF4Weight) else (value.dtype, tuple(value.shape))
 
 
 def _names_to_load(model: nn.Module, places: dict[str, Any], plan: dict[str, Any], strict: bool) -> list[str]:
@@ -136,7 +136,7 @@ def _names_to_load(model: nn.Module, places: dict[str, Any], plan: dict[str, Any
     for name in names:
         form = plan[name]
         if expects_packed(name, places[name], not isinstance(form[0], torch.dtype)):
-            check_layout(name, places[name], form[0], form[1], "absmax2" in form[2])
+            check_layout(name, places[name], form)
         else:
             check_dense(name, places[name], form[1], form[0])
     return names

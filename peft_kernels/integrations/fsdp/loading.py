@@ -16,8 +16,10 @@ from ...checkpoints.rows import read_layout, read_local_rows, read_rows
 from ...nf4.model import ModelLink, mark_quantized
 from ...nf4.sharded.checks import is_dtensor, is_sharded
 from ...nf4.sharded.ranks import (
+    Layout,
     device_for,
     groups_of,
+    layout_of,
     local_slices,
     make_parameter,
     mesh_of,
@@ -197,7 +199,7 @@ def _read(checkpoint: Checkpoint, places: dict[str, Any], strict: bool) -> dict[
             new[name] = _dense_rows(name, place, checkpoint.entries[name])
             continue
         state, _ = read_layout(checkpoint, name, quantised[name])
-        check_layout(name, place, state.shape, state.blocksize, state.absmax2 is not None)
+        check_layout(name, place, layout_of(state))
         mine = place._local_tensor._rows if is_sharded(place) else None
         start, stop = (0, state.shape[0]) if mine is None else (mine.start, mine.stop)
         new[name] = read_local_rows(checkpoint, name, state, start, stop)
@@ -228,13 +230,15 @@ def expects_packed(name: str, place: Any, packed: bool) -> bool:
     return packed
 
 
-def check_layout(name: str, place: Any, shape: tuple[int, ...], blocksize: int, nested: bool) -> None:
+def check_layout(name: str, place: Any, layout: Layout) -> None:
     """Raises CheckpointError if a packed weight does not match the layout of its place."""
+    shape, format, blocksize, tensors = layout
     _check(name, "shape", tuple(place.shape), tuple(shape))
     if is_sharded(place):
         mine = place._local_tensor._rows
+        _check(name, "format", mine.format, format)
         _check(name, "blocksize", mine.partition.blocksize, blocksize)
-        _check(name, "double_quant", mine.absmax2 is not None, nested)
+        _check(name, "double_quant", mine.offset is not None, "offset" in tensors)
 
 
 def check_dense(name: str, place: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -41,7 +41,7 @@ def receive(module: nn.Module, name: str, key: str, state_dict: dict[str, Any]) 
     place: Any = module._parameters[name]
     weight, mine = module.__dict__.get("_unsent_weights", {}).pop(name, None), place._local_tensor._rows
     kind = place.device_mesh.device_type
-    form = first_value(None if weight is None or dist.get_rank() else layout_of(weight), [group.WORLD])
+    form = first_value(None if weight is None or dist.get_rank() else layout_of(weight._state), [group.WORLD])
     if form is None:
         raise RuntimeError(f"{key}: expected it in process 0, whose model accelerate sends, got none there")
     whole = broadcast_weight(weight, form, [group.WORLD], kind, key)

@@ -59,7 +59,7 @@ class BroadcastBuffer(Tensor):
     def of(cls, state: NF4State, dtype: torch.dtype) -> BroadcastBuffer:
         """The buffer of a packed weight of nominal dtype `dtype`."""
         tensors = state.tensors()
-        kind = state.shape, str(dtype), state.blocksize
+        kind = state.shape, str(dtype), state.format, state.blocksize
         layouts = [(*kind, name, str(t.dtype), tuple(t.shape)) for name, t in tensors.items()]
         return cls.joined(list(tensors.values()), layouts)
 
@@ -112,9 +112,10 @@ def _broadcast(func: Any, tensors: list[BroadcastBuffer], process_group: Any, ro
     layouts, contents = torch.stack(everyone).t().tolist()
     if others := [rank for rank, one in enumerate(layouts) if one != layouts[root]]:
         raise RuntimeError(
-            "DistributedDataParallel: expected NF4 weights of the same shapes, dtypes and blocksizes in each "
-            f"process, got others in process {', '.join(map(str, others))} than in process {root}: load the "
-            "same checkpoint, and quantise it alike"
+            "DistributedDataParallel: expected NF4 weights of the same shapes, dtypes, formats and "
+            "blocksizes in each process, got others in process "
+            f"{', '.join(map(str, others))} than in process {root}: load the same checkpoint, and quantise "
+            "it alike"
         )
     if len(set(contents)) == 1:
         return tensors, func([own], process_group, root, *rest)[1]

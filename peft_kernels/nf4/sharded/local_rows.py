@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.code_tables import NESTED_BLOCKSIZE
+from ...core.formats import FORMATS
 from ...core.nf4_state import NF4State, packed_rows
 from ...core.registry import public_ops as ops
 from .partition import Partition
@@ -24,7 +25,7 @@ class LocalRows:
     """Rows [start, stop) of a weight with every cell they touch; two ranks may hold copies of the same cell.
 
     Each rank holds the second-level scales of the whole weight (4 bytes per 16384 values), because groups of
-    256 scales do not end at row boundaries.
+    256 scales do not end at row boundaries, or the values of the codes of scales.
     """
 
     partition: Partition
@@ -35,6 +36,7 @@ class LocalRows:
     absmax2: Tensor | None  # of the whole weight, as in NF4State
     offset: Tensor | None
     name: str = "weight"
+    format: str = "nf4"
 
     @classmethod
     def of(cls, state: NF4State) -> LocalRows:
@@ -42,7 +44,7 @@ class LocalRows:
         assert state.packed is not None and state.absmax is not None
         partition = Partition(tuple(state.shape), state.blocksize)
         flat = state.packed.reshape(-1), state.absmax.reshape(-1)
-        return cls(partition, 0, partition.rows, *flat, state.absmax2, state.offset, state.name)
+        return cls(partition, 0, partition.rows, *flat, state.absmax2, state.offset, state.name, state.format)
 
     @property
     def rows(self) -> int:
@@ -88,16 +90,18 @@ class LocalRows:
         nbytes, scales = self.partition.max_sizes(rows)
         packed, absmax = self.packed.new_zeros(nbytes), self.absmax.new_zeros(scales)
         absmax2, offset = (None if t is None else t.clone() for t in (self.absmax2, self.offset))
-        return LocalRows(self.partition, 0, 0, packed, absmax, absmax2, offset, self.name)
+        return LocalRows(self.partition, 0, 0, packed, absmax, absmax2, offset, self.name, self.format)
 
     def load(self, other: LocalRows) -> None:
         """Copies the same rows of another weight, in place.
 
-        Raises ValueError for another shape, blocksize or double_quant, or other rows.
+        Raises ValueError for another shape, format, blocksize or double_quant, or other rows.
         """
-        forms = [(p.partition.shape, p.partition.blocksize, p.absmax2 is not None) for p in (self, other)]
+        forms = [
+            (p.partition.shape, p.format, p.partition.blocksize, p.offset is not None) for p in (self, other)
+        ]
         if forms[0] != forms[1]:
-            expected, got = ("shape {}, blocksize {}, double_quant={}".format(*form) for form in forms)
+            expected, got = ("shape {}, {}, blocksize {}, double_quant={}".format(*form) for form in forms)
             raise ValueError(f"{self.name}: expected a part of a weight of {expected}, got one of {got}")
         if not self.rows:
             self.start, self.stop = other.start, other.stop
@@ -113,9 +117,8 @@ class LocalRows:
         ):
             length = place.stop - place.start
             mine[:length].copy_(its[:length])
-        if self.absmax2 is not None and self.offset is not None:
-            self.absmax2.copy_(other.absmax2)  # type: ignore[arg-type]
-            self.offset.copy_(other.offset)  # type: ignore[arg-type]
+        for mine, its in zip(self._second, other._second, strict=True):
+            mine.copy_(its)
 
     # Gathering.
 
@@ -125,9 +128,13 @@ class LocalRows:
         rows = self.partition.rows_per_rank(count)
         nbytes, scales = self.partition.max_sizes(rows)
         found = [_of_length(self.packed, nbytes), _of_length(self.absmax, scales)]
-        if self.absmax2 is not None and self.offset is not None and self.partition.has_empty_rank(count):
-            found.append(torch.cat([self.absmax2.reshape(-1), self.offset.reshape(-1)]))
+        if self._second and self.partition.has_empty_rank(count):
+            found.append(torch.cat([tensor.reshape(-1) for tensor in self._second]))
         return found
+
+    @property
+    def _second(self) -> list[Tensor]:
+        return [tensor for tensor in (self.absmax2, self.offset) if tensor is not None]
 
     def gather_outputs(self, count: int, gathered: Sequence[Tensor]) -> list[Tensor]:
         """Flat packed bytes and scales of the whole weight: views of `gathered` if ranks are cell-aligned,
@@ -146,10 +153,12 @@ class LocalRows:
     def second_level(self, gathered: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """Second-level scales and their mean: the first rank's if they were gathered, else these."""
         absmax2, offset = self.absmax2, self.offset
-        if absmax2 is None or offset is None or len(gathered) < 3:
+        if absmax2 is None or len(gathered) < 3:
             return absmax2, offset
         n = absmax2.numel()
-        return gathered[2][:n].view(absmax2.shape), gathered[2][n : n + offset.numel()].view(offset.shape)
+        if offset is not None:
+            offset = gathered[2][n : n + offset.numel()].view(offset.shape)
+        return gathered[2][:n].view(absmax2.shape), offset
 
     def whole(self, flat: Sequence[Tensor], second: tuple[Tensor | None, Tensor | None]) -> NF4State:
         """The whole weight, from the results of `gather_outputs` and `second_level`."""
@@ -162,8 +171,9 @@ class LocalRows:
             packed_rows(packed, shape) if len(shape) == 2 else packed_rows(packed.view(shape[0], -1), shape),
             absmax,
             *second,
-            double_quant=second[0] is not None,
+            double_quant=second[1] is not None,
             name=self.name,
+            format=self.format,
         )
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -175,20 +185,20 @@ class LocalRows:
         nbytes, scales = (place.stop - place.start for place in partition.slices(self.start, self.stop))
         packed, absmax, offset = self.packed[:nbytes], self.absmax[:scales], self.offset
         if len(partition.shape) == 3:
-            second: tuple[Tensor | None, Tensor | None] = None, None
-            if self.absmax2 is not None and offset is not None:
-                second = self.absmax2[self.start : self.stop], offset[self.start : self.stop]
+            absmax2 = None if self.absmax2 is None else self.absmax2[self.start : self.stop]
+            second = absmax2, None if offset is None else offset[self.start : self.stop]
             part = dataclasses.replace(
                 self, partition=Partition((rows, *partition.shape[1:]), partition.blocksize)
             )
             return part.whole((packed, absmax), second).dequantize(dtype)
         first, last = partition.cells(self.start, self.stop)
-        if self.absmax2 is not None:
+        layout, absmax2 = FORMATS[self.format].layout(partition.blocksize), self.absmax2
+        if absmax2 is not None and offset is not None:
             lead = first % NESTED_BLOCKSIZE  # scales of the first group that precede these rows
-            groups = self.absmax2[first // NESTED_BLOCKSIZE : -(-last // NESTED_BLOCKSIZE)]
-            absmax = ops.unpack_absmax(F.pad(absmax, (lead, 0)), groups, offset)[lead:]
+            groups = absmax2[first // NESTED_BLOCKSIZE : -(-last // NESTED_BLOCKSIZE)]
+            absmax, absmax2 = ops.unpack_absmax(F.pad(absmax, (lead, 0)), groups, offset)[lead:], None
         elements = min(last * partition.cell, partition.rows * partition.row) - first * partition.cell
-        dense = ops.dequantize_nf4(packed, absmax, None, None, partition.blocksize, (1, elements), dtype)
+        dense = ops.dequantize_nf4(packed, absmax, absmax2, None, layout, (1, elements), dtype)
         skipped = self.start * partition.row - first * partition.cell
         found: Tensor = dense.view(-1)[skipped : skipped + rows * partition.row].view(rows, partition.row)
         return found

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ...core.nf4_state import NF4State
 from ..weight import NF4Weight
 from .checks import is_dtensor, is_sharded
 from .fsdp_tensor import NF4Shard
@@ -94,23 +95,23 @@ def broadcast(
     return tensor
 
 
-Layout = tuple[tuple[int, ...], int, dict[str, tuple[tuple[int, ...], torch.dtype]]]
-"""Shape and blocksize of a packed weight, and shapes and dtypes of its tensors."""
+Layout = tuple[tuple[int, ...], str, int, dict[str, tuple[tuple[int, ...], torch.dtype]]]
+"""Shape, format and blocksize of a packed weight, and shapes and dtypes of its tensors."""
 
 
-def layout_of(weight: NF4Weight) -> Layout:
-    part = LocalRows.of(weight._state)
+def layout_of(state: NF4State) -> Layout:
+    part = LocalRows.of(state)
     tensors = {name: (tuple(t.shape), t.dtype) for name, t in part.tensors().items()}
-    return part.partition.shape, part.partition.blocksize, tensors
+    return part.partition.shape, part.format, part.partition.blocksize, tensors
 
 
 def broadcast_weight(
     weight: NF4Weight | None, layout: Layout, groups: list[Any], kind: str, name: str
 ) -> LocalRows:
     """The first process's packed weight, whole, in every process."""
-    shape, blocksize, about = layout
+    shape, format, blocksize, about = layout
     mine = {} if weight is None else LocalRows.of(weight._state).tensors()
     whole = {key: broadcast(mine.get(key), *one, groups, kind) for key, one in about.items()}
     partition = Partition(shape, blocksize)
     tensors = whole["packed"], whole["absmax"], whole.get("absmax2"), whole.get("offset")
-    return LocalRows(partition, 0, partition.rows, *tensors, name)
+    return LocalRows(partition, 0, partition.rows, *tensors, name, format)

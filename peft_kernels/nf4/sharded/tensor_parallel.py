@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...core.nf4_state import NF4State, packed_rows
 from ..weight import NF4Weight
 from .checks import is_dtensor, is_tensor_parallel
-from .tp_slices import Second, encode_scales, first_level_scales, slice_size, slice_state, unsliceable_reason
+from .tp_slices import Second, encode_scales, one_level_scales, slice_size, slice_state, unsliceable_reason
 
 
 def tp_size(model: Any) -> int:
@@ -158,7 +158,7 @@ def _whole(weight: Any, second: Second | None) -> NF4Weight:
     assert mine.packed is not None and mine.slice_of is not None
     rows, columns = shape = mine.slice_of
     dim, blocksize = weight.placements[0].dim % 2, mine.blocksize
-    packed, scales = mine.packed.view(-1), first_level_scales(mine)
+    packed, (scales, values) = mine.packed.view(-1), one_level_scales(mine)
     mesh, size, whole = weight.device_mesh, slice_size(shape[dim], weight.device_mesh.size()), columns
     if dim == 1:
         packed, scales = packed.view(rows, -1), scales.view(rows, -1)
@@ -167,7 +167,7 @@ def _whole(weight: Any, second: Second | None) -> NF4Weight:
     packed = _gathered(packed, size // 2, mesh)[..., : -(-whole // 2)].reshape(-1)
     scales = _gathered(scales, size // blocksize, mesh)[..., : -(-whole // blocksize)].reshape(-1)
     codes = None if second is None else encode_scales(scales, second)
-    absmax2, offset = (None, None) if codes is None or second is None else second
+    absmax2, offset = (values, None) if codes is None or second is None else second
     state = NF4State(
         (rows, columns),
         blocksize,
@@ -176,6 +176,7 @@ def _whole(weight: Any, second: Second | None) -> NF4Weight:
         absmax2,
         offset,
         name=mine.name,
+        format=mine.format,
     )
     return NF4Weight(state, weight.dtype)
 

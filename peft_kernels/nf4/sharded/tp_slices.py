@@ -56,30 +56,31 @@ def slice_state(state: NF4State, dim: int, start: int, stop: int) -> NF4State:
         shape = (rows, stop - start)
         blocks = columns // state.blocksize
         packed = state.packed.view(rows, -1)[:, start // 2 : stop // 2]
-        scales = first_level_scales(state).view(rows, blocks)
+        scales, values = one_level_scales(state)
         first, last = start // state.blocksize, stop // state.blocksize
-        return _of(state, shape, packed, scales[:, first:last].reshape(-1), None)
+        scales = scales.view(rows, blocks)[:, first:last].reshape(-1)
+        return _of(state, shape, packed, scales, (values, None))
     shape = (stop - start, columns)
     codes, places = Partition((rows, columns), state.blocksize).slices(start, stop)
     packed, absmax = state.packed.reshape(-1)[codes], state.absmax[places]
     if state.absmax2 is None or state.offset is None:
-        return _of(state, shape, packed, absmax, None)
+        return _of(state, shape, packed, absmax, (state.absmax2, None))
     lead = places.start % NESTED_BLOCKSIZE
     groups = state.absmax2[places.start // NESTED_BLOCKSIZE : -(-places.stop // NESTED_BLOCKSIZE)]
     if lead == 0:
         return _of(state, shape, packed, absmax, (groups, state.offset))
-    return _of(
-        state, shape, packed, ops.unpack_absmax(F.pad(absmax, (lead, 0)), groups, state.offset)[lead:], None
-    )
+    scales = ops.unpack_absmax(F.pad(absmax, (lead, 0)), groups, state.offset)[lead:]
+    return _of(state, shape, packed, scales, (None, None))
 
 
-def first_level_scales(state: NF4State) -> Tensor:
-    """The scale of each block, fp32 (nblocks,)."""
+def one_level_scales(state: NF4State) -> tuple[Tensor, Tensor | None]:
+    """The scale of each block, (nblocks,), without double quantisation: fp32; or uint8 codes, and their
+    values."""
     assert state.absmax is not None
-    if state.absmax2 is None:
-        return state.absmax.view(-1)
-    scales: Tensor = ops.unpack_absmax(state.absmax.view(-1), state.absmax2, state.offset)
-    return scales
+    scales = state.absmax.view(-1)
+    if state.absmax2 is None or state.offset is None:
+        return scales, state.absmax2
+    return ops.unpack_absmax(scales, state.absmax2, state.offset), None
 
 
 def encode_scales(scales: Tensor, second: Second) -> Tensor | None:
@@ -98,10 +99,14 @@ def encode_scales(scales: Tensor, second: Second) -> Tensor | None:
 
 
 def _of(
-    state: NF4State, shape: tuple[int, int], packed: Tensor, absmax: Tensor, second: Second | None
+    state: NF4State,
+    shape: tuple[int, int],
+    packed: Tensor,
+    absmax: Tensor,
+    second: tuple[Tensor | None, Tensor | None],
 ) -> NF4State:
     own = packed.clone(memory_format=torch.contiguous_format).view(-1)
-    absmax2, offset = (None, None) if second is None else (tensor.clone() for tensor in second)
+    absmax2, offset = (None if tensor is None else tensor.clone() for tensor in second)
     return NF4State(
         shape,
         state.blocksize,
@@ -109,7 +114,8 @@ def _of(
         absmax.clone(),
         absmax2,
         offset,
-        double_quant=second is not None,
+        double_quant=offset is not None,
         name=state.name,
+        format=state.format,
         slice_of=tuple(state.shape),
     )

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.code_tables import NESTED_BLOCKSIZE
+from ...core.formats import blocksize_of
 from ...core.op import Base, Op
 from ..common import accumulator_dtype
 
@@ -283,7 +284,7 @@ def _columns(args: Any) -> Iterator[tuple[int, int]]:
 
 def row_alignment(base: Base, k: int) -> int:
     """Number of rows of a packed head at whose multiples a block of scales begins."""
-    block = base.blocksize * NESTED_BLOCKSIZE
+    block = blocksize_of(base.layout) * NESTED_BLOCKSIZE
     return 1 if base.absmax is None else block // gcd(block, k)
 
 
@@ -291,9 +292,10 @@ def narrow_base(base: Base, begin: int, end: int, k: int) -> Base:
     """Rows of a weight; `begin` is a multiple of `row_alignment`."""
     if base.absmax is None:
         return Base(base.weight[begin:end])
-    first, last, size = begin * k, end * k, base.blocksize
+    first, last, size = begin * k, end * k, blocksize_of(base.layout)
     blocks = slice(first // size, -(-last // size))
-    nested = slice(blocks.start // NESTED_BLOCKSIZE, -(-blocks.stop // NESTED_BLOCKSIZE))
-    absmax2 = None if base.absmax2 is None else base.absmax2[nested]
+    absmax2 = base.absmax2
+    if absmax2 is not None and base.offset is not None:
+        absmax2 = absmax2[blocks.start // NESTED_BLOCKSIZE : -(-blocks.stop // NESTED_BLOCKSIZE)]
     packed = base.weight.reshape(-1)[first // 2 : -(-last // 2)]
-    return Base(packed, base.absmax[blocks], absmax2, base.offset, size)
+    return Base(packed, base.absmax[blocks], absmax2, base.offset, base.layout)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
 from ...nf4.experts_packing import computes_experts
+from ...nf4.owners import Owner
 from ...nf4.sharded import tensor_parallel
 from ...nf4.sharded.checks import is_dtensor
 from ...nf4.weight import NF4Weight
@@ -113,7 +114,7 @@ class Quantize(_Conversion):
     def _convert(self, key: str, layer: Any, value: Tensor) -> nn.Parameter:
         own, config = getattr(layer, key.rpartition(".")[2]), self.config
         on_meta = value.device.type == "meta"
-        options = config.blocksize, config.double_quant, not on_meta, key
+        options = config.blocksize, config.double_quant, not on_meta, key, config.format
         if own.dim() == 3:
             expect_shape(key, tuple(own.shape), tuple(value.shape))
             parts = (
@@ -131,7 +132,7 @@ class Quantize(_Conversion):
 
 
 class Read(_Conversion):
-    """Assembles bitsandbytes' items to an NF4 weight; a dense weight stays dense."""
+    """Assembles the items of a packed weight; a dense weight stays dense."""
 
     hf_quantizer = True  # makes transformers ask `get_new_dtype` about casts
     dtype: torch.dtype | None = None
@@ -158,6 +159,10 @@ class Read(_Conversion):
         weight = items.get("weight")
         if weight is not None and len(items) == 1 and weight.is_floating_point():
             return nn.Parameter(_as_linear(key, layer, self._dense(weight)))
+        owner = self.config.owner
+        if owner is not None:
+            tensors = {owner.ending_of("weight", name): item for name, item in items.items()}
+            return self._owned(key, layer, (layer.out_features, layer.in_features), tensors, owner)
         sharded = is_dtensor(layer.weight)
         named = {
             key + name.removeprefix("weight"): item if sharded else self._aligned(item)
@@ -172,6 +177,22 @@ class Read(_Conversion):
         if layer.compute_dtype == packed.dtype:
             layer.compute_dtype = None  # the default; PEFT casts adapters to an explicit one
         return nn.Parameter(packed, requires_grad=False)
+
+    def _owned(
+        self, key: str, layer: Any, shape: tuple[int, ...], tensors: dict[str, Tensor], owner: Owner
+    ) -> nn.Parameter:
+        """A weight from the tensors of another owner's format, by ending of their names."""
+        state, aside = owner.read(tensors, key)
+        expect_shape(key, shape, state.shape)
+        assert state.absmax is not None
+        state.absmax = self._aligned(state.absmax)
+        for tensor in tensors.values():
+            if tensor.data_ptr() != state.absmax.data_ptr():
+                self.files.release(tensor)
+        if aside:
+            layer.aside = aside
+        weight = NF4Weight(state, getattr(layer, key.rpartition(".")[2]).dtype)
+        return nn.Parameter(weight, requires_grad=False)
 
     def _aligned(self, item: Tensor) -> Tensor:
         """An aligned copy, for speed: tensors in a file may be unaligned."""
@@ -211,10 +232,14 @@ class ReadExperts(Read):
         prefix, dot, name = key.rpartition(".")
         if not computes_experts(layer):
             raise ValueError(f"{key}: expected a dense weight for a {type(layer).__name__}, got 4 bits")
+        own, owner = getattr(layer, name), self.config.owner
+        shape = tuple((own.mT if layer.is_transposed else own).shape)
+        if owner is not None:
+            tensors = {owner.ending_of(key, item): tensor for item, tensor in items.items()}
+            return self._owned(key, layer, shape, tensors, owner)
         aligned = {item: self._aligned(tensor) for item, tensor in items.items()}
         packed = NF4Weight.from_state_dict(aligned, prefix + dot, name)
-        own = getattr(layer, name)
-        expect_shape(key, tuple((own.mT if layer.is_transposed else own).shape), tuple(packed.shape))
+        expect_shape(key, shape, tuple(packed.shape))
         packed._state.name = key
         return nn.Parameter(packed, requires_grad=False)
 

@@ -15,20 +15,25 @@ from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, PrefixChange, WeightConverter
 
-from ...nf4 import experts_format
-from ...nf4.bitsandbytes_format import STATE_ITEM, STATE_PREFIX, TENSOR_ITEMS
+from ...nf4 import packed_format
+from ...nf4.bitsandbytes_format import STATE_ITEMS, TENSOR_ITEMS
+from ...nf4.owners import Owner
 from .config import NF4Config
 from .conversion import Errors, Gather, Read, ReadExperts
 from .mapped_files import MappedFiles
 
-_FP4 = f"{STATE_PREFIX}fp4"  # read in order to be refused
+_OUR_ITEMS = (*packed_format.TENSOR_ITEMS, *packed_format.STATE_ITEMS)
 _CONVERSIONS, _KEPT = "_weight_conversions", "_peft_kernels_weight_conversions"
 
 
 def reading(config: NF4Config, errors: Errors, files: MappedFiles, sharded: bool = False) -> WeightConverter:
     """A converter that collects the items of a 4-bit weight. `sharded` leaves them in the mapped file, of
     which only a slice will be read."""
-    items = ["weight", *(f"weight.{item}" for item in (*TENSOR_ITEMS, STATE_ITEM, _FP4))]
+    names = [f".{item}" for item in dict.fromkeys((*TENSOR_ITEMS, *STATE_ITEMS, *_OUR_ITEMS))]
+    beside: tuple[str, ...] = ()
+    if config.owner is not None:
+        names, beside = [ending for ending in config.owner.endings if ending], config.owner.beside
+    items = ["weight", *(f"weight{name}" for name in names), *beside]
     options = {"force_cpu": True} if sharded else {}
     return WeightConverter(items, "weight", [Read(config, errors, files)], **options)
 
@@ -40,22 +45,32 @@ def reading_experts(
     (`down_proj`) is not unique."""
     converters = []
     for name in names:
-        suffixes = ["", *(f".{item}" for item in (*experts_format.TENSOR_ITEMS, experts_format.STATE_ITEM))]
+        suffixes = ["", *(f".{item}" for item in _OUR_ITEMS)]
+        if config.owner is not None:
+            suffixes = list(config.owner.endings)
         items = {f"^{re.escape(name + suffix)}$": suffix for suffix in suffixes}
         operation = ReadExperts(config, errors, files, items)
         converters.append(WeightConverter(list(items), name, [operation]))
     return converters
 
 
-def in_four_bits(files: Iterable[str], item: str = STATE_ITEM) -> set[str]:
-    """Names of the 4-bit weights in a checkpoint: those with such an item."""
-    suffix, found = f".{item}", set()
+def in_four_bits(files: Iterable[str], owner: Owner | None) -> tuple[set[str], set[str]]:
+    """Names of the packed weights in a checkpoint, of layers and of experts: those with an item of the
+    state, or a tensor that marks them in the owner's format."""
+    layers: set[str] = set()
+    experts: set[str] = set()
     for file in files:
         if str(file).endswith(".safetensors"):
             with safe_open(file, framework="pt") as opened:
                 keys = list(opened.keys())
-            found |= {key.removesuffix(suffix) for key in keys if key.endswith(suffix)}
-    return found
+            if owner is not None:
+                marked = {weight for key in keys if (weight := owner.weight_of(key)) is not None}
+                layers |= {name for name in marked if name.endswith(".weight")}
+                experts |= {name for name in marked if not name.endswith(".weight")}
+            for item in (*STATE_ITEMS, *packed_format.STATE_ITEMS):
+                found = experts if item in packed_format.EXPERTS_STATE_ITEMS else layers
+                found |= {key.removesuffix(f".{item}") for key in keys if key.endswith(f".{item}")}
+    return layers, experts
 
 
 def to_read(conversions: Iterable[Any], packed: set[str]) -> list[Any]:

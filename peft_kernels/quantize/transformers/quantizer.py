@@ -15,9 +15,10 @@ from transformers.core_model_loading import WeightRenaming, apply_renamings, ren
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import Mxfp4Config
 
+from ...core.formats import FORMATS
 from ...core.nf4_state import PARALLEL
-from ...nf4 import experts_format
 from ...nf4.experts_packing import NF4Experts, adopt, packed_weights, unpack, weight_names
 from ...nf4.model import METHOD, ModelLink, mark_quantized
 from ...nf4.sharded import tensor_parallel
@@ -27,7 +28,7 @@ from ...nn import NF4Linear
 from ..architectures import is_linear
 from ..report import QuantizeReport, nbytes_of
 from ..targets import check_names, expert_targets, targets, warn_about_experts
-from . import layouts
+from . import layouts, owned
 from .config import NF4Config
 from .conversion import Errors, Quantize, Read
 from .mapped_files import MappedFiles
@@ -47,9 +48,14 @@ class NF4Quantizer(HfQuantizer):
     by_their_rules = False
     """Whether module names are patterns, as in bitsandbytes' configuration."""
 
-    def __init__(self, quantization_config: NF4Config | BitsAndBytesConfig, **kwargs: Any) -> None:
+    loaded: frozenset[str] = frozenset()
+    """Modules that were packed in an owner's file."""
+
+    def __init__(
+        self, quantization_config: NF4Config | BitsAndBytesConfig | Mxfp4Config, **kwargs: Any
+    ) -> None:
         self.by_their_rules = isinstance(quantization_config, BitsAndBytesConfig)
-        if isinstance(quantization_config, BitsAndBytesConfig):
+        if not isinstance(quantization_config, NF4Config):
             quantization_config = NF4Config.from_dict(quantization_config.to_dict())
         super().__init__(quantization_config, **kwargs)
         self.errors = Errors()
@@ -84,7 +90,8 @@ class NF4Quantizer(HfQuantizer):
     @property
     def quantized_element_size(self) -> float:
         config = self.quantization_config
-        return 0.5 + (1 if config.double_quant else 4) / config.blocksize
+        by_code = config.double_quant or FORMATS[config.format].scale != "absmax"
+        return 0.5 + (1 if by_code else 4) / config.blocksize
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         module, _dot, name = param_name.rpartition(".")
@@ -115,6 +122,9 @@ class NF4Quantizer(HfQuantizer):
     def _prepare_to_cut(self, model: Any, weight_conversions: Any) -> None:
         """Before a tensor-parallel plan is applied: makes layers that are dense in the file ordinary ones,
         and raises ValueError if others cannot be split."""
+        if self.quantization_config.owner is not None:
+            title = self.quantization_config.owner.title
+            raise ValueError(f"distributed_config: expected none for a checkpoint in {title}, got a plan")
         if self.pre_quantized:
             renamings = [each for each in weight_conversions if isinstance(each, WeightRenaming)]
             about: Any = renamings, [], model.base_model_prefix, model.state_dict()
@@ -142,9 +152,8 @@ class NF4Quantizer(HfQuantizer):
         names = config.modules_to_not_convert
         if self.pre_quantized:
             names = []  # the file determines which layers are in 4 bits
-            files = checkpoint_files or ()
-            self.in_four_bits = layouts.in_four_bits(files)
-            self.experts_in_four_bits = layouts.in_four_bits(files, experts_format.STATE_ITEM)
+            found = layouts.in_four_bits(checkpoint_files or (), config.owner)
+            self.in_four_bits, self.experts_in_four_bits = found
         elif names is not None and self.by_their_rules:
             patterns = [*names, *(model._keep_in_fp32_modules or ())]
             every = [name for name, module in model.named_modules() if is_linear(module)]
@@ -182,6 +191,9 @@ class NF4Quantizer(HfQuantizer):
         tensor_parallel.remove_mesh_names(model)
         report.layers, report.bytes_after = list(layers), nbytes_of(model)
         mark_quantized(model, link, report)
+        if self.quantization_config.owner is not None:
+            self.loaded = frozenset(layers)
+            _log_unused(self.quantization_config)
         logger.info("%s", report)
         return model
 
@@ -192,16 +204,20 @@ class NF4Quantizer(HfQuantizer):
         modules = model.named_modules()
         packed = {f"{name}.{key}" for name, module in modules for key in packed_weights(module)}
         linear = {name.removesuffix(".weight") for name in packed if name.endswith(".weight")}
+        owner = self.quantization_config.owner
         layouts.restore(model)
         layouts.keep_own(model, packed)
         if packed:
             experts = len(linear) < len(packed)
-            self.quantization_config.describe(names_of_dense(model, linear), model.dtype, experts)
+            dense = names_of_dense(model, linear) if owner is None else owned.now_dense(model, self.loaded)
+            self.quantization_config.describe(dense, model.dtype, experts)
             model.config.quantization_config = self.quantization_config
             if self.attached:
                 _drop_config_after_saving(model)
         else:  # all merged or permanently dense
             vars(model.config).pop("quantization_config", None)
+        if packed and owner is not None:
+            return owned.state_dict(model, owner), {}
         cut = any(is_tensor_parallel(weight) for weight in model.parameters())
         return tensor_parallel.gather_state_dict(model) if cut else None, {}
 
@@ -245,6 +261,12 @@ def attach(model: Any, config: NF4Config) -> None:
     if getattr(model, "hf_quantizer", None) is None:
         quantizer = vars(model)["hf_quantizer"] = NF4Quantizer(config, pre_quantized=False)
         quantizer.attached = True
+
+
+def _log_unused(config: NF4Config) -> None:
+    unused = config.owner.unused(config.stored) if config.owner and config.stored else ""
+    if unused:
+        logger.warning("%s has no effect here: only weights are quantised; it is saved again", unused)
 
 
 def _drop_config_after_saving(model: Any) -> None:

@@ -66,6 +66,9 @@ def check_numel(t: Tensor, expected: int, name: str) -> None:
 
 
 def check_blocksize(blocksize: int) -> None:
+    """`blocksize`: also a layout, which for NF4 is the blocksize."""
+    if blocksize > BLOCKSIZES[-1]:
+        raise RuntimeError("format: expected nf4, which back end triton has kernels for, got another one")
     check(blocksize in BLOCKSIZES, "blocksize", "a power of two from 32 to 4096", blocksize)
 
 

@@ -189,7 +189,7 @@ def dora_norm(args: Any) -> Tensor:
     if base.absmax is None:
         check_float(base.weight, "weight")
         check_shape(base.weight, (n, k), "weight")
-        weight = Nf4(Pointers(base.weight.contiguous()), base.blocksize)
+        weight = Nf4(Pointers(base.weight.contiguous()), base.layout)
     else:
         weight = nf4(base, n * k)
     a, b = lora_a.float().contiguous(), lora_b.float().contiguous()

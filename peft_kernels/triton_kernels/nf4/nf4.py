@@ -161,7 +161,7 @@ def quantize_nf4(args: Any) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_nf4(args: Any) -> Tensor:
-    packed, blocksize = args.base.weight, args.base.blocksize
+    packed, blocksize = args.base.weight, args.base.layout
     out = packed.new_empty(tuple(args.shape), dtype=args.dtype)
     weight = nf4(args.base, out.numel())
     grid = (cdiv(out.numel(), ELEMENTS),)

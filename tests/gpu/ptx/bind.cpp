@@ -53,12 +53,10 @@ struct Loaded {
 // Takes addresses, because no op covers every kind of part.
 void dequantize_part(uintptr_t packed, uintptr_t absmax, int block_shift, std::array<int64_t, 5> part,
                      uintptr_t out, int64_t out_stride, int dtype) {
-  const cuda::Nf4View weight{reinterpret_cast<const uint8_t*>(packed),
-                             reinterpret_cast<const uint8_t*>(packed),
-                             reinterpret_cast<const float*>(absmax),
-                             nullptr,
-                             0,
-                             block_shift};
+  cuda::Nf4View weight{};
+  weight.packed = weight.scale_code = reinterpret_cast<const uint8_t*>(packed);
+  weight.scale = reinterpret_cast<const float*>(absmax);
+  weight.block_shift = block_shift;
   const auto [row_begin, row_end, col_begin, col_end, ld] = part;
   cuda::dequantize_nf4(weight, {row_begin, row_end, col_begin, col_end, ld}, reinterpret_cast<void*>(out),
                        static_cast<DType>(dtype), out_stride, nullptr);

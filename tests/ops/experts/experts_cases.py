@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from numbers_policy import Result, check, once
+from numbers_policy import Result, check, dense64, once
 from torch import Tensor
 
 import testing
@@ -47,10 +47,14 @@ def runs(ends: Tensor) -> Iterator[tuple[int, slice]]:
         begin = end
 
 
-def experts_weight(experts: int, n: int, k: int, bs: int, nested: bool, seed: int = 1) -> NF4Weight:
+def experts_weight(
+    experts: int, n: int, k: int, bs: int, nested: bool, seed: int = 1, form: str = "nf4"
+) -> NF4Weight:
     dense = testing.tensor(experts, n, k, seed=seed, scale=max(k, 1) ** -0.5)
+    if form != "nf4":  # also with different scales of whole experts
+        dense = testing.uneven(dense) * (1 + torch.arange(experts)).view(-1, 1, 1)
     with dispatch.use_backend("reference"):
-        return NF4Weight.quantize(dense, bs, nested)
+        return NF4Weight.quantize(dense, bs, nested, format=form)
 
 
 def in_peft_layout(b: Tensor) -> Tensor:
@@ -96,8 +100,9 @@ class ExpertsCase:
             self.group: tuple[Any, ...] = (dense, None, None, None, 0)
             self.w = dense.double()
         else:
-            weight = experts_weight(experts, n, k, case["bs"], case["base"] == "nested", seed + 1)
-            self.group, self.w = weight._state.op_args, weight.dequantize(torch.float32).double()
+            form = case["bs"], case["base"] == "nested", seed + 1, case.get("format", "nf4")
+            weight = experts_weight(experts, n, k, *form)
+            self.group, self.w = weight._state.op_args, dense64(weight)
         self.linear_args = (self.x, self.ends, *self.group, n, self.bias)
         self.dx_args = (self.dy, self.ends, *self.group, k)
         self.forward_args = (self.x, self.ends, *self.group, self.bias, self.a, self.b, SCALING)

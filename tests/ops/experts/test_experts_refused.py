@@ -192,7 +192,7 @@ def test_the_compiled_ops_refuse(cpu_ops: Any, case: str) -> None:
     op, sentence, changes = SENTENCES[case]
     args = good() | {"dy": ones(ROWS, N), "h": ones(ROWS, R), "out_features": N, "in_features": K}
     args |= weight()._state.op_args._asdict() | {"packed": weight().packed} | changes
-    group = tuple(args[name] for name in ("packed", "absmax", "absmax2", "offset", "blocksize"))
+    group = tuple(args[name] for name in ("packed", "absmax", "absmax2", "offset", "layout"))
     adapter = args["lora_a"], args["lora_b"], args["scaling"]
     x, ends, bias = args["x"], args["ends"], args["bias"]
     calls = {

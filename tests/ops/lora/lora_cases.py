@@ -22,7 +22,8 @@ class LinearCase:
 
     def __init__(self, case: dict[str, Any], seed: int) -> None:
         m, n, k, dtype = (case[name] for name in ("m", "n", "k", "dtype"))
-        weight = testing.nf4_weight(n, k, case["bs"], case["nested"], seed=seed + 1)
+        form = case.get("format", "nf4")
+        weight = testing.nf4_weight(n, k, case["bs"], case["nested"], seed=seed + 1, format=form)
         bias = bias_of(case, case["bias"], n)
         x, dy = (testing.activations(m, size, case["layout"], dtype, seed) for size in (k, n))
         self.args = (x, *weight._state.op_args, n, bias)
@@ -87,7 +88,8 @@ class LoraCase:
             self.group: tuple[Any, ...] = (dense, None, None, None, 0)
             self.w = dense.double()
         else:
-            weight = testing.nf4_weight(n, k, case["bs"], case["base"] == "nested", seed=seed + 1)
+            form, nested = case.get("format", "nf4"), case["base"] == "nested"
+            weight = testing.nf4_weight(n, k, case["bs"], nested, seed=seed + 1, format=form)
             self.group, self.w = weight._state.op_args, dense64(weight)
         self.forward_args = (self.x, *self.group, self.bias, self.a, self.b, SCALING, 0.0, None, None)
 

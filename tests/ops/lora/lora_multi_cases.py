@@ -47,8 +47,8 @@ def groups_of(kind: str, m: int, count: int) -> tuple[list[int], Tensor | None]:
 
 
 @functools.lru_cache(maxsize=1000)
-def nf4_weight(n: int, k: int, blocksize: int, nested: bool, seed: int) -> Any:
-    return testing.nf4_weight(n, k, blocksize, nested, seed=seed)
+def nf4_weight(n: int, k: int, blocksize: int, nested: bool, seed: int, form: str) -> Any:
+    return testing.nf4_weight(n, k, blocksize, nested, seed=seed, format=form)
 
 
 class MultiCase:
@@ -79,8 +79,8 @@ class MultiCase:
         self.bias = [torch.empty(0) if bias is None else bias for bias in biases]
         bases = [self._base(j, n, seed) for j, n in enumerate(self.n)]
         self.w = [w for _, w in bases]
-        weight, absmax, absmax2, offset, blocksize = ([b[i] for b, _ in bases] for i in range(5))
-        self.weights = (weight, absmax, absmax2, offset, blocksize)
+        weight, absmax, absmax2, offset, layout = ([b[i] for b, _ in bases] for i in range(5))
+        self.weights = (weight, absmax, absmax2, offset, layout)
         self.p = [(0.5, 0.0, 0.1, 1.0, 0.3)[i] if case["p"] == "various" else case["p"] for i in range(count)]
         self.seed = None if case["p"] == 0 else torch.tensor(SEED + seed)
         self.group, self.row_group = groups_of(case["groups"], m, count)
@@ -97,7 +97,8 @@ class MultiCase:
                 n, k, dtype=case.get("compute") or case["dtype"], seed=seed + 1 + j, scale=k**-0.5
             )
             return (dense, None, None, None, 0), dense.double()
-        weight = nf4_weight(n, k, case["bs"], kind == "nested", seed + 1 + j)
+        form = case.get("format", "nf4")
+        weight = nf4_weight(n, k, case["bs"], kind == "nested", seed + 1 + j, form)
         return weight._state.op_args, dense64(weight)
 
     def served(self, i: int) -> Tensor:

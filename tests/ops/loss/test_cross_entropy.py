@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_cases import IGNORED, defined, labels_of, weight_of, wide
+from loss_cases import IGNORED, OPTIONS, defined, labels_of, results_of, weight_of, wide
 from numbers_policy import DTYPES, case_id, each_dtype, same_with_any_threads, short
 from torch import Tensor
 from torch.autograd import gradcheck
@@ -15,14 +15,6 @@ from torch.autograd import gradcheck
 import peft_kernels as pk
 import testing
 
-OPTIONS: dict[str, dict[str, float]] = {
-    "plain": {},
-    "scaled": {"logit_scale": 0.25},
-    "capped": {"softcap": 5.0, "logit_scale": 2.0},
-    "smoothed": {"label_smoothing": 0.1},
-    "z-loss": {"z_loss": 1e-2},
-    "all": {"logit_scale": 2.0, "softcap": 5.0, "label_smoothing": 0.2, "z_loss": 1e-2},
-}
 SIZES = ((64, 5, 33), (64, 1, 32), (7, 700, 7), (1, 513, 96), (70, 1500, 64), (300, 1030, 64), (0, 40, 32))
 """Rows, vocabulary, hidden size: about the borders of pieces, of parts and of tasks."""
 
@@ -35,37 +27,6 @@ CASES = testing.pairwise(
     bias=("none", "same", "fp32"),
     options=(*OPTIONS,),
 )
-
-
-def results_of(case: dict[str, Any], seed: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Results of the op, of plain torch and in fp64, by name."""
-    rows, vocabulary, features = case["size"]
-    dtype, options = case["dtype"], OPTIONS[case["options"]]
-    with_dx = case["options"] != "all"  # with both a cap and smoothing there is none
-    x = testing.tensor(rows, features, dtype=dtype, seed=seed)
-    weight = weight_of(case["base"], vocabulary, features, dtype)
-    bias = {"none": None, "same": dtype, "fp32": torch.float32}[case["bias"]]
-    b = None if bias is None else testing.tensor(vocabulary, dtype=bias, seed=3)
-    labels = labels_of(rows, vocabulary, seed)
-    head = weight._state.op_args if case["base"] != "dense" else (weight, None, None, None, 0)
-    o = [options.get(k, v) for k, v in (("logit_scale", 1.0), ("softcap", 0.0), ("label_smoothing", 0.0))]
-    args = (*head, vocabulary, b, labels, IGNORED, *o, options.get("z_loss", 0.0), with_dx, True, True)
-    got = torch.ops.peft_kernels.linear_cross_entropy(x, *args)
-    plain = testing.reference_op("linear_cross_entropy")(x, *args)
-    assert all(g.is_contiguous() and g.dtype == p.dtype for g, p in zip(got, plain, strict=True))
-    assert not any(t[4::5].any() for t in got)
-    value, *rest = torch.ops.peft_kernels.linear_cross_entropy(x, *args[:-3], False, False, False)
-    near = 8 * torch.finfo(dtype).eps  # dx may be computed in another order
-    torch.testing.assert_close(value, got[0], rtol=near, atol=near)
-    assert [t.numel() for t in rest] == [rows, 0, 0, 0, 0]
-    x64 = x.double().requires_grad_()
-    truth, entropy = defined(x64, wide(weight), labels, None if b is None else b.double(), **options)
-    _, lse, _, _, mean, _ = testing.reference_op("linear_cross_entropy")(*map(testing.widen, (x, *args)))
-    (dx,) = torch.autograd.grad(truth.sum(), x64)
-    truths = (truth.detach(), lse, entropy, mean, dx if with_dx else dx[:0])
-    names = ("loss", "lse", "entropy", "mean", "dx")
-    got, plain = ((*each[:3], *each[4:]) for each in (got, plain))
-    return {n: parts for n, *parts in zip(names, got, plain, truths, strict=True)}  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("case", CASES, ids=map(case_id, CASES))

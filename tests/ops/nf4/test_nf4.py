@@ -252,8 +252,19 @@ BAD_WEIGHTS = {
     "absmax-short": ("absmax: expected 2 elements, got 1", {"absmax": torch.ones(1)}),
     "absmax-dtype": ("absmax: expected Float", {"absmax": torch.ones(2, dtype=torch.float64)}),
     "absmax-nested-dtype": ("absmax: expected Byte", {"absmax2": torch.ones(1), "offset": torch.ones(())}),
-    "offset-missing": ("both or neither", {"absmax2": torch.ones(1)}),
     "absmax2-missing": ("both or neither", {"offset": torch.ones(())}),
+    "by-table-dtype": ("absmax: expected Byte", {"absmax2": torch.ones(256)}),
+    "table-short": (
+        "absmax2: expected 256 values of scale codes without an offset, got 255",
+        {"absmax": torch.zeros(2, dtype=torch.uint8), "absmax2": torch.ones(255)},
+    ),
+    "table-dtype": (
+        "absmax2: expected Float",
+        {"absmax": torch.zeros(2, dtype=torch.uint8), "absmax2": torch.ones(256).half()},
+    ),
+    "codes-3": ("blocksize: expected .* for codes 3", {"blocksize": 3 << 16 | 32}),
+    "e2m1-8": ("blocksize: expected .* got 8 for codes 2", {"blocksize": 2 << 16 | 8}),
+    "fp4-16": ("blocksize: expected .* got 16 for codes 1", {"blocksize": 1 << 16 | 16}),
     "absmax2-long": (
         "absmax2: expected 1 elements, got 2",
         {"absmax": torch.zeros(2, dtype=torch.uint8), "absmax2": torch.ones(2), "offset": torch.ones(())},

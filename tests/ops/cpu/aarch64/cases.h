@@ -44,12 +44,17 @@ Array normal(DType dtype, int64_t size, uint64_t seed, double scale = 1.0);
 Array random_bytes(int64_t size, uint64_t seed);
 double rounded(double x, DType dtype);
 
-// A packed weight, with or without double quantisation.
+// NF4 or FP4 with scales in fp32, NF4 with double quantisation, or E2M1 with scales by a table.
+enum class Form { kNf4, kFp4, kNested, kByTable };
+inline constexpr Form kForms[] = {Form::kNf4, Form::kFp4, Form::kNested, Form::kByTable};
+std::string name_of(Form form);
+
+// A packed weight.
 struct Weight {
-  Array packed, absmax, q8, absmax2;
+  Array packed, absmax, q8, absmax2, scale_values;
   Nf4View view;
   int64_t size;
-  Weight(int64_t size, int block_shift, bool is_nested, uint64_t seed);
+  Weight(int64_t size, int block_shift, Form form, uint64_t seed);
   Weight(const Weight&) = delete;
   float at(int64_t i) const;
 };

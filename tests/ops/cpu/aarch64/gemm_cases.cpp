@@ -11,7 +11,8 @@ struct GemmCase {
   DType dtype;  // of lhs and of the output
   int64_t m, n, depth;
   int block_shift;  // of a packed rhs; 0: dense, -1: dense in fp32
-  bool is_nested, has_bias;
+  Form form;
+  bool has_bias;
   int64_t rank;  // of a second term, in rows from 1 on; or 0
   bool by_columns;
   uint32_t threshold;  // of dropout on the second term
@@ -20,7 +21,7 @@ struct GemmCase {
 static std::string named(const GemmCase& p, const char* kernel) {
   return std::string(kernel) + " " + name_of(p.dtype) + " m" + std::to_string(p.m) + " n" +
          std::to_string(p.n) + " k" + std::to_string(p.depth) + " blocks 2^" + std::to_string(p.block_shift) +
-         (p.rank ? " with LoRA" : "");
+         (p.block_shift > 0 ? " " + name_of(p.form) : "") + (p.rank ? " with LoRA" : "");
 }
 
 // Sums in fp32, eight at a time.
@@ -38,7 +39,7 @@ static void run(const KernelTable& tested, const GemmCase& p) {
   const Array lhs = normal(p.dtype, p.m * p.depth, 1), dense = normal(dense_type, p.n * p.depth, 2),
               bias = normal(p.dtype, p.n, 3), down = normal(DType::kF32, p.m * p.rank, 4),
               up = normal(p.dtype, p.n * p.rank, 5);
-  const Weight weight(p.n * p.depth, packed ? p.block_shift : 6, p.is_nested, 6);
+  const Weight weight(p.n * p.depth, packed ? p.block_shift : 6, p.form, 6);
   const int64_t ld = p.by_columns ? p.n : p.depth;
   const MatrixView rhs{dense.data(), dense_type, ld, packed ? &weight.view : nullptr};
   const MatrixView up_view{up.data(), p.dtype, p.by_columns ? p.n : p.rank, nullptr};
@@ -116,31 +117,53 @@ static void run(const KernelTable& tested, const GemmCase& p) {
 }
 
 PEFT_KERNELS_CASE(gemm_nt) {
+  constexpr Form kNf4 = Form::kNf4, kNested = Form::kNested;
   for (DType dtype : kTypes) {
     for (int64_t m : {1, 3, 4, 8, 9, 70}) {
-      run(tested, {dtype, m, 67, 192, 6, m % 2 == 0, true, 0, false, 0});
-      run(tested, {dtype, m, 12, 100, 6, false, false, 8, false, 0});  // blocks cross rows
+      run(tested, {dtype, m, 67, 192, 6, m % 2 ? kNf4 : kNested, true, 0, false, 0});
+      run(tested, {dtype, m, 12, 100, 6, kNf4, false, 8, false, 0});  // blocks cross rows
     }
-    run(tested, {dtype, 5, 70, 320, 5, true, false, 8, false, 0});
-    run(tested, {dtype, 33, 70, 608, 5, true, true, 8, false, 0});
-    run(tested, {dtype, 17, 50, 96, 8, false, true, 5, false, 0});
+    run(tested, {dtype, 5, 70, 320, 5, kNested, false, 8, false, 0});
+    run(tested, {dtype, 33, 70, 608, 5, kNested, true, 8, false, 0});
+    run(tested, {dtype, 17, 50, 96, 8, kNf4, true, 5, false, 0});
     for (int64_t m : {2, 21}) {
-      run(tested, {dtype, m, 30, 83, 0, false, true, 8, false, 0});
-      run(tested, {dtype, m, 68, 32, 0, false, false, 0, false, 0});  // thin
-      run(tested, {dtype, m, 20, 70, -1, false, false, 0, false, 0});
+      run(tested, {dtype, m, 30, 83, 0, kNf4, true, 8, false, 0});
+      run(tested, {dtype, m, 68, 32, 0, kNf4, false, 0, false, 0});  // thin
+      run(tested, {dtype, m, 20, 70, -1, kNf4, false, 0, false, 0});
+    }
+  }
+}
+
+// Other codes than NF4's, and blocks of 32 and 16 with scales by a table, also where rows are no whole
+// chunks.
+PEFT_KERNELS_CASE(gemm_nt_formats) {
+  for (DType dtype : kTypes) {
+    for (int64_t m : {1, 3, 8, 9, 70}) {
+      for (int shift : {4, 5}) {
+        for (int64_t depth : {96, 160, 208, 1056}) {
+          if (depth % (1 << shift) == 0) {
+            run(tested, {dtype, m, 21, depth, shift, Form::kByTable, m == 3, m == 9 ? 8 : 0, false, 0});
+          }
+        }
+      }
+      run(tested, {dtype, m, 21, 320, 6, Form::kFp4, true, 0, false, 0});
     }
   }
 }
 
 PEFT_KERNELS_CASE(gemm_nn) {
+  constexpr Form kNf4 = Form::kNf4, kNested = Form::kNested;
   for (DType dtype : kTypes) {
     for (int64_t m : {1, 7, 40}) {
-      run(tested, {dtype, m, 192, 67, 6, m % 2 == 0, false, 0, true, 0});
-      run(tested, {dtype, m, 128, 300, 5, true, false, 8, true, 1u << 31});
-      run(tested, {dtype, m, 70, 35, 6, false, false, 8, true, 0});  // blocks cross rows
-      run(tested, {dtype, m, 90, 33, 0, false, true, 0, true, 0});
+      run(tested, {dtype, m, 192, 67, 6, m % 2 ? kNf4 : kNested, false, 0, true, 0});
+      run(tested, {dtype, m, 128, 300, 5, kNested, false, 8, true, 1u << 31});
+      run(tested, {dtype, m, 70, 35, 6, kNf4, false, 8, true, 0});  // blocks cross rows
+      run(tested, {dtype, m, 90, 33, 0, kNf4, true, 0, true, 0});
+      for (int shift : {4, 5}) run(tested, {dtype, m, 160, 67, shift, Form::kByTable, false, 8, true, 0});
+      run(tested, {dtype, m, 48, 35, 4, Form::kByTable, false, 0, true, 0});
+      run(tested, {dtype, m, 128, 35, 6, Form::kFp4, false, 0, true, 0});
     }
-    run(tested, {dtype, 19, 66, 50, -1, false, false, 0, true, 0});
+    run(tested, {dtype, 19, 66, 50, -1, kNf4, false, 0, true, 0});
   }
 }
 

@@ -119,20 +119,29 @@ double rounded(double x, DType dtype) {
   return one.at(0);
 }
 
-Weight::Weight(int64_t weight_size, int block_shift, bool is_nested, uint64_t seed)
+// The number of the code values.
+static int codes_of(Form form) { return form == Form::kFp4 ? 1 : form == Form::kByTable ? 2 : 0; }
+
+Weight::Weight(int64_t weight_size, int block_shift, Form form, uint64_t seed)
     : packed(random_bytes((weight_size + 1) / 2, seed)),
       absmax(normal(DType::kF32, (weight_size >> block_shift) + 1, seed + 1)),
       q8(random_bytes(absmax.size(), seed + 2)),
       absmax2(normal(DType::kF32, (absmax.size() >> nf4::kAbsmaxBlockShift) + 1, seed + 3)),
+      scale_values(normal(DType::kF32, kScaleCodes, seed + 4)),
       view{},
       size(weight_size) {
   for (int64_t i = 0; i < absmax.size(); ++i) absmax.set(i, std::fabs(absmax.at(i)) + 0.1);
+  view.codes = kCodeValues + codes_of(form);
   view.packed = packed.as<uint8_t>();
   view.block_shift = block_shift;
-  if (is_nested) {
+  if (form == Form::kNested) {
     view.q8 = q8.as<uint8_t>();
+    view.scale_values = nf4::kDynamicMap;
     view.absmax2 = absmax2.as<float>();
     view.offset = 0.3f;
+  } else if (form == Form::kByTable) {
+    view.q8 = q8.as<uint8_t>();
+    view.scale_values = scale_values.as<float>();
   } else {
     view.absmax = absmax.as<float>();
   }
@@ -140,12 +149,12 @@ Weight::Weight(int64_t weight_size, int block_shift, bool is_nested, uint64_t se
 float Weight::at(int64_t i) const {
   const int64_t block = i >> view.block_shift;
   const uint8_t byte = view.packed[i / 2];
-  volatile float scale = view.absmax ? view.absmax[block] : nf4::kDynamicMap[q8.as<uint8_t>()[block]];
-  if (!view.absmax) {
+  volatile float scale = view.absmax ? view.absmax[block] : view.scale_values[view.q8[block]];
+  if (view.absmax2) {
     scale = scale * view.absmax2[block >> nf4::kAbsmaxBlockShift];
     scale = scale + view.offset;
   }
-  return nf4::kCode[i % 2 ? byte & 15 : byte >> 4] * scale;
+  return view.codes->value[i % 2 ? byte & 15 : byte >> 4] * scale;
 }
 
 void problem(const std::string& what) { problems.push_back(what); }
@@ -183,6 +192,11 @@ void like_scalar(const Array& got, const Array& want, const std::string& what) {
   const Errors is = errors_of(got.size(), [&](int64_t i) { return double{got.at(i)}; }, truth);
   const double floor = std::fmax(epsilon(got.dtype()), 4 * epsilon(DType::kF32));
   within(is, floor, 8 * floor, what);
+}
+
+std::string name_of(Form form) {
+  const char* names[] = {"NF4", "FP4", "nested", "by table"};
+  return names[static_cast<int>(form)];
 }
 
 std::string name_of(DType dtype) {

@@ -72,16 +72,17 @@ PEFT_KERNELS_CASE(quantize_absmax) {
 }
 
 PEFT_KERNELS_CASE(dequantize) {
-  for (bool is_nested : {false, true}) {
-    for (int shift : {5, 6, 8}) {
-      const Weight weight(2001, shift, is_nested, shift);
+  for (Form form : kForms) {
+    for (int shift : {4, 5, 6, 8}) {
+      if (shift == 4 && form != Form::kByTable) continue;
+      const Weight weight(2001, shift, form, shift);
       for (DType dtype : kTypes) {
         for (int64_t begin : {0, 1, 16, 63, 512}) {
           for (int64_t end : {int64_t{513}, int64_t{1024}, weight.size}) {
             Array out(dtype, end), want(dtype, end);
             tested.dequantize(weight.view, begin, end, dtype, out.data());
             for (int64_t i = begin; i < end; ++i) want.set(i, weight.at(i));
-            same_bits(out, want, name_of(dtype) + " from " + std::to_string(begin));
+            same_bits(out, want, name_of(form) + " " + name_of(dtype) + " from " + std::to_string(begin));
           }
         }
       }

@@ -123,7 +123,7 @@ PEFT_KERNELS_CASE(rows_and_columns) {
     };
     both(tested, squares, like_scalar, "squares of " + name_of(dtype));
   }
-  const Weight weight(kRows * 96, 6, true, 5);
+  const Weight weight(kRows * 96, 6, Form::kNested, 5);
   const auto squares = [&](const KernelTable& table) {
     Array out(DType::kF32, kRows);
     table.row_squares({nullptr, DType::kF32, 96, &weight.view}, 96, 0, kRows, out.as<float>());

@@ -1,0 +1,366 @@
+"""Weights in FP4, MXFP4 and NVFP4: as tensors, in state dicts, merged and averaged."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nf4_weights import COPIES, assert_equal_weights, assert_shares_nothing, dtype_id, each_dtype, parts
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+
+import peft_kernels as pk
+import testing
+
+SHAPES = {"layer": (12, 96), "experts": (3, 4, 96)}
+each_form = pytest.mark.parametrize("form", ["fp4", "fp4-plain", "mxfp4", "nvfp4"])
+each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+BY_CODE = pytest.mark.parametrize("form", ["mxfp4", "nvfp4"])
+
+
+def make(
+    form: str, shape: tuple[int, ...] = SHAPES["layer"], dtype: torch.dtype = torch.float32
+) -> pk.NF4Weight:
+    dense = testing.uneven(testing.tensor(*shape, dtype=dtype, seed=1))
+    return pk.NF4Weight.quantize(dense, None, form == "fp4", format=form.removesuffix("-plain"))
+
+
+# Quantising
+
+
+@each_form
+@each_shape
+def test_attributes(form: str, shape: tuple[int, ...]) -> None:
+    weight = make(form, shape, torch.bfloat16)
+    assert weight.shape == shape and weight.dtype == torch.bfloat16
+    assert weight._state.format == form.removesuffix("-plain")
+    assert weight.blocksize == {"mxfp4": 32, "nvfp4": 16}.get(form, 64)
+    assert weight.double_quant == (form == "fp4")
+    assert (weight.offset is not None) == (form == "fp4")
+    assert weight.absmax.dtype == (torch.float32 if form == "fp4-plain" else torch.uint8)
+    assert weight.packed.shape == (*shape[:-1], 48)
+
+
+@BY_CODE
+def test_values_lie_within_half_a_step(form: str) -> None:
+    """And no value of a block is beyond its largest code: E8M0 scales are rounded up."""
+    dense = testing.uneven(testing.tensor(12, 96, seed=1))
+    weight = make(form)
+    scale = weight.absmax2[weight.absmax.long()].view(-1, 1)
+    blocks, got = (t.view(len(scale), -1) for t in (dense, weight.dequantize()))
+    step = torch.where(blocks.abs() < 2 * scale, 0.5, torch.where(blocks.abs() < 4 * scale, 1.0, 2.0)) * scale
+    over = (blocks.abs() - 6 * scale).clamp(min=0)  # E4M3 scales are rounded to the nearest
+    assert ((got - blocks).abs() <= step / 2 * (1 + 1e-6) + over).all()
+    assert form == "nvfp4" or not over.any()
+    assert ((blocks.abs() / scale).amax(1) > (2.9 if form == "mxfp4" else 5.6)).all(), "scales too large"
+
+
+@each_form
+def test_packed_values_are_quantised_to_themselves(form: str) -> None:
+    weight = make(form)
+    again = pk.NF4Weight.quantize(weight, None, form == "fp4", format=weight._state.format)
+    if form == "fp4":  # double quantisation rounds the scales again
+        return
+    torch.testing.assert_close(again.dequantize(), weight.dequantize(), rtol=2e-7, atol=0)
+
+
+@each_form
+def test_zero_blocks(form: str) -> None:
+    dense = testing.tensor(4, 192)
+    dense[1], dense[2, 64:] = 0, 0
+    back = pk.NF4Weight.quantize(dense, format=form.removesuffix("-plain"), double_quant=False).dequantize()
+    assert back.isfinite().all() and not back[1].any() and not back[2, 64:].any() and back[2, :64].any()
+    assert not pk.NF4Weight.quantize(dense * 0, format=form.removesuffix("-plain")).dequantize().any()
+
+
+@pytest.mark.parametrize("magnitude", [1e-38, 1e-42, 1e38], ids="{:g}".format)
+@each_form
+def test_extreme_magnitudes(form: str, magnitude: float) -> None:
+    dense = (testing.tensor(4, 64).clamp(-1, 1).double() * magnitude).float()
+    back = pk.NF4Weight.quantize(dense, double_quant=False, format=form.removesuffix("-plain")).dequantize()
+    assert back.isfinite().all() and (back.abs() <= 1.34 * dense.abs().max() + 2e-38).all()
+
+
+REFUSED: dict[str, tuple[str, Callable[[], object]]] = {
+    "format": (
+        r"^format: expected one of nf4, fp4, mxfp4, nvfp4, got 'int4'$",
+        lambda: pk.NF4Weight.quantize(torch.ones(4, 64), format="int4"),
+    ),
+    "blocksize": (
+        r"^blocksize: expected one of \(16,\), got 64$",
+        lambda: pk.NF4Weight.quantize(torch.ones(4, 64), 64, format="nvfp4"),
+    ),
+    "rows": (
+        r"^q_proj: expected a multiple of 32 input features for mxfp4, got 48$",
+        lambda: pk.NF4Weight.quantize(torch.ones(4, 48), name="q_proj", format="mxfp4"),
+    ),
+    "rows-of-experts": (
+        r"^weight: expected a multiple of 16 input features for nvfp4, got 40$",
+        lambda: pk.NF4Weight.quantize(torch.ones(2, 4, 40), format="nvfp4"),
+    ),
+    **{
+        f"nan-{form}": (
+            r"^up: expected finite values, got 1 NaN or Inf among 256$",
+            lambda form=form: pk.NF4Weight.quantize(  # type: ignore[misc]
+                torch.ones(4, 64).index_put_((torch.tensor(2), torch.tensor(5)), torch.tensor(float("nan"))),
+                name="up",
+                format=form,
+            ),
+        )
+        for form in ("fp4", "mxfp4", "nvfp4")
+    },
+    "inf-in-an-expert": (
+        r"^weight\[1\]: expected finite values, got 128 NaN or Inf among 128$",
+        lambda: pk.NF4Weight.quantize(
+            torch.tensor([1.0, float("inf")]).view(2, 1, 1).expand(2, 2, 64), format="mxfp4"
+        ),
+    ),
+    "to-bitsandbytes": (
+        r"^weight: expected the format nf4 or fp4, got mxfp4$",
+        lambda: make("mxfp4").to_bnb(),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str) -> None:
+    message, call = REFUSED[case]
+    if case == "to-bitsandbytes":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# Copies, moves and writes
+
+
+@each_form
+@each_shape
+@pytest.mark.parametrize("how", COPIES)
+def test_copy(how: str, shape: tuple[int, ...], form: str) -> None:
+    weight = make(form, shape)
+    copied = COPIES[how](weight)
+    assert_equal_weights(copied, weight)
+    assert_shares_nothing(copied, weight)
+
+
+@each_form
+@each_dtype
+def test_to_dtype_is_nominal(dtype: torch.dtype, form: str) -> None:
+    weight = make(form)
+    moved = weight.to(dtype)
+    assert moved.dtype == dtype and moved._state.format == weight._state.format
+    assert torch.equal(moved.dequantize(), weight.dequantize().to(dtype))
+
+
+@each_form
+@each_shape
+def test_merge_and_unmerge_restore_the_bytes(shape: tuple[int, ...], form: str) -> None:
+    weight = make(form, shape)
+    before, delta = weight.clone(), testing.tensor(*shape, seed=2)
+    weight.data += delta
+    assert weight.is_dense
+    assert torch.equal(weight.dequantize(), before.dequantize() + delta)
+    weight.data -= delta
+    assert not weight.is_dense
+    assert_equal_weights(weight, before)
+
+
+@each_form
+@each_shape
+def test_requantize(shape: tuple[int, ...], form: str) -> None:
+    weight, delta = make(form, shape), testing.tensor(*shape, seed=2)
+    weight.data += delta
+    dense = weight.dequantize()
+    weight.requantize_()
+    want = pk.NF4Weight.quantize(dense, weight.blocksize, form == "fp4", format=weight._state.format)
+    assert_equal_weights(weight, want)
+
+
+@each_form
+@pytest.mark.parametrize("how", ["swa", "ema"])
+def test_an_average_with_itself_stays_packed(how: str, form: str) -> None:
+    model = nn.Sequential(pk.nn.NF4Linear(make(form)))
+    averaged = AveragedModel(model, **({"avg_fn": get_ema_avg_fn(0.999)} if how == "ema" else {}))
+    for _ in range(3):
+        averaged.update_parameters(model)
+    assert not averaged.module[0].weight.is_dense
+    assert_equal_weights(averaged.module[0].weight, model[0].weight)
+
+
+@each_form
+def test_f_linear_runs_the_kernel(form: str, op_counts: Counter[str]) -> None:
+    weight, x = make(form), testing.tensor(3, 96)
+    want = x.double() @ weight.dequantize(torch.float32).double().t()
+    op_counts.clear()
+    got = F.linear(x, weight)
+    assert op_counts == {"nf4_linear": 1}
+    testing.assert_close(got, x @ weight.dequantize().t(), want)
+
+
+@each_form
+def test_compiled(form: str) -> None:
+    torch.compiler.reset()
+    layer = pk.nn.NF4Linear(make(form))
+    x = testing.tensor(3, 96).requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    want, x.grad = x.grad, None
+    got = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    got.sum().backward()
+    torch.testing.assert_close(got, y)
+    torch.testing.assert_close(x.grad, want)
+
+
+@each_form
+def test_an_expert_shares_memory(form: str) -> None:
+    weight = make(form, SHAPES["experts"])
+    for e in range(3):
+        one = weight[e]
+        assert one._state.format == weight._state.format
+        assert torch.equal(one.dequantize(), weight.dequantize()[e])
+        assert one.packed.data_ptr() == weight.packed[e].data_ptr()
+
+
+# State dicts
+
+
+@each_form
+@each_shape
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_state_dict(dtype: torch.dtype, shape: tuple[int, ...], form: str) -> None:
+    weight = make(form, shape, dtype)
+    items = weight.state_dict("up.")
+    again = pk.NF4Weight.from_state_dict(items, "up.")
+    assert_equal_weights(again, weight)
+    if len(shape) == 2:
+        layer = pk.nn.NF4Linear(pk.NF4Weight.quantize(testing.tensor(*shape)), None)
+        layer.load_state_dict(weight.state_dict())
+        assert_equal_weights(layer.weight, weight)
+
+
+def test_items_of_a_layer_in_mxfp4() -> None:
+    items = make("mxfp4").state_dict()
+    state = json.loads(bytes(items.pop("weight.quant_state.peft_kernels__packed").tolist()))
+    assert state == {"quant_type": "mxfp4", "blocksize": 32, "dtype": "float32", "shape": [12, 96]}
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in items.items()} == {
+        "weight": (torch.uint8, (576,)),
+        "weight.absmax": (torch.uint8, (36,)),
+        "weight.scale_values": (torch.float32, (256,)),
+    }
+
+
+Change = Callable[[dict[str, Tensor], str], object]
+
+
+def shorten(item: str) -> Change:
+    return lambda items, _: items.update({item: items[item][..., :-1].contiguous()})
+
+
+def drop(item: str) -> Change:
+    return lambda items, _: items.pop(item)
+
+
+def cast(item: str, dtype: torch.dtype) -> Change:
+    return lambda items, _: items.update({item: items[item].to(dtype)})
+
+
+def described(**changes: Any) -> Change:
+    def change(items: dict[str, Tensor], state: str) -> None:
+        numbers = json.loads(bytes(items[state].tolist())) | changes
+        items[state] = torch.tensor(list(json.dumps(numbers).encode()), dtype=torch.uint8)
+
+    return change
+
+
+def nan_scale(items: dict[str, Tensor], _: str) -> None:
+    is_nan = items["weight.scale_values"].reshape(-1, 256)[0].isnan()
+    items["weight.absmax"].view(-1)[3] = int(is_nan.nonzero()[-1])
+
+
+def negative_scale(items: dict[str, Tensor], _: str) -> None:
+    items["weight.scale_values"] = -items["weight.scale_values"]
+
+
+DAMAGE: dict[str, tuple[str, Change]] = {
+    "codes-short": (r"^weight: expected \d+ bytes for shape .*, got \d+$", shorten("weight")),
+    "codes-missing": (r"^weight: expected a dense tensor in the state dict, got NoneType$", drop("weight")),
+    "codes-dtype": (r"^weight: expected dtype torch.uint8, got torch.int32$", cast("weight", torch.int32)),
+    "scales-short": (r"^weight\.absmax: expected number of blocks \d+, got \d+$", shorten("weight.absmax")),
+    "scales-missing": (r"^weight\.absmax: expected a dense tensor", drop("weight.absmax")),
+    "scales-dtype": (
+        r"^weight\.absmax: expected dtype torch.uint8, got torch.float32$",
+        cast("weight.absmax", torch.float32),
+    ),
+    "scales-nan": (r"^weight\.absmax: expected finite scales of 0 or more, got \d+ NaN", nan_scale),
+    "scales-negative": (r"^weight\.absmax: expected finite scales of 0 or more, got \d+ NaN", negative_scale),
+    "table-short": (
+        r"^weight\.scale_values: expected number of values 256, got 255$",
+        shorten("weight.scale_values"),
+    ),
+    "table-missing": (r"^weight\.scale_values: expected a dense tensor", drop("weight.scale_values")),
+    "table-dtype": (
+        r"^weight\.scale_values: expected dtype torch.float32, got torch.float64$",
+        cast("weight.scale_values", torch.float64),
+    ),
+    "unknown-item": (
+        r"^weight\.zeros: expected the items of a packed weight alone",
+        lambda items, _: items.update({"weight.zeros": torch.ones(1)}),
+    ),
+    "blocksize": (r"^weight: expected blocksize one of \(\d+,\), got 64$", described(blocksize=64)),
+    "format": (r"expected quant_type .*, got 'int4'$", described(quant_type="int4")),
+    "nf4": (r"expected quant_type .*, got 'nf4'$", described(quant_type="nf4")),
+    "shape": (r"^weight: expected a shape \(", described(shape=[96])),
+    "dtype": (
+        r"^weight: expected dtype float32, bfloat16 or float16, got torch.int8",
+        described(dtype="int8"),
+    ),
+    "json": (
+        r"expected bitsandbytes' JSON",
+        lambda items, state: items.update({state: items[state][:-3]}),
+    ),
+}
+
+
+@BY_CODE
+@each_shape
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_refused(case: str, shape: tuple[int, ...], form: str) -> None:
+    message, change = DAMAGE[case]
+    items = copy.deepcopy(make(form, shape).state_dict())
+    change(items, next(name for name in items if ".quant_state." in name))
+    with pytest.raises(ValueError, match=message):
+        pk.NF4Weight.from_state_dict(items)
+
+
+@BY_CODE
+def test_experts_of_unequal_number_are_refused(form: str) -> None:
+    items = make(form, SHAPES["experts"]).state_dict()
+    for name in ("weight.absmax", "weight.scale_values"):
+        with pytest.raises(ValueError, match=rf"^{name}: expected number of experts 3, got 2$"):
+            pk.NF4Weight.from_state_dict(items | {name: items[name][:2]})
+
+
+@BY_CODE
+def test_items_of_experts_are_not_those_of_a_layer(form: str) -> None:
+    """The name of the item tells a reader of names which it is."""
+    layer, experts = (make(form, shape).state_dict() for shape in SHAPES.values())
+    state = "weight.quant_state.peft_kernels__packed"
+    layer[f"{state}_experts"], experts[state] = layer.pop(state), experts.pop(f"{state}_experts")
+    for items in (layer, experts):
+        with pytest.raises(ValueError, match=r"^weight: expected a shape \("):
+            pk.NF4Weight.from_state_dict(items)
+
+
+def test_parts_have_no_memory_of_others() -> None:
+    """Tables of scale values are a weight's own when it is saved: writers of files refuse shared memory."""
+    items = [make("mxfp4").state_dict(f"{i}.") for i in range(2)]
+    tables = [one[f"{i}.weight.scale_values"].data_ptr() for i, one in enumerate(items)]
+    assert tables[0] != tables[1]
+    assert parts(make("mxfp4")).keys() == {"packed", "absmax", "absmax2"}

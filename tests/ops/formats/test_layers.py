@@ -1,0 +1,154 @@
+"""Linear layers, LoRA and DoRA over a base in each format, by the numbers policy."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from forms import DEPTHS, FORMS, ROWS, cases, each_backend, full
+from lora_cases import check_lora_linear, check_lora_linear_backward, check_nf4_linear, check_nf4_linear_dx
+from lora_multi_cases import check_backward, check_forward
+from numbers_policy import DTYPES, case_id, dense64, same_with_any_threads
+from torch import Tensor
+
+import testing
+
+ops = torch.ops.peft_kernels
+
+pytestmark = [pytest.mark.usefixtures("nan_outputs"), each_backend]
+
+LINEAR = cases(
+    m=ROWS,
+    k=DEPTHS,
+    n=(12, 33, 100),
+    dtype=DTYPES,
+    bias=("none", "same", "fp32"),
+    layout=("contiguous", "slice"),
+)
+# Few rows in bf16 over rows of whole blocks of 64 or 128, which some ISAs multiply in another way.
+SMALL = {"n": 33, "dtype": torch.bfloat16, "bias": "none", "layout": "contiguous"}
+LINEAR += [{"form": form, "m": m, "k": k, **SMALL} for form, m, k in product(FORMS, (1, 3, 4, 9), (128, 192))]
+LORA = cases(
+    m=(1, 3, 8, 9, 17, 70),
+    k=DEPTHS,
+    n=(12, 100),
+    r=(3, 16),
+    dtype=DTYPES,
+    adapter=("fp32", "same"),
+    bias=("none", "same"),
+    layout=("contiguous", "3-d"),
+    needs=("xab", "x", "ab"),
+)
+MULTI = cases(
+    m=(1, 5, 17, 70),
+    k=DEPTHS,
+    n=(100,),
+    r=(8,),
+    layers=(2, 3),
+    adapters=("010", "", "2"),
+    dtype=DTYPES,
+    adapter=("fp32", "same"),
+    bias=("various",),
+    layout=("contiguous",),
+    p=(0.0, 0.5),
+    groups=("none", "runs", "nobody"),
+    needs=("xab",),
+)
+
+
+def each(found: list[dict[str, Any]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", found, ids=case_id)
+
+
+@each(LINEAR)
+def test_linear(backend: str, case: dict[str, Any]) -> None:
+    check_nf4_linear(full(case))
+
+
+@each(LINEAR)
+def test_linear_dx(backend: str, case: dict[str, Any]) -> None:
+    check_nf4_linear_dx(full(case))
+
+
+@each(LORA)
+def test_lora(backend: str, case: dict[str, Any]) -> None:
+    check_lora_linear(full(case))
+
+
+@each(LORA)
+def test_lora_backward(backend: str, case: dict[str, Any]) -> None:
+    check_lora_linear_backward(full(case))
+
+
+@each(MULTI)
+def test_multi_lora(backend: str, case: dict[str, Any]) -> None:
+    check_forward(full(case))
+
+
+@each(MULTI)
+def test_multi_lora_backward(backend: str, case: dict[str, Any]) -> None:
+    check_backward(full(case))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("k", [96, 1056])
+def test_dora_norm(backend: str, k: int, form: str) -> None:
+    weight = testing.nf4_weight(
+        100, k, FORMS[form]["bs"], FORMS[form]["nested"], format=FORMS[form]["format"]
+    )
+    a, b = testing.tensor(8, k, seed=3, scale=k**-0.5), testing.tensor(100, 8, seed=4, scale=0.3)
+    args = (*weight._state.op_args, a, b, 1.7)
+    truth = (dense64(weight) + 1.7 * b.double() @ a.double()).norm(dim=1)
+    testing.assert_close(ops.dora_norm(*args), testing.reference_op("dora_norm")(*args), truth)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_any_leading_dimensions_and_no_rows(backend: str, form: str) -> None:
+    weight = testing.nf4_weight(
+        33, 96, FORMS[form]["bs"], FORMS[form]["nested"], format=FORMS[form]["format"]
+    )
+    for shape in ((96,), (0, 96), (2, 0, 96), (2, 1, 3, 96)):
+        x = testing.tensor(*shape)
+        y = ops.nf4_linear(x, *weight._state.op_args, 33, None)
+        assert y.shape == (*shape[:-1], 33)
+        testing.assert_close(y, x @ weight.dequantize().t(), x.double() @ dense64(weight).t())
+        dx = ops.nf4_linear_dx(y, *weight._state.op_args, 96)
+        assert dx.shape == shape
+        testing.assert_close(dx, y @ weight.dequantize(), y.double() @ dense64(weight))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bad_row_stays_in_its_row(backend: str, form: str) -> None:
+    weight = testing.nf4_weight(
+        33, 160, FORMS[form]["bs"], FORMS[form]["nested"], format=FORMS[form]["format"]
+    )
+    x = testing.tensor(9, 160, dtype=torch.bfloat16)
+    clean = ops.nf4_linear(x, *weight._state.op_args, 33, None)
+    for row in (0, 4, 8):
+        bad = x.clone()
+        bad[row] = float("nan")
+        y = ops.nf4_linear(bad, *weight._state.op_args, 33, None)
+        others = [i for i in range(9) if i != row]
+        assert y[row].isnan().all() and y[others].isfinite().all()
+        if backend != "reference":  # torch's matmul may round differently
+            assert torch.equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rows", [1, 9, 70])
+def test_threads_do_not_change_a_bit(backend: str, rows: int, form: str) -> None:
+    if backend == "reference":
+        pytest.skip("reference: torch's own functions may split their work by threads")
+    weight = testing.nf4_weight(
+        200, 1056, FORMS[form]["bs"], FORMS[form]["nested"], format=FORMS[form]["format"]
+    )
+    x, dy = (testing.tensor(rows, size, dtype=torch.bfloat16, seed=size) for size in (1056, 200))
+
+    def run() -> list[Tensor]:
+        y = ops.nf4_linear(x, *weight._state.op_args, 200, None)
+        dx = ops.nf4_linear_dx(dy, *weight._state.op_args, 1056)
+        return [y, dx, ops.dequantize_nf4(*weight._state.op_args, [200, 1056], torch.bfloat16)]
+
+    same_with_any_threads(run)
