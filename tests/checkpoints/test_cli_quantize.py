@@ -124,32 +124,25 @@ def test_equals_transformers_with_bitsandbytes(make: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_other_blocksizes_load_in_bitsandbytes(double_quant: bool, source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("blocksize, kind", [(128, "nf4"), (64, "fp4")])
+def test_other_forms_load_in_bitsandbytes(
+    blocksize: int, kind: str, double_quant: bool, source: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    quantize_checkpoint(source, tmp_path / "ours", 128, double_quant)
-    config = stored(tmp_path / "ours")
-    assert config["bnb_4bit_blocksize"] == 128  # as NF4Config writes it
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    weight = model.model.layers[1].mlp.down_proj.weight
-    assert weight.quant_state.blocksize == 128 and weight.quant_state.nested == double_quant
-    dense = Checkpoint.open(source)["model.layers.1.mlp.down_proj.weight"]
-    expected = pk.NF4Weight.quantize(dense, 128, double_quant)
-    assert torch.equal(pk.NF4Weight.from_bnb(weight).dequantize(), expected.dequantize())
-
-
-@pytest.mark.parametrize("double_quant", [True, False])
-def test_fp4_loads_in_bitsandbytes(double_quant: bool, source: Path, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    options = [] if double_quant else ["--no-double-quant"]
-    assert main(["quantize", str(source), str(tmp_path / "ours"), "--format", "fp4", *options]) == 0
-    assert stored(tmp_path / "ours")["bnb_4bit_quant_type"] == "fp4"
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    weight = model.model.layers[1].mlp.down_proj.weight
-    assert weight.quant_state.quant_type == "fp4" and weight.quant_state.nested == double_quant
-    dense = Checkpoint.open(source)["model.layers.1.mlp.down_proj.weight"]
-    expected = pk.NF4Weight.quantize(dense, 64, double_quant, format="fp4")
-    assert torch.equal(pk.NF4Weight.from_bnb(weight).dequantize(), expected.dequantize())
+    options = ["--blocksize", str(blocksize), "--format", kind]
+    options += [] if double_quant else ["--no-double-quant"]
+    assert main(["quantize", str(source), str(tmp_path / "ours"), *options]) == 0
     assert main(["inspect", str(tmp_path / "ours")]) == 0
+    config = stored(tmp_path / "ours")
+    assert config["bnb_4bit_quant_type"] == kind
+    assert config.get("bnb_4bit_blocksize", 64) == blocksize  # as NF4Config writes it
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    weight = model.model.layers[1].mlp.down_proj.weight
+    state = weight.quant_state
+    assert (state.quant_type, state.blocksize, state.nested) == (kind, blocksize, double_quant)
+    dense = Checkpoint.open(source)["model.layers.1.mlp.down_proj.weight"]
+    expected = pk.NF4Weight.quantize(dense, blocksize, double_quant, format=kind)
+    assert torch.equal(pk.NF4Weight.from_bnb(weight).dequantize(), expected.dequantize())
 
 
 def test_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
