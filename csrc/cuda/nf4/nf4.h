@@ -16,7 +16,9 @@ struct Nf4View {
   int scale_shift;
   int block_shift;            // log2 of the blocksize
   const float* scale_values;  // null: a map of ones
-  int codes;                  // index of kCodeValues
+  int first_code;             // of its values in CodeTables
+
+  bool is_nf4() const { return first_code == 0 && !scale_values; }
 };
 
 void quantize_nf4(const void* weight, DType dtype, int64_t numel, int block_shift, uint8_t* packed,

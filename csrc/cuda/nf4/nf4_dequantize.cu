@@ -42,24 +42,27 @@ bool has_units(const Nf4View& weight, const Block<T>& part) {
 
 template <class T>
 void launch_elements(const Nf4View& weight, const Block<T>& part, Stream stream) {
-  using Kernel = DequantizeElements<T>;
-  launch<Kernel>({weight, part.first, part.ld, part.rows, part.cols, part.out, part.out_stride},
-                 ceil_div(part.rows * part.cols, Kernel::kThreads * Kernel::kElements), stream,
-                 sizeof(typename Kernel::Shared));
+  const auto run = [&](auto kernel) {
+    using Kernel = decltype(kernel);
+    launch<Kernel>({weight, part.first, part.ld, part.rows, part.cols, part.out, part.out_stride},
+                   ceil_div(part.rows * part.cols, Kernel::kThreads * Kernel::kElements), stream,
+                   sizeof(typename Kernel::Shared));
+  };
+  weight.is_nf4() ? run(DequantizeElements<T>{}) : run(DequantizeAnyElements<T>{});
 }
 
 // Of a block that has_units().
 template <class T>
-typename DequantizeNf4<T>::Params params_of(const Nf4View& weight, const Block<T>& part) {
-  using Kernel = DequantizeNf4<T>;
-  constexpr int64_t kUnit = Kernel::kUnit, kVector = kUnit / Kernel::kStores;
-  typename Kernel::Params params{};
+DequantizeParams<T> params_of(const Nf4View& weight, const Block<T>& part) {
+  using Params = DequantizeParams<T>;
+  constexpr int64_t kUnit = Params::kUnit, kVector = kUnit / Params::kStores;
+  Params params{};
   params.weight = weight;
   params.rows = rows_of_units(part.rows, part.cols / kUnit);
   params.units = static_cast<uint32_t>(part.rows * params.rows.units);
   params.first = static_cast<uint32_t>(part.first / kUnit);
   params.ld = static_cast<uint32_t>(part.ld / kUnit);
-  params.out = reinterpret_cast<typename Kernel::Elements*>(part.out);
+  params.out = reinterpret_cast<typename Params::Elements*>(part.out);
   params.out_stride = static_cast<uint32_t>(part.out_stride / kVector);
   return params;
 }
@@ -73,9 +76,12 @@ int64_t blocks_of(uint32_t units) {
 template <class T>
 void launch_part(const Nf4View& weight, const Block<T>& part, Stream stream) {
   if (!has_units(weight, part)) return launch_elements(weight, part, stream);
-  using Kernel = DequantizeNf4<T>;
-  const typename Kernel::Params params = params_of(weight, part);
-  launch<Kernel>(params, blocks_of<T>(params.units), stream, sizeof(typename Kernel::Shared));
+  const DequantizeParams<T> params = params_of(weight, part);
+  const auto run = [&](auto kernel) {
+    using Kernel = decltype(kernel);
+    launch<Kernel>(params, blocks_of<T>(params.units), stream, sizeof(typename Kernel::Shared));
+  };
+  weight.is_nf4() ? run(DequantizeNf4<T>{}) : run(DequantizeAny<T>{});
 }
 
 // One row of any length; the elements after the last whole unit get their own launch.
@@ -113,11 +119,10 @@ void dequantize_nf4(const Nf4View& weight, const Part& part, void* out, DType dt
 
 void dequantize_experts(const ManyNf4& weights, int64_t experts, const Part& part, void* out, Stream stream) {
   using T = bf16;
-  using Kernel = DequantizeExperts;
   int64_t rows = part.row_end - part.row_begin, cols = part.col_end - part.col_begin;
   const int64_t elements = rows * cols;
   if (cols == part.ld) cols = elements, rows = 1;
-  typename Kernel::Params params{};
+  DequantizeManyParams params{};
   params.first = params_of<T>(weights.first, {part.row_begin * part.ld + part.col_begin, part.ld, rows, cols,
                                               static_cast<T*>(out), cols});
   params.blocks = static_cast<uint32_t>(blocks_of<T>(params.first.units));
@@ -126,7 +131,11 @@ void dequantize_experts(const ManyNf4& weights, int64_t experts, const Part& par
   params.scale_stride = weights.scale_stride;
   params.values_stride = weights.values_stride;
   params.out_stride = elements / DequantizeNf4<T>::kUnit;
-  launch<Kernel>(params, experts * params.blocks, stream, sizeof(typename Kernel::Shared));
+  const auto run = [&](auto kernel) {
+    using Kernel = decltype(kernel);
+    launch<Kernel>(params, experts * params.blocks, stream, sizeof(typename Kernel::Shared));
+  };
+  weights.first.is_nf4() ? run(DequantizeExperts{}) : run(DequantizeAnyExperts{});
 }
 
 void unpack_absmax(const uint8_t* q8, const float* absmax2, const float* offset, int64_t blocks,

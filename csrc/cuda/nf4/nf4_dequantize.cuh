@@ -19,27 +19,60 @@ DEVICE float unpack_scale_rn(const PackedScale& packed, const float* map, float 
   return __fadd_rn(__fmul_rn(load(map + packed.code), packed.scale), offset);
 }
 
-// Dequantises units of 8 elements: reads 4 bytes, writes 16 or 32. Every unit starts in a high nibble of an
-// aligned word, lies inside one block, and is written to a 16-byte aligned address. Indices of units and of
-// vectors written fit in 32 bits.
+// How a weight's codes and scales are read: of NF4, and of any format.
+struct ReadNf4 {
+  static DEVICE float code(const Nf4View&, int code) { return kCodeTables.value[code]; }
+  template <int kThreads>
+  static DEVICE void fill(const Nf4View& weight, float* map) {
+    fill_map<kThreads>(weight, map);
+  }
+  static DEVICE float offset(const Nf4View& weight) { return load_scale_offset(weight); }
+  static DEVICE PackedScale scale(const Nf4View& weight, uint32_t block) { return load_scale(weight, block); }
+};
+struct ReadAny {
+  static DEVICE float code(const Nf4View& weight, int code) { return code_value(weight, code); }
+  template <int kThreads>
+  static DEVICE void fill(const Nf4View& weight, float* map) {
+    static_assert(kThreads == kScaleCodes);
+    if (!weight.scale_values) return fill_map<kThreads>(weight, map);
+    store(map + thread_index(), load_constant(weight.scale_values + thread_index()));
+  }
+  static DEVICE float offset(const Nf4View& weight) {
+    return weight.scale_offset ? load_constant(weight.scale_offset) : -0.0f;  // changes no scale
+  }
+  static DEVICE PackedScale scale(const Nf4View& weight, uint32_t block) {
+    const uint32_t code = load_constant(weight.scale_code + block);
+    return {code, weight.scale ? load_constant(weight.scale + (block >> weight.scale_shift)) : 1.0f};
+  }
+};
+
 template <class T>
-struct DequantizeNf4 {
-  static constexpr int kThreads = 256;
-  static constexpr int kBlocksPerSm = 3;
-  static constexpr int kUnit = 8;   // elements
-  static constexpr int kUnits = 8;  // of a thread, all loaded before the first is decoded
+struct DequantizeParams {
+  static constexpr int kUnit = 8;                         // elements
   static constexpr int kStores = kUnit * sizeof(T) / 16;  // of a unit
   using Elements = Vec<T, kUnit / kStores>;
 
-  struct Params {
-    Nf4View weight;
-    RowsOfUnits rows;
-    uint32_t units;  // up to 2^31
-    uint32_t first;  // unit of the flat weight
-    uint32_t ld;     // units from one row of the weight to the next
-    Elements* out;
-    uint32_t out_stride;
-  };
+  Nf4View weight;
+  RowsOfUnits rows;
+  uint32_t units;  // up to 2^31
+  uint32_t first;  // unit of the flat weight
+  uint32_t ld;     // units from one row of the weight to the next
+  Elements* out;
+  uint32_t out_stride;
+};
+
+// Dequantises units of 8 elements: reads 4 bytes, writes 16 or 32. Every unit starts in a high nibble of an
+// aligned word, lies inside one block, and is written to a 16-byte aligned address. Indices of units and of
+// vectors written fit in 32 bits.
+template <class T, class Read>
+struct DequantizeUnits {
+  static constexpr int kThreads = 256;
+  static constexpr int kBlocksPerSm = 3;
+  static constexpr int kUnits = 8;  // of a thread, all loaded before the first is decoded
+  using Params = DequantizeParams<T>;
+  static constexpr int kUnit = Params::kUnit, kStores = Params::kStores;
+  using Elements = typename Params::Elements;
+
   struct Shared {
     float code[nf4::kCodes];  // in 16 banks: lanes read it without conflicts
     float map[nf4::kDynamicCodes];
@@ -58,9 +91,9 @@ struct DequantizeNf4 {
       const uint32_t unit = begin + i * kThreads;
       units[i] = load_unit(p, unit < p.units ? unit : p.units - 1);
     }
-    if (thread < nf4::kCodes) store(&shared->code[thread], code_value(p.weight, thread));
-    fill_map<kThreads>(p.weight, shared->map);
-    const float offset = load_scale_offset(p.weight);
+    if (thread < nf4::kCodes) store(&shared->code[thread], Read::code(p.weight, thread));
+    Read::template fill<kThreads>(p.weight, shared->map);
+    const float offset = Read::offset(p.weight);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
@@ -82,7 +115,7 @@ struct DequantizeNf4 {
     constexpr int kUnitShift = 3;
     static_assert(kUnit == 1 << kUnitShift);
     return {load_once(reinterpret_cast<const uint32_t*>(p.weight.packed) + from),
-            load_any_scale(p.weight, from >> (p.weight.block_shift - kUnitShift)),
+            Read::scale(p.weight, from >> (p.weight.block_shift - kUnitShift)),
             row * p.out_stride + col * kStores};
   }
 
@@ -108,24 +141,31 @@ struct DequantizeNf4 {
   }
 };
 
+template <class T>
+struct DequantizeNf4 : DequantizeUnits<T, ReadNf4> {};
+template <class T>
+struct DequantizeAny : DequantizeUnits<T, ReadAny> {};
+
+struct DequantizeManyParams {
+  DequantizeParams<bf16> first;
+  uint32_t blocks;                                                  // of a weight
+  int64_t packed_stride, code_stride, scale_stride, values_stride;  // from a weight to the next
+  int64_t out_stride;                                               // in Elements
+};
+
 // Dequantises the same part of several weights, one behind the other in memory, as are their results.
-struct DequantizeExperts {
-  using One = DequantizeNf4<bf16>;
+template <class One>
+struct DequantizeMany {
   static constexpr int kThreads = One::kThreads;
   static constexpr int kBlocksPerSm = One::kBlocksPerSm;
   using Shared = typename One::Shared;
 
-  struct Params {
-    typename One::Params first;
-    uint32_t blocks;                                                  // of a weight
-    int64_t packed_stride, code_stride, scale_stride, values_stride;  // from a weight to the next
-    int64_t out_stride;                                               // in Elements
-  };
+  using Params = DequantizeManyParams;
 
   static DEVICE void run(const Params& p) {
     const auto block = static_cast<uint32_t>(block_index());
     const uint32_t expert = block / p.blocks;
-    typename One::Params own = p.first;
+    DequantizeParams<bf16> own = p.first;
     own.weight.packed += expert * p.packed_stride;
     own.weight.scale_code += expert * p.code_stride;
     own.weight.scale += expert * p.scale_stride;
@@ -136,9 +176,12 @@ struct DequantizeExperts {
   }
 };
 
+struct DequantizeExperts : DequantizeMany<DequantizeNf4<bf16>> {};
+struct DequantizeAnyExperts : DequantizeMany<DequantizeAny<bf16>> {};
+
 // Dequantises any part of a weight, element by element.
-template <class T>
-struct DequantizeElements {
+template <class T, class Read>
+struct ElementsOf {
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 4;
   static constexpr int kElements = 8;  // of a thread
@@ -151,14 +194,14 @@ struct DequantizeElements {
     T* out;
     int64_t out_stride;
   };
-  using Shared = typename DequantizeNf4<T>::Shared;
+  using Shared = typename DequantizeUnits<T, Read>::Shared;
 
   static DEVICE void run(const Params& p) {
     Shared* shared = shared_memory<Shared>();
     const int thread = thread_index();
-    if (thread < nf4::kCodes) store(&shared->code[thread], code_value(p.weight, thread));
-    fill_map<kThreads>(p.weight, shared->map);
-    const float offset = load_scale_offset(p.weight);
+    if (thread < nf4::kCodes) store(&shared->code[thread], Read::code(p.weight, thread));
+    Read::template fill<kThreads>(p.weight, shared->map);
+    const float offset = Read::offset(p.weight);
     __syncthreads();
     const int64_t begin = int64_t{block_index()} * (kThreads * kElements) + thread;
     for (int i = 0; i < kElements; ++i) {
@@ -169,11 +212,16 @@ struct DequantizeElements {
       const uint32_t byte = load_constant(p.weight.packed + element / 2);
       const uint32_t code = element % 2 ? byte & 15 : byte >> 4;
       const auto block = static_cast<uint32_t>(element >> p.weight.block_shift);
-      const float absmax = unpack_scale_rn(load_any_scale(p.weight, block), shared->map, offset);
+      const float absmax = unpack_scale_rn(Read::scale(p.weight, block), shared->map, offset);
       store(p.out + row * p.out_stride + col, from_float<T>(__fmul_rn(load(&shared->code[code]), absmax)));
     }
   }
 };
+
+template <class T>
+struct DequantizeElements : ElementsOf<T, ReadNf4> {};
+template <class T>
+struct DequantizeAnyElements : ElementsOf<T, ReadAny> {};
 
 struct UnpackAbsmax {
   static constexpr int kThreads = 256;

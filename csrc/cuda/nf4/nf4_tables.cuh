@@ -27,7 +27,7 @@ struct CodeTables {
 };
 DEVICE_TABLE CodeTables kCodeTables;
 DEVICE float code_value(const Nf4View& weight, int code) {
-  return kCodeTables.value[weight.codes * nf4::kCodes + code];
+  return kCodeTables.value[weight.first_code + code];
 }
 DEVICE_TABLE Table<nf4::kCodes - 1> kThresholdTable(nf4::kThresholds);
 DEVICE_TABLE Table<nf4::kDynamicCodes> kDynamicTable(nf4::kDynamicMap);
@@ -38,13 +38,10 @@ template <int kThreads>
 DEVICE void fill_map(const Nf4View& weight, float* map, float factor = 1.0f) {
   static_assert(kThreads == nf4::kDynamicCodes);
   const int i = thread_index();
-  float value = 1.0f;
-  if (weight.scale_offset) value = kDynamicTable.value[i];
-  if (weight.scale_values) value = load_constant(weight.scale_values + i);
-  store(map + i, value * factor);
+  store(map + i, (weight.scale_offset ? kDynamicTable.value[i] : 1.0f) * factor);
 }
 DEVICE float load_scale_offset(const Nf4View& weight, float factor = 1.0f) {
-  return weight.scale_offset ? load_constant(weight.scale_offset) * factor : -0.0f;  // changes no scale
+  return weight.scale_offset ? load_constant(weight.scale_offset) * factor : 0.0f;
 }
 
 // A loaded scale, not yet unpacked.
@@ -56,11 +53,7 @@ DEVICE PackedScale load_scale(const Nf4View& weight, uint32_t block) {
   return {load_constant(weight.scale_code + block),
           load_constant(weight.scale + (block >> weight.scale_shift))};
 }
-// The same for any weight; load_scale is for those with blocks of 64 and more.
-DEVICE PackedScale load_any_scale(const Nf4View& weight, uint32_t block) {
-  const uint32_t code = load_constant(weight.scale_code + block);
-  return {code, weight.scale ? load_constant(weight.scale + (block >> weight.scale_shift)) : 1.0f};
-}
+
 DEVICE float unpack_scale(const PackedScale& packed, const float* map, float offset) {
   return __fmaf_rn(load(map + packed.code), packed.scale, offset);
 }

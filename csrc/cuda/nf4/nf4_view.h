@@ -11,7 +11,7 @@ inline Nf4View view_of(const Nf4Tensors& weight) {
   Nf4View view{};
   view.packed = view.scale_code = weight.packed();
   view.block_shift = weight.block_shift();
-  view.codes = static_cast<int>(&weight.codes() - kCodeValues);
+  view.first_code = static_cast<int>(&weight.codes() - kCodeValues) * nf4::kCodes;
   if (weight.is_nested()) {
     view.scale_code = weight.q8();
     view.scale = weight.absmax2();

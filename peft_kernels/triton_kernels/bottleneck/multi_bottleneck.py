@@ -22,6 +22,8 @@ from .bottleneck_kernels import own_rows
 
 OF_EACH = ("norm_weight", "norm_bias", "norm_eps", "down", "up", "activation", "scaling", "dropout_p", "seed")
 """The arguments of both directions that have an item per adapter."""
+SUMS_AT_ONCE = 2
+"""Sums over rows in a launch: four with rows of their own spill registers in fp32 (sm80)."""
 
 
 def multi_bottleneck(args: Any) -> tuple[Any, ...]:
@@ -72,7 +74,8 @@ def multi_bottleneck_backward(args: Any) -> tuple[Any, ...]:
             sums.append(Gemm(x, dz[:, columns], ddown[i].t(), 1.0, mine))
         if value is not None and args.need_dup[i]:
             sums.append(Gemm(dy, value[:, columns], dup[i], adapter.scaling, mine))
-    over_rows(sums)
+    for begin in range(0, len(sums), SUMS_AT_ONCE):
+        over_rows(sums[begin : begin + SUMS_AT_ONCE])
 
     def column_sums(of: Sequence[Tensor], need: Sequence[bool], scale: Sequence[float]) -> list[Tensor]:
         """Of each adapter's rows, in fp32."""
