@@ -74,6 +74,8 @@ def test_trainer(name: str, run: str, tmp_path: Path) -> None:
 def test_a_model_that_accelerate_has_wrapped() -> None:
     """accelerate calls the forward it wraps: the fused one, or the original."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    # Shared by all of a process: another test may have chosen another precision.
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     for first in ("patch", "prepare"):
         model = MODELS["llama"]()
         report = pk.patch(model) if first == "patch" else None
