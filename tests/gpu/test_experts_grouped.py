@@ -188,9 +188,12 @@ def test_scales_of_every_expert(grouped: ModuleType, op: str, nested: bool, bloc
 def test_formats(grouped: ModuleType, op: str, format: str) -> None:
     """Scales are codes, with a table per expert; blocks are too short for kernels that decode in a GEMM."""
     blocksize = 64 if format == "fp4" else None
-    arguments = layer(48, 128, torch.bfloat16, ENDS["some"], blocksize=blocksize, format=format)[op]
+    arguments = layer(304, 320, torch.bfloat16, ENDS["some"], blocksize=blocksize, format=format)[op]
     check(op, arguments)
     assert "DequantizeAnyExperts" in launched(op, arguments)
+    whole = call(op, arguments)
+    grouped.set_experts_piece_bytes(1)
+    assert all(torch.equal(got, want) for got, want in zip(call(op, arguments), whole, strict=True))
     grouped.set_card(80, 7, 163 << 10)
     check(op, arguments)
 

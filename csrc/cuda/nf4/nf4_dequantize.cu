@@ -42,13 +42,10 @@ bool has_units(const Nf4View& weight, const Block<T>& part) {
 
 template <class T>
 void launch_elements(const Nf4View& weight, const Block<T>& part, Stream stream) {
-  const auto run = [&](auto kernel) {
-    using Kernel = decltype(kernel);
-    launch<Kernel>({weight, part.first, part.ld, part.rows, part.cols, part.out, part.out_stride},
-                   ceil_div(part.rows * part.cols, Kernel::kThreads * Kernel::kElements), stream,
-                   sizeof(typename Kernel::Shared));
-  };
-  weight.is_nf4() ? run(DequantizeElements<T>{}) : run(DequantizeAnyElements<T>{});
+  using Kernel = DequantizeElements<T>;
+  launch<Kernel>({weight, part.first, part.ld, part.rows, part.cols, part.out, part.out_stride},
+                 ceil_div(part.rows * part.cols, Kernel::kThreads * Kernel::kElements), stream,
+                 sizeof(typename Kernel::Shared));
 }
 
 // Of a block that has_units().

@@ -177,11 +177,13 @@ struct DequantizeMany {
 };
 
 struct DequantizeExperts : DequantizeMany<DequantizeNf4<bf16>> {};
-struct DequantizeAnyExperts : DequantizeMany<DequantizeAny<bf16>> {};
+struct DequantizeAnyExperts : DequantizeMany<DequantizeAny<bf16>> {
+  static constexpr int kBlocksPerSm = 2;  // three would leave too few registers
+};
 
 // Dequantises any part of a weight, element by element.
-template <class T, class Read>
-struct ElementsOf {
+template <class T>
+struct DequantizeElements {
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 4;
   static constexpr int kElements = 8;  // of a thread
@@ -194,14 +196,14 @@ struct ElementsOf {
     T* out;
     int64_t out_stride;
   };
-  using Shared = typename DequantizeUnits<T, Read>::Shared;
+  using Shared = typename DequantizeUnits<T, ReadAny>::Shared;
 
   static DEVICE void run(const Params& p) {
     Shared* shared = shared_memory<Shared>();
     const int thread = thread_index();
-    if (thread < nf4::kCodes) store(&shared->code[thread], Read::code(p.weight, thread));
-    Read::template fill<kThreads>(p.weight, shared->map);
-    const float offset = Read::offset(p.weight);
+    if (thread < nf4::kCodes) store(&shared->code[thread], ReadAny::code(p.weight, thread));
+    ReadAny::template fill<kThreads>(p.weight, shared->map);
+    const float offset = ReadAny::offset(p.weight);
     __syncthreads();
     const int64_t begin = int64_t{block_index()} * (kThreads * kElements) + thread;
     for (int i = 0; i < kElements; ++i) {
@@ -212,16 +214,11 @@ struct ElementsOf {
       const uint32_t byte = load_constant(p.weight.packed + element / 2);
       const uint32_t code = element % 2 ? byte & 15 : byte >> 4;
       const auto block = static_cast<uint32_t>(element >> p.weight.block_shift);
-      const float absmax = unpack_scale_rn(Read::scale(p.weight, block), shared->map, offset);
+      const float absmax = unpack_scale_rn(ReadAny::scale(p.weight, block), shared->map, offset);
       store(p.out + row * p.out_stride + col, from_float<T>(__fmul_rn(load(&shared->code[code]), absmax)));
     }
   }
 };
-
-template <class T>
-struct DequantizeElements : ElementsOf<T, ReadNf4> {};
-template <class T>
-struct DequantizeAnyElements : ElementsOf<T, ReadAny> {};
 
 struct UnpackAbsmax {
   static constexpr int kThreads = 256;
