@@ -18,10 +18,6 @@ inline constexpr int kMaxBlocksize = 4096;
 inline constexpr int kAbsmaxBlock = 256;
 inline constexpr int kAbsmaxBlockShift = 8;
 
-inline constexpr bool is_blocksize(int64_t size) {
-  return size >= kMinBlocksize && size <= kMaxBlocksize && (size & (size - 1)) == 0;
-}
-
 // Aligned so that a vector register is filled from the table in one load.
 alignas(64) inline constexpr float kCode[kCodes] = {
     -1.0f,

@@ -71,12 +71,6 @@ NESTED_BLOCKSIZE = 256
 
 
 @lru_cache(maxsize=16)
-def nf4_code(device: torch.device) -> torch.Tensor:
-    """NF4 values, fp32 (16,), on `device`."""
-    return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
-
-
-@lru_cache(maxsize=16)
 def nf4_thresholds(device: torch.device) -> torch.Tensor:
     """NF4 decision thresholds, fp32 (15,), on `device`."""
     return torch.tensor(NF4_THRESHOLDS, dtype=torch.float32, device=device)

@@ -65,6 +65,24 @@ def call(op: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
+def check_order(seed: int, cases: dict[str, tuple[Any, ...]]) -> None:
+    def run() -> list[Tensor]:
+        return [result for op, arguments in cases.items() for result in call(op, arguments)]
+
+    ptx.BACKEND.check_order(seed, run)
+
+
+def check_needs(cases: dict[str, tuple[Any, ...]]) -> None:
+    """Checks that each gradient has the same bits alone as with the others."""
+    op = "experts_lora_linear_backward"
+    arguments, whole = cases[op], call(op, cases[op])
+    for i in range(3):
+        needs = [i == j for j in range(3)]
+        found = call(op, (*arguments[:-3], *needs))
+        assert torch.equal(found[i], whole[i])
+        assert [f.numel() > 0 for f in found] == needs
+
+
 def check(op: str, arguments: tuple[Any, ...]) -> None:
     """Checks each result by the numbers policy."""
     reference = testing.reference_op(op)
@@ -162,22 +180,11 @@ def test_invalid_ends_stay_in_bounds(extension: ModuleType, op: str, ends: list[
 def test_order_of_threads_changes_no_bit(extension: ModuleType, card: str, seed: int) -> None:
     """Nor does uninitialised memory: counters are zero again after every call."""
     extension.set_card(*CARDS[card])
-    cases = layer(72, 704, torch.bfloat16, ENDS["some"])
-
-    def run() -> list[Tensor]:
-        return [result for op, arguments in cases.items() for result in call(op, arguments)]
-
-    ptx.BACKEND.check_order(seed, run)
+    check_order(seed, layer(72, 704, torch.bfloat16, ENDS["some"]))
 
 
 def test_gradients_do_not_depend_on_which_are_needed(extension: ModuleType) -> None:
-    arguments = layer(72, 704, torch.bfloat16, ENDS["some"])["experts_lora_linear_backward"]
-    whole = call("experts_lora_linear_backward", arguments)
-    for i in range(3):
-        needs = [i == j for j in range(3)]
-        found = call("experts_lora_linear_backward", (*arguments[:-3], *needs))
-        assert torch.equal(found[i], whole[i])
-        assert [f.numel() > 0 for f in found] == needs
+    check_needs(layer(72, 704, torch.bfloat16, ENDS["some"]))
 
 
 # The host's side: launches depend on sizes alone, and nothing is read from the device.

@@ -14,7 +14,7 @@ import torch
 from skips import require
 from stub_device import A100, H100, Launch, stub_device, torch_ops
 from test_cuda_graphs import nothing_read
-from test_experts_cuda import ENDS, EXPERTS, HALVES, OPS, ROWS, call, check, layer
+from test_experts_cuda import ENDS, EXPERTS, HALVES, OPS, ROWS, call, check, check_needs, check_order, layer
 from torch import Tensor
 
 import ptx_backend as ptx
@@ -280,22 +280,11 @@ def test_a_row_that_is_not_aligned(grouped: ModuleType) -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_order_of_threads_changes_no_bit(grouped: ModuleType, seed: int) -> None:
-    cases = layer(64, 144, torch.bfloat16, ENDS["some"])
-
-    def run() -> list[Tensor]:
-        return [result for op, arguments in cases.items() for result in call(op, arguments)]
-
-    ptx.BACKEND.check_order(seed, run)
+    check_order(seed, layer(64, 144, torch.bfloat16, ENDS["some"]))
 
 
 def test_gradients_do_not_depend_on_which_are_needed(grouped: ModuleType) -> None:
-    arguments = layer(64, 128, torch.bfloat16, ENDS["some"])["experts_lora_linear_backward"]
-    whole = call("experts_lora_linear_backward", arguments)
-    for i in range(3):
-        needs = [i == j for j in range(3)]
-        found = call("experts_lora_linear_backward", (*arguments[:-3], *needs))
-        assert torch.equal(found[i], whole[i])
-        assert [f.numel() > 0 for f in found] == needs
+    check_needs(layer(64, 128, torch.bfloat16, ENDS["some"]))
 
 
 def test_both_ways_agree(grouped: ModuleType) -> None:

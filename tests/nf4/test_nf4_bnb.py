@@ -21,7 +21,7 @@ ops = torch.ops.peft_kernels
 def test_tables_equal_bitsandbytes() -> None:
     from bitsandbytes.functional import create_dynamic_map, get_4bit_type
 
-    assert torch.equal(get_4bit_type("nf4", device="cpu"), code_tables.nf4_code(CPU))
+    assert torch.equal(get_4bit_type("nf4", device="cpu"), torch.tensor(code_tables.NF4_CODE))
     assert torch.equal(create_dynamic_map(), code_tables.dynamic_map(CPU))
     assert torch.equal(create_dynamic_map(signed=False), code_tables.dynamic_map(CPU, signed=False))
 

@@ -84,8 +84,10 @@ inline bool gemv_serves(const GemmParams& p) {
     return p.m <= kMostRows && FoldedScratch::bytes(term, p.m) <= kGemvScratchBytes;
   }
 #endif
-  // Packing lhs does not pay for a few rows more, where decoding takes longer.
-  const bool is_short = has_bf16_values(term) && term.rhs.nf4->codes != kCodeValues;
+  // Decoding short blocks takes longer, so packing lhs pays from more rows on. NF4 keeps its limit, and so
+  // its bits.
+  const bool is_short =
+      has_bf16_values(term) && term.rhs.nf4->codes != kCodeValues && term.rhs.nf4->block_shift < 6;
   if (p.m > (is_short && !PEFT_KERNELS_TILES ? 2 * kFewRows : kFewRows)) return false;
   return GemvScratch::bytes(gemv_layout(term), p.m) <= kGemvScratchBytes;
 }

@@ -10,7 +10,7 @@ import torch
 from checkpoint_damage import change_json, write
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers_models import llama, transformers
+from transformers_models import ids, llama, transformers
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 NVFP4 = ("compressed-tensors", "modelopt")
@@ -144,3 +144,15 @@ def assert_same_file(folder: Path, tensors: dict[str, Tensor]) -> None:
         assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape), name
         bits = (each.contiguous().view(-1).view(torch.uint8) for each in (found[name], value))
         assert torch.equal(*bits), name
+
+
+def losses_of(model: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """The losses of training steps on one batch."""
+    tokens, losses = ids(4, 16), []
+    for _ in range(steps):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from moe_checkpoints import expert_modules
-from owned_folders import assert_same_file, gpt_oss, stored
+from owned_folders import assert_same_file, gpt_oss, losses_of, stored
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers_models import Auto, ids, logits, read, transformers
@@ -180,14 +180,7 @@ def trained(model: Any, patch: bool = False, steps: int = 5, **lora: Any) -> tup
     if patch:
         pk.patch(tuned)
     optimizer = torch.optim.AdamW(adapters, lr=1e-2)
-    tokens, losses = ids(4, 16), []
-    for _ in range(steps):
-        loss = tuned(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return tuned, losses
+    return tuned, losses_of(tuned, optimizer, steps)
 
 
 @pytest.mark.parametrize("patch", [False, True])

@@ -14,6 +14,7 @@ from owned_folders import (
     assert_same_file,
     dense_twin,
     dense_weight,
+    losses_of,
     nvfp4,
     nvfp4_config,
     stored,
@@ -77,14 +78,7 @@ def losses(model: Any, patch: bool = False) -> tuple[Any, list[float]]:
         parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
     if patch:
         pk.patch(tuned)
-    optimizer, found, tokens = torch.optim.AdamW(adapters, lr=3e-3), [], ids(4, 16)
-    for _ in range(5):
-        loss = tuned(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(float(loss.detach()))
-    return tuned, found
+    return tuned, losses_of(tuned, torch.optim.AdamW(adapters, lr=3e-3), 5)
 
 
 @pytest.mark.parametrize("patch", [False, True])

@@ -69,7 +69,7 @@ def rounded_once(digits: str) -> float:
 
 
 def test_code_and_thresholds_are_the_literals_rounded_once() -> None:
-    assert code_tables.nf4_code(CPU).tolist() == [rounded_once(digits) for digits in CODE_LITERALS]
+    assert torch.tensor(code_tables.NF4_CODE).tolist() == [rounded_once(digits) for digits in CODE_LITERALS]
     assert code_tables.nf4_thresholds(CPU).tolist() == [rounded_once(digits) for digits in THRESHOLD_LITERALS]
 
 
@@ -78,7 +78,7 @@ def test_tables_in_cpp_equal_python() -> None:
 
     require("cpu")
     extension = cpu.BACKEND.extension
-    assert extension.nf4_code() == code_tables.nf4_code(CPU).tolist()
+    assert extension.nf4_code() == torch.tensor(code_tables.NF4_CODE).tolist()
     assert extension.nf4_thresholds() == code_tables.nf4_thresholds(CPU).tolist()
     assert extension.dynamic_map() == code_tables.dynamic_map(CPU).tolist()
 
@@ -127,7 +127,7 @@ def test_cost_is_4_127_bits_a_weight() -> None:
 def quantization_bound(weight: Tensor, blocksize: int) -> Tensor:
     """Half the widest gap of the code table, times each element's absmax."""
     flat = nn.functional.pad(weight.flatten(), (0, -weight.numel() % blocksize)).view(-1, blocksize)
-    code = code_tables.nf4_code(CPU)
+    code = torch.tensor(code_tables.NF4_CODE)
     half_gap = (code[1:] - code[:-1]).max() / 2 + 1e-6
     scale = flat.abs().amax(1, keepdim=True).expand_as(flat)
     return (scale * half_gap).flatten()[: weight.numel()].view_as(weight)
