@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../../common/build_info.h"
+#include "../../common/checks.h"
 #include "../../common/dynamic_map.h"
 #include "../../common/nf4.h"
 #include "kernel_table.h"
@@ -52,10 +53,11 @@ void set_isa_from_environment() {
 }
 
 // The kernel that serves nf4_linear with the ISA in use.
-std::string linear_plan(int64_t rows, int64_t out_features, int64_t in_features, int64_t blocksize,
+std::string linear_plan(int64_t rows, int64_t out_features, int64_t in_features, int64_t layout,
                         bool is_bf16) {
   Nf4View weight{};
-  while (int64_t{1} << weight.block_shift < blocksize) ++weight.block_shift;
+  weight.block_shift = block_shift_of(layout);
+  weight.codes = kCodeValues + codes_of(layout);
   GemmTerm term{};
   term.lhs_dtype = is_bf16 ? DType::kBF16 : DType::kF32;
   term.lhs_ld = term.depth = in_features;
@@ -87,7 +89,7 @@ TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_JOIN(PEFT_KERNELS_NAMESPACE, _library), m) {
   m.def("isa_level() -> str", isa_level);
   m.def("set_isa_level(str name) -> ()", set_isa_level);
   m.def("set_isa_from_environment() -> ()", set_isa_from_environment);
-  m.def("linear_plan(int rows, int out_features, int in_features, int blocksize, bool is_bf16) -> str",
+  m.def("linear_plan(int rows, int out_features, int in_features, int layout, bool is_bf16) -> str",
         linear_plan);
   m.def("is_busy() -> bool", is_busy);
   m.def("set_busy(bool? busy) -> ()", set_busy);

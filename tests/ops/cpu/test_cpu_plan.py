@@ -13,8 +13,12 @@ from torch.utils.data import DataLoader, Dataset
 import peft_kernels as pk
 import testing
 from peft_kernels.core.backends import cpu
+from peft_kernels.core.formats import FORMATS
 
 pytestmark = needs("cpu")
+
+NF4_64, NF4_32 = FORMATS["nf4"].layout(64), FORMATS["nf4"].layout(32)
+MXFP4, NVFP4 = FORMATS["mxfp4"].layout(32), FORMATS["nvfp4"].layout(16)
 
 
 def isas() -> list[Any]:
@@ -28,30 +32,33 @@ def isas() -> list[Any]:
 
 @pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize(
-    "rows, in_features, blocksize, is_bf16, expected",
+    "rows, in_features, form, is_bf16, expected",
     [
-        (1, 4096, 64, True, "gemv"),
-        (8, 4096, 64, False, "gemv"),
-        (8, 28672, 64, False, "floats"),  # exceeds the GEMV scratch
-        (1, 28672, 64, False, "gemv"),
-        (16, 4096, 64, True, "gemv"),
-        (16, 28672, 64, True, "pairs"),  # exceeds the GEMV scratch
-        (9, 4096, 32, True, "pairs"),  # its tables need blocks of 64
-        (17, 4096, 64, True, "pairs"),
-        (2048, 576, 64, True, "pairs"),
-        (9, 4096, 64, False, "floats"),
-        (512, 96, 64, False, "floats"),
-        (4, 96, 64, False, "floats"),
-        (512, 100, 64, True, "pairs"),
-        (512, 100, 64, False, "dots"),
+        (1, 4096, NF4_64, True, "gemv"),
+        (8, 4096, NF4_64, False, "gemv"),
+        (8, 28672, NF4_64, False, "floats"),  # exceeds the GEMV scratch
+        (1, 28672, NF4_64, False, "gemv"),
+        (16, 4096, NF4_64, True, "gemv"),
+        (16, 28672, NF4_64, True, "pairs"),  # exceeds the GEMV scratch
+        (9, 4096, NF4_32, True, "pairs"),  # its tables need blocks of 64
+        (16, 4096, MXFP4, True, "gemv"),  # short blocks are slow to decode for packed lhs
+        (17, 4096, MXFP4, True, "pairs"),
+        (9, 4096, NVFP4, False, "floats"),
+        (17, 4096, NF4_64, True, "pairs"),
+        (2048, 576, NF4_64, True, "pairs"),
+        (9, 4096, NF4_64, False, "floats"),
+        (512, 96, NF4_64, False, "floats"),
+        (4, 96, NF4_64, False, "floats"),
+        (512, 100, NF4_64, True, "pairs"),
+        (512, 100, NF4_64, False, "dots"),
     ],
 )
 def test_the_fast_kernel_is_chosen(
-    isa: str, rows: int, in_features: int, blocksize: int, is_bf16: bool, expected: str
+    isa: str, rows: int, in_features: int, form: int, is_bf16: bool, expected: str
 ) -> None:
     has_pairs = isa.startswith(("avx512_bf16", "amx", "neon_bf16"))
     with cpu.BACKEND.use_isa(isa):
-        plan = cpu.BACKEND.extension.linear_plan(rows, 4096, in_features, blocksize, is_bf16)
+        plan = cpu.BACKEND.extension.linear_plan(rows, 4096, in_features, form, is_bf16)
     if rows == 16 and isa != "avx512_bf16":  # tiles are faster, or a register does not hold two tables
         expected = "pairs"
     if expected == "pairs" and not has_pairs:
