@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.formats import FORMATS
 from ..core.nf4_state import NF4State
 from ..nf4 import bitsandbytes_format, packed_format
+from ..nf4.assembly import check_scales
 from ..nf4.sharded.local_rows import LocalRows
 from ..nf4.sharded.partition import Partition
 from .folder import Checkpoint
@@ -46,6 +48,8 @@ def read_layout(checkpoint: Checkpoint, weight: str, names: list[str]) -> tuple[
 def read_local_rows(checkpoint: Checkpoint, weight: str, state: NF4State, start: int, stop: int) -> LocalRows:
     """Rows [start, stop) of a packed weight with the `state` of `read_layout`; reads only the blocks they
     touch. Errors as there."""
+    if reason := FORMATS[state.format].undivided_reason:
+        raise CheckpointError(f"{weight}: {reason}: expected another format, or all rows in each process")
     partition = Partition(tuple(state.shape), state.blocksize)
     codes, scales = partition.slices(start, stop)
     packed = _flat(checkpoint.entries[weight], codes.start, codes.stop)
@@ -54,7 +58,7 @@ def read_local_rows(checkpoint: Checkpoint, weight: str, state: NF4State, start:
         absmax = absmax if state.absmax2 is not None else absmax.float()
         checked: Any = replace(state, absmax=absmax)
         try:
-            bitsandbytes_format.check_scales(weight, checked, 0.0)
+            check_scales(weight, checked, 0.0)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
     return LocalRows(

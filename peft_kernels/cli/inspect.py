@@ -17,7 +17,8 @@ from ..checkpoints.checks import faults, holds_experts, nf4_weights, read_nf4
 from ..checkpoints.folder import Checkpoint
 from ..checkpoints.header import CheckpointError
 from ..checkpoints.owned import owned_weights, owner_in, read_owned
-from ..core.formats import FORMATS
+from ..core.formats import FORMATS, WHOLE_ROWS
+from ..core.nf4_state import NF4State
 from .output import Output, counted, size
 
 _FAULTY = ", faulty"
@@ -165,12 +166,24 @@ def _form(checkpoint: Checkpoint, name: str, quantised: dict[str, list[str]]) ->
         state, dtype = read_nf4(checkpoint, name, quantised[name], codes=False)
     except CheckpointError:
         return f"NF4{_FAULTY}", ()
-    scale = FORMATS[state.format].scale
-    scales = f"{'fp32' if scale == 'absmax' else scale.upper()} scales"
-    if state.double_quant:
-        scales = "double-quantised"
     kind, dense = state.format.upper(), str(dtype).removeprefix("torch.")
-    return f"{kind} of {dense}, blocks of {state.blocksize}, {scales}", state.shape
+    return f"{kind} of {dense}, {_blocks(state)}, {_scales(state)}", state.shape
+
+
+def _blocks(state: NF4State) -> str:
+    if state.blocksize == WHOLE_ROWS:
+        return "a scale for each row"
+    size = state.blocksize
+    return f"blocks of {f'{size} x {size}' if FORMATS[state.format].bits == 8 else size}"
+
+
+def _scales(state: NF4State) -> str:
+    scale = FORMATS[state.format].scale
+    if scale == "half":
+        return "16-bit scales" + (" and zero points" if state.offset is not None else "")
+    if state.offset is not None:
+        return "double-quantised"
+    return f"{scale.upper() if FORMATS[state.format].by_code else 'fp32'} scales"
 
 
 def _owned_form(

@@ -1,24 +1,33 @@
 """The formats of packed weights (for C++: ``csrc/common/codes.h``).
 
-A packed weight is value(code) * scale(block): two 4-bit codes a byte, the first in the high nibble, and
-blocks of `blocksize` consecutive values. Formats differ in the values of their codes and in how a scale is
-stored: in fp32, double-quantised (`ops.nf4`), or as one of 256 codes with values of their own.
+A packed weight is value(code) * scale(block). Most formats have two 4-bit codes a byte, the first in the high
+nibble, and blocks of `blocksize` consecutive values. Formats differ in the values of their codes and in how a
+scale is stored: in fp32, double-quantised (`ops.nf4`), as one of 256 codes with values of their own, or in 16
+bits beside a zero point. FP8 has a code a byte, and a scale for 128 x 128 values or for a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .code_tables import BLOCKSIZES, E2M1_CODE, FP4_CODE, NF4_CODE
+from .code_tables import BLOCKSIZES, E2M1_CODE, FP4_CODE, INT4_CODE, NF4_CODE
 
-CODE_VALUES: tuple[tuple[float, ...], ...] = (NF4_CODE, FP4_CODE, E2M1_CODE)
+CODE_VALUES: tuple[tuple[float, ...], ...] = (NF4_CODE, FP4_CODE, E2M1_CODE, INT4_CODE)
 """Values of the 16 codes, by the number that a layout holds."""
 
 _SHIFT = 16
+_E4M3 = len(CODE_VALUES)
+
+WHOLE_ROWS = 0
+"""Blocksize of weights with a scale for each row."""
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16)
+"""Dtypes of the scales of int4."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,45 @@ class Format:
     name: str
     codes: int  # index of CODE_VALUES
     blocksizes: tuple[int, ...]
-    scale: str  # "absmax": fp32, or double-quantised; "e8m0", "e4m3": codes of a float format of 8 bits
+    # "absmax": fp32, or double-quantised; "e8m0", "e4m3": codes of a float format of 8 bits; "half": 16 bits,
+    # and perhaps zero points; "fp32"
+    scale: str
+    bits: int = 4  # of a code
+    default_blocksize: int = 64
+
+    @property
+    def by_code(self) -> bool:
+        """Whether scales are codes, with a table of their values."""
+        return self.scale in ("e8m0", "e4m3")
+
+    @property
+    def rows_have_blocks(self) -> bool:
+        """Whether each row consists of whole blocks."""
+        return self.bits == 4 and self.scale != "absmax"
+
+    @property
+    def undivided_reason(self) -> str:
+        """Why processes cannot hold parts of a weight, or ""."""
+        if self.scale in ("absmax", "e8m0", "e4m3"):
+            return ""
+        return f"weights in {self.name} cannot be divided among processes yet"
+
+    def nbytes(self, numel: int) -> int:
+        """Bytes of the codes of so many values."""
+        return numel if self.bits == 8 else (numel + 1) // 2
+
+    def scales(self, shape: Sequence[int], blocksize: int) -> int:
+        """Number of scales of a weight (out_features, in_features)."""
+        if self.bits == 4:
+            return -(-shape[0] * shape[1] // blocksize)
+        if blocksize == WHOLE_ROWS:
+            return shape[0]
+        return -(-shape[0] // blocksize) * -(-shape[1] // blocksize)
+
+    def bytes_per_value(self, blocksize: int, double_quant: bool = True) -> float:
+        """About how much memory a value takes."""
+        scale = {"absmax": 1 if double_quant else 4, "half": 3, "fp32": 4 / 128}.get(self.scale, 1)
+        return self.bits / 8 + (scale / blocksize if blocksize else 0)
 
     def layout(self, blocksize: int) -> int:
         """The integer that tells kernels the values of the codes, and the blocksize."""
@@ -40,8 +87,10 @@ FORMATS: dict[str, Format] = {
     for one in (
         Format("nf4", 0, BLOCKSIZES, "absmax"),
         Format("fp4", 1, BLOCKSIZES, "absmax"),
-        Format("mxfp4", 2, (32,), "e8m0"),
-        Format("nvfp4", 2, (16,), "e4m3"),
+        Format("mxfp4", 2, (32,), "e8m0", default_blocksize=32),
+        Format("nvfp4", 2, (16,), "e4m3", default_blocksize=16),
+        Format("int4", 3, BLOCKSIZES, "half", default_blocksize=128),
+        Format("fp8", _E4M3, (128, WHOLE_ROWS), "fp32", bits=8, default_blocksize=128),
     )
 }
 """All formats, by name."""
@@ -49,6 +98,11 @@ FORMATS: dict[str, Format] = {
 
 def blocksize_of(layout: int) -> int:
     return layout & (1 << _SHIFT) - 1
+
+
+def has_bytes(layout: int) -> bool:
+    """Whether a code is a byte: E4M3."""
+    return layout >> _SHIFT == _E4M3
 
 
 @lru_cache(maxsize=32)
@@ -81,10 +135,10 @@ def check_form(
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     allowed = FORMATS[format].blocksizes
     if blocksize is None:
-        blocksize = 64 if 64 in allowed else allowed[0]
+        blocksize = FORMATS[format].default_blocksize
     if blocksize not in allowed:
         raise ValueError(f"blocksize: expected one of {allowed}, got {blocksize}")
-    if FORMATS[format].scale != "absmax" and in_features is not None and in_features % blocksize:
+    if FORMATS[format].rows_have_blocks and in_features is not None and in_features % blocksize:
         raise ValueError(
             f"{name}: expected a multiple of {blocksize} input features for {format}, got {in_features}"
         )

@@ -89,13 +89,13 @@ class NF4State:
     """
 
     shape: tuple[int, ...]  # (out, in); or (experts, out, in), and each tensor has experts first
-    blocksize: int
-    packed: Tensor | None = None  # uint8 (out, in / 2), or ((n + 1) // 2,) when `in` is odd
-    absmax: Tensor | None = None  # fp32 (nblocks,), or uint8 when double-quantised
-    absmax2: Tensor | None = None  # fp32 (ceil(nblocks / 256),)
-    offset: Tensor | None = None  # fp32 ()
+    blocksize: int  # 0: a scale for each row
+    packed: Tensor | None = None  # uint8 (out, in / 2), or ((n + 1) // 2,) when `in` is odd; FP8: (out, in)
+    absmax: Tensor | None = None  # fp32 (nblocks,); uint8 codes of it; int4: fp16 or bf16
+    absmax2: Tensor | None = None  # fp32 (ceil(nblocks / 256),), or (256,): values of the codes
+    offset: Tensor | None = None  # fp32 () with double quantisation; int4: zero points, uint8 (nblocks,)
     dense: Tensor | None = None  # (out, in), after a write
-    double_quant: bool = True  # for requantize_()
+    double_quant: bool = True  # whether requantize_() makes an offset
     name: str = "weight"  # in errors and warnings
     additions: list[Addition] = field(default_factory=list)
     seal: Any = None  # fingerprint of `dense` as NF4Weight.merging left it
@@ -290,11 +290,11 @@ class HoldsNF4(torch.Tensor):
         return self._state.share
 
 
-def packed_rows(packed: Tensor, shape: Any) -> Tensor:
-    """Packed bytes as (out, in / 2), which shards by rows, if a row is whole bytes; else flat. For 3-d shapes
-    one per expert."""
-    if shape[-1] % 2 == 0:
-        return packed.view(*shape[:-1], shape[-1] // 2)
+def packed_rows(packed: Tensor, shape: Any, bits: int = 4) -> Tensor:
+    """Packed bytes as (out, in / 2), or (out, in) with a byte a code, which shards by rows, if a row is whole
+    bytes; else flat. For 3-d shapes one per expert."""
+    if shape[-1] * bits % 8 == 0:
+        return packed.view(*shape[:-1], shape[-1] * bits // 8)
     return packed if len(shape) == 2 else packed.view(shape[0], -1)
 
 
@@ -318,8 +318,8 @@ def warn_of_growth(kind: str, state: NF4State) -> None:
     }[kind]
     warnings.warn(
         f"{state.name}: {state.nbytes / numel:.3g} bytes for each value of an {state.format.upper()} weight "
-        "instead of about "
-        f"{0.5 + 1 / state.blocksize:.2g} ({state.nbytes / 1e6:.3g} MB in all) {why}. The same holds for "
+        f"instead of about {FORMATS[state.format].bytes_per_value(state.blocksize):.2g} "
+        f"({state.nbytes / 1e6:.3g} MB in all) {why}. The same holds for "
         "every such layer; this warning is shown once.",
         stacklevel=2,
     )

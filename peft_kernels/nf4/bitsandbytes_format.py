@@ -13,7 +13,8 @@ from torch import Tensor
 from ..core import dispatch
 from ..core.code_tables import NESTED_BLOCKSIZE, WEIGHT_DTYPES, dynamic_map
 from ..core.formats import FORMATS, code_values
-from ..core.nf4_state import NF4State, packed_rows
+from ..core.nf4_state import NF4State
+from .assembly import READ_SCALE_DTYPES, assemble, check_scales, expect, short
 
 STATE_PREFIX = "quant_state.bitsandbytes__"  # then the quantisation type
 QUANT_TYPES = ("nf4", "fp4")
@@ -23,10 +24,7 @@ TENSOR_ITEMS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 """Items beside the codes of a weight, the last two with double quantisation."""
 BLOCKSIZE_KEY = "bnb_4bit_blocksize"  # our key in configurations
 DEFAULT_BLOCKSIZE = 64  # bitsandbytes supports no other
-_STORAGE_DTYPES = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_SCALE_DTYPES = (*WEIGHT_DTYPES, torch.float64)
 _LONGEST_JSON = 1 << 16  # bytes; about 200 are used
-_LARGEST_SIZE = 1 << 40  # of one dimension
 _CPU = torch.device("cpu")
 
 
@@ -164,28 +162,6 @@ def _check_nested(name: str, numbers: _Numbers) -> None:
         raise ValueError(f"{name}: expected a finite nested_offset of 0 or more, got {short(offset)}")
 
 
-def check_scales(key: str, state: NF4State, offset: float) -> None:
-    """Raises ValueError unless all scales are finite and >= 0."""
-    nested = state.offset is not None
-    scales = state.absmax2 if nested else state.absmax
-    assert scales is not None
-    if scales.device.type == "meta" or not scales.numel():
-        return
-    if state.absmax2 is not None and not nested:
-        used = torch.bincount(scales.view(-1), minlength=256) > 0
-        scales = state.absmax2.view(-1, 256)[:, used]
-    good = (scales >= 0) & (scales <= torch.finfo(scales.dtype).max)
-    bad = int((~good).sum())
-    if bad:
-        name = f"{key}.{'nested_' if nested else ''}absmax"
-        raise ValueError(
-            f"{name}: expected finite scales of 0 or more, got {bad} NaN, Inf or negative among "
-            f"{scales.numel()}"
-        )
-    if float(scales.max()) + offset > torch.finfo(torch.float32).max:
-        raise ValueError(f"{key}.nested_absmax: expected scales in the range of float32, got larger ones")
-
-
 def configuration(
     blocksize: int,
     double_quant: bool,
@@ -304,94 +280,17 @@ def to_params4bit(state: NF4State, dtype: torch.dtype) -> Any:
     )
 
 
-def assemble(
-    key: str,
-    shape: tuple[int, ...],
-    blocksize: int,
-    dtype: torch.dtype,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    format: str = "nf4",
-) -> NF4State:
-    """The state of a weight from its tensors. Checks every length and dtype, so that no kernel reads out of
-    bounds."""
-    if len(shape) != 2 or min(shape) < 0 or max(shape) > _LARGEST_SIZE:
-        raise ValueError(f"{key}: expected a shape (out_features, in_features), got {short(shape)}")
-    if blocksize not in FORMATS[format].blocksizes:
-        allowed = FORMATS[format].blocksizes
-        raise ValueError(f"{key}: expected blocksize one of {allowed}, got {short(blocksize)}")
-    by_code = FORMATS[format].scale != "absmax"
-    if by_code and shape[1] % blocksize:
-        raise ValueError(f"{key}: expected rows of whole blocks of {blocksize}, got shape {short(shape)}")
-    if dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"{key}: expected dtype float32, bfloat16 or float16, got {short(dtype)}")
-    if packed.dtype not in _STORAGE_DTYPES:
-        raise ValueError(f"{key}: expected two codes a byte, in uint8 or a float type, got {packed.dtype}")
-    # The bytes may be stored as a float dtype (for FSDP), padded at the end.
-    flat = packed.detach().contiguous().view(-1).view(torch.uint8)
-    numel = shape[0] * shape[1]
-    nbytes, nblocks = (numel + 1) // 2, -(-numel // blocksize)
-    if not nbytes <= flat.numel() < nbytes + packed.element_size():
-        raise ValueError(f"{key}: expected {nbytes} bytes for shape {shape}, got {flat.numel()}")
-    expect(f"{key}.absmax", "number of blocks", nblocks, absmax.numel())
-    if absmax2 is None:
-        if absmax.dtype not in _SCALE_DTYPES:
-            raise ValueError(
-                f"{key}.absmax: expected a floating dtype, got {absmax.dtype} and no second level"
-            )
-        absmax = absmax.float()
-    elif by_code:
-        expect(f"{key}.absmax", "dtype", torch.uint8, absmax.dtype)
-        expect(f"{key}.scale_values", "number of values", 256, absmax2.numel())
-        expect(f"{key}.scale_values", "dtype", torch.float32, absmax2.dtype)
-    else:
-        assert offset is not None
-        expect(f"{key}.absmax", "dtype", torch.uint8, absmax.dtype)
-        expect(f"{key}.nested_absmax", "number of blocks", -(-nblocks // NESTED_BLOCKSIZE), absmax2.numel())
-        if absmax2.dtype not in _SCALE_DTYPES:
-            raise ValueError(f"{key}.nested_absmax: expected a floating dtype, got {absmax2.dtype}")
-        absmax2 = absmax2.float()
-        offset = offset.float().reshape(())
-    return NF4State(
-        (shape[0], shape[1]),
-        blocksize,
-        packed_rows(flat[:nbytes], shape),
-        absmax.contiguous().view(-1),
-        None if absmax2 is None else absmax2.contiguous().view(-1),
-        offset,
-        double_quant=offset is not None,
-        format=format,
-    )
-
-
 def _code(kind: str, device: torch.device) -> Tensor:
     return code_values(FORMATS[kind].layout(0), device)
 
 
-def expect(key: str, what: str, expected: Any, got: Any) -> None:
-    if expected != got:
-        raise ValueError(f"{key}: expected {what} {expected}, got {short(got)}")
-
-
 def _expect_table(key: str, expected: Tensor, got: Tensor) -> None:
-    if got.dtype not in _SCALE_DTYPES or not torch.equal(expected, got.detach().float().cpu().view(-1)):
+    if got.dtype not in READ_SCALE_DTYPES or not torch.equal(expected, got.detach().float().cpu().view(-1)):
         raise ValueError(f"{key}: expected the standard table of the format, got other values")
 
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def short(value: Any) -> str:
-    """A value as short text without line breaks, for messages."""
-    try:
-        text = repr(value) if isinstance(value, (str, list, dict)) else str(value)
-    except ValueError:  # Python refuses to print integers of more than 4300 digits
-        text = "a number of thousands of digits"
-    text = " ".join(text.split())
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _name(dtype: torch.dtype) -> str:

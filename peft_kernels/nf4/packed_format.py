@@ -17,15 +17,17 @@ from torch import Tensor
 from ..core.formats import FORMATS
 from ..core.nf4_state import NF4State, packed_rows
 from . import bitsandbytes_format
-from .bitsandbytes_format import QUANT_TYPES, expect
+from .assembly import assemble, check_scales, expect, short
+from .bitsandbytes_format import QUANT_TYPES
 
 _NF4_EXPERTS = "quant_state.peft_kernels__nf4_experts"
 _EXPERTS = "quant_state.peft_kernels__packed_experts"  # in other formats
 _LAYER = "quant_state.peft_kernels__packed"
 EXPERTS_STATE_ITEMS = (_NF4_EXPERTS, _EXPERTS)
 STATE_ITEMS = (*EXPERTS_STATE_ITEMS, _LAYER)
-TENSOR_ITEMS = ("absmax", "nested_absmax", "nested_offset", "scale_values")
-"""Items beside the codes: the second and third with double quantisation, the last where scales are codes."""
+TENSOR_ITEMS = ("absmax", "nested_absmax", "nested_offset", "scale_values", "zero_points")
+"""Items beside the codes: the second and third with double quantisation, the fourth where scales are codes,
+the last where blocks of int4 have zero points."""
 
 
 def holds(state: NF4State) -> bool:
@@ -57,6 +59,8 @@ def tensors(state: NF4State, key: str) -> dict[str, Tensor]:
         items |= {f"{key}.nested_absmax": state.absmax2, f"{key}.nested_offset": state.offset}
     elif state.absmax2 is not None:  # weights may share it, which writers of files refuse
         items[f"{key}.scale_values"] = state.absmax2.clone()
+    elif state.offset is not None:
+        items[f"{key}.zero_points"] = state.offset
     return items
 
 
@@ -95,50 +99,51 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, 
     shape, format = numbers.shape, numbers.quant_type
     if len(shape) != 2 + with_experts or (with_experts and shape[0] < 1):
         expected = "(experts, out_features, in_features)" if with_experts else "(out_features, in_features)"
-        raise ValueError(f"{key}: expected a shape {expected}, got {bitsandbytes_format.short(shape)}")
+        raise ValueError(f"{key}: expected a shape {expected}, got {short(shape)}")
     nested = known["nested_absmax"] in state_dict or known["nested_offset"] in state_dict
-    by_code = FORMATS[format].scale != "absmax"
-    names = ["nested_absmax", "nested_offset"] if nested else ["scale_values"] if by_code else []
-    codes, absmax, *second = (
-        _item(state_dict, name) for name in (key, *(known[n] for n in ("absmax", *names)))
-    )
-    expect(key, "dtype", torch.uint8, codes.dtype)
+    form = FORMATS[format]
+    absmax2_item = "nested_absmax" if nested else "scale_values" if form.by_code else None
+    shifted = form.scale == "half" and known["zero_points"] in state_dict
+    offset_item = "nested_offset" if nested else "zero_points" if shifted else None
+    names = {"": key} | {n: known[n] for n in ("absmax", absmax2_item, offset_item) if n is not None}
+    for name in known.values():
+        if name in state_dict and name not in names.values():
+            raise ValueError(f"{name}: expected {', '.join(names.values())} of {format}, got this key too")
+    items = {name: _item(state_dict, item) for name, item in names.items()}
+    expect(key, "dtype", torch.uint8, items[""].dtype)
     if nested:
-        expect(known["nested_offset"], "dtype", torch.float32, second[1].dtype)
+        expect(known["nested_offset"], "dtype", torch.float32, items["nested_offset"].dtype)
     if len(shape) == 3:
-        items = dict(zip((key, "absmax", *names), (codes, absmax, *second), strict=True))
-        for (name, tensor), n in zip(items.items(), (2, 2, 2, 1), strict=False):
-            expect(known.get(name, name), "number of dimensions", n, tensor.dim())
-            expect(known.get(name, name), "number of experts", shape[0], tensor.shape[0])
+        for name, tensor in items.items():
+            expect(names[name], "number of dimensions", 1 if name == "nested_offset" else 2, tensor.dim())
+            expect(names[name], "number of experts", shape[0], tensor.shape[0])
+    codes, absmax = items[""], items["absmax"]
+    absmax2 = None if absmax2_item is None else items[absmax2_item]
+    offset = None if offset_item is None else items[offset_item]
     # Experts have equal sizes, so checking the first is enough.
-    first = (lambda t: t[0]) if len(shape) == 3 else (lambda t: t)
-    one = bitsandbytes_format.assemble(
-        key,
-        shape[-2:],
-        numbers.blocksize,
-        numbers.dtype,
-        first(codes),
-        first(absmax),
-        first(second[0]) if second else None,
-        first(second[1]) if nested else None,
-        format,
+    parts: Any = codes, absmax, absmax2, offset
+    if len(shape) == 3:
+        parts = tuple(None if part is None else part[0] for part in parts)
+    one = assemble(
+        key, shape[-2:], numbers.blocksize, numbers.dtype, parts[0], parts[1], parts[2], parts[3], format
     )
     if len(shape) == 2:
         state = one
     else:
+        assert one.absmax is not None
         state = NF4State(
             shape,
             one.blocksize,
-            packed_rows(codes.detach().contiguous(), shape),
-            (absmax if second else absmax.float()).contiguous(),
-            second[0].float().contiguous() if second else None,
-            second[1] if nested else None,
-            double_quant=nested,
+            packed_rows(codes.detach().contiguous(), shape, form.bits),
+            absmax.to(one.absmax.dtype).contiguous(),
+            None if absmax2 is None else absmax2.float().contiguous(),
+            offset,
+            double_quant=offset is not None,
             format=format,
         )
     largest = 0.0
-    if nested and second[1].device.type != "meta":
-        offsets = second[1]
+    if nested and offset is not None and offset.device.type != "meta":
+        offsets = offset
         largest = float(offsets.max())
         good = (offsets >= 0) & (offsets <= torch.finfo(torch.float32).max)
         if not bool(good.all()):
@@ -146,7 +151,7 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, 
             raise ValueError(
                 f"{known['nested_offset']}: expected finite numbers of 0 or more, got {bad} others"
             )
-    bitsandbytes_format.check_scales(key, state, largest)
+    check_scales(key, state, largest)
     return state, numbers.dtype
 
 

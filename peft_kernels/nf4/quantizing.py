@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.formats import FORMATS, e4m3_values, e8m0_values
+from ..core.formats import FORMATS, WHOLE_ROWS, e4m3_values, e8m0_values
 from ..core.registry import public_ops as ops
+from ..ops.nf4 import ZERO_POINT
 
 Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """packed, absmax, absmax2 and offset of an `NF4State`."""
@@ -30,6 +31,9 @@ def quantize(
         packed, absmax = _by_absmax(weight, format, blocksize)
         _check_finite(absmax, weight, checked)
         return packed, *(ops.quantize_absmax(absmax) if double_quant else (absmax, None, None))
+    if scale in ("half", "fp32"):
+        _check_finite(weight.abs().amax()[None] if weight.numel() else weight, weight, checked)
+        return _int4(weight, blocksize, double_quant) if scale == "half" else _fp8(weight, blocksize)
     blocks = weight.reshape(-1, blocksize).float()
     largest = blocks.abs().amax(1)
     _check_finite(largest, weight, checked)
@@ -70,6 +74,34 @@ def _e4m3_scales(largest: Tensor) -> tuple[Tensor, Tensor]:
     whole = largest.amax() / (_E2M1_LARGEST * _E4M3_LARGEST)
     found = (largest / _E2M1_LARGEST * _reciprocal(whole)).clamp(max=_E4M3_LARGEST)
     return found.to(torch.float8_e4m3fn).view(torch.uint8), e4m3_values(largest.device) * whole
+
+
+def _int4(weight: Tensor, blocksize: int, with_zero_points: bool) -> Parts:
+    """Codes from the smallest to the largest value of a block, both widened to include 0; without zero points
+    as far to either side."""
+    dtype = torch.float16 if weight.dtype == torch.float16 else torch.bfloat16
+    blocks = weight.reshape(-1, blocksize).float()
+    low, high = blocks.amin(1).clamp(max=0), blocks.amax(1).clamp(min=0)
+    wide = (high - low) / 15 if with_zero_points else torch.maximum(high / 7, -low / 8)
+    scales = wide.clamp(max=torch.finfo(dtype).max).to(dtype)
+    inverse = _reciprocal(scales.float())
+    zeros = (-low * inverse).round().clamp(0, 15) if with_zero_points else torch.full_like(low, ZERO_POINT)
+    codes = ((blocks * inverse[:, None]).round() + zeros[:, None]).clamp(0, 15).to(torch.uint8)
+    return _pack(codes), scales, None, zeros.to(torch.uint8) if with_zero_points else None
+
+
+def _fp8(weight: Tensor, blocksize: int) -> Parts:
+    """The largest value of a block, or of a row, takes E4M3's largest code."""
+    (rows, cols), x = weight.shape, weight.float()
+    if blocksize == WHOLE_ROWS:
+        absmax = scales = x.abs().amax(1, keepdim=True) / _E4M3_LARGEST if cols else x.new_zeros(rows, 1)
+    else:
+        padded = F.pad(x, (0, -cols % blocksize, 0, -rows % blocksize))
+        blocks = padded.view(-(-rows // blocksize), blocksize, -(-cols // blocksize), blocksize)
+        absmax = blocks.abs().amax((1, 3)) / _E4M3_LARGEST
+        scales = absmax.repeat_interleave(blocksize, 0)[:rows].repeat_interleave(blocksize, 1)[:, :cols]
+    scaled = (x * _reciprocal(scales)).clamp(-_E4M3_LARGEST, _E4M3_LARGEST)
+    return scaled.to(torch.float8_e4m3fn).view(torch.uint8), absmax.reshape(-1), None, None
 
 
 def _reciprocal(x: Tensor) -> Tensor:

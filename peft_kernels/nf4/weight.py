@@ -70,22 +70,24 @@ class NF4Weight(NF4Tensor):
             fp32, bf16 or fp16, on any device. On the meta device the result is an empty weight for
             `load_state_dict(assign=True)`.
         blocksize : int, optional
-            Number of consecutive values that share a scale: 32, 64 (the default), ..., 4096 for NF4 and FP4,
-            32 for MXFP4, 16 for NVFP4. Blocks run over the flat weight.
+            Number of consecutive values that share a scale: 32, 64, ..., 4096 for NF4, FP4 (default 64) and
+            int4 (128), 32 for MXFP4, 16 for NVFP4. Blocks of NF4 and FP4 run over the flat weight. FP8: 128
+            for a scale for 128 x 128 values (the default), 0 for a scale for each row.
         double_quant : bool
-            Quantise the scales of NF4 and FP4 too (4.127 bits per value instead of 4.5 at blocksize 64).
+            Quantise the scales of NF4 and FP4 too (4.127 bits per value instead of 4.5 at blocksize 64). Of
+            int4, give each block a zero point.
         check_finite : bool
             Raise on NaN and Inf, which have no code.
         name : str
             Name of the weight in errors.
         format : str
-            "nf4", "fp4" (bitsandbytes'), "mxfp4" or "nvfp4".
+            "nf4", "fp4" (bitsandbytes'), "mxfp4", "nvfp4", "int4" or "fp8".
 
         Raises
         ------
         ValueError
             Wrong number of dimensions, dtype, format or blocksize; NaN or Inf in the weight; rows that are
-            not whole blocks in MXFP4 or NVFP4.
+            not whole blocks in MXFP4, NVFP4 or int4.
         """
         if isinstance(weight, NF4Weight):
             weight = weight.dequantize()
@@ -95,7 +97,7 @@ class NF4Weight(NF4Tensor):
         if weight.dtype not in WEIGHT_DTYPES:
             raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {weight.dtype}")
         blocksize = check_form(format, blocksize, weight.shape[-1], name)
-        double_quant = double_quant and FORMATS[format].scale == "absmax"
+        double_quant = double_quant and FORMATS[format].scale in ("absmax", "half")
         if weight.dim() == 3:
             if weight.shape[0] == 0:
                 raise ValueError(f"{name}: expected at least one expert, got shape {tuple(weight.shape)}")
@@ -105,7 +107,8 @@ class NF4Weight(NF4Tensor):
         parts = quantizing.quantize(weight.detach(), format, blocksize, double_quant, checked)
         packed, absmax, absmax2, offset = parts
         shape = (weight.shape[0], weight.shape[1])
-        state = NF4State(shape, blocksize, packed_rows(packed, shape), absmax, absmax2, offset)
+        state = NF4State(shape, blocksize, packed_rows(packed, shape, FORMATS[format].bits))
+        state.absmax, state.absmax2, state.offset = absmax, absmax2, offset
         state.double_quant, state.name, state.format = double_quant, name, format
         return cls(state, weight.dtype)
 

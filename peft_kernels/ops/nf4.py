@@ -11,11 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.code_tables import NESTED_BLOCKSIZE, dynamic_map, dynamic_thresholds, nf4_thresholds
-from ..core.formats import blocksize_of, code_values
+from ..core.formats import WHOLE_ROWS, blocksize_of, code_values, has_bytes
 from ..core.op import Base, Op
 
 ZERO_CODE = 7
 """Code of 0.0, also used for blocks without a usable scale and to pad an odd tail."""
+
+
+ZERO_POINT = 8
+"""Zero point of int4 weights that have none of their own."""
 
 
 class QuantizeNF4(Op):
@@ -90,15 +94,36 @@ def dense_weight(base: Base, shape: Sequence[int], dtype: torch.dtype) -> Tensor
     absmax = base.absmax
     if absmax is None:
         return base.weight
-    if base.absmax2 is not None:
-        if base.offset is not None:
-            absmax = _unpack_absmax(absmax, base.absmax2, base.offset)
-        else:
-            absmax = base.absmax2[absmax.reshape(-1).long()]
+    if has_bytes(base.layout):
+        return _from_bytes(base.weight, absmax, blocksize_of(base.layout), shape).to(dtype)
+    zeros = None
+    if base.absmax2 is None:
+        zeros = base.offset
+    elif base.offset is not None:
+        absmax = _unpack_absmax(absmax, base.absmax2, base.offset)
+    else:
+        absmax = base.absmax2[absmax.reshape(-1).long()]
     flat, numel = base.weight.reshape(-1), prod(shape)
     codes = torch.stack((flat >> 4, flat & 15), dim=1).view(-1)[:numel]
-    scale = absmax.repeat_interleave(blocksize_of(base.layout))[:numel]
-    return (code_values(base.layout, flat.device)[codes.long()] * scale).to(dtype).reshape(tuple(shape))
+
+    def each(of_blocks: Tensor) -> Tensor:
+        return of_blocks.reshape(-1).float().repeat_interleave(blocksize_of(base.layout))[:numel]
+
+    values = code_values(base.layout, flat.device)[codes.long()]
+    if zeros is not None:
+        values = values - (each(zeros) - ZERO_POINT)
+    return (values * each(absmax)).to(dtype).reshape(tuple(shape))
+
+
+def _from_bytes(codes: Tensor, absmax: Tensor, blocksize: int, shape: Sequence[int]) -> Tensor:
+    rows, cols = prod(shape[:-1]), shape[-1]
+    values = codes.reshape(rows, cols).view(torch.float8_e4m3fn).float()
+    if blocksize == WHOLE_ROWS:
+        scale = absmax.view(rows, 1)
+    else:
+        by_block = absmax.view(-(-rows // blocksize), -(-cols // blocksize))
+        scale = by_block.repeat_interleave(blocksize, 0)[:rows].repeat_interleave(blocksize, 1)[:, :cols]
+    return (values * scale).reshape(tuple(shape))
 
 
 def _unpack_absmax(q8: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:

@@ -283,7 +283,7 @@ def refusals(folder: Path) -> None:
 
     dense = saved(folder / "blocks", llama, intermediate_size=576)
     name = r"model\.layers\.0\.mlp\.down_proj: "
-    sentence = name + "cannot be cut rowwise in 4 bits for 2 processes: its 576 columns, 288 for each"
+    sentence = name + "cannot be cut rowwise while packed for 2 processes: its 576 columns, 288 for each"
     refused(ValueError, sentence, lambda: loaded(dense, True))
     packed = folder / "packed"
     if dist.get_rank() == 0:

@@ -89,8 +89,8 @@ def test_extreme_magnitudes(form: str, magnitude: float) -> None:
 
 REFUSED: dict[str, tuple[str, Callable[[], object]]] = {
     "format": (
-        r"^format: expected one of nf4, fp4, mxfp4, nvfp4, got 'int4'$",
-        lambda: pk.NF4Weight.quantize(torch.ones(4, 64), format="int4"),
+        r"^format: expected one of nf4, fp4, mxfp4, nvfp4, int4, fp8, got 'int3'$",
+        lambda: pk.NF4Weight.quantize(torch.ones(4, 64), format="int3"),
     ),
     "blocksize": (
         r"^blocksize: expected one of \(16,\), got 64$",
@@ -314,7 +314,7 @@ DAMAGE: dict[str, tuple[str, Change]] = {
         lambda items, _: items.update({"weight.zeros": torch.ones(1)}),
     ),
     "blocksize": (r"^weight: expected blocksize one of \(\d+,\), got 64$", described(blocksize=64)),
-    "format": (r"expected quant_type .*, got 'int4'$", described(quant_type="int4")),
+    "format": (r"expected quant_type .*, got 'int3'$", described(quant_type="int3")),
     "nf4": (r"expected quant_type .*, got 'nf4'$", described(quant_type="nf4")),
     "shape": (r"^weight: expected a shape \(", described(shape=[96])),
     "dtype": (

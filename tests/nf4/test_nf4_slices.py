@@ -32,7 +32,7 @@ WHOLE = [
 @pytest.mark.parametrize("dim", [0, 1])
 def test_slice_equals_the_dense_slice(shape: tuple[int, int], nested: bool, dim: int, count: int) -> None:
     weight = pk.NF4Weight.quantize(testing.tensor(*shape, seed=1), 64, nested)
-    if unsliceable_reason(shape, 64, dim, count):
+    if unsliceable_reason(shape, "nf4", 64, dim, count):
         assert shape[1] % 64 or (dim == 1 and slice_size(shape[1], count) % 64)
         return
     size, second = slice_size(shape[dim], count), weight._state.absmax2
@@ -56,7 +56,7 @@ def test_slice_equals_the_dense_slice(shape: tuple[int, int], nested: bool, dim:
 def test_slices_of_other_formats(format: str, blocksize: int, dim: int) -> None:
     shape, count = (6, 192), 3
     weight = pk.NF4Weight.quantize(testing.uneven(testing.tensor(*shape, seed=1)), blocksize, format=format)
-    assert not unsliceable_reason(shape, blocksize, dim, count)
+    assert not unsliceable_reason(shape, "nf4", blocksize, dim, count)
     size = slice_size(shape[dim], count)
     for start in range(0, shape[dim], size):
         state = slice_state(weight._state, dim, start, start + size)
@@ -73,7 +73,7 @@ def test_slices_of_other_formats(format: str, blocksize: int, dim: int) -> None:
 def test_unsliceable_weights_are_refused(
     shape: tuple[int, ...], blocksize: int, dim: int, count: int, reason: str
 ) -> None:
-    assert reason in unsliceable_reason(shape, blocksize, dim, count)
+    assert reason in unsliceable_reason(shape, "nf4", blocksize, dim, count)
 
 
 def test_nested_scale_codes_round_trip() -> None:

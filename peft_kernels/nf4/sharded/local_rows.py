@@ -42,6 +42,8 @@ class LocalRows:
     def of(cls, state: NF4State) -> LocalRows:
         """All rows of a packed weight; shares its memory."""
         assert state.packed is not None and state.absmax is not None
+        if reason := FORMATS[state.format].undivided_reason:
+            raise NotImplementedError(f"{state.name}: {reason}: expected another format, or DDP")
         partition = Partition(tuple(state.shape), state.blocksize)
         flat = state.packed.reshape(-1), state.absmax.reshape(-1)
         return cls(partition, 0, partition.rows, *flat, state.absmax2, state.offset, state.name, state.format)

@@ -40,7 +40,7 @@ def check_distributed_config(model: Any) -> None:
         )
 
 
-def check(model: Any, layers: Iterable[str], experts: Iterable[str], blocksize: int) -> None:
+def check(model: Any, layers: Iterable[str], experts: Iterable[str], format: str, blocksize: int) -> None:
     """Raises ValueError if a plan splits a weight that cannot be split exactly. Every process raises the same
     error, before anything is changed.
 
@@ -50,8 +50,8 @@ def check(model: Any, layers: Iterable[str], experts: Iterable[str], blocksize: 
         On the meta device, before it is distributed.
     layers, experts : names
         Names of NF4Linear layers, and of experts modules that will be packed.
-    blocksize : int
-        Blocksize of their weights.
+    format, blocksize : str, int
+        Of their weights.
     """
     if not hasattr(model, "_resolve_parallel_plans"):  # new in 5.24, like plans over DTensors
         raise ValueError(
@@ -80,7 +80,7 @@ def check(model: Any, layers: Iterable[str], experts: Iterable[str], blocksize: 
                 f"{name}: expected colwise or rowwise for an NF4 weight, got {planned} of a {kind}"
             )
         shape = (layer.out_features, layer.in_features)
-        if reason := unsliceable_reason(shape, blocksize, dim, count):
+        if reason := unsliceable_reason(shape, format, blocksize, dim, count):
             raise ValueError(_refusal(name, planned, count, reason))
 
 
@@ -92,8 +92,8 @@ def _dim_of(style: Any) -> int | None:
 
 def _refusal(name: str, planned: str, count: int, reason: str) -> str:
     return (
-        f"{name}: cannot be cut {planned} in 4 bits for {count} processes: {reason}; expected another number "
-        "of processes, or the layer in 16 bits (modules_to_not_convert)"
+        f"{name}: cannot be cut {planned} while packed for {count} processes: {reason}; expected another "
+        "number of processes, or the layer in 16 bits (modules_to_not_convert)"
     )
 
 
@@ -105,7 +105,7 @@ def local_slice(weight: NF4Weight, layer: Any) -> NF4Weight:
         return weight
     state, mesh, (placement,) = weight._state, awaiting.device_mesh, awaiting.placements
     dim, count = placement.dim % 2, mesh.size()
-    if reason := unsliceable_reason(state.shape, state.blocksize, dim, count):
+    if reason := unsliceable_reason(state.shape, state.format, state.blocksize, dim, count):
         raise ValueError(_refusal(state.name.removesuffix(".weight"), str(placement), count, reason))
     size = slice_size(state.shape[dim], count)
     start = size * mesh.get_local_rank()

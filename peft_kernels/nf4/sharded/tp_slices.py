@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.code_tables import NESTED_BLOCKSIZE
+from ...core.formats import FORMATS
 from ...core.nf4_state import NF4State, packed_rows
 from ...core.registry import public_ops as ops
 from .partition import Partition
@@ -24,8 +25,10 @@ def slice_size(size: int, count: int) -> int:
     return -(-size // count)
 
 
-def unsliceable_reason(shape: tuple[int, ...], blocksize: int, dim: int, count: int) -> str:
+def unsliceable_reason(shape: tuple[int, ...], format: str, blocksize: int, dim: int, count: int) -> str:
     """Why a weight (out_features, in_features) cannot be split into `count` slices along `dim`, or ""."""
+    if reason := FORMATS[format].undivided_reason:
+        return reason
     if len(shape) != 2:
         return f"expected a weight (out_features, in_features), got {tuple(shape)}"
     size = slice_size(shape[dim], count)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.code_tables import NESTED_BLOCKSIZE
-from ...core.formats import blocksize_of
+from ...core.formats import blocksize_of, has_bytes
 from ...core.op import Base, Op
 from ..common import accumulator_dtype
 
@@ -284,8 +284,13 @@ def _columns(args: Any) -> Iterator[tuple[int, int]]:
 
 def row_alignment(base: Base, k: int) -> int:
     """Number of rows of a packed head at whose multiples a block of scales begins."""
-    block = blocksize_of(base.layout) * NESTED_BLOCKSIZE
-    return 1 if base.absmax is None else block // gcd(block, k)
+    if base.absmax is None:
+        return 1
+    size = blocksize_of(base.layout)
+    if has_bytes(base.layout):
+        return max(size, 1)
+    block = size * NESTED_BLOCKSIZE
+    return block // gcd(block, k)
 
 
 def narrow_base(base: Base, begin: int, end: int, k: int) -> Base:
@@ -293,9 +298,15 @@ def narrow_base(base: Base, begin: int, end: int, k: int) -> Base:
     if base.absmax is None:
         return Base(base.weight[begin:end])
     first, last, size = begin * k, end * k, blocksize_of(base.layout)
+    flat, absmax2, offset = base.weight.reshape(-1), base.absmax2, base.offset
+    if has_bytes(base.layout):
+        per_row, height = (-(-k // size), size) if size else (1, 1)
+        absmax = base.absmax[begin // height * per_row : -(-end // height) * per_row]
+        return Base(flat[first:last], absmax, None, None, base.layout)
     blocks = slice(first // size, -(-last // size))
-    absmax2 = base.absmax2
-    if absmax2 is not None and base.offset is not None:
+    if absmax2 is not None and offset is not None:
         absmax2 = absmax2[blocks.start // NESTED_BLOCKSIZE : -(-blocks.stop // NESTED_BLOCKSIZE)]
-    packed = base.weight.reshape(-1)[first // 2 : -(-last // 2)]
-    return Base(packed, base.absmax[blocks], absmax2, base.offset, base.layout)
+    elif offset is not None:
+        offset = offset[blocks]
+    packed = flat[first // 2 : -(-last // 2)]
+    return Base(packed, base.absmax[blocks], absmax2, offset, base.layout)

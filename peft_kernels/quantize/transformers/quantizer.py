@@ -90,8 +90,7 @@ class NF4Quantizer(HfQuantizer):
     @property
     def quantized_element_size(self) -> float:
         config = self.quantization_config
-        by_code = config.double_quant or FORMATS[config.format].scale != "absmax"
-        return 0.5 + (1 if by_code else 4) / config.blocksize
+        return FORMATS[config.format].bytes_per_value(config.blocksize, config.double_quant)
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         module, _dot, name = param_name.rpartition(".")
@@ -134,7 +133,8 @@ class NF4Quantizer(HfQuantizer):
                     module.weight = nn.Parameter(module.weight.detach())
         layers = [name for name, module in model.named_modules() if isinstance(module, NF4Linear)]
         experts = self.experts if not self.pre_quantized or self.experts_in_four_bits else {}
-        tensor_parallel.check(model, layers, experts, self.quantization_config.blocksize)
+        own = self.quantization_config
+        tensor_parallel.check(model, layers, experts, own.format, own.blocksize)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         for operation in getattr(converter, "operations", ()):
