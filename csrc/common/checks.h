@@ -61,6 +61,7 @@ inline void check_bias(const Tensor& bias, int64_t features, at::ScalarType acti
 inline int block_shift_of(int64_t layout) {
   TORCH_CHECK(is_layout(layout), "blocksize: expected a power of two from ", nf4::kMinBlocksize, " to ",
               nf4::kMaxBlocksize, ", got ", blocksize_of(layout), " for codes ", codes_of(layout));
+  if (blocksize_of(layout) == 0) return kWholeRowShift;
   int shift = 0;
   while ((int64_t{1} << shift) < blocksize_of(layout)) ++shift;
   return shift;

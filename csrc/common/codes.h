@@ -1,8 +1,10 @@
-// The values of 4-bit codes, and layouts: which values a packed weight's codes have, and how many of them
-// share a scale. Free of torch; shared by every back end. In Python: peft_kernels/core/formats.py.
+// The values of codes, and layouts: which values a packed weight's codes have, and how many of them share a
+// scale. Free of torch; shared by every back end. In Python: peft_kernels/core/formats.py.
 //
-// Every packed weight is value(code) * scale(block). It is flattened row-major and divided into blocks of
-// `blocksize` elements. Element 2i is the HIGH nibble of byte i, element 2i + 1 the low one.
+// Every packed weight is value(code) * scale(block). Codes have four bits but for E4M3's, which are bytes.
+// With four bits a weight is flattened row-major and divided into blocks of `blocksize` elements; element 2i
+// is the HIGH nibble of byte i, element 2i + 1 the low one. E4M3 has a scale for 128 x 128 elements, or for
+// each row.
 #pragma once
 
 #include <cstdint>
@@ -47,20 +49,40 @@ inline constexpr float kFP4[16] = {0.0f,
 inline constexpr float kE2M1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
                                     -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 
-// By the number in a layout.
-inline constexpr CodeValues kCodeValues[] = {values_of(nf4::kCode, 1.1888107061386108f),
-                                             values_of(kFP4, 12.0f), values_of(kE2M1, 1.0f)};
-inline constexpr int64_t kCodeKinds = sizeof(kCodeValues) / sizeof(kCodeValues[0]);
-inline constexpr int64_t kE2M1Codes = 2;
+// int4, whose values are code - zero point. Zero points are up to 16 (GPTQ stores one less); there are tables
+// for all of five bits, so that no byte leads out of them.
+inline constexpr int kZeroPoint = 8, kZeroPoints = 32;
+struct Int4Values {
+  CodeValues at[kZeroPoints] = {};
 
-// A layout is one integer: the number of its code values times 2^16, plus the blocksize.
+  constexpr Int4Values() {
+    for (int zero = 0; zero < kZeroPoints; ++zero) {
+      for (int code = 0; code < 16; ++code) at[zero].value[code] = static_cast<float>(code - zero);
+      at[zero].bf16_factor = 1.0f;
+    }
+  }
+};
+inline constexpr Int4Values kInt4Values;
+
+// By the number in a layout. The number after them is E4M3's.
+inline constexpr CodeValues kCodeValues[] = {values_of(nf4::kCode, 1.1888107061386108f),
+                                             values_of(kFP4, 12.0f), values_of(kE2M1, 1.0f),
+                                             kInt4Values.at[kZeroPoint]};
+inline constexpr int64_t kCodeKinds = sizeof(kCodeValues) / sizeof(kCodeValues[0]);
+inline constexpr int64_t kE2M1Codes = 2, kInt4Codes = 3, kE4M3Codes = kCodeKinds;
+inline constexpr int64_t kE4M3Block = 128;  // rows and columns with a scale
+
+// A layout is one integer: the number of its code values times 2^16, plus the blocksize; 0: a scale for each
+// row.
 inline constexpr int kLayoutShift = 16;
 inline constexpr int64_t blocksize_of(int64_t layout) { return layout & ((int64_t{1} << kLayoutShift) - 1); }
 inline constexpr int64_t codes_of(int64_t layout) { return layout >> kLayoutShift; }
 inline constexpr int kSmallestBlocksize = 16;
+inline constexpr int kWholeRowShift = 62;  // log2 of a blocksize that no row exceeds
 
 inline constexpr bool is_layout(int64_t layout) {
   const int64_t size = blocksize_of(layout), codes = codes_of(layout);
+  if (codes == kE4M3Codes) return size == 0 || size == kE4M3Block;
   if (codes < 0 || codes >= kCodeKinds || (size & (size - 1)) != 0) return false;
   return size >= (codes == kE2M1Codes ? kSmallestBlocksize : nf4::kMinBlocksize) &&
          size <= nf4::kMaxBlocksize;

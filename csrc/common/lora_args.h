@@ -56,7 +56,7 @@ class BaseWeightOf {
                at::ScalarType compute_dtype)
       : out_features_(out_features), in_features_(in_features) {
     if (absmax) {
-      nf4_ = std::make_unique<Nf4>(weight, *absmax, absmax2, offset, layout, out_features * in_features);
+      nf4_ = std::make_unique<Nf4>(weight, *absmax, absmax2, offset, layout, out_features, in_features);
     } else {
       check_dtype(weight, compute_dtype, "weight");
       check_shape(weight, {out_features, in_features}, "weight");

@@ -5,6 +5,12 @@ inline constexpr int64_t max64(int64_t a, int64_t b) { return a < b ? b : a; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
+inline float float_of_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
 inline int64_t element_bytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 
 // Calls use with a value of the C++ type of `dtype`.

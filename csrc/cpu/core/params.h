@@ -19,17 +19,24 @@ struct F16 {
   uint16_t bits;
 };
 
-// A packed weight. The scale of a block is absmax[block], or where that is null scale_values[q8[block]]; with
-// double quantisation that times absmax2[block / 256], plus the offset.
+// A packed weight. The scale of a block is absmax[block]; where that is null half_scales[block]; where that
+// is null too scale_values[q8[block]], with double quantisation times absmax2[block / 256] plus the offset.
+// Codes are of four bits, or of E4M3 where `codes` is null: then the scale of an element is absmax[(row >>
+// row_shift) * blocks_in_row + (col >> block_shift)].
 struct Nf4View {
-  const CodeValues* codes;
-  const uint8_t* packed;      // [(n + 1) / 2]
-  const float* absmax;        // [blocks], or null
-  const uint8_t* q8;          // [blocks]
-  const float* scale_values;  // [256]
-  const float* absmax2;       // [ceil(blocks / 256)], or null
+  const CodeValues* codes;      // with zero points: of zero point 0, the others behind it
+  const uint8_t* packed;        // [(n + 1) / 2], or [n] of E4M3
+  const float* absmax;          // [blocks], or null
+  const uint16_t* half_scales;  // [blocks], or null
+  const uint8_t* zero_points;   // [blocks], or null
+  const uint8_t* q8;            // [blocks]
+  const float* scale_values;    // [256]
+  const float* absmax2;         // [ceil(blocks / 256)], or null
   float offset;
-  int block_shift;  // log2(blocksize)
+  bool has_bf16_scales;         // of half_scales; else fp16
+  int block_shift;              // log2(blocksize)
+  int row_shift;                // of E4M3
+  int64_t cols, blocks_in_row;  // of E4M3
 };
 
 // A row-major matrix, read panel by panel: dense, or NF4 when `nf4` is set.

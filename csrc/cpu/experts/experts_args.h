@@ -76,7 +76,7 @@ class ExpertWeights {
                 int64_t in_features, at::ScalarType dtype)
       : in_features_(in_features) {
     if (absmax) {
-      nf4_ = std::make_unique<Nf4Weight>(weight, *absmax, absmax2, offset, layout, out_features * in_features,
+      nf4_ = std::make_unique<Nf4Weight>(weight, *absmax, absmax2, offset, layout, out_features, in_features,
                                          experts);
       views_.reserve(experts);
       for (int64_t e = 0; e < experts; ++e) views_.push_back(nf4_->view(e));

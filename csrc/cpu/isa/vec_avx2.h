@@ -32,6 +32,7 @@ inline Vec widen(__m128i bits, BF16) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 inline Vec widen(__m128i bits, F16) { return _mm256_cvtph_ps(bits); }
+inline float float_of_half(uint16_t bits) { return _cvtsh_ss(bits); }
 
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 template <class Half>

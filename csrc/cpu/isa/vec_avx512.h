@@ -41,6 +41,7 @@ inline Vec widen(__m256i bits, BF16) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 inline Vec widen(__m256i bits, F16) { return _mm512_cvtph_ps(bits); }
+inline float float_of_half(uint16_t bits) { return _cvtsh_ss(bits); }
 
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 template <class Half>

@@ -32,6 +32,9 @@ inline Vec low_bits_to_exponent(Vec x) {
 
 inline Vec widen(uint16x4_t bits, BF16) { return vreinterpretq_f32_u32(vshll_n_u16(bits, 16)); }
 inline Vec widen(uint16x4_t bits, F16) { return vcvt_f32_f16(vreinterpret_f16_u16(bits)); }
+inline float float_of_half(uint16_t bits) {
+  return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(bits))), 0);
+}
 
 inline Vec load(const float* p) { return vld1q_f32(p); }
 template <class Half>

@@ -50,6 +50,8 @@ inline float widen1(F16 x) {
   return out;
 }
 
+inline float float_of_half(uint16_t bits) { return widen1(F16{bits}); }
+
 inline void narrow1(float x, float* out) { *out = x; }
 // Round to nearest even; a NaN becomes the quiet NaN 0x7fc0, as in torch.
 inline void narrow1(float x, BF16* out) {

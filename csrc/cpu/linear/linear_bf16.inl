@@ -80,7 +80,8 @@ struct OuterBF16 : PairSteps {
   static void fill_step(const MatrixView& rhs, float scale, int64_t first, int64_t rows, int64_t cols,
                         PanelBF16* out) {
     // Row starts that are multiples of 32 keep runs of 32 within one block and in whole bytes.
-    if (rhs.nf4 && rows == 2 && cols == kStrip && (first | rhs.ld) % nf4::kMinBlocksize == 0) {
+    if (rhs.nf4 && rhs.nf4->codes && rows == 2 && cols == kStrip &&
+        (first | rhs.ld) % nf4::kMinBlocksize == 0) {
       return decode_step(*rhs.nf4, first, first + rhs.ld, out);
     }
     PanelBF16 pair[2][kStrip];
@@ -96,20 +97,22 @@ struct OuterBF16 : PairSteps {
   static VecPairs load_run(const BF16* p, int64_t count) {
     return count >= 2 * kLanes ? load_pairs(p) : load_pairs_part(p, max64(count, 0));
   }
+  static PairTable pair_table(const Nf4View& w, int64_t block0, int64_t block1) {
+    return {block_codes(w, block0), block_absmax(w, block0), block_codes(w, block1), block_absmax(w, block1)};
+  }
   static void decode_step(const Nf4View& w, int64_t first0, int64_t first1, PanelBF16* out) {
     if (w.block_shift < 5) return decode_short_blocks(w, first0, first1, out);
-    const CodeValues& codes = *w.codes;
     const uint8_t *row0 = w.packed + first0 / 2, *row1 = w.packed + first1 / 2;
     constexpr int64_t kHalf = nf4::kMinBlocksize;
     static_assert(kStrip == 2 * kHalf, "");
     const int64_t block0 = first0 >> w.block_shift, block1 = first1 >> w.block_shift;
     const int64_t next0 = (first0 + kHalf) >> w.block_shift, next1 = (first1 + kHalf) >> w.block_shift;
-    const PairTable table(codes, block_absmax(w, block0), block_absmax(w, block1));
+    const PairTable table = pair_table(w, block0, block1);
     decode_half(table, row0, row1, out);
     if (block0 == next0 && block1 == next1) {
       decode_half(table, row0 + kHalf / 2, row1 + kHalf / 2, out + 2 * kHalf);
     } else {
-      const PairTable next(codes, block_absmax(w, next0), block_absmax(w, next1));
+      const PairTable next = pair_table(w, next0, next1);
       decode_half(next, row0 + kHalf / 2, row1 + kHalf / 2, out + 2 * kHalf);
     }
   }
@@ -117,8 +120,7 @@ struct OuterBF16 : PairSteps {
     static_assert(PairTable::kStep == kSmallestBlocksize, "");
 #pragma GCC unroll 4
     for (int64_t i = 0; i < kStrip; i += kSmallestBlocksize) {
-      const PairTable table(*w.codes, block_absmax(w, (first0 + i) >> w.block_shift),
-                            block_absmax(w, (first1 + i) >> w.block_shift));
+      const PairTable table = pair_table(w, (first0 + i) >> w.block_shift, (first1 + i) >> w.block_shift);
       table.decode(w.packed + (first0 + i) / 2, w.packed + (first1 + i) / 2, out + 2 * i);
     }
   }

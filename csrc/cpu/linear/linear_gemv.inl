@@ -8,6 +8,7 @@
 //   lane l, shift j:  element kSteps * l + (j ^ 1)        (the high nibble of a byte is the even element)
 //
 // The absmax is applied after the eight multiplications of a 32-bit lane, whose elements are in one block.
+// Zero points are subtracted there too, times the sum of the lane's elements of lhs.
 
 constexpr int64_t kChunk = 8 * kLanes;     // elements
 constexpr int64_t kGemvMaxWeightRows = 4;  // rows of the weight that share the loads of lhs
@@ -39,27 +40,34 @@ struct GemvLayout {
   int64_t chunks;        // per row, the last one padded
   int64_t lhs_values;    // of one rearranged row of lhs
   int64_t scale_floats;  // of one weight row
+  int64_t sum_floats;    // of one row of lhs: sums of the elements that one lane multiplies
 };
 
 inline GemvLayout gemv_layout(const GemmTerm& term) {
   const int64_t chunks = (term.depth + kChunk - 1) / kChunk;
   const int64_t blocksize = int64_t{1} << term.rhs.nf4->block_shift;
-  return {chunks, chunks * kChunk, round_up(chunks * kChunk / min64(nf4::kMinBlocksize, blocksize), 16)};
+  return {chunks, chunks * kChunk, round_up(chunks * kChunk / min64(nf4::kMinBlocksize, blocksize), 16),
+          term.rhs.nf4->zero_points ? chunks * kLanes : 0};
 }
 
-// Scratch: the decoding table of scales that are codes, the rearranged lhs, the scales of a few rows.
+// Scratch: the decoding table of scales that are codes, the rearranged lhs, the scales of a few rows; with
+// zero points the sums of lhs, and what is added for each of them.
 struct GemvScratch {
   Codebook* book;
   void* lhs;
   float* scales;
+  float *sums, *shifts;
 
   GemvScratch(const GemvLayout& layout, int64_t rows, void* scratch)
       : book(static_cast<Codebook*>(scratch)),
         lhs(static_cast<char*>(scratch) + kBookBytes),
-        scales(static_cast<float*>(lhs) + rows * layout.lhs_values) {}
+        scales(static_cast<float*>(lhs) + rows * layout.lhs_values),
+        sums(scales + kGemvMaxWeightRows * layout.scale_floats + kCodeRun),
+        shifts(sums + rows * layout.sum_floats) {}
   static int64_t bytes(const GemvLayout& layout, int64_t rows) {
     const int64_t scales = kGemvMaxWeightRows * layout.scale_floats + kCodeRun;
-    return kBookBytes + (rows * layout.lhs_values + scales) * static_cast<int64_t>(sizeof(float));
+    const int64_t shifts = layout.sum_floats ? rows * layout.sum_floats + scales : 0;
+    return kBookBytes + (rows * layout.lhs_values + scales + shifts) * static_cast<int64_t>(sizeof(float));
   }
 
  private:
@@ -76,7 +84,9 @@ struct GemvScratch {
 inline bool gemv_serves(const GemmParams& p) {
   if (p.term_count == 0) return false;
   const GemmTerm& term = p.terms[0];  // a packed weight is the first term, and the only packed one
-  if (!term.rhs.nf4 || term.rhs.ld % (int64_t{1} << term.rhs.nf4->block_shift) != 0) return false;
+  if (!term.rhs.nf4 || !term.rhs.nf4->codes || term.rhs.nf4->zero_points ||
+      term.rhs.ld % (int64_t{1} << term.rhs.nf4->block_shift) != 0)
+    return false;
 #if PEFT_KERNELS_TWO_TABLES
   if (folded_serves(term)) {
     // With more rows tiles are faster.
@@ -98,6 +108,7 @@ void gemv_arrange_lhs(const GemmTerm& term, const Rect& rect, void* scratch) {
   const GemvScratch to(layout, rect.m1 - rect.m0, scratch);
   if (term.rhs.nf4->q8) *to.book = Codebook(term.rhs.nf4->scale_values);
   auto* arranged = static_cast<typename Gemv::Lhs*>(to.lhs);
+  float* sums = to.sums;
   constexpr int kStepLanes = kChunk / Gemv::kSteps;
   for (int64_t m = rect.m0; m < rect.m1; ++m) {
     for (int64_t first = 0; first < layout.lhs_values; first += kChunk, arranged += kChunk) {
@@ -109,15 +120,20 @@ void gemv_arrange_lhs(const GemmTerm& term, const Rect& rect, void* scratch) {
           shifted[j * kStepLanes + l] = natural[Gemv::kSteps * l + (j ^ 1)];
       }
       narrow_run(shifted, kChunk, arranged);
+      for (int l = 0; layout.sum_floats && l < kLanes; ++l, ++sums) {
+        *sums = 0.0f;
+        for (int i = 8 * l; i < 8 * l + 8; ++i) *sums += natural[i];
+      }
     }
   }
 }
 
-// out[r][i] += row r of lhs . row i of the weight, for kRows and kWeightRows.
-template <class Gemv, int kRows, int kWeightRows, int kBlocks>
+// out[r][i] += row r of lhs . row i of the weight, for kRows and kWeightRows. `lhs_sums`: of the first row.
+template <class Gemv, int kRows, int kWeightRows, int kBlocks, bool kShifted>
 void gemv_tile(const Nf4View& w, const uint8_t* packed, int64_t depth, const GemvLayout& layout,
-               const typename Gemv::Lhs* lhs, const float* scales, float* out) {
-  const typename Gemv::Table table(*w.codes);
+               const typename Gemv::Lhs* lhs, const float* scales, const float* lhs_sums, const float* shifts,
+               float* out) {
+  const typename Gemv::Table table(kShifted ? w.codes[kZeroPoint] : *w.codes);
   const int64_t row_bytes = depth / 2;
   Vec sums[kRows][kWeightRows];
 #pragma GCC unroll 4
@@ -157,6 +173,16 @@ void gemv_tile(const Nf4View& w, const uint8_t* packed, int64_t depth, const Gem
       const Vec scale = spread_scales<kBlocks>(scales + i * layout.scale_floats + block);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) sums[r][i] = fma(partial[r][i], scale, sums[r][i]);
+    }
+    if constexpr (kShifted) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kWeightRows; ++i) {
+        const Vec shift = spread_scales<kBlocks>(shifts + i * layout.scale_floats + block);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          sums[r][i] = fma(load(lhs_sums + r * layout.sum_floats + chunk * kLanes), shift, sums[r][i]);
+        }
+      }
     }
   };
   const int64_t whole = depth / kChunk;
@@ -206,29 +232,49 @@ inline void gemv_scales(const Codebook& book, const Nf4View& w, int64_t first, i
   for (int64_t b = count; b < padded; ++b) out[b] = 0.0f;
 }
 
-// Up to kRows rows of lhs.
-template <class Gemv, int kRows, int kBlocks>
-void gemv_rows(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, const typename Gemv::Lhs* lhs,
+// What is added for each sum of lhs: the scale times the difference of the table's zero point and the
+// block's.
+inline void gemv_shifts(const Nf4View& w, int64_t first, int64_t count, int64_t padded, const float* scales,
+                        float* out) {
+  for (int64_t b = 0; b < count; ++b) {
+    out[b] = static_cast<float>(kZeroPoint - w.zero_points[first + b] % kZeroPoints) * scales[b];
+  }
+  for (int64_t b = count; b < padded; ++b) out[b] = 0.0f;
+}
+
+// Up to kRows rows of lhs, from row `first` of the task on.
+template <class Gemv, int kRows, int kBlocks, bool kShifted>
+void gemv_rows(const GemmTerm& term, int64_t first, int64_t rows, int64_t n0, int64_t cols,
                const GemvScratch& s, float* tile) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return gemv_rows<Gemv, kRows - 1, kBlocks>(term, rows, n0, cols, lhs, s, tile);
+    if (rows < kRows) {
+      return gemv_rows<Gemv, kRows - 1, kBlocks, kShifted>(term, first, rows, n0, cols, s, tile);
+    }
   }
   constexpr int kWeightRows = gemv_weight_rows<kRows>();
   const Nf4View& w = *term.rhs.nf4;
   const GemvLayout layout = gemv_layout(term);
   const int64_t blocks = term.depth >> w.block_shift;
   const float inverse = 1.0f / Gemv::factor(*w.codes);
+  const auto* lhs = static_cast<const typename Gemv::Lhs*>(s.lhs) + first * layout.lhs_values;
+  const float* lhs_sums = s.sums + first * layout.sum_floats;
   for (int64_t c = 0; c < cols;) {
     const int64_t count = cols - c >= kWeightRows ? kWeightRows : 1;
     for (int64_t i = 0; i < count; ++i) {
-      gemv_scales(*s.book, w, (n0 + c + i) * blocks, blocks, inverse, layout.scale_floats,
-                  s.scales + i * layout.scale_floats);
+      float* scales = s.scales + i * layout.scale_floats;
+      const int64_t block = (n0 + c + i) * blocks;
+      gemv_scales(*s.book, w, block, blocks, inverse, layout.scale_floats, scales);
+      if constexpr (kShifted) {
+        gemv_shifts(w, block, blocks, layout.scale_floats, scales, s.shifts + i * layout.scale_floats);
+      }
     }
     const uint8_t* packed = w.packed + (n0 + c) * term.depth / 2;
     if (count == kWeightRows) {
-      gemv_tile<Gemv, kRows, kWeightRows, kBlocks>(w, packed, term.depth, layout, lhs, s.scales, tile + c);
+      gemv_tile<Gemv, kRows, kWeightRows, kBlocks, kShifted>(w, packed, term.depth, layout, lhs, s.scales,
+                                                             lhs_sums, s.shifts, tile + c);
     } else {
-      gemv_tile<Gemv, kRows, 1, kBlocks>(w, packed, term.depth, layout, lhs, s.scales, tile + c);
+      gemv_tile<Gemv, kRows, 1, kBlocks, kShifted>(w, packed, term.depth, layout, lhs, s.scales, lhs_sums,
+                                                   s.shifts, tile + c);
     }
     c += count;
   }
@@ -239,8 +285,12 @@ void gemv_blocks(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, v
   const GemvLayout layout = gemv_layout(term);
   const GemvScratch s(layout, rows, scratch);
   for (int64_t r = 0; r < rows; r += kGemvPass) {
-    const auto* lhs = static_cast<const typename Gemv::Lhs*>(s.lhs) + r * layout.lhs_values;
-    gemv_rows<Gemv, kGemvPass, kBlocks>(term, rows - r, n0, cols, lhs, s, tile + r * kStrip);
+    float* out = tile + r * kStrip;
+    if (layout.sum_floats) {
+      gemv_rows<Gemv, kGemvPass, kBlocks, true>(term, r, rows - r, n0, cols, s, out);
+    } else {
+      gemv_rows<Gemv, kGemvPass, kBlocks, false>(term, r, rows - r, n0, cols, s, out);
+    }
   }
 }
 

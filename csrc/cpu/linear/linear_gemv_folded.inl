@@ -78,7 +78,7 @@ inline const float* folded_absmax(const GemmTerm& term, int64_t n0, int64_t cols
   const int shift = w.block_shift - 6;
   static_assert(kFoldedBlock == 1 << 6, "");
   if (shift == 0 && w.absmax) return w.absmax + first;
-  if (shift == 0) {
+  if (shift == 0 && w.q8) {
     unpack_scales(*s.book, w, first, count, s.absmax);
   } else {
     for (int64_t i = 0; i < count; ++i) s.absmax[i] = block_absmax(w, (first + i) >> shift);
@@ -86,9 +86,23 @@ inline const float* folded_absmax(const GemmTerm& term, int64_t n0, int64_t cols
   return s.absmax;
 }
 
+// The values of the codes of each kFoldedBlock of a row of the weight and of those that follow.
+struct FoldedCodes {
+  const CodeValues* codes;
+  const CodeValues& at(int64_t) const { return *codes; }
+  void skip(int64_t) {}
+};
+struct ShiftedCodes {
+  const CodeValues* codes;
+  const uint8_t* zero_points;
+  int shift;
+  const CodeValues& at(int64_t run) const { return codes[zero_points[run >> shift] % kZeroPoints]; }
+  void skip(int64_t runs) { zero_points += runs >> shift; }
+};
+
 // tile[r][i] += row r of lhs . row i of the weight.
-template <int kRows, int kWeightRows>
-void folded_tile(const CodeValues& codes, const uint8_t* packed, const float* absmax, int64_t depth,
+template <int kRows, int kWeightRows, class Codes>
+void folded_tile(const Codes& codes, const uint8_t* packed, const float* absmax, int64_t depth,
                  const BF16* lhs, const uint8_t* ahead, float* tile) {
   constexpr int64_t kVector = 2 * kLanes;
   const int64_t row_bytes = depth / 2, runs = depth / kFoldedBlock;
@@ -114,7 +128,8 @@ void folded_tile(const CodeValues& codes, const uint8_t* packed, const float* ab
 #pragma GCC unroll 4
     for (int i = 0; i < kWeightRows; ++i, ahead += kFoldedChunk / 2) {
       __builtin_prefetch(ahead);
-      tables[i] = PairTable(codes, absmax[i * runs + run], absmax[i * runs + run + 1]);
+      const int64_t at = i * runs + run;
+      tables[i] = PairTable(codes.at(at), absmax[at], codes.at(at + 1), absmax[at + 1]);
     }
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j, lhs += kRows * kVector) {
@@ -133,7 +148,7 @@ void folded_tile(const CodeValues& codes, const uint8_t* packed, const float* ab
     for (int i = 0; i < kWeightRows; ++i, ahead += kFoldedBlock / 2) {
       __builtin_prefetch(ahead);
       PanelBF16 values[kFoldedBlock];
-      EvenOddTable(codes, absmax[i * runs + run]).decode(packed + i * row_bytes, values);
+      EvenOddTable(codes.at(i * runs + run), absmax[i * runs + run]).decode(packed + i * row_bytes, values);
       even[i] = load_pairs(values);
       odd[i] = load_pairs(values + kVector);
     }
@@ -150,12 +165,12 @@ void folded_tile(const CodeValues& codes, const uint8_t* packed, const float* ab
   }
 }
 
-// Up to kRows rows of lhs.
-template <int kRows>
-void folded_rows(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, const BF16* lhs,
+// Up to kRows rows of lhs. `codes`: of the first column.
+template <int kRows, class Codes>
+void folded_rows(const GemmTerm& term, Codes codes, int64_t rows, int64_t n0, int64_t cols, const BF16* lhs,
                  const float* absmax, float* tile) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return folded_rows<kRows - 1>(term, rows, n0, cols, lhs, absmax, tile);
+    if (rows < kRows) return folded_rows<kRows - 1>(term, codes, rows, n0, cols, lhs, absmax, tile);
   }
   // As many weight rows share the loads of lhs as there are registers for their sums.
   constexpr int kWeightRows = kRows <= 6 ? 4 : 3;
@@ -165,9 +180,10 @@ void folded_rows(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, c
   const int64_t ahead = max64(kAhead, kWeightRows * row_bytes);
   int64_t c = 0;
   const auto multiply = [&](auto count) {
-    folded_tile<kRows, decltype(count)::kValue>(*term.rhs.nf4->codes, packed, absmax, term.depth, lhs,
-                                                packed + ahead, tile + c);
+    folded_tile<kRows, decltype(count)::kValue>(codes, packed, absmax, term.depth, lhs, packed + ahead,
+                                                tile + c);
     c += count;
+    codes.skip(count * runs);
     packed += count * row_bytes;
     absmax += count * runs;
   };
@@ -180,8 +196,17 @@ inline void folded_add_term(const GemmTerm& term, int64_t rows, int64_t n0, int6
   const FoldedScratch s(term, rows, scratch);
   const float* absmax = folded_absmax(term, n0, cols, s);
   const int64_t pass = folded_pass(rows);
-  for (int64_t r = 0; r < rows; r += pass) {
-    folded_rows<kFoldedPass>(term, min64(pass, rows - r), n0, cols, s.lhs + r * term.depth, absmax,
-                             tile + r * kStrip);
+  const Nf4View& w = *term.rhs.nf4;
+  const auto multiply = [&](const auto& codes) {
+    for (int64_t r = 0; r < rows; r += pass) {
+      folded_rows<kFoldedPass>(term, codes, min64(pass, rows - r), n0, cols, s.lhs + r * term.depth, absmax,
+                               tile + r * kStrip);
+    }
+  };
+  if (w.zero_points) {
+    const int64_t blocks = term.depth >> w.block_shift;
+    multiply(ShiftedCodes{w.codes, w.zero_points + n0 * blocks, w.block_shift - 6});
+  } else {
+    multiply(FoldedCodes{w.codes});
   }
 }

@@ -24,9 +24,13 @@ int64_t nn_depth_block(const GemmParams& p) {
 // Prefetches columns [first, first + cols) of a row of rhs: rows are too far apart for the hardware
 // prefetcher.
 inline void prefetch_columns(const MatrixView& rhs, int64_t first, int64_t cols) {
-  const char* at = rhs.nf4 ? reinterpret_cast<const char*>(rhs.nf4->packed) + first / 2
-                           : static_cast<const char*>(rhs.data) + first * element_bytes(rhs.dtype);
-  const int64_t bytes = rhs.nf4 ? cols / 2 : cols * element_bytes(rhs.dtype);
+  const char* at = static_cast<const char*>(rhs.data) + first * element_bytes(rhs.dtype);
+  int64_t bytes = cols * element_bytes(rhs.dtype);
+  if (rhs.nf4) {
+    const int shift = rhs.nf4->codes ? 1 : 0;  // two codes a byte
+    at = reinterpret_cast<const char*>(rhs.nf4->packed) + (first >> shift);
+    bytes = cols >> shift;
+  }
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
 }
 

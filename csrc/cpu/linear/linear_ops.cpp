@@ -15,7 +15,7 @@ Tensor nf4_linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, c
   TORCH_CHECK(out_features >= 0, "out_features: expected 0 or more, got ", out_features);
   const int64_t in_features = x.size(-1);
   const Rows rows(activation(x, in_features, "x"));
-  const Nf4Weight weight(packed, absmax, absmax2, offset, layout, out_features * in_features);
+  const Nf4Weight weight(packed, absmax, absmax2, offset, layout, out_features, in_features);
   Tensor y = at::empty(sizes_with_last(x, out_features), x.options());
   Gemm gemm(y);
   gemm.set_bias(bias, x.scalar_type());
@@ -31,7 +31,7 @@ Tensor nf4_linear_dx(const Tensor& dy, const Tensor& packed, const Tensor& absma
   TORCH_CHECK(in_features >= 0, "in_features: expected 0 or more, got ", in_features);
   const int64_t out_features = dy.size(-1);
   const Tensor rows = activation(dy, out_features, "dy");
-  const Nf4Weight weight(packed, absmax, absmax2, offset, layout, out_features * in_features);
+  const Nf4Weight weight(packed, absmax, absmax2, offset, layout, out_features, in_features);
   Tensor dx = at::empty(sizes_with_last(dy, in_features), dy.options());
   Gemm gemm(dx);
   gemm.add(term_of(rows, "dy", weight.matrix(in_features)));

@@ -13,6 +13,24 @@ constexpr int kPackedVectors = kRegisters == 32 ? 4 : 2;
 // The vectors of a strip with `rows` rows.
 inline int64_t strip_vectors(int64_t rows) { return (min64(rows, kPackRows) + kLanes - 1) / kLanes; }
 
+// Codes of E4M3 that share a scale, in runs of 2 * kHalf: the even before the odd, and zeros after the last.
+template <int kHalf, class Out>
+void decode_bytes_split(const uint8_t* codes, int64_t count, float scale, Out* out) {
+  const Vec factor = e4m3_factor(scale);
+  for (; count > 0; count -= 2 * kHalf, codes += 2 * kHalf, out += 2 * kHalf) {
+    uint8_t copy[2 * kHalf] = {};
+    uint16_t pairs[kHalf];
+    F16 halves[2][kHalf];
+    memcpy(copy, codes, min64(count, 2 * kHalf));
+    memcpy(pairs, copy, sizeof(pairs));
+    for (int i = 0; i < kHalf; ++i) {
+      halves[0][i].bits = half_of_e4m3(pairs[i] & 0xff);
+      halves[1][i].bits = half_of_e4m3(pairs[i] >> 8);
+    }
+    for (int i = 0; i < 2 * kHalf; i += kLanes) store(out + i, mul(load(halves[0] + i), factor));
+  }
+}
+
 // fp32 arithmetic, for lhs of any dtype and packed weights whose rows are whole bytes and blocks.
 struct FloatsUnit : FloatSteps {
   using Step = float;  // of packed lhs
@@ -52,6 +70,11 @@ struct FloatsUnit : FloatSteps {
   // Decodes elements [first, first + count) of rhs.
   static void fill_row(const MatrixView& rhs, int64_t first, int64_t count, float* out) {
     const Nf4View w = *rhs.nf4;  // a local copy, which stores to `out` cannot alias
+    if (!w.codes) {
+      return for_byte_blocks(w, first, count, [&](int64_t begin, int64_t end, float scale) {
+        decode_bytes_split<kLanes>(w.packed + first + begin, end - begin, scale, out + begin);
+      });
+    }
     int64_t i = 0;
     // Builds a table per step, even for longer blocks: without a loop over blocks the steps overlap.
     if (first % 64 == 0 && w.block_shift >= 6) {
@@ -82,7 +105,8 @@ struct FloatsUnit : FloatSteps {
  private:
   template <int kRun>
   static void decode_run(const Nf4View& w, int64_t first, float* out) {
-    const NibbleTable<float> table(*w.codes, block_absmax(w, first >> w.block_shift));
+    const int64_t block = first >> w.block_shift;
+    const NibbleTable<float> table(block_codes(w, block), block_absmax(w, block));
 #pragma GCC unroll 8
     for (int i = 0; i < kRun; i += kOrder)
       table.decode_split(w.packed + (first + i) / 2, out + i, out + i + kLanes);
@@ -149,6 +173,11 @@ struct PairsUnit : PairSteps {
       return;
     }
     const Nf4View w = *rhs.nf4;  // a local copy, which stores to `out` cannot alias
+    if (!w.codes) {
+      return for_byte_blocks(w, first, count, [&](int64_t begin, int64_t end, float scale) {
+        decode_bytes_split<kOrder / 2>(w.packed + first + begin, end - begin, scale, out + begin);
+      });
+    }
     int64_t i = 0;
     constexpr int64_t kRun = 64;  // of EvenOddTable
     if (first % kRun == 0 && w.block_shift >= 6) {
@@ -157,7 +186,8 @@ struct PairsUnit : PairSteps {
       // Builds a table per run, even for longer blocks: without a loop over blocks the runs overlap.
 #  pragma GCC unroll 4
       for (; i < whole; i += kRun) {
-        const EvenOddTable table(*w.codes, block_absmax(w, (first + i) >> w.block_shift));
+        const int64_t block = (first + i) >> w.block_shift;
+        const EvenOddTable table(block_codes(w, block), block_absmax(w, block));
         table.decode(bytes + i / 2, out + i);
       }
     }
@@ -168,7 +198,8 @@ struct PairsUnit : PairSteps {
       for (; i < whole; i += kRun) {
         const int64_t block = (first + i) >> w.block_shift;
         if (w.block_shift == 5) {
-          const PairTable table(*w.codes, block_absmax(w, block), block_absmax(w, block + 1));
+          const PairTable table(block_codes(w, block), block_absmax(w, block), block_codes(w, block + 1),
+                                block_absmax(w, block + 1));
           table.decode_even_odd(w.packed + (first + i) / 2, out + i);
         } else {
           const QuadTable table(*w.codes, block_absmax(w, block), block_absmax(w, block + 1),

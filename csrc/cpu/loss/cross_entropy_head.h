@@ -3,7 +3,6 @@
 
 #include <ATen/ATen.h>
 
-#include <numeric>
 #include <vector>
 
 #include "../linear/linear_gemm.h"
@@ -77,8 +76,7 @@ class Head {
   // The columns of logits per tile: tiles begin where a block of nested scales begins.
   int64_t tile_cols() const {
     if (is_dense() || base_.in_features() == 0) return kLogitTileCols;
-    const int64_t block = nf4::kAbsmaxBlock << base_.nf4().view().block_shift;
-    const int64_t unit = block / std::gcd(block, base_.in_features());
+    const int64_t unit = base_.nf4().row_unit();
     return ceil_div(kLogitTileCols, unit) * unit > kSoftmaxCols ? unit
                                                                 : ceil_div(kLogitTileCols, unit) * unit;
   }
@@ -105,15 +103,7 @@ class Head {
       matrix.data = element_ptr(dense_, first * matrix.ld);
       return matrix;
     }
-    view = base_.nf4().view();
-    const int64_t element = first * base_.in_features(), block = element >> view.block_shift;
-    view.packed += element / 2;
-    if (view.absmax) {
-      view.absmax += block;
-    } else {
-      view.q8 += block;
-      if (view.absmax2) view.absmax2 += block / nf4::kAbsmaxBlock;
-    }
+    view = base_.nf4().view_from_row(first);
     return {nullptr, DType::kF32, base_.in_features(), &view};
   }
 

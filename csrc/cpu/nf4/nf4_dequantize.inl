@@ -1,11 +1,19 @@
-// NF4 codes to values. A run of elements may start in either nibble and cross any number of blocks and rows.
+// Codes to values. A run of elements may start in either nibble and cross any number of blocks and rows.
 
 inline float block_absmax(const Nf4View& w, int64_t block) {
   if (w.absmax) return w.absmax[block];
+  if (w.half_scales) {
+    const uint16_t bits = w.half_scales[block];
+    return w.has_bf16_scales ? float_of_bits(uint32_t{bits} << 16) : float_of_half(bits);
+  }
   const float value = w.scale_values[w.q8[block]];
   if (!w.absmax2) return value;
   // Multiply, round, add, round: bit-equal to bitsandbytes, so no fused multiply-add (-ffp-contract=off).
   return value * w.absmax2[block >> nf4::kAbsmaxBlockShift] + w.offset;
+}
+
+inline const CodeValues& block_codes(const Nf4View& w, int64_t block) {
+  return w.zero_points ? w.codes[w.zero_points[block] % kZeroPoints] : *w.codes;
 }
 
 // The scales of blocks [first, first + count), which are codes. Writes up to kCodeRun values past the end of
@@ -26,6 +34,44 @@ inline void unpack_scales(const Codebook& book, const Nf4View& w, int64_t first,
     for (int64_t i = 0; w.absmax2 && i < run; i += kLanes) store(out + i, add(load(out + i), offset));
     b += run;
     out += run;
+  }
+}
+
+// E4M3 as fp16, which is 2^-8 times its value: sign, exponent and mantissa are moved as they are, so that
+// subnormals stay what they are. NaN, which no weight has, becomes 1.875.
+inline uint16_t half_of_e4m3(uint32_t code) {
+  return static_cast<uint16_t>((code & 0x7f) << 7 | (code & 0x80) << 8);
+}
+inline Vec e4m3_factor(float scale) { return splat(scale * 256.0f); }
+
+template <class Out>
+void decode_bytes(const uint8_t* codes, int64_t count, float scale, Out* out) {
+  constexpr int64_t kStep = 64;
+  const Vec factor = e4m3_factor(scale);
+  for (; count > 0; count -= kStep, codes += kStep, out += kStep) {
+    uint8_t copy[kStep] = {};
+    F16 halves[kStep];
+    const bool is_whole = count >= kStep;
+    if (!is_whole) memcpy(copy, codes, count);
+    const uint8_t* from = is_whole ? codes : copy;
+    for (int64_t i = 0; i < kStep; ++i) halves[i].bits = half_of_e4m3(from[i]);
+    for_lanes(0, min64(kStep, count),
+              [&](int64_t i, int64_t lanes) { store_lanes(out + i, mul(load(halves + i), factor), lanes); });
+  }
+}
+
+// Calls use(begin, end, scale) for the parts of elements [first, first + count) of E4M3 that share a scale.
+template <class Use>
+void for_byte_blocks(const Nf4View& w, int64_t first, int64_t count, const Use& use) {
+  int64_t row = first / w.cols, col = first % w.cols;
+  for (int64_t at = 0; at < count;) {
+    const int64_t block = col >> w.block_shift;
+    const int64_t end_col = w.block_shift == kWholeRowShift ? w.cols : (block + 1) << w.block_shift;
+    const int64_t end = min64(count, at + min64(end_col, w.cols) - col);
+    use(at, end, w.absmax[(row >> w.row_shift) * w.blocks_in_row + block]);
+    col += end - at;
+    if (col == w.cols) ++row, col = 0;
+    at = end;
   }
 }
 
@@ -57,7 +103,8 @@ template <class Out>
 void decode_short_blocks(const Nf4View& w, int64_t first, int64_t count, Out* out) {
   constexpr int64_t kBlock = kSmallestBlocksize;
   for (; count > 0; first += kBlock, out += kBlock, count -= kBlock) {
-    const NibbleTable<float> table(*w.codes, block_absmax(w, first >> w.block_shift));
+    const int64_t block = first >> w.block_shift;
+    const NibbleTable<float> table(block_codes(w, block), block_absmax(w, block));
     float values[kBlock];
     for (int64_t i = 0; i < kBlock; i += NibbleTable<float>::kStep) {
       table.decode(w.packed + (first + i) / 2, values + i);
@@ -68,6 +115,11 @@ void decode_short_blocks(const Nf4View& w, int64_t first, int64_t count, Out* ou
 
 template <class Out>
 void dequantize_run(const Nf4View& w, int64_t first, int64_t count, Out* out) {
+  if (!w.codes) {
+    return for_byte_blocks(w, first, count, [&](int64_t begin, int64_t end, float scale) {
+      decode_bytes(w.packed + first + begin, end - begin, scale, out + begin);
+    });
+  }
   constexpr int64_t kStep = NibbleTable<Out>::kStep;
   const int64_t blocksize = int64_t{1} << w.block_shift;
   if constexpr (kStep > kSmallestBlocksize) {
@@ -81,7 +133,8 @@ void dequantize_run(const Nf4View& w, int64_t first, int64_t count, Out* out) {
   }
   while (count > 0) {
     const int64_t left_in_block = blocksize - (first & (blocksize - 1));
-    const NibbleTable<Out> table(*w.codes, block_absmax(w, first >> w.block_shift));
+    const int64_t block = first >> w.block_shift;
+    const NibbleTable<Out> table(block_codes(w, block), block_absmax(w, block));
     int64_t run = count < left_in_block ? count : left_in_block;
     if (first % kStep == 0 && run >= kStep) {
       run -= run % kStep;

@@ -81,11 +81,13 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, const Optional
                       at::ScalarType dtype) {
   Tensor out = at::empty(shape, packed.options().dtype(dtype));
   const DType out_dtype = dtype_of(out, "dtype");
-  const Nf4Weight weight(packed, absmax, absmax2, offset, layout, out.numel());
+  const int64_t rows = rows_of(out), cols = shape.empty() ? 1 : shape.back();
+  const Nf4Weight weight(packed, absmax, absmax2, offset, layout, rows, cols);
   void* data = out.mutable_data_ptr();
   const auto dequantize = kernels().dequantize;
-  // Whole blocks, so that a table is built once and every thread starts in a high nibble.
-  const int64_t blocksize = blocksize_of(layout), blocks = ceil_div(out.numel(), blocksize);
+  // Whole blocks, so that a table is built once and every thread starts in a high nibble; of E4M3 whole rows.
+  const int64_t blocksize = weight.view().codes ? blocksize_of(layout) : std::max<int64_t>(cols, 1);
+  const int64_t blocks = ceil_div(out.numel(), blocksize);
   parallel_for(0, blocks, ceil_div(kDequantizeGrain, blocksize), [&](int64_t begin, int64_t end) {
     dequantize(weight.view(), begin * blocksize, std::min(end * blocksize, out.numel()), out_dtype, data);
   });

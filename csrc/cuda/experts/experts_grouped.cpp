@@ -34,7 +34,7 @@ Tensor grouped_gemm(const Tensor& rows, const ListedRows& listed, const ExpertsW
     if (is_nf4) {
       w = buffer.narrow(0, 0, experts * count * depth).view({experts, is_dx ? n : count, is_dx ? count : k});
       const Part part = is_dx ? Part{0, n, begin, begin + count, k} : Part{begin, begin + count, 0, k, k};
-      dequantize_experts(weight.nf4(), experts, part, w.mutable_data_ptr(), current_stream());
+      weight.dequantize(part, w);
     }
     const Tensor product = at::_grouped_mm(rows, is_dx ? w : w.transpose(1, 2), ends);
     if (is_whole) result = product;

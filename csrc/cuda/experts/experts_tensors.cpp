@@ -25,7 +25,7 @@ ExpertsWeight::ExpertsWeight(const Tensor& weight, const OptionalTensor& absmax,
                              at::ScalarType dense_dtype)
     : experts_(experts), out_features_(out_features), in_features_(in_features) {
   if (absmax) {
-    nf4_.emplace(weight, *absmax, absmax2, offset, layout, out_features * in_features, experts);
+    nf4_.emplace(weight, *absmax, absmax2, offset, layout, out_features, in_features, experts);
   } else {
     check_dtype(weight, dense_dtype, "weight");
     check_shape(weight, {experts, out_features, in_features}, "weight");
@@ -45,6 +45,15 @@ ManyNf4 ExpertsWeight::nf4() const {
   return {first, bytes, bytes, blocks, 0};
 }
 
+void ExpertsWeight::dequantize(const Part& part, const Tensor& out) const {
+  if (has_view(*nf4_))
+    return dequantize_experts(nf4(), experts_, part, out.mutable_data_ptr(), current_stream());
+  for (int64_t e = 0; e < experts_; ++e) {
+    dequantize_groups(groups_of(*nf4_, e), part, mutable_element_ptr(out, e * out.stride(0)),
+                      dtype_of(out, "out"), out.stride(1), current_stream());
+  }
+}
+
 ExpertsPlan ExpertsWeight::plan(const Tensor& rows, bool is_dx) const {
   const DType dtype = dtype_of(rows, "rows");
   const Card& card = current_card();
@@ -52,6 +61,8 @@ ExpertsPlan ExpertsWeight::plan(const Tensor& rows, bool is_dx) const {
     if (!has_vectors_of(dense_)) return {};
     return plan_dense_experts(dtype, experts_, rows.size(0), out_features_, in_features_, card);
   }
+  if (!has_view(*nf4_))
+    return plan_dense_experts(dtype, experts_, rows.size(0), out_features_, in_features_, card);
   if (!are_aligned({nf4_->packed()}, 4)) return {};
   return plan_experts(is_dx, dtype, experts_, rows.size(0), out_features_, in_features_, nf4_->block_shift(),
                       are_aligned({nf4_->packed()}), card);

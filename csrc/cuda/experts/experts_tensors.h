@@ -30,8 +30,10 @@ class ExpertsWeight {
   int64_t in_features() const { return in_features_; }
   // Undefined: NF4.
   const Tensor& dense() const { return dense_; }
-  // NF4 weights:
-  ManyNf4 nf4() const;
+  // Packed weights:
+  ManyNf4 nf4() const;  // of a fused plan
+  // The same part of all weights, as bf16 (experts, rows, columns).
+  void dequantize(const Part& part, const Tensor& out) const;
   ExpertsPlan plan(const Tensor& rows, bool is_dx) const;
 
  private:

@@ -15,15 +15,15 @@ void by_row_pieces(const BaseWeight& base, const at::TensorOptions& options, Row
   for (int64_t begin = 0; begin < n; begin += count) {
     const int64_t end = std::min(begin + count, n);
     const Tensor rows = buffer.slice(0, 0, end - begin);
-    dequantize_nf4(view_of(base.nf4()), {begin, end, 0, k, k}, rows.mutable_data_ptr(),
-                   dtype_of(rows, "rows"), k, current_stream());
+    dequantize(base.nf4(), {begin, end, 0, k, k}, rows.mutable_data_ptr(), dtype_of(rows, "rows"), k,
+               current_stream());
     body(begin, end, rows);
   }
 }
 
 BaseGemm::BaseGemm(const Tensor& rows, const BaseWeight& base, bool is_dx)
     : rows_(rows), base_(base), is_dx_(is_dx) {
-  if (base.is_dense() || !are_aligned({base.nf4().packed()})) return;
+  if (base.is_dense() || !has_view(base.nf4()) || !are_aligned({base.nf4().packed()})) return;
   plan_ =
       (is_dx ? plan_linear_dx : plan_linear)(dtype_of(rows, "rows"), rows.size(0), base.out_features(),
                                              base.in_features(), base.nf4().block_shift(), current_card());
@@ -83,8 +83,8 @@ void BaseGemm::by_pieces(Piece body) const {
     const Tensor buffer = at::empty({n, std::min(cols, k)}, rows_.options());
     for (int64_t begin = 0; begin < k; begin += cols) {
       const int64_t end = std::min(begin + cols, k);
-      dequantize_nf4(view_of(base_.nf4()), {0, n, begin, end, k}, buffer.mutable_data_ptr(),
-                     dtype_of(rows_, "rows"), buffer.size(1), current_stream());
+      dequantize(base_.nf4(), {0, n, begin, end, k}, buffer.mutable_data_ptr(), dtype_of(rows_, "rows"),
+                 buffer.size(1), current_stream());
       body(begin, end, buffer.slice(1, 0, end - begin));
     }
   }

@@ -54,10 +54,10 @@ Tensor dequantize_nf4_op(const Tensor& packed, const Tensor& absmax, const Optio
                          at::ScalarType dtype) {
   const OnDeviceOf device(packed, "packed");
   Tensor out = at::empty(shape, packed.options().dtype(dtype));
-  const int64_t numel = out.numel();
-  const Nf4Tensors weight(packed, absmax, absmax2, offset, layout, numel);
-  dequantize_nf4(view_of(weight), {0, 1, 0, numel, numel}, out.mutable_data_ptr(), dtype_of(out, "dtype"),
-                 numel, current_stream());
+  const int64_t rows = rows_of(out), cols = shape.empty() ? 1 : shape.back();
+  const Nf4Tensors weight(packed, absmax, absmax2, offset, layout, rows, cols);
+  dequantize(weight, {0, rows, 0, cols, cols}, out.mutable_data_ptr(), dtype_of(out, "dtype"), cols,
+             current_stream());
   return out;
 }
 

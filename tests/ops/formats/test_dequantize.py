@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from forms import FORMS, each_backend
+from forms import FORMS, each_backend, weight_of
 from nf4_oracle import assert_same
 from numbers_policy import each_dtype
 from torch import Tensor
@@ -109,12 +109,12 @@ def test_any_size(backend: str, format: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_views(backend: str, form: str) -> None:
     """Bytes and scales at odd addresses, and with steps."""
-    weight = testing.nf4_weight(6, 96, FORMS[form]["bs"], FORMS[form]["nested"], format=FORMS[form]["format"])
+    weight = weight_of(form, 6, 384)
     packed, absmax, *rest = weight._state.op_args
-    want = ops.dequantize_nf4(packed, absmax, *rest, [6, 96], torch.float32)
+    want = ops.dequantize_nf4(packed, absmax, *rest, [6, 384], torch.float32)
     shifted = torch.cat((packed.new_zeros(3), packed.flatten()))[3:]
     scales = torch.cat((absmax.new_zeros(1), absmax))[1:]
-    assert_same(ops.dequantize_nf4(shifted, scales, *rest, [6, 96], torch.float32), want, "odd addresses")
+    assert_same(ops.dequantize_nf4(shifted, scales, *rest, [6, 384], torch.float32), want, "odd addresses")
     wide, wide_scales = packed.flatten().repeat_interleave(2), absmax.repeat_interleave(3)
-    got = ops.dequantize_nf4(wide[::2], wide_scales[::3], *rest, [6, 96], torch.float32)
+    got = ops.dequantize_nf4(wide[::2], wide_scales[::3], *rest, [6, 384], torch.float32)
     assert_same(got, want, "steps")

@@ -20,6 +20,7 @@ from numbers_policy import DTYPES, case_id, dense64, each_dtype
 from torch import Tensor
 
 import testing
+from peft_kernels.core.formats import FORMATS
 from peft_kernels.core.op import columns
 
 ops = torch.ops.peft_kernels
@@ -61,14 +62,15 @@ def test_experts_lora_backward(backend: str, case: dict[str, Any]) -> None:
     check_experts_lora_linear_backward(full(case))
 
 
-MLP = {"mxfp4": (160, 96), "nvfp4": (160, 96), "fp4": (96, 160)}
-"""Formats and shapes of gate, up and down."""
+MLPS = (("mxfp4", "nvfp4", "fp4"), ("int4", "fp8", "fp8"))
+"""Formats of gate, up and down."""
+SHAPES = (256, 128), (256, 128), (128, 256)
 
 
 def mlp_results(mlp: Any, bases: list[Any], leaves: list[Tensor]) -> dict[str, Tensor]:
     """The output of `mlp` and its gradients."""
     x, *adapters = (leaf.clone().requires_grad_() for leaf in leaves)
-    sizes, biases = [n for n, _ in MLP.values()], [torch.empty(0)] * 3
+    sizes, biases = [n for n, _ in SHAPES], [torch.empty(0)] * 3
     rest = [0, 1, 2], [0.5, 0.7, 0.9], [0.0] * 3, None, "silu"
     y = mlp(x, *columns(bases), sizes, biases, adapters[:3], adapters[3:], *rest)[0]
     gradients = torch.autograd.grad(y, [x, *adapters], testing.tensor(*y.shape, seed=8).to(y.dtype))
@@ -78,38 +80,44 @@ def mlp_results(mlp: Any, bases: list[Any], leaves: list[Tensor]) -> dict[str, T
 
 @each_dtype
 @pytest.mark.parametrize("rows", [1, 7, 70])
-def test_a_gated_mlp_of_three_formats(backend: str, rows: int, dtype: torch.dtype) -> None:
-    weights = [testing.nf4_weight(*shape, None, format=name, seed=3) for name, shape in MLP.items()]
+@pytest.mark.parametrize("formats", MLPS, ids="-".join)
+def test_a_gated_mlp_of_several_formats(
+    backend: str, formats: tuple[str, ...], rows: int, dtype: torch.dtype
+) -> None:
+    weights = [
+        testing.nf4_weight(*shape, None, format=name, seed=seed)
+        for seed, (name, shape) in enumerate(zip(formats, SHAPES, strict=True), start=3)
+    ]
     packed = [weight._state.op_args for weight in weights]
     dense = [(dense64(weight), None, None, None, 0) for weight in weights]
     reference, samples = torch.ops.peft_kernels_reference.gated_mlp, []
     for seed in range(-(-64 // rows)):  # errors of few rows say little
-        leaves = [testing.tensor(rows, 96, dtype=dtype, seed=seed)]
+        leaves = [testing.tensor(rows, 128, dtype=dtype, seed=seed)]
         leaves += [
-            testing.tensor(4, k, dtype=dtype, seed=seed + i, scale=k**-0.5)
-            for i, (_, k) in enumerate(MLP.values())
+            testing.tensor(4, k, dtype=dtype, seed=seed + i, scale=k**-0.5) for i, (_, k) in enumerate(SHAPES)
         ]
-        leaves += [
-            testing.tensor(n, 4, dtype=dtype, seed=seed + 9 + i) for i, (n, _) in enumerate(MLP.values())
-        ]
+        leaves += [testing.tensor(n, 4, dtype=dtype, seed=seed + 9 + i) for i, (n, _) in enumerate(SHAPES)]
         got, plain = (mlp_results(mlp, packed, leaves) for mlp in (ops.gated_mlp, reference))
         samples.append((got, plain, mlp_results(reference, dense, [leaf.double() for leaf in leaves])))
     for name in samples[0][0]:
         testing.assert_close(*(torch.cat([s[i][name].flatten() for s in samples]) for i in range(3)), name)
 
 
+def has_blocks(format: str, k: int) -> bool:
+    form = FORMATS[format]
+    return not form.rows_have_blocks or k % form.default_blocksize == 0
+
+
 HEADS = testing.pairwise(
-    size=((64, 5, 48), (64, 1030, 96), (7, 700, 160), (1, 513, 96), (70, 1500, 64), (300, 1030, 64)),
+    size=((64, 5, 48), (64, 1030, 96), (7, 700, 160), (1, 513, 128), (70, 1500, 128), (300, 1030, 64)),
     dtype=DTYPES,
-    base=("fp4", "mxfp4", "nvfp4"),
+    base=("fp4", "mxfp4", "nvfp4", "int4", "fp8"),
     bias=("none", "same"),
     options=("plain", "capped", "smoothed", "all"),
 )
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in HEADS if c["base"] == "nvfp4" or c["size"][2] != 48], ids=case_id
-)
+@pytest.mark.parametrize("case", [c for c in HEADS if has_blocks(c["base"], c["size"][2])], ids=case_id)
 def test_the_loss_of_a_head(backend: str, case: dict[str, Any]) -> None:
     rows, vocabulary, _ = case["size"]
     if backend == "ptx" and rows * vocabulary > 10_000:
@@ -123,8 +131,8 @@ def test_the_loss_of_a_head(backend: str, case: dict[str, Any]) -> None:
 def test_an_expert_is_a_layer_to_the_bit(backend: str, form: str) -> None:
     """Each expert has its own scales, of blocks and of the whole."""
     kind = FORMS[form]
-    weight = experts_weight(4, 33, 96, kind["bs"], kind["nested"], form=kind["format"])
-    x = testing.tensor(12, 96, dtype=torch.bfloat16)
+    weight = experts_weight(4, 33, 128, kind["bs"], kind["nested"], form=kind["format"])
+    x = testing.tensor(12, 128, dtype=torch.bfloat16)
     y = ops.experts_linear(x, ends_of((3, 3, 3, 3, 0)), *weight._state.op_args, 33, None)
     for e in range(4):
         rows = slice(3 * e, 3 * e + 3)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from forms import DEPTHS, FORMS, ROWS, cases, each_backend, full
+from forms import DEPTHS, FORMS, ROWS, cases, each_backend, fits, full, weight_of
 from lora_cases import check_lora_linear, check_lora_linear_backward, check_nf4_linear, check_nf4_linear_dx
 from lora_multi_cases import check_backward, check_forward
 from numbers_policy import DTYPES, case_id, dense64, same_with_any_threads
@@ -29,7 +29,11 @@ LINEAR = cases(
 )
 # Few rows in bf16 over rows of whole blocks of 64 or 128, which some ISAs multiply in another way.
 SMALL = {"n": 33, "dtype": torch.bfloat16, "bias": "none", "layout": "contiguous"}
-LINEAR += [{"form": form, "m": m, "k": k, **SMALL} for form, m, k in product(FORMS, (1, 3, 4, 9), (128, 192))]
+LINEAR += [
+    {"form": form, "m": m, "k": k, **SMALL}
+    for form, m, k in product(FORMS, (1, 3, 4, 9), (128, 192))
+    if fits(form, k)
+]
 LORA = cases(
     m=(1, 3, 8, 9, 17, 70),
     k=DEPTHS,
@@ -93,11 +97,11 @@ def test_multi_lora_backward(backend: str, case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("k", [96, 1056])
+@pytest.mark.parametrize("k", [96, 384, 1056])
 def test_dora_norm(backend: str, k: int, form: str) -> None:
-    weight = testing.nf4_weight(
-        100, k, FORMS[form]["bs"], FORMS[form]["nested"], format=FORMS[form]["format"]
-    )
+    if not fits(form, k):
+        pytest.skip(f"{form}: rows of {k} are no whole blocks")
+    weight = weight_of(form, 100, k)
     a, b = testing.tensor(8, k, seed=3, scale=k**-0.5), testing.tensor(100, 8, seed=4, scale=0.3)
     args = (*weight._state.op_args, a, b, 1.7)
     truth = (dense64(weight) + 1.7 * b.double() @ a.double()).norm(dim=1)
@@ -106,25 +110,21 @@ def test_dora_norm(backend: str, k: int, form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_any_leading_dimensions_and_no_rows(backend: str, form: str) -> None:
-    weight = testing.nf4_weight(
-        33, 96, FORMS[form]["bs"], FORMS[form]["nested"], format=FORMS[form]["format"]
-    )
-    for shape in ((96,), (0, 96), (2, 0, 96), (2, 1, 3, 96)):
+    weight = weight_of(form, 33, 384)
+    for shape in ((384,), (0, 384), (2, 0, 384), (2, 1, 3, 384)):
         x = testing.tensor(*shape)
         y = ops.nf4_linear(x, *weight._state.op_args, 33, None)
         assert y.shape == (*shape[:-1], 33)
         testing.assert_close(y, x @ weight.dequantize().t(), x.double() @ dense64(weight).t())
-        dx = ops.nf4_linear_dx(y, *weight._state.op_args, 96)
+        dx = ops.nf4_linear_dx(y, *weight._state.op_args, 384)
         assert dx.shape == shape
         testing.assert_close(dx, y @ weight.dequantize(), y.double() @ dense64(weight))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_bad_row_stays_in_its_row(backend: str, form: str) -> None:
-    weight = testing.nf4_weight(
-        33, 160, FORMS[form]["bs"], FORMS[form]["nested"], format=FORMS[form]["format"]
-    )
-    x = testing.tensor(9, 160, dtype=torch.bfloat16)
+    weight = weight_of(form, 33, 384)
+    x = testing.tensor(9, 384, dtype=torch.bfloat16)
     clean = ops.nf4_linear(x, *weight._state.op_args, 33, None)
     for row in (0, 4, 8):
         bad = x.clone()
@@ -141,14 +141,12 @@ def test_a_bad_row_stays_in_its_row(backend: str, form: str) -> None:
 def test_threads_do_not_change_a_bit(backend: str, rows: int, form: str) -> None:
     if backend == "reference":
         pytest.skip("reference: torch's own functions may split their work by threads")
-    weight = testing.nf4_weight(
-        200, 1056, FORMS[form]["bs"], FORMS[form]["nested"], format=FORMS[form]["format"]
-    )
-    x, dy = (testing.tensor(rows, size, dtype=torch.bfloat16, seed=size) for size in (1056, 200))
+    weight = weight_of(form, 200, 1152)
+    x, dy = (testing.tensor(rows, size, dtype=torch.bfloat16, seed=size) for size in (1152, 200))
 
     def run() -> list[Tensor]:
         y = ops.nf4_linear(x, *weight._state.op_args, 200, None)
-        dx = ops.nf4_linear_dx(dy, *weight._state.op_args, 1056)
-        return [y, dx, ops.dequantize_nf4(*weight._state.op_args, [200, 1056], torch.bfloat16)]
+        dx = ops.nf4_linear_dx(dy, *weight._state.op_args, 1152)
+        return [y, dx, ops.dequantize_nf4(*weight._state.op_args, [200, 1152], torch.bfloat16)]
 
     same_with_any_threads(run)

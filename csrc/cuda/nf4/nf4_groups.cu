@@ -1,0 +1,51 @@
+// Dequantises any part of a weight in int4 or E4M3.
+#include <algorithm>
+
+#include "../core/launch.cuh"
+#include "nf4_groups.cuh"
+
+namespace peft_kernels::cuda {
+namespace {
+
+constexpr int kVectorRun = 8;
+constexpr int64_t kMostRuns = int64_t{1} << 31;  // of a launch: indices have 32 bits
+
+template <class T, bool kBytes, int kRun>
+void launch_runs(const GroupsView& weight, const Part& part, T* out, int64_t out_stride, Stream stream) {
+  using Kernel = DequantizeGroups<T, kBytes, kRun>;
+  const int64_t rows = part.row_end - part.row_begin, in_row = (part.col_end - part.col_begin) / kRun;
+  const int64_t most = std::max<int64_t>(kMostRuns / in_row, 1);
+  for (int64_t row = 0; row < rows; row += most) {
+    const int64_t count = std::min(most, rows - row);
+    Part piece = part;
+    piece.row_begin = part.row_begin + row;
+    piece.row_end = piece.row_begin + count;
+    const auto runs = static_cast<uint32_t>(count * in_row);
+    launch<Kernel>({weight, piece, static_cast<uint32_t>(in_row), runs, out + row * out_stride, out_stride},
+                   ceil_div(runs, Kernel::kThreads * Kernel::kRuns), stream, 0);
+  }
+}
+
+template <class T, bool kBytes>
+void launch_part(const GroupsView& weight, const Part& part, T* out, int64_t out_stride, Stream stream) {
+  const auto is_whole = [](int64_t size) { return size % kVectorRun == 0; };
+  const bool has_vectors = are_aligned({weight.packed}, 8) && are_aligned({out}) &&
+                           is_whole(part.col_begin) && is_whole(part.col_end) && is_whole(part.ld) &&
+                           is_whole(out_stride);
+  has_vectors ? launch_runs<T, kBytes, kVectorRun>(weight, part, out, out_stride, stream)
+              : launch_runs<T, kBytes, 1>(weight, part, out, out_stride, stream);
+}
+
+}  // namespace
+
+void dequantize_groups(const GroupsView& weight, const Part& part, void* out, DType dtype, int64_t out_stride,
+                       Stream stream) {
+  if (part.row_end == part.row_begin || part.col_end == part.col_begin) return;
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    weight.has_bytes ? launch_part<T, true>(weight, part, static_cast<T*>(out), out_stride, stream)
+                     : launch_part<T, false>(weight, part, static_cast<T*>(out), out_stride, stream);
+  });
+}
+
+}  // namespace peft_kernels::cuda
