@@ -1,4 +1,4 @@
-"""Finds faults in the tensors of a checkpoint: items of NF4 weights, and NaN or Inf in other tensors."""
+"""Finds faults in the tensors of a checkpoint: items of packed weights, and NaN or Inf in other tensors."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.formats import FORMATS
 from ..nf4 import bitsandbytes_format, packed_format
-from ..nf4.model import METHOD
+from ..nf4.packed_format import METHOD
 from .folder import Checkpoint
 from .header import CheckpointError, Entry, shown
 from .owned import owned_weights, owner_in, read_owned
 
 _STATES = (f".{bitsandbytes_format.STATE_PREFIX}", *(f".{item}" for item in packed_format.STATE_ITEMS))
 _ITEMS = {*bitsandbytes_format.TENSOR_ITEMS, *packed_format.TENSOR_ITEMS}
-_ITEMS_OF_EXPERTS = (
-    *(f".{item}" for item in packed_format.STATE_ITEMS),
-    *(f".{item}" for item in packed_format.TENSOR_ITEMS if item not in bitsandbytes_format.TENSOR_ITEMS),
-)
+_OURS = tuple(f".{item}" for item in packed_format.STATE_ITEMS)
+_OF_EXPERTS = tuple(f".{item}" for item in packed_format.EXPERTS_STATE_ITEMS)
 _CHUNK = 1 << 24  # bytes of a tensor checked at a time
 
 
@@ -55,13 +54,27 @@ def nf4_weights(names: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def holds_experts(names: Iterable[str]) -> bool:
-    """Whether items of an NF4 weight belong to packed experts."""
-    return any(name.endswith(_ITEMS_OF_EXPERTS) for name in names)
+    """Whether items of a packed weight are those of experts."""
+    return any(name.endswith(_OF_EXPERTS) for name in names)
+
+
+def is_ours(names: Iterable[str]) -> bool:
+    """Whether a packed weight is in `packed_format`, which only this package reads."""
+    return any(name.endswith(_OURS) for name in names)
+
+
+def kind_of(names: Iterable[str]) -> str:
+    """NF4 or FP4, if the names of a packed weight's items tell it, else "packed"."""
+    for name in names:
+        kind = name.rpartition(bitsandbytes_format.STATE_PREFIX)[2]
+        if kind in bitsandbytes_format.QUANT_TYPES:
+            return kind.upper()
+    return "packed" if is_ours(names) else "NF4"
 
 
 def read_nf4(checkpoint: Checkpoint, weight: str, names: list[str], codes: bool = True) -> Any:
-    """(NF4State, dtype) of a weight. `codes=False` skips the codes, of which any value is valid. Raises
-    CheckpointError for an item that does not fit."""
+    """(NF4State, dtype) of a weight. `codes=False` skips the codes, of which any value is valid in 4 bits.
+    Raises CheckpointError for an item that does not fit."""
     items: dict[str, Tensor] = {}
     for name in names:
         entry = checkpoint.entries[name]
@@ -91,7 +104,9 @@ def faults(
     quantised = nf4_weights(checkpoint.entries)
     for weight, names in quantised.items():
         try:
-            read_nf4(checkpoint, weight, names, codes=False)
+            state, _ = read_nf4(checkpoint, weight, names, codes=False)
+            if values and FORMATS[state.format].bits == 8:  # which has codes of NaN
+                read_nf4(checkpoint, weight, names)
         except CheckpointError as error:
             yield str(error)
         seen(sum(checkpoint.entries[name].nbytes for name in names))
@@ -113,8 +128,7 @@ def faults(
     owner = owner_in(checkpoint.config)
     if owner is not None and not owned:
         yield f"config.json: expected weights in {owner.title}, as its quantization_config says, got none"
-    experts = any(holds_experts(names) for names in quantised.values())
-    yield from _faults_of_config(checkpoint, bool(quantised), experts)
+    yield from _faults_of_config(checkpoint, quantised)
 
 
 def finite_pieces(entry: Entry) -> Iterator[bytes]:
@@ -164,18 +178,21 @@ def four_bits(config: Any) -> bool:
     )
 
 
-def _faults_of_config(checkpoint: Checkpoint, quantised: bool, experts: bool) -> Iterator[str]:
+def _faults_of_config(checkpoint: Checkpoint, quantised: dict[str, list[str]]) -> Iterator[str]:
     if not checkpoint.path.is_dir():
         return
     config = checkpoint.config.get("quantization_config")
     method = config.get("quant_method") if isinstance(config, dict) else None
+    ours = [names for names in quantised.values() if is_ours(names)]
     if quantised and not four_bits(config):
-        whose = "peft_kernels" if experts else "bitsandbytes"
+        kinds = {kind_of(names) for names in quantised.values()}
+        kind = kinds.pop() if len(kinds) == 1 else "packed"
         yield (
-            f"config.json: expected a quantization_config of {whose} for the NF4 weights, got none; "
-            "transformers would take them for ordinary tensors"
+            f"config.json: expected a quantization_config of {'peft_kernels' if ours else 'bitsandbytes'} "
+            f"for the {kind} weights, got none; transformers would take them for ordinary tensors"
         )
-    elif experts and method != METHOD:
-        yield f"config.json: expected quant_method {METHOD} for the packed experts, got {shown(method)}"
+    elif ours and method != METHOD:
+        what = "experts" if all(map(holds_experts, ours)) else "weights"
+        yield f"config.json: expected quant_method {METHOD} for the packed {what}, got {shown(method)}"
     if four_bits(config) and not quantised:
-        yield "config.json: expected NF4 weights, as its quantization_config says, got none"
+        yield "config.json: expected packed weights, as its quantization_config says, got none"

@@ -1,4 +1,4 @@
-"""quantize_checkpoint: quantises a model's folder to NF4 in bitsandbytes' format, with one tensor in memory.
+"""quantize_checkpoint: quantises a model's folder, with one tensor in memory.
 
 Output is written to a work folder beside the destination, `.NAME.partial`, and renamed at the end, so the
 destination is complete or missing. An interrupted run leaves the work folder, and the next one reuses its
@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.code_tables import BLOCKSIZES
-from ..nf4.bitsandbytes_format import QUANT_TYPES, configuration
+from ..core.formats import FORMATS, check_form
+from ..nf4 import bitsandbytes_format, packed_format
+from ..nf4.bitsandbytes_format import QUANT_TYPES
 from .checks import nf4_weights
 from .destination import (
     check_destination,
@@ -59,8 +60,8 @@ class Conversion:
 def quantize_checkpoint(
     source: Path | str,
     destination: Path | str,
-    blocksize: int = 64,
-    double_quant: bool = True,
+    blocksize: int | None = None,
+    double_quant: bool | None = None,
     skip: Iterable[str] = (),
     restart: bool = False,
     experts: bool = False,
@@ -69,10 +70,11 @@ def quantize_checkpoint(
     started: Callable[[Conversion], None] = lambda conversion: None,
     progress: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> Conversion:
-    """Quantises the linear layers of a model's folder; transformers with bitsandbytes reads the result.
+    """Quantises the linear layers of a model's folder.
 
-    With `experts` the result equals a saved model that was loaded with `NF4Config(experts=True)` in the dtype
-    of the files; only this package reads it.
+    transformers with bitsandbytes reads the result in NF4 and FP4. Only this package reads other formats and
+    packed `experts`: the result then equals a saved model that was loaded with `NF4Config(experts=experts,
+    format=format)` in the dtype of the files.
 
     Parameters
     ----------
@@ -80,8 +82,11 @@ def quantize_checkpoint(
         A folder with config.json and .safetensors files; not changed.
     destination : path
         Must not exist.
-    blocksize, double_quant
+    blocksize : int, optional
         As `NF4Weight.quantize`.
+    double_quant : bool, optional
+        Of NF4 and FP4, quantise the scales too; of int4, give blocks zero points. By default True. Other
+        formats take none.
     skip : names
         Modules to skip besides heads, embeddings and norms: full names or consecutive parts of one.
     restart : bool
@@ -91,7 +96,7 @@ def quantize_checkpoint(
     partial : bool
         Accept missing tensors, or ones of other shapes than the architecture's.
     format : str
-        "nf4" or "fp4": the two that bitsandbytes reads.
+        As `NF4Weight.quantize`.
     started, progress : callable
         Called with the plan, and then with the name and bytes of each tensor.
 
@@ -100,17 +105,23 @@ def quantize_checkpoint(
     CheckpointError
         The source is damaged, incomplete, quantised already or changes meanwhile; the destination exists; too
         little disk space; NaN or Inf in a tensor; an interrupted run with other settings, or changed since;
-        with `experts`, no experts, or some that cannot be packed.
+        with `experts`, no experts, or some that cannot be packed; a blocksize, `double_quant` or rows that
+        the format does not have.
     """
     source, destination = Path(source), Path(destination)
-    if format not in QUANT_TYPES:
-        raise CheckpointError(f"format: expected one of {', '.join(QUANT_TYPES)}, got {format!r}")
-    if blocksize not in BLOCKSIZES:
-        raise CheckpointError(f"blocksize: expected one of {BLOCKSIZES}, got {blocksize}")
+    try:
+        blocksize = check_form(format, blocksize)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    if double_quant is not None and not FORMATS[format].takes_double_quant:
+        raise CheckpointError(
+            f"double_quant: expected no choice for {format}, whose scales have one form, got {double_quant}"
+        )
+    double_quant = double_quant is not False
     check_destination(destination)
     checkpoint = Checkpoint.open(source)
     _check_dense(checkpoint)
-    choice = choose(checkpoint, skip, experts, partial)
+    choice = choose(checkpoint, skip, experts, partial, format)
     shards = compose(checkpoint, choice, blocksize, double_quant, format)
     work = destination.absolute().parent / f".{destination.name}.partial"
     job = {
@@ -172,13 +183,12 @@ def _quantization(
     checkpoint: Checkpoint, choice: Choice, blocksize: int, double_quant: bool, format: str
 ) -> dict[str, Any]:
     """The quantization_config of config.json."""
-    if not choice.experts:
+    if not choice.experts and format in QUANT_TYPES:
         dtypes = [checkpoint.entries[name].dtype for name in choice.quantise]
         dtype = max(set(dtypes), key=dtypes.count)
-        return configuration(blocksize, double_quant, dtype, choice.skip_modules, format)
-    from ..quantize.transformers.config import NF4Config
-
-    return NF4Config(blocksize, double_quant, choice.skip_modules, experts=True, format=format).to_dict()
+        return bitsandbytes_format.configuration(blocksize, double_quant, dtype, choice.skip_modules, format)
+    experts = bool(choice.experts)
+    return packed_format.configuration(blocksize, double_quant, None, choice.skip_modules, experts, format)
 
 
 def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:

@@ -1,9 +1,9 @@
-"""Selects the weights of a model on disk that become NF4, without loading it.
+"""Selects the weights of a model on disk that are packed, without loading it.
 
 Uses the architecture that config.json names, built on the meta device, or names and shapes if transformers
 does not know it. The selection matches what bitsandbytes' loaders expect to be 4-bit: `llm_int8_skip_modules`
-lists the linear layers that stay dense. With packed experts only our own loader reads the result, and it
-decides by the file."""
+lists the linear layers that stay dense. With packed experts, or in a format that bitsandbytes lacks, only our
+own loader reads the result, and it decides by the file."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..core.code_tables import WEIGHT_DTYPES
+from ..nf4.bitsandbytes_format import QUANT_TYPES
 from ..nf4.experts_packing import computes_experts
 from ..quantize.architectures import HEAD_NAMES
 from ..quantize.targets import choose_experts, choose_layers
@@ -47,7 +48,11 @@ class Choice:
 
 
 def choose(
-    checkpoint: Checkpoint, skip: Iterable[str] = (), experts: bool = False, partial: bool = False
+    checkpoint: Checkpoint,
+    skip: Iterable[str] = (),
+    experts: bool = False,
+    partial: bool = False,
+    format: str = "nf4",
 ) -> Choice:
     """The selection. Raises CheckpointError if a name in `skip` matches nothing, nothing can be quantised, or
     experts cannot be packed; and unless `partial`, if tensors of the architecture are missing or have other
@@ -62,7 +67,7 @@ def choose(
             raise CheckpointError(f"experts: expected an architecture that transformers knows ({why_not})")
         choice = _by_names(checkpoint, skip, why_not)
     else:
-        choice = _by_classes(checkpoint, model, skip, experts)
+        choice = _by_classes(checkpoint, model, skip, experts, format)
         _check_complete(checkpoint, model, partial)
     for name in list(choice.quantise):
         dtype = checkpoint.entries[name].dtype
@@ -80,7 +85,9 @@ def _check_complete(checkpoint: Checkpoint, model: Any, partial: bool) -> None:
         raise CheckpointError(f"{found[0]}{more} (--partial quantises what is there)")
 
 
-def _by_classes(checkpoint: Checkpoint, model: Any, skip: tuple[str, ...], experts: bool) -> Choice:
+def _by_classes(
+    checkpoint: Checkpoint, model: Any, skip: tuple[str, ...], experts: bool, format: str
+) -> Choice:
     try:
         chosen, left = choose_layers(model, skip)
     except ValueError as error:
@@ -88,7 +95,8 @@ def _by_classes(checkpoint: Checkpoint, model: Any, skip: tuple[str, ...], exper
     names, every = Names(model), dict(model.named_modules())
     heads = _heads_it_lacks(checkpoint, names, every, chosen)
     left |= dict.fromkeys(heads, f"a head, it seems, which {type(model).__name__} lacks")
-    skip_modules = [] if experts else _leave_to_bitsandbytes(model, chosen, left, heads)
+    theirs = not experts and format in QUANT_TYPES
+    skip_modules = _leave_to_bitsandbytes(model, chosen, left, heads) if theirs else []
     modules, left_experts = choose_experts(model, skip)
     weights = find(checkpoint, model, modules, names)
     left |= left_experts
@@ -112,13 +120,15 @@ def _by_classes(checkpoint: Checkpoint, model: Any, skip: tuple[str, ...], exper
         )
     source = f"{type(model).__name__} of transformers"
     choice = Choice(quantise, left, skip_modules, source, other_experts=other_experts)
+    if not theirs:
+        choice.skip_modules = _names_for_us(model, in_model, "experts" if experts else "format")
     if experts:
         choice.experts = weights
-        choice.skip_modules = _names_for_us(model, in_model)
         _check(choice, left_experts)
     else:
         choice.dense_experts = sum(weight.nbytes for weight in weights.values())
-        left.update(dict.fromkeys(modules, "experts, which bitsandbytes' format does not have in 4 bits"))
+        why = "experts, which bitsandbytes' format does not have in 4 bits"
+        left.update(dict.fromkeys(modules, why if theirs else "experts; experts=True would pack them"))
     return choice
 
 
@@ -153,11 +163,11 @@ def _leave_to_bitsandbytes(
     return skip_modules
 
 
-def _names_for_us(model: Any, packed: set[str]) -> list[str]:
+def _names_for_us(model: Any, packed: set[str], argument: str) -> list[str]:
     try:
         from ..quantize.transformers.quantizer import names_of_dense
     except ImportError as error:
-        raise CheckpointError(f"experts: {error}") from error
+        raise CheckpointError(f"{argument}: {error}") from error
     return names_of_dense(model, packed)
 
 

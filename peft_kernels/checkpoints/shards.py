@@ -61,9 +61,7 @@ class Shard:
         for weight in self.experts:
             experts, *one = weight.shape
             meta = torch.empty(one, dtype=weight.dtype, device="meta")
-            packed = NF4Weight.quantize(
-                meta, self.blocksize, self.double_quant, check_finite=False, format=self.format
-            )
+            packed = self._nf4(meta, weight.name)
             for name, row in packed_format.tensors(packed._state, weight.name).items():
                 found[weight.written(name)] = (row.dtype, (experts, *row.shape))
             item = packed_format.state_item(weight.shape, self.format)
@@ -84,7 +82,8 @@ class Shard:
 
     def _layout_of(self, entry: Entry) -> dict[str, tuple[torch.dtype, tuple[int, ...]] | None]:
         meta = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-        items = self._nf4(meta, entry.name).state_dict(name=entry.name)
+        weight = self._nf4(meta.t() if self.quantise[entry.name] else meta, entry.name)
+        items = weight.state_dict(name=entry.name)
         return {
             key: None
             if key.endswith((*STATE_ITEMS, *packed_format.STATE_ITEMS))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.architecture import compare
-from ..checkpoints.checks import faults, holds_experts, nf4_weights, read_nf4
+from ..checkpoints.checks import faults, holds_experts, kind_of, nf4_weights, read_nf4
 from ..checkpoints.folder import Checkpoint
 from ..checkpoints.header import CheckpointError
 from ..checkpoints.owned import owned_weights, owner_in, read_owned
@@ -165,7 +165,7 @@ def _form(checkpoint: Checkpoint, name: str, quantised: dict[str, list[str]]) ->
     try:
         state, dtype = read_nf4(checkpoint, name, quantised[name], codes=False)
     except CheckpointError:
-        return f"NF4{_FAULTY}", ()
+        return f"{kind_of(quantised[name])}{_FAULTY}", ()
     kind, dense = state.format.upper(), str(dtype).removeprefix("torch.")
     return f"{kind} of {dense}, {_blocks(state)}, {_scales(state)}", state.shape
 

@@ -1,8 +1,8 @@
-"""Quantises a model's folder to 4 bits (NF4, or bitsandbytes' FP4), tensor by tensor.
+"""Quantises a model's folder to 4 or 8 bits, tensor by tensor.
 
-The result is in bitsandbytes' format: transformers, PEFT, TRL and vLLM read it. --experts also packs mixtures
-of experts, in a format that only peft_kernels reads. DST appears when it is complete; an interrupted run
-leaves a folder .DST.partial beside it, and the same command continues from there."""
+NF4 and FP4 are written in bitsandbytes' format: transformers, PEFT, TRL and vLLM read it. Only peft_kernels
+reads the other formats, and mixtures of experts that --experts packs. DST appears when it is complete; an
+interrupted run leaves a folder .DST.partial beside it, and the same command continues from there."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..checkpoints.convert import Conversion, quantize_checkpoint
-from ..core.code_tables import BLOCKSIZES
-from ..nf4.bitsandbytes_format import QUANT_TYPES
+from ..core.formats import FORMATS
 from .output import Output, size
 
 
@@ -20,13 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", type=Path, help="folder with config.json and .safetensors")
     parser.add_argument("destination", metavar="DST", type=Path, help="folder to create; must not exist")
     parser.add_argument(
-        "--blocksize", type=int, default=64, choices=BLOCKSIZES, help="values that share a scale (64)"
+        "--blocksize", type=int, help="values that share a scale (nf4: 64, or the format's own)"
     )
     parser.add_argument(
-        "--format", default="nf4", choices=QUANT_TYPES, help="values of the codes (nf4); fp4 loses more"
+        "--format", default="nf4", choices=FORMATS, help="of the packed weights (nf4); fp4 loses more"
     )
     parser.add_argument(
-        "--no-double-quant", action="store_true", help="keep scales in fp32: 4.5 bits per value, not 4.13"
+        "--no-double-quant",
+        action="store_true",
+        help="keep the scales of nf4 and fp4 in fp32: 4.5 bits per value, not 4.13; int4: no zero points",
     )
     parser.add_argument(
         "--skip",
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
             arguments.source,
             arguments.destination,
             arguments.blocksize,
-            not arguments.no_double_quant,
+            False if arguments.no_double_quant else None,
             arguments.skip,
             arguments.restart,
             arguments.experts,

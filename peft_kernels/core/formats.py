@@ -49,6 +49,11 @@ class Format:
         return self.scale in ("e8m0", "e4m3")
 
     @property
+    def takes_double_quant(self) -> bool:
+        """Whether `double_quant` says how scales are stored; elsewhere it has no effect."""
+        return self.scale in ("absmax", "half")
+
+    @property
     def rows_have_blocks(self) -> bool:
         """Whether each row consists of whole blocks."""
         return self.bits == 4 and self.scale != "absmax"

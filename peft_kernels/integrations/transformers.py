@@ -8,8 +8,8 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.quantizers import auto
 
-from ..nf4.model import METHOD
 from ..nf4.owners.compressed_tensors import FORMAT as NVFP4_FORMAT
+from ..nf4.packed_format import METHOD
 from ..quantize.transformers.config import NF4Config
 from ..quantize.transformers.quantizer import NF4Quantizer
 

@@ -12,11 +12,10 @@ from typing import Any
 
 from torch import nn
 
+from .packed_format import METHOD
 from .weight import NF4Weight
 
 RECORD = "_peft_kernels_nf4"
-METHOD = "peft_kernels_nf4"
-"""Name of our quantisation method in transformers."""
 
 # With these, PEFT's and TRL's kbit preparation enable checkpointing, TRL does not cast the model, and Trainer
 # does not wrap it in DataParallel. `is_quantized` is not set: transformers would then require an

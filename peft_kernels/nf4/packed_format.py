@@ -20,6 +20,8 @@ from . import bitsandbytes_format
 from .assembly import assemble, check_scales, expect, short
 from .bitsandbytes_format import QUANT_TYPES
 
+METHOD = "peft_kernels_nf4"
+"""`quant_method` of a configuration that only this package reads, and our method's name in transformers."""
 _NF4_EXPERTS = "quant_state.peft_kernels__nf4_experts"
 _EXPERTS = "quant_state.peft_kernels__packed_experts"  # in other formats
 _LAYER = "quant_state.peft_kernels__packed"
@@ -33,6 +35,26 @@ the last where blocks of int4 have zero points."""
 def holds(state: NF4State) -> bool:
     """Whether a weight is saved in this format."""
     return len(state.shape) == 3 or state.format not in QUANT_TYPES
+
+
+def configuration(
+    blocksize: int,
+    double_quant: bool,
+    compute_dtype: torch.dtype | None,
+    dense: list[str] | None,
+    experts: bool,
+    format: str,
+) -> dict[str, Any]:
+    """A model's `quantization_config` for config.json. `dense` names the layers that are not quantised."""
+    return {
+        "quant_method": METHOD,
+        "blocksize": blocksize,
+        "double_quant": double_quant,
+        "modules_to_not_convert": dense,
+        "compute_dtype": None if compute_dtype is None else str(compute_dtype).removeprefix("torch."),
+        "experts": experts,
+        "format": format,
+    }
 
 
 def state_item(shape: tuple[int, ...], format: str) -> str:

@@ -101,7 +101,7 @@ def _fp8(weight: Tensor, blocksize: int) -> Parts:
         absmax = blocks.abs().amax((1, 3)) / _E4M3_LARGEST
         scales = absmax.repeat_interleave(blocksize, 0)[:rows].repeat_interleave(blocksize, 1)[:, :cols]
     scaled = (x * _reciprocal(scales)).clamp(-_E4M3_LARGEST, _E4M3_LARGEST)
-    return scaled.to(torch.float8_e4m3fn).view(torch.uint8), absmax.reshape(-1), None, None
+    return scaled.to(torch.float8_e4m3fn).contiguous().view(torch.uint8), absmax.reshape(-1), None, None
 
 
 def _reciprocal(x: Tensor) -> Tensor:

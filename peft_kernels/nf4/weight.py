@@ -97,7 +97,7 @@ class NF4Weight(NF4Tensor):
         if weight.dtype not in WEIGHT_DTYPES:
             raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {weight.dtype}")
         blocksize = check_form(format, blocksize, weight.shape[-1], name)
-        double_quant = double_quant and FORMATS[format].scale in ("absmax", "half")
+        double_quant = double_quant and FORMATS[format].takes_double_quant
         if weight.dim() == 3:
             if weight.shape[0] == 0:
                 raise ValueError(f"{name}: expected at least one expert, got shape {tuple(weight.shape)}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import peft_kernels as pk
 from peft_kernels.checkpoints.header import read_header
 from peft_kernels.checkpoints.writer import ShardWriter
-from peft_kernels.nf4.model import METHOD
+from peft_kernels.nf4.packed_format import METHOD
 
 INDEX = "model.safetensors.index.json"
 STATE = "quant_state.bitsandbytes__nf4"

@@ -11,7 +11,7 @@ from checkpoint_damage import change_json
 from plan_measures import SIZES
 
 from peft_kernels.cli.main import main
-from peft_kernels.nf4.model import METHOD
+from peft_kernels.nf4.packed_format import METHOD
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

@@ -21,7 +21,7 @@ import peft_kernels as pk
 import testing
 from peft_kernels.integrations.transformers import read_config
 from peft_kernels.nf4.experts_packing import is_experts
-from peft_kernels.nf4.model import METHOD
+from peft_kernels.nf4.packed_format import METHOD
 from peft_kernels.quantize.model import report_of
 
 

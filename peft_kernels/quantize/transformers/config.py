@@ -17,9 +17,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...core.code_tables import WEIGHT_DTYPES
 from ...core.formats import check_form
+from ...nf4 import packed_format
 from ...nf4.bitsandbytes_format import BLOCKSIZE_KEY, DEFAULT_BLOCKSIZE, QUANT_TYPES, configuration
-from ...nf4.model import METHOD
 from ...nf4.owners import OWNERS, Owner, owner_of
+from ...nf4.packed_format import METHOD
 
 if not hasattr(HfQuantizer, "get_new_dtype"):  # the quantiser interface changed in 5.23
     raise ImportError(f"transformers: expected 5.23 or later, got {transformers.__version__}")
@@ -118,16 +119,9 @@ class NF4Config(QuantizationConfigMixin):
         dense = self.modules_to_not_convert if self._dense is None else self._dense
         experts = self.experts if self._with_experts is None else self._with_experts
         if experts or self.format not in QUANT_TYPES:
-            dtype = None if self.compute_dtype is None else str(self.compute_dtype).removeprefix("torch.")
-            return {
-                "quant_method": METHOD,
-                "blocksize": self.blocksize,
-                "double_quant": self.double_quant,
-                "modules_to_not_convert": dense,
-                "compute_dtype": dtype,
-                "experts": experts,
-                "format": self.format,
-            }
+            return packed_format.configuration(
+                self.blocksize, self.double_quant, self.compute_dtype, dense, experts, self.format
+            )
         return configuration(
             self.blocksize, self.double_quant, self.compute_dtype or self._weight_dtype, dense, self.format
         )

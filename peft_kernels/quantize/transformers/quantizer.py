@@ -20,7 +20,8 @@ from transformers.utils.quantization_config import Mxfp4Config
 from ...core.formats import FORMATS
 from ...core.nf4_state import PARALLEL
 from ...nf4.experts_packing import NF4Experts, adopt, packed_weights, unpack, weight_names
-from ...nf4.model import METHOD, ModelLink, mark_quantized
+from ...nf4.model import ModelLink, mark_quantized
+from ...nf4.packed_format import METHOD
 from ...nf4.sharded import tensor_parallel
 from ...nf4.sharded.checks import is_tensor_parallel
 from ...nf4.weight import NF4Weight

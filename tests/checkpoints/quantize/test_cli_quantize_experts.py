@@ -15,7 +15,7 @@ import torch
 from checkpoint_damage import change_json, change_tensors
 from models import tiny_llama
 from moe_checkpoints import expert_modules, items_of, loaded, saved, stored
-from transformers_models import NF4Config, assert_same_state, read, transformers
+from transformers_models import NF4Config, assert_same_state, read, same_bits, transformers
 
 from peft_kernels.checkpoints.convert import quantize_checkpoint
 from peft_kernels.checkpoints.folder import Checkpoint
@@ -31,7 +31,7 @@ def same_folder(ours: Path, theirs: Path) -> None:
     got, expected = items_of(ours), items_of(theirs)
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor), name
+        assert same_bits(got[name], tensor), name
     assert stored(ours) == stored(theirs)
 
 
