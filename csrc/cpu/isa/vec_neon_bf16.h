@@ -74,8 +74,8 @@ struct EvenOddTable {
 struct PairTable {
   static constexpr int kStep = 16;  // columns
   HalfPlanes planes0, planes1;
-  PairTable(const CodeValues& codes, float scale0, float scale1)
-      : planes0(codes, scale0, PanelBF16{}), planes1(codes, scale1, PanelBF16{}) {}
+  PairTable(const CodeValues& codes0, float scale0, const CodeValues& codes1, float scale1)
+      : planes0(codes0, scale0, PanelBF16{}), planes1(codes1, scale1, PanelBF16{}) {}
   void decode(const uint8_t* packed0, const uint8_t* packed1, PanelBF16* out) const {
     const HalfValues row0(planes0, nibbles_in_order(packed0)), row1(planes1, nibbles_in_order(packed1));
     interleave_pairs(vreinterpretq_bf16_u8(row0.first), vreinterpretq_bf16_u8(row1.first), out);
