@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -32,15 +33,15 @@ def owned_weights(checkpoint: Checkpoint) -> dict[str, list[str]]:
     return {weight: owner.tensors_of(weight, names) for weight in marked}
 
 
-def read_owned(checkpoint: Checkpoint, weight: str, names: list[str]) -> NF4State:
-    """A packed weight without its codes, of which any value is valid. Raises CheckpointError for a tensor
-    that does not fit."""
+def read_owned(checkpoint: Checkpoint, weight: str, names: list[str], headers: bool = False) -> NF4State:
+    """A packed weight without its codes, of which any value is valid; with `headers` on the meta device, and
+    only tensors of one number are read. Raises CheckpointError for a tensor that does not fit."""
     owner, tensors = owner_in(checkpoint.config), {}
     assert owner is not None
     for name in names:
         entry = checkpoint.entries[name]
         ending = owner.ending_of(weight, name)
-        if ending == owner.codes:
+        if ending == owner.codes or (headers and prod(entry.shape) > 1):
             tensors[ending] = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         else:
             tensors[ending] = entry.read()

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..checkpoints.checks import quantised_otherwise
-from ..checkpoints.folder import CONFIG, Checkpoint
 from ..checkpoints.header import CheckpointError
-from ..checkpoints.json_file import read_json
-from ..checkpoints.owned import owner_in
 from ..nf4.experts_packing import weight_names
 from ..quantize.targets import choose_experts, choose_layers
 from .sizes import Block, Experts, Linear, Mixture, Model
@@ -44,28 +40,13 @@ def build(path: Path) -> Any:
         raise CheckpointError(f"{path}: expected the configuration of a language model ({reason})") from error
 
 
-def quantised_by(path: Path) -> str:
-    """The quantisation method of a folder or config.json if it is not NF4, else ""."""
-    config = read_json(path / CONFIG if path.is_dir() else path, 10_000_000)
-    return quantised_otherwise(config) if isinstance(config, dict) else ""
-
-
-def packed_bytes(path: Path) -> int | None:
-    """Bytes of the tensors of a folder in a packed format that is loaded as it is; 0 if there are none there;
-    None for other models."""
-    config = read_json(path / CONFIG if path.is_dir() else path, 10_000_000)
-    if not isinstance(config, dict) or owner_in(config) is None:
-        return None
-    if not path.is_dir() or not any(path.glob("*.safetensors")):
-        return 0
-    return sum(entry.nbytes for entry in Checkpoint.examine(path).entries.values())
-
-
 def describe(
     model: Any,
     dtype: torch.dtype | None = None,
     targets: Sequence[str] | None = None,
     target_parameters: Sequence[str] = (),
+    packed: Mapping[str, int] | None = None,
+    linears_packed: bool = True,
 ) -> Model:
     """The sizes of a model.
 
@@ -79,8 +60,14 @@ def describe(
         Last parts of the names of layers that get adapters; by default all linear layers but the head.
     target_parameters : names
         Last parts of the names of weights of experts that get adapters, as PEFT's.
+    packed : dict, optional
+        Bytes of the packed weights of a folder, by name; by default QLoRA packs those that it can.
+    linears_packed : bool
+        Whether QLoRA packs linear layers, if `packed` does not tell.
     """
-    quantised, _ = choose_layers(model)
+    chosen = choose_layers(model)[0] if linears_packed else {}
+    quantised = {f"{name}.weight" for name in chosen} if packed is None else packed.keys()
+    known = packed or {}
     head = model.get_output_embeddings()
     linears = []
     for name, module in model.named_modules():
@@ -90,12 +77,13 @@ def describe(
         out, into = shape if isinstance(module, nn.Linear) else shape[::-1]
         last = name.rpartition(".")[2]
         adapted = module is not head if targets is None else last in targets
-        linears.append(Linear(name, out, into, name in quantised, adapted))
+        weight = f"{name}.weight"
+        linears.append(Linear(name, out, into, weight in quantised, adapted, known.get(weight)))
     if targets is not None:
         missing = sorted(set(targets) - {linear.name.rpartition(".")[2] for linear in linears})
         if missing:
             raise CheckpointError(f"target-modules: expected names of linear layers, got {missing[0]!r}")
-    experts = _experts(model, target_parameters)
+    experts = _experts(model, target_parameters, packed)
     dtype = dtype or getattr(model.config, "dtype", None) or torch.bfloat16
     config = model.config.get_text_config()
     return Model(
@@ -109,7 +97,7 @@ def describe(
     )
 
 
-def _experts(model: Any, target_parameters: Sequence[str]) -> list[Experts]:
+def _experts(model: Any, target_parameters: Sequence[str], packed: Mapping[str, int] | None) -> list[Experts]:
     found, known = [], set[str]()
     for module_name, module in choose_experts(model)[0].items():
         for key in weight_names(module):
@@ -118,7 +106,9 @@ def _experts(model: Any, target_parameters: Sequence[str]) -> list[Experts]:
             name = f"{module_name}.{key}"
             fitting = {target for target in target_parameters if f".{name}".endswith(f".{target}")}
             known |= fitting
-            found.append(Experts(name, count, out, into, bool(fitting)))
+            nbytes = None if packed is None else packed.get(name)
+            quantised = packed is None or nbytes is not None
+            found.append(Experts(name, count, out, into, bool(fitting), quantised, nbytes))
     missing = sorted(set(target_parameters) - known)
     if missing:
         raise CheckpointError(f"target-parameters: expected names of weights of experts, got {missing[0]!r}")

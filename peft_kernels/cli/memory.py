@@ -11,34 +11,46 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 
-from ..core.code_tables import NESTED_BLOCKSIZE
-from .sizes import Block, Mixture, Model, Run
+import torch
+
+from ..nf4.weight import NF4Weight
+from .sizes import Block, Experts, Linear, Mixture, Model, Run
 
 _FP32, _INT64 = 4, 8
 
 
-def nf4_bytes(numel: int, run: Run) -> int:
-    """NF4: half a byte per value and a scale per block; with double quantisation scales of one byte, with an
-    fp32 scale per 256 and one offset. Per expert."""
-    blocks = -(-numel // run.blocksize)
-    scales = blocks * _FP32
-    if run.double_quant:
-        scales = blocks + -(-blocks // NESTED_BLOCKSIZE) * _FP32 + _FP32
-    return (numel + 1) // 2 + scales
+@lru_cache(maxsize=4096)
+def packed_bytes(
+    out_features: int, in_features: int, format: str, blocksize: int | None, double_quant: bool, name: str
+) -> int:
+    """A packed weight, with its scales. Raises ValueError if the format cannot have one of this shape."""
+    meta = torch.empty(out_features, in_features, dtype=torch.bfloat16, device="meta")
+    return NF4Weight.quantize(meta, blocksize, double_quant, name=name, format=format).nbytes
 
 
 def weights(model: Model, run: Run) -> int:
-    """All parameters of the base model. QLoRA: linear layers except the head in NF4, experts if selected."""
+    """All parameters of the base model. QLoRA: packed linear layers except the head, experts if selected; or
+    as the files have them."""
     itemsize = _itemsize(model, run)
     total = sum(_numel(shape) for shape in model.parameters) * itemsize
     if run.method == "qlora":
         for linear in model.linears:
             if linear.quantised:
-                total += nf4_bytes(linear.numel, run) - linear.numel * itemsize
+                total += _packed(linear, run) - linear.numel * itemsize
         for each in model.experts if run.experts else ():
-            total += each.count * (nf4_bytes(each.numel, run) - each.numel * itemsize)
+            if each.quantised:
+                total += _packed(each, run) - each.count * each.numel * itemsize
     return total
+
+
+def _packed(weight: Linear | Experts, run: Run) -> int:
+    if weight.packed is not None:
+        return weight.packed
+    count = weight.count if isinstance(weight, Experts) else 1
+    form = run.format, run.blocksize, run.double_quant
+    return count * packed_bytes(weight.out_features, weight.in_features, *form, weight.name)
 
 
 def trained(model: Model, run: Run) -> list[tuple[int, ...]]:

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from ..checkpoints.header import CheckpointError
+from ..core.formats import FORMATS
 from . import memory
-from .architecture import CHECKED, build, describe, packed_bytes, quantised_by
+from .architecture import CHECKED, build, describe
+from .base import Base, base_of
 from .output import Output, size
 from .sizes import METHODS, OPTIMISERS, Model, Run
 
@@ -51,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target-parameters", nargs="+", default=[], metavar="NAME", help="weights of experts with adapters"
     )
+    parser.add_argument("--format", choices=FORMATS, help="of the weights that QLoRA packs (nf4)")
     parser.add_argument("--experts", action="store_true", help="QLoRA with mixtures of experts packed too")
     parser.add_argument(
         "--kbit-prepared", action="store_true", help="QLoRA after PEFT's prepare_model_for_kbit_training"
@@ -61,22 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, out: Output) -> bool:
     built = build(arguments.path)
-    methods, foreign = arguments.method, quantised_by(arguments.path)
-    if foreign:
-        methods = [method for method in methods if method != "qlora"]
-        if not methods and packed_bytes(arguments.path) is not None:
-            raise CheckpointError(
-                f"{arguments.path}: expected a dense model for qlora, got one that is packed already "
-                f"({foreign}): load it with read_config and train adapters"
-            )
-        if not methods:
-            raise CheckpointError(
-                f"{arguments.path}: expected a dense model for qlora, got one that is quantised ({foreign}): "
-                "save it dequantised first"
-            )
+    base = base_of(arguments.path, built)
+    methods = _methods_for(base, arguments)
     dtype = _DTYPES[arguments.dtype] if arguments.dtype else None
-    model = describe(built, dtype, arguments.target_modules, arguments.target_parameters)
-    _check_experts(arguments, model)
+    targets = arguments.target_modules, arguments.target_parameters
+    model = describe(built, dtype, *targets, base.packed, base.linears)
+    _check_experts(arguments, model, base)
+    form: dict[str, Any] = {"format": arguments.format or "nf4"}
     runs = [
         Run(
             method,
@@ -87,14 +81,18 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
             arguments.reduction,
             arguments.virtual_tokens,
             prepared=arguments.kbit_prepared,
-            experts=arguments.experts,
+            experts=arguments.experts or base.experts,
+            **(form | base.form),
         )
         for method in methods
     ]
     if model.block is None or model.block.mixture is not None:
         runs = [one for one in runs if one.method in ("lora", "qlora", "dora", "full")]
     limit = None if arguments.memory is None else arguments.memory - arguments.reserve
-    plans = {one.method: _plan(model, one, limit) for one in runs}
+    try:
+        plans = {one.method: _plan(model, one, limit) for one in runs}
+    except ValueError as error:  # rows that the format cannot have
+        raise CheckpointError(str(error)) from error
     count = sum(torch.Size(shape).numel() for shape in model.parameters)
     out.say(
         f"{type(built).__name__}: {count / 1e9:.3g} billion parameters, batch {arguments.batch} x "
@@ -104,18 +102,7 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
     _print(plans, arguments.memory, out)
     no_note = arguments.kbit_prepared or "qlora" not in plans
     notes = _notes(built, model, no_note) + _notes_on_experts(model, runs, arguments.target_modules is None)
-    packed = packed_bytes(arguments.path)
-    if packed is not None:
-        weights = f"takes {size(packed)} for weights" if packed else "takes less for weights"
-        notes.append(
-            f"the model is packed ({foreign}): these are the figures of the dense model, without QLoRA; "
-            f"loaded with read_config it stays packed and {weights}"
-        )
-    elif foreign:
-        notes.append(
-            f"the model is quantised ({foreign}): these are the figures of the dense model, without QLoRA, "
-            "since quantize needs a dense model"
-        )
+    notes += _notes_on_base(base)
     if limit is not None:
         kept = size(arguments.reserve)
         notes.append(f"kept for the CUDA context, fragmentation and work space: {kept} (--reserve)")
@@ -164,8 +151,25 @@ def _packs(one: Run) -> bool:
     return one.experts and one.method == "qlora"
 
 
-def _check_experts(arguments: argparse.Namespace, model: Model) -> None:
-    if arguments.experts and not model.experts:
+def _methods_for(base: Base, arguments: argparse.Namespace) -> list[str]:
+    """The methods that a base allows: no QLoRA if loading refuses it."""
+    methods: list[str] = arguments.method
+    if base.is_packed and arguments.format is not None:
+        raise CheckpointError(
+            f"format: expected none for a model that is packed ({base.title}), got {arguments.format}"
+        )
+    if base.refusal:
+        methods = [method for method in methods if method != "qlora"]
+    if not methods:
+        raise CheckpointError(
+            f"{arguments.path}: expected a dense model for qlora, or one that is loaded packed, got one that "
+            f"is quantised ({base.title}); {base.refusal}"
+        )
+    return methods
+
+
+def _check_experts(arguments: argparse.Namespace, model: Model, base: Base) -> None:
+    if arguments.experts and not (model.experts if base.packed is None else base.experts):
         raise CheckpointError("experts: expected a model with experts that can be packed, got none")
     if arguments.target_parameters and not {"lora", "qlora"}.issuperset(arguments.method):
         got = ",".join(arguments.method)
@@ -216,6 +220,23 @@ def _notes(built: Any, model: Model, prepared: bool) -> list[str]:
         notes.append("QLoRA after PEFT's prepare_model_for_kbit_training takes more: see --kbit-prepared")
     if name not in CHECKED:
         notes.append(f"activations of {name} are computed as Llama's, without measurements")
+    return notes
+
+
+def _notes_on_base(base: Base) -> list[str]:
+    if base.refusal:
+        return [
+            f"the model is quantised ({base.title}), and loading refuses it ({base.refusal}): these are the "
+            "figures of the dense model, without QLoRA"
+        ]
+    if not base.is_packed:
+        return []
+    notes = [
+        f"the model is packed ({base.title}): qlora is for its weights as they are, other methods for the "
+        "dequantised model"
+    ]
+    if base.packed is None:
+        notes.append("of packed weights only the configuration is there: their sizes are the format's usual")
     return notes
 
 

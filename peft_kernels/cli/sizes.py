@@ -21,6 +21,8 @@ class Linear:
     """Whether QLoRA packs it."""
     adapted: bool = False
     """Whether it has a LoRA or DoRA adapter."""
+    packed: int | None = None
+    """Bytes of its weight as a folder has it packed; None if QLoRA packs it."""
 
     @property
     def numel(self) -> int:
@@ -37,6 +39,10 @@ class Experts:
     in_features: int
     adapted: bool = False
     """Whether it has a LoRA adapter."""
+    quantised: bool = True
+    """Whether QLoRA with packed experts packs it."""
+    packed: int | None = None
+    """As of `Linear`, for all experts."""
 
     @property
     def numel(self) -> int:
@@ -97,7 +103,9 @@ class Run:
     """Bottleneck adapters have hidden / reduction features."""
     virtual_tokens: int = 20
     """For prefix tuning."""
-    blocksize: int = 64
+    format: str = "nf4"
+    """Of the weights that QLoRA packs."""
+    blocksize: int | None = None
     double_quant: bool = True
     prepared: bool = False
     """QLoRA after PEFT's prepare_model_for_kbit_training: unquantised weights and activations are fp32."""

@@ -87,27 +87,6 @@ def test_inspect_of_a_dense_folder_that_says_packed(tmp_path: Path, capsys: Capt
     assert expected in report["faults"]
 
 
-@pytest.mark.parametrize("kind", ["MXFP4", *NVFP4])
-def test_plan(kind: str, tmp_path: Path, capsys: Captured) -> None:
-    tensors = gpt_oss(tmp_path) if kind == "MXFP4" else nvfp4(tmp_path, kind)
-    title = kind if kind == "MXFP4" else f"NVFP4 of {kind}"
-    assert main(["plan", str(tmp_path), "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert "qlora" not in report["methods"] and "lora" in report["methods"]
-    nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    note = f"the model is packed ({title}): these are the figures of the dense model, without QLoRA; loaded "
-    kept = f"with read_config it stays packed and takes {nbytes / 1000:.3g} kB for weights"
-    assert report["notes"][-1] == note + kept
-    assert main(["plan", str(tmp_path / "config.json"), "--json"]) == 0
-    assert (
-        json.loads(capsys.readouterr().out)["notes"][-1]
-        == note + "with read_config it stays packed and takes less for weights"
-    )
-    assert main(["plan", str(tmp_path), "--method", "qlora"]) == 1
-    expected = f"expected a dense model for qlora, got one that is packed already ({title}): load it with"
-    assert expected in capsys.readouterr().err
-
-
 def test_quantize_and_merge_are_refused(tmp_path: Path, capsys: Captured) -> None:
     gpt_oss(tmp_path / "model")
     assert main(["quantize", str(tmp_path / "model"), str(tmp_path / "new")]) == 1
