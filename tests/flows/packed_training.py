@@ -1,0 +1,120 @@
+"""What must hold while adapters are trained over packed weights, in any format. Shared by tests."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from flow_checks import language_loss, train
+from flow_models import ids
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import peft_kernels as pk
+import testing
+from peft_kernels.checkpoints.checks import nf4_weights
+from peft_kernels.checkpoints.folder import Checkpoint
+from peft_kernels.checkpoints.owned import owned_weights
+
+STEPS = 20
+MORE = 3  # samples whose errors are added to those of one that does not pass
+TABLES = 4096
+"""Bytes of tables of codes, which ops may keep for all weights together."""
+
+Adapt = Callable[[Any, torch.dtype | None], Any]
+"""Gives a model its adapters, always the same, and perhaps another dtype."""
+
+
+def assert_trains_as_dense(packed: Any, adapt: Adapt) -> None:
+    """20 steps over packed weights, patched, and over those that `dequantize()` gives, by PEFT alone.
+
+    The numbers policy: the losses are at most twice as far from those of fp64 as the dense model's, plus one
+    rounding. One curve has few errors: if it does not pass, those of more batches are added.
+    """
+    dense = copy.deepcopy(packed).dequantize()
+    assert packed_weights(packed) and not packed_weights(dense)
+    rounding = torch.finfo(packed_weights(packed)[0].dtype).eps
+    ours, plain = torch.zeros(()), torch.zeros(())
+    for sample in range(1 + MORE):
+        mine = adapt(copy.deepcopy(packed), None)
+        pk.patch(mine)
+        truth = losses(adapt(copy.deepcopy(dense).double(), torch.float64), sample)
+        assert truth[-1] < 0.7 * truth[0], f"these losses could be anything's: {truth}"
+        ours = ours + _error(losses(mine, sample), truth) ** 2
+        plain = plain + _error(losses(adapt(copy.deepcopy(dense), None), sample), truth) ** 2
+        error, allowed = ((total / (sample + 1)) ** 0.5 for total in (ours, plain))
+        if error <= 2 * allowed + rounding:
+            return
+    raise AssertionError(f"error {error:.3g}, the dense model's {allowed:.3g}")
+
+
+def losses(model: Any, sample: int) -> Tensor:
+    found = train(model, lambda m, i: language_loss(m, ids(2 * sample + i % 2)), STEPS, 3e-3)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _error(got: Tensor, truth: Tensor) -> Tensor:
+    """The largest, relative to the largest loss."""
+    return (got - truth).abs().max() / truth.max()
+
+
+def packed_weights(model: nn.Module) -> list[Any]:
+    return [weight for weight in model.parameters() if isinstance(weight, pk.NF4Weight)]
+
+
+def assert_only_packed_bytes(model: Any, folder: Path, adapt: Adapt) -> None:
+    """After two steps of a patched model, with gradients alive.
+
+    The storages of its packed weights, each in full and with tables of scales, have at most 1.02 of the bytes
+    that `folder` has for these weights. Of what ops have made, nothing is alive but gradients and states of
+    the optimizer: no dense weight.
+    """
+    checkpoint = Checkpoint.open(folder)
+    items = nf4_weights(checkpoint.entries) | owned_weights(checkpoint)
+    in_file = sum(checkpoint.entries[name].nbytes for names in items.values() for name in names)
+    tuned = adapt(model, None)
+    pk.patch(tuned)
+    weights = packed_weights(tuned)
+    adapters = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(adapters, lr=1e-3)
+    with Alive() as alive:
+        for step in range(2):
+            optimizer.zero_grad()
+            language_loss(tuned, ids(step)).backward()
+            optimizer.step()
+    assert len(weights) == len(items) and not any(weight.is_dense for weight in weights)
+    assert 0.98 * in_file < sum(storages(weights).values()) <= 1.02 * in_file
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    known = storages([*tuned.parameters(), *tuned.buffers(), *(p.grad for p in adapters), *states])
+    left = {address: nbytes for address, nbytes in alive.storages().items() if address not in known}
+    assert sum(left.values()) <= TABLES, f"alive beside gradients and states: {left}"
+
+
+def storages(tensors: Iterable[Any]) -> dict[int, int]:
+    """Bytes of storages by address."""
+    return {
+        storage.data_ptr(): storage.nbytes() for tensor in tensors for storage in testing._storages(tensor)
+    }
+
+
+class Alive(TorchDispatchMode):
+    """Storages that ops made and that are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, pk.NF4Weight):
+                self._found.add(tensor.untyped_storage())
+        return out
+
+    def storages(self) -> dict[int, int]:
+        return {storage.data_ptr(): storage.nbytes() for storage in self._found}
