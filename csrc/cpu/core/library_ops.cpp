@@ -57,7 +57,7 @@ std::string linear_plan(int64_t rows, int64_t out_features, int64_t in_features,
                         bool is_bf16) {
   Nf4View weight{};
   weight.block_shift = block_shift_of(layout);
-  weight.codes = kCodeValues + codes_of(layout);
+  weight.codes = codes_of(layout) < kCodeKinds ? kCodeValues + codes_of(layout) : nullptr;
   GemmTerm term{};
   term.lhs_dtype = is_bf16 ? DType::kBF16 : DType::kF32;
   term.lhs_ld = term.depth = in_features;

@@ -154,7 +154,86 @@ inline VecPairs lookup_code(const PairCodeTable& table, VecI bits) {
   return (__m512bh)_mm512_permutexvar_epi16(bits, table.codes);
 }
 
-// Codes of the dynamic maps, by byte permutations (avx512vbmi).
+// Codes of E4M3 and of the dynamic maps, by byte permutations (avx512vbmi).
+
+// 64 values in order.
+struct BytePairs {
+  VecPairs first, second;
+};
+// The low and the high bytes of the 128 magnitudes of E4M3 as bf16, which holds them exactly.
+struct E4M3Bytes {
+  alignas(64) uint8_t low[128] = {};
+  alignas(64) uint8_t high[128] = {};
+  constexpr E4M3Bytes() {
+    for (int code = 1; code < 128; ++code) {
+      // The exponent of E4M3 has the bias 7; subnormals are made normal.
+      int exponent = code >> 3, mantissa = code & 7;
+      if (exponent == 0) {
+        for (exponent = 1; mantissa < 8; --exponent) mantissa *= 2;
+        mantissa -= 8;
+      }
+      const int bits = (exponent - 7 + 127) << 7 | mantissa << 4;
+      low[code] = static_cast<uint8_t>(bits);
+      high[code] = static_cast<uint8_t>(bits >> 8);
+    }
+  }
+};
+class E4M3Table {
+ public:
+  E4M3Table() {
+    static constexpr E4M3Bytes kBytes;
+    for (int half = 0; half < 2; ++half) {
+      low_[half] = _mm512_load_si512(kBytes.low + 64 * half);
+      high_[half] = _mm512_load_si512(kBytes.high + 64 * half);
+    }
+  }
+  BytePairs decode(const uint8_t* codes) const {
+    // Unpacking interleaves bytes within 128-bit lanes, so the codes are arranged accordingly.
+    const __m512i by_lane = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+    const __m512i index = _mm512_permutexvar_epi64(by_lane, _mm512_loadu_si512(codes));
+    const __m512i low = _mm512_permutex2var_epi8(low_[0], index, low_[1]);
+    constexpr int kOrAnd = 0xf8;  // a | (b & c)
+    const __m512i high = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(high_[0], index, high_[1]), index,
+                                                   _mm512_set1_epi8(static_cast<char>(0x80)), kOrAnd);
+    return {(__m512bh)_mm512_unpacklo_epi8(low, high), (__m512bh)_mm512_unpackhi_epi8(low, high)};
+  }
+
+  // 64 elements times `factor`, the even before the odd.
+  void decode_even_odd(const uint8_t* codes, Vec factor, PanelBF16* out) const {
+    const BytePairs values = decode(codes);
+    store_pairs(out,
+                round_two(mul(even_floats(values.first), factor), mul(even_floats(values.second), factor)));
+    store_pairs(out + 32,
+                round_two(mul(odd_floats(values.first), factor), mul(odd_floats(values.second), factor)));
+  }
+  // 64 columns of two rows with a factor each, interleaved.
+  void decode_rows(const uint8_t* row0, Vec factor0, const uint8_t* row1, Vec factor1, PanelBF16* out) const {
+    const BytePairs a = decode(row0), b = decode(row1);
+    decode_half(a.first, factor0, b.first, factor1, out);
+    decode_half(a.second, factor0, b.second, factor1, out + 64);
+  }
+
+ private:
+  // The even and the odd elements as fp32.
+  static Vec even_floats(VecPairs x) { return (Vec)_mm512_slli_epi32((__m512i)x, 16); }
+  static Vec odd_floats(VecPairs x) {
+    return (Vec)_mm512_and_si512((__m512i)x, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+  }
+  // All of a, then all of b.
+  static VecPairs round_two(Vec a, Vec b) { return _mm512_cvtne2ps_pbh(b, a); }
+  static void decode_half(VecPairs a, Vec factor0, VecPairs b, Vec factor1, PanelBF16* out) {
+    const __m512i even =
+        (__m512i)pair_lanes(mul(even_floats(a), factor0), mul(even_floats(b), factor1), PanelBF16{});
+    const __m512i odd =
+        (__m512i)pair_lanes(mul(odd_floats(a), factor0), mul(odd_floats(b), factor1), PanelBF16{});
+    const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi32(even, first, odd));
+    _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi32(even, second, odd));
+  }
+
+  __m512i low_[2], high_[2];
+};
 
 // Byte kByte of each of 64 lanes.
 template <int kByte>

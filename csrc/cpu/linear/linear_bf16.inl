@@ -84,6 +84,12 @@ struct OuterBF16 : PairSteps {
         (first | rhs.ld) % nf4::kMinBlocksize == 0) {
       return decode_step(*rhs.nf4, first, first + rhs.ld, out);
     }
+#if PEFT_KERNELS_PERMUTES_BYTES
+    // Columns from a multiple of 64 on share a scale.
+    if (rhs.nf4 && !rhs.nf4->codes && rows == 2 && cols == kStrip && (first | rhs.ld) % kStrip == 0) {
+      return decode_bytes(*rhs.nf4, first, out);
+    }
+#endif
     PanelBF16 pair[2][kStrip];
     memset(pair, 0, sizeof(pair));
     for (int64_t p = 0; p < rows; ++p) fill_panel_row(rhs, first + p * rhs.ld, cols, scale, pair[p]);
@@ -97,6 +103,16 @@ struct OuterBF16 : PairSteps {
   static VecPairs load_run(const BF16* p, int64_t count) {
     return count >= 2 * kLanes ? load_pairs(p) : load_pairs_part(p, max64(count, 0));
   }
+#if PEFT_KERNELS_PERMUTES_BYTES
+  // A step of two rows in E4M3.
+  static void decode_bytes(const Nf4View& w, int64_t first, PanelBF16* out) {
+    const int64_t row = first / w.cols, block = (first % w.cols) >> w.block_shift;
+    const float* scales = w.absmax + block;
+    const uint8_t* codes = w.packed + first;
+    E4M3Table().decode_rows(codes, splat(scales[(row >> w.row_shift) * w.blocks_in_row]), codes + w.cols,
+                            splat(scales[((row + 1) >> w.row_shift) * w.blocks_in_row]), out);
+  }
+#endif
   static PairTable pair_table(const Nf4View& w, int64_t block0, int64_t block1) {
     return {block_codes(w, block0), block_absmax(w, block0), block_codes(w, block1), block_absmax(w, block1)};
   }

@@ -84,8 +84,7 @@ struct GemvScratch {
 inline bool gemv_serves(const GemmParams& p) {
   if (p.term_count == 0) return false;
   const GemmTerm& term = p.terms[0];  // a packed weight is the first term, and the only packed one
-  if (!term.rhs.nf4 || !term.rhs.nf4->codes || term.rhs.nf4->zero_points ||
-      term.rhs.ld % (int64_t{1} << term.rhs.nf4->block_shift) != 0)
+  if (!term.rhs.nf4 || !term.rhs.nf4->codes || term.rhs.ld % (int64_t{1} << term.rhs.nf4->block_shift) != 0)
     return false;
 #if PEFT_KERNELS_TWO_TABLES
   if (folded_serves(term)) {
@@ -120,9 +119,10 @@ void gemv_arrange_lhs(const GemmTerm& term, const Rect& rect, void* scratch) {
           shifted[j * kStepLanes + l] = natural[Gemv::kSteps * l + (j ^ 1)];
       }
       narrow_run(shifted, kChunk, arranged);
-      for (int l = 0; layout.sum_floats && l < kLanes; ++l, ++sums) {
-        *sums = 0.0f;
-        for (int i = 8 * l; i < 8 * l + 8; ++i) *sums += natural[i];
+      for (int l = 0; layout.sum_floats && l < kLanes; ++l) {
+        double sum = 0.0;  // its error is that of all columns, which the mean of a row's logits shows
+        for (int i = 8 * l; i < 8 * l + 8; ++i) sum += natural[i];
+        *sums++ = static_cast<float>(sum);
       }
     }
   }

@@ -85,6 +85,7 @@ void nt_add_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int
   }
 }
 
+#include "linear_gemv_bytes.inl"
 #include "linear_gemv_dense.inl"
 
 // The rhs of a thin term is transposed into one strip, for the outer-product micro-kernel.
@@ -186,7 +187,7 @@ void gemm_nt(const GemmParams& p, const Rect& rect, void* scratch) {
   float* tile = static_cast<float*>(scratch);
   char* panel = static_cast<char*>(scratch) + kNtTileBytes;
   void* gemv_scratch = panel + kNtPanelBytes;
-  const bool gemv = gemv_serves(p), dense_gemv = dense_gemv_serves(p);
+  const bool gemv = gemv_serves(p), dense_gemv = dense_gemv_serves(p), byte_gemv = byte_gemv_serves(p);
   if (gemv) gemv_arrange_lhs(p.terms[0], rect, gemv_scratch);
   for (int64_t n0 = rect.n0; n0 < rect.n1; n0 += kStrip) {
     const int64_t cols = min64(kStrip, rect.n1 - n0);
@@ -203,7 +204,9 @@ void gemm_nt(const GemmParams& p, const Rect& rect, void* scratch) {
         const int64_t begin = max64(m0, term.m_begin), end = min64(m0 + rows, term.m_end);
         if (begin >= end) continue;
         float* sums = tile + (begin - m0) * kStrip;
-        if (t == 0 && dense_gemv) {
+        if (t == 0 && byte_gemv) {
+          byte_gemv_add_term(term, begin, end - begin, n0, cols, sums);
+        } else if (t == 0 && dense_gemv) {
           dense_gemv_add_term(term, begin, end - begin, n0, cols, sums);
         } else {
           nt_add_term(term, begin, end - begin, n0, cols, sums, panel);

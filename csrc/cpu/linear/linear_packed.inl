@@ -253,7 +253,7 @@ void gemm_packed(const GemmParams& p, const Rect& rect, void* scratch) {
 
 NtPlan plan_nt(const GemmParams& p) {
   const GemmTerm& term = p.terms[0];
-  if (gemv_serves(p)) return NtPlan::kGemv;
+  if (gemv_serves(p) || byte_gemv_serves(p)) return NtPlan::kGemv;
   if (p.n == 0 || term.depth == 0) return NtPlan::kDots;
   if (!term.rhs.nf4 && p.m <= kFewRows) return NtPlan::kDots;
   if (has_bf16_values(term)) return NtPlan::kPairs;

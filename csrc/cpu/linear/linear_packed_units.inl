@@ -19,10 +19,11 @@ void decode_bytes_split(const uint8_t* codes, int64_t count, float scale, Out* o
   const Vec factor = e4m3_factor(scale);
   for (; count > 0; count -= 2 * kHalf, codes += 2 * kHalf, out += 2 * kHalf) {
     uint8_t copy[2 * kHalf] = {};
+    const bool is_whole = count >= 2 * kHalf;
+    if (!is_whole) memcpy(copy, codes, count);
     uint16_t pairs[kHalf];
     F16 halves[2][kHalf];
-    memcpy(copy, codes, min64(count, 2 * kHalf));
-    memcpy(pairs, copy, sizeof(pairs));
+    memcpy(pairs, is_whole ? codes : copy, sizeof(pairs));
     for (int i = 0; i < kHalf; ++i) {
       halves[0][i].bits = half_of_e4m3(pairs[i] & 0xff);
       halves[1][i].bits = half_of_e4m3(pairs[i] >> 8);
@@ -175,6 +176,13 @@ struct PairsUnit : PairSteps {
     const Nf4View w = *rhs.nf4;  // a local copy, which stores to `out` cannot alias
     if (!w.codes) {
       return for_byte_blocks(w, first, count, [&](int64_t begin, int64_t end, float scale) {
+#  if PEFT_KERNELS_PERMUTES_BYTES
+        const E4M3Table table;
+        static_assert(kOrder == 64, "");
+        for (; begin + kOrder <= end; begin += kOrder) {
+          table.decode_even_odd(w.packed + first + begin, splat(scale), out + begin);
+        }
+#  endif
         decode_bytes_split<kOrder / 2>(w.packed + first + begin, end - begin, scale, out + begin);
       });
     }

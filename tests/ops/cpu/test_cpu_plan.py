@@ -19,6 +19,7 @@ pytestmark = needs("cpu")
 
 NF4_64, NF4_32 = FORMATS["nf4"].layout(64), FORMATS["nf4"].layout(32)
 MXFP4, NVFP4 = FORMATS["mxfp4"].layout(32), FORMATS["nvfp4"].layout(16)
+FP8, FP8_ROWS = FORMATS["fp8"].layout(128), FORMATS["fp8"].layout(0)
 
 
 def isas() -> list[Any]:
@@ -44,6 +45,11 @@ def isas() -> list[Any]:
         (16, 4096, MXFP4, True, "gemv"),  # short blocks are slow to decode for packed lhs
         (17, 4096, MXFP4, True, "pairs"),
         (9, 4096, NVFP4, False, "floats"),
+        (15, 4096, FP8, True, "gemv"),
+        (15, 4096, FP8_ROWS, False, "gemv"),
+        (15, 4112, FP8, False, "dots"),  # no whole steps
+        (33, 4096, FP8, True, "pairs"),
+        (33, 4096, FP8, False, "floats"),
         (17, 4096, NF4_64, True, "pairs"),
         (2048, 576, NF4_64, True, "pairs"),
         (9, 4096, NF4_64, False, "floats"),
