@@ -82,10 +82,12 @@ struct PairTable {
   static constexpr int kStep = 16;  // columns
   __m512i table;
   PairTable() : table(_mm512_setzero_si512()) {}
-  PairTable(const CodeValues& codes, float scale0, float scale1) : PairTable(codes, scale0, codes, scale1) {}
+  PairTable(const CodeValues& codes, float scale0, float scale1)
+      : PairTable(load(codes.value), scale0, load(codes.value), scale1) {}
   PairTable(const CodeValues& codes0, float scale0, const CodeValues& codes1, float scale1)
-      : table((__m512i)_mm512_cvtne2ps_pbh(mul(load(codes1.value), splat(scale1)),
-                                           mul(load(codes0.value), splat(scale0)))) {}
+      : PairTable(load(codes0.value), scale0, load(codes1.value), scale1) {}
+  PairTable(Vec values0, float scale0, Vec values1, float scale1)
+      : table((__m512i)_mm512_cvtne2ps_pbh(mul(values1, splat(scale1)), mul(values0, splat(scale0)))) {}
   // By the lowest nibble of each 16-bit lane: the lower half of the lanes with scale0, the upper with
   // scale1.
   VecPairs lookup_halves(VecI bits) const {

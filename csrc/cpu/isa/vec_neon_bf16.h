@@ -74,6 +74,7 @@ struct EvenOddTable {
 struct PairTable {
   static constexpr int kStep = 16;  // columns
   HalfPlanes planes0, planes1;
+  PairTable(const CodeValues& codes, float scale0, float scale1) : PairTable(codes, scale0, codes, scale1) {}
   PairTable(const CodeValues& codes0, float scale0, const CodeValues& codes1, float scale1)
       : planes0(codes0, scale0, PanelBF16{}), planes1(codes1, scale1, PanelBF16{}) {}
   void decode(const uint8_t* packed0, const uint8_t* packed1, PanelBF16* out) const {

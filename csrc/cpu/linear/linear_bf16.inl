@@ -114,7 +114,9 @@ struct OuterBF16 : PairSteps {
   }
 #endif
   static PairTable pair_table(const Nf4View& w, int64_t block0, int64_t block1) {
-    return {block_codes(w, block0), block_absmax(w, block0), block_codes(w, block1), block_absmax(w, block1)};
+    const float scale0 = block_absmax(w, block0), scale1 = block_absmax(w, block1);
+    if (!w.zero_points) return {*w.codes, scale0, scale1};  // one load of the codes
+    return {block_codes(w, block0), scale0, block_codes(w, block1), scale1};
   }
   static void decode_step(const Nf4View& w, int64_t first0, int64_t first1, PanelBF16* out) {
     if (w.block_shift < 5) return decode_short_blocks(w, first0, first1, out);
