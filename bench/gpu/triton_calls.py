@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from peft_kernels.core.formats import FORMATS
 from peft_kernels.triton_kernels.gated import ACTIVATIONS
 from peft_kernels.triton_kernels.linear.linear import table_for
 
@@ -39,6 +40,18 @@ def nf4(n: int, k: int, nested: bool = True, blocksize: int = 64) -> tuple[Any, 
     return packed, empty(blocks, dtype=torch.uint8), empty(-(-blocks // 256)), empty(), blocksize
 
 
+def packed(format: str, n: int, k: int) -> tuple[Any, ...]:
+    """The op arguments of a weight in a format without double quantisation, with its longest blocks up to
+    64."""
+    form = FORMATS[format]
+    blocksize = max(size for size in form.blocksizes if size <= 64)
+    blocks, layout = -(-n * k // blocksize), form.layout(blocksize)
+    codes = empty((n * k + 1) // 2, dtype=torch.uint8)
+    if form.scale == "absmax":
+        return codes, empty(blocks), None, None, layout
+    return codes, empty(blocks, dtype=torch.uint8), empty(256), None, layout
+
+
 def calls(dtypes: Sequence[torch.dtype], adapters_on_every_line: bool) -> Iterator[Call]:
     """Calls with activations of the dtypes; GEMMs, which have separate fp32 configs, also in fp32.
 
@@ -60,7 +73,9 @@ def calls(dtypes: Sequence[torch.dtype], adapters_on_every_line: bool) -> Iterat
         yield from _experts(dtype, nested)
         if first:
             yield from _lists(dtype)
+            yield from _formats(dtype)
     yield from _products(FP32, nested=True)
+    yield from _short_blocks(FP32)
     yield from _optimizers()
 
 
@@ -209,13 +224,17 @@ def _two_bottlenecks(
 
 def _experts(dtype: torch.dtype, nested: bool) -> Iterator[Call]:
     """Rows per expert for each row of the config tables; odd rows, a dense weight, and a single token, which
-    uses split-k. Adapters in fp32."""
+    uses split-k. Adapters in fp32, and none."""
     odd = ODD - WHOLE
     for k, rows in ((WHOLE, 16), (WHOLE, 32), (WHOLE, 65), (odd, 16)):
         yield from _experts_lora(of_experts(nf4(WHOLE, k, nested)), WHOLE, k, EXPERTS * rows, dtype)
     yield from _experts_lora(of_experts(nf4(SMALL, SIZE, nested)), SMALL, SIZE, 8, dtype)
     dense = empty(EXPERTS, WHOLE, WHOLE, dtype=dtype), None, None, None, 0
     yield from _experts_lora(dense, WHOLE, WHOLE, EXPERTS * 65, dtype)
+    ends, x, weight = empty(EXPERTS, dtype=torch.int32), empty(EXPERTS, WHOLE, dtype=dtype), nf4(WHOLE, WHOLE)
+    for bias in (None, empty(EXPERTS, WHOLE)):
+        yield Call("experts_linear", (x, ends, *of_experts(weight), WHOLE, bias))
+    yield Call("experts_linear_dx", (x, ends, *of_experts(weight), WHOLE))
 
 
 def _experts_lora(weight: tuple[Any, ...], n: int, k: int, rows: int, dtype: torch.dtype) -> Iterator[Call]:
@@ -229,6 +248,35 @@ def _experts_lora(weight: tuple[Any, ...], n: int, k: int, rows: int, dtype: tor
 def of_experts(one: tuple[Any, ...], count: int = EXPERTS) -> tuple[Any, ...]:
     """One expert's weight, expanded to all experts."""
     return tuple(part.expand(count, *part.shape) if isinstance(part, Tensor) else part for part in one)
+
+
+def _formats(dtype: torch.dtype) -> Iterator[Call]:
+    """Formats beside NF4. FP4 has the same code with other numbers; MXFP4 has runs of 32, and here odd rows
+    too; NVFP4 has short blocks."""
+    yield Call("nf4_linear", (empty(FEW, SIZE, dtype=dtype), *packed("fp4", SIZE, SIZE), SIZE, None))
+    for m in (FEW, 4 * FEW, MANY):
+        x, dy = empty(m, SIZE, dtype=dtype), empty(m, WHOLE, dtype=dtype)
+        yield Call("nf4_linear", (x, *packed("mxfp4", WHOLE, SIZE), WHOLE, None))
+        yield Call("nf4_linear_dx", (dy, *packed("mxfp4", WHOLE, SIZE), SIZE))
+    odd = empty(FEW, ODD, dtype=dtype)
+    yield Call("nf4_linear", (odd, *packed("mxfp4", WHOLE, ODD), WHOLE, None))
+    yield from _experts_lora(of_experts(packed("mxfp4", WHOLE, WHOLE)), WHOLE, WHOLE, EXPERTS * 65, dtype)
+    yield from _short_blocks(dtype)
+    weight = packed("nvfp4", WHOLE, WHOLE)
+    yield Call("dequantize_nf4", (*weight, [WHOLE, WHOLE], dtype))
+    for rank in (RANK, RANKS):
+        yield Call("dora_norm", (*weight, empty(rank, WHOLE), empty(WHOLE, rank), 0.5))
+    for rows in (16, 32, 65):
+        yield from _experts_lora(of_experts(weight), WHOLE, WHOLE, EXPERTS * rows, dtype)
+
+
+def _short_blocks(dtype: torch.dtype) -> Iterator[Call]:
+    """One GEMM per row of the config tables, and one beyond them."""
+    weight = packed("nvfp4", WHOLE, SIZE)
+    for m in _rows(dtype, backward=False):
+        yield Call("nf4_linear", (empty(m, SIZE, dtype=dtype), *weight, WHOLE, None))
+    for m in _rows(dtype, backward=True):
+        yield Call("nf4_linear_dx", (empty(m, WHOLE, dtype=dtype), *weight, SIZE))
 
 
 def _lists(dtype: torch.dtype) -> Iterator[Call]:

@@ -20,7 +20,9 @@ from .code_tables import BLOCKSIZES, E2M1_CODE, FP4_CODE, INT4_CODE, NF4_CODE
 CODE_VALUES: tuple[tuple[float, ...], ...] = (NF4_CODE, FP4_CODE, E2M1_CODE, INT4_CODE)
 """Values of the 16 codes, by the number that a layout holds."""
 
-_SHIFT = 16
+LAYOUT_SHIFT = 16
+"""A layout is an index of CODE_VALUES, shifted by this, and the blocksize."""
+
 _E4M3 = len(CODE_VALUES)
 
 WHOLE_ROWS = 0
@@ -84,7 +86,7 @@ class Format:
 
     def layout(self, blocksize: int) -> int:
         """The integer that tells kernels the values of the codes, and the blocksize."""
-        return self.codes << _SHIFT | blocksize
+        return self.codes << LAYOUT_SHIFT | blocksize
 
 
 FORMATS: dict[str, Format] = {
@@ -102,18 +104,23 @@ FORMATS: dict[str, Format] = {
 
 
 def blocksize_of(layout: int) -> int:
-    return layout & (1 << _SHIFT) - 1
+    return layout & (1 << LAYOUT_SHIFT) - 1
+
+
+def codes_of(layout: int) -> int:
+    """Index of CODE_VALUES."""
+    return layout >> LAYOUT_SHIFT
 
 
 def has_bytes(layout: int) -> bool:
     """Whether a code is a byte: E4M3."""
-    return layout >> _SHIFT == _E4M3
+    return codes_of(layout) == _E4M3
 
 
 @lru_cache(maxsize=32)
 def code_values(layout: int, device: torch.device) -> Tensor:
     """Values of a layout's codes, fp32 (16,), on `device`."""
-    return torch.tensor(CODE_VALUES[layout >> _SHIFT], dtype=torch.float32, device=device)
+    return torch.tensor(CODE_VALUES[codes_of(layout)], dtype=torch.float32, device=device)
 
 
 @lru_cache(maxsize=16)

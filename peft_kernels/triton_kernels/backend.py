@@ -22,6 +22,7 @@ import torch
 from ..core import registry
 from ..core.backends.base import Cards, tensors, unserved_tensors
 from ..core.op import OPS, Op
+from .core.layouts import READ
 
 MINIMUM = (8, 0)
 """Compute capability that Triton's code for NVIDIA cards needs."""
@@ -54,7 +55,7 @@ class TritonBackend:
     name = "triton"
     namespace = f"{registry.NAMESPACE}_triton"
     device_type = "cuda"
-    formats = ("nf4",)
+    formats = READ
 
     def __init__(self) -> None:
         self._library: torch.library.Library | None = None

@@ -198,8 +198,9 @@ def cross_entropy_backward_kernel(
 
 
 class Head(NamedTuple):
-    """A head of x's dtype, or in NF4: that is dequantised, whatever the number of rows. Kernels that multiply
-    packed weights round the codes, an error that all logits share and that their sums would keep."""
+    """A head of x's dtype, or a packed one: that is dequantised, whatever the number of rows. Kernels that
+    multiply packed weights round the codes of NF4, an error that all logits share and that their sums would
+    keep."""
 
     weight: Tensor | Nf4
     bias: Tensor | None

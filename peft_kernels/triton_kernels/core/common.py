@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ...core.backends.base import DTYPES
-from ...core.code_tables import BLOCKSIZES
 
 
 def check(condition: bool, name: str, expected: object, got: object) -> None:
@@ -63,13 +62,6 @@ def check_lengths(lists: Sequence[Sized], count: int, name: str, like: str) -> N
 
 def check_numel(t: Tensor, expected: int, name: str) -> None:
     check(t.numel() == expected, name, f"{expected} elements", t.numel())
-
-
-def check_blocksize(blocksize: int) -> None:
-    """`blocksize`: also a layout, which for NF4 is the blocksize."""
-    if blocksize > BLOCKSIZES[-1]:
-        raise RuntimeError("format: expected nf4, which back end triton has kernels for, got another one")
-    check(blocksize in BLOCKSIZES, "blocksize", "a power of two from 32 to 4096", blocksize)
 
 
 def matching(t: Tensor, like: Tensor, name: str) -> Tensor:

@@ -7,16 +7,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...core.code_tables import NESTED_BLOCKSIZE, dynamic_map
+from ...core.code_tables import NESTED_BLOCKSIZE
+from ...core.formats import blocksize_of
 from ...core.op import Base
-from ..core.common import check, check_blocksize, check_dtype, check_float, check_shape
+from ..core.common import check, check_dtype, check_float, check_shape
 from ..core.gemm import Partials, SplitK, new_partials, split_k
 from ..core.launch import cdiv, launch, power_of_2, target
 from ..core.lora_delta import DeltaArgs, check_factor
 from ..linear.linear import BACKWARD, FORWARD, Tiles, checked_bias, steps_of, table_for
 from ..linear.linear_kernels import BLOCK_D
 from ..lora.lora_gemms import FEW_ROWS, OVER_ROWS, SHRINK, SHRINK_FEW, rank_block
-from ..nf4.nf4 import Nf4, Pointers
+from ..nf4.nf4 import SCALE_CODES, Nf4, Pointers, many_nf4
 from .experts_kernels import Factor, Strides, experts_kernel, experts_over_rows_kernel, experts_shrink_kernel
 
 # Fewer entries than for one weight: the host does not know how many rows each expert has.
@@ -55,10 +56,9 @@ class Group(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The base weights of all experts. Dense ones have the activations' dtype and blocksize 0."""
+    """The base weights of all experts. Dense ones have the activations' dtype and layout 0."""
 
-    pointers: Pointers
-    blocksize: int
+    of_all: Nf4
     strides: Strides
 
 
@@ -77,29 +77,18 @@ class Adapters(NamedTuple):
 
 def weights_of(base: Base, x: Tensor, group: Group, n: int, k: int) -> Weights:
     """The weights [experts, n, k] for activations x. Raises RuntimeError when their parts do not fit."""
-    packed, absmax, absmax2, offset, blocksize = base
     experts, numel = group.experts, n * k
-    if absmax is None:
-        check_dtype(packed, x.dtype, "weight")
-        check_shape(packed, (experts, n, k), "weight")
-        return Weights(Pointers(packed.contiguous()), 0, Strides(numel))
-    check_blocksize(blocksize)
-    check_dtype(packed, torch.uint8, "packed")
-    size, blocks = (numel + 1) // 2, cdiv(numel, blocksize)
-    check(packed.numel() == experts * size, "packed", f"{experts * size} bytes", packed.numel())
-    nested, groups, table = absmax2 is not None, 0, None
-    check_dtype(absmax, torch.uint8 if nested else torch.float32, "absmax")
-    check_shape(absmax, (experts, blocks), "absmax")
-    check((offset is not None) == nested, "absmax2, offset", "both or neither", "only one of them")
-    if absmax2 is not None and offset is not None:
-        groups, table = cdiv(blocks, NESTED_BLOCKSIZE), dynamic_map(packed.device)
-        check_dtype(absmax2, torch.float32, "absmax2")
-        check_dtype(offset, torch.float32, "offset")
-        check_shape(absmax2, (experts, groups), "absmax2")
-        check_shape(offset, (experts,), "offset")
-        absmax2, offset = absmax2.contiguous(), offset.contiguous()
-    pointers = Pointers(packed.contiguous(), absmax.contiguous(), absmax2, offset, table)
-    return Weights(pointers, blocksize, Strides(size, blocks, groups))
+    if base.absmax is None:
+        check_dtype(base.weight, x.dtype, "weight")
+        check_shape(base.weight, (experts, n, k), "weight")
+        return Weights(Nf4(Pointers(base.weight.contiguous()), 0), Strides(numel))
+    pointers = many_nf4(base, numel, experts)
+    blocks, groups = cdiv(numel, blocksize_of(base.layout)), 0
+    if base.offset is not None:
+        groups = cdiv(blocks, NESTED_BLOCKSIZE)
+    elif base.absmax2 is not None and base.absmax2.numel() > SCALE_CODES:
+        groups = SCALE_CODES
+    return Weights(Nf4(pointers, base.layout), Strides((numel + 1) // 2, blocks, groups))
 
 
 def grouped_gemm(
@@ -113,23 +102,21 @@ def grouped_gemm(
 ) -> Tensor:
     """x [rows, depth] times the weight [depth, features] of each row's expert if `backward`, else times its
     transposed weight [features, depth], plus its bias and adapter. Contiguous."""
-    depth = x.shape[1]
+    depth, weight = x.shape[1], weights.of_all
     out = x.new_empty(group.rows, features)
     if out.numel() == 0:
         return out
     tiles = tiles_of(x.dtype, backward, group.average_rows)
     block_m, block_f = tiles.config["BLOCK_M"], tiles.config["BLOCK_F"]
     run, unit = 0, BLOCK_D.value
-    if weights.blocksize:
-        nf4 = Nf4(weights.pointers, weights.blocksize)
-        run, unit = steps_of(nf4, features, depth, backward, x.dtype, tiles)
+    if weight.pointers.absmax is not None:
+        run, unit = steps_of(weight, features, depth, backward, x.dtype, tiles)
     split, parts = _split_k(group.slots(block_m) * cdiv(features, block_f), depth, unit, block_m * block_f, x)
     strides = weights.strides._replace(bias=features, v=0 if adapters is None else adapters.v.stride(0))
     delta = None if adapters is None else adapters.args
-    shift = max(weights.blocksize, 1).bit_length() - 1
     grid = group.slots(block_m) * cdiv(features, block_f), split.splits
-    tensors = x, group.ends, weights.pointers, bias, delta, strides, out, parts
-    constants = {"BLOCK_SHIFT": shift, "BACKWARD": backward, "RUN": run, "UNIT": unit}
+    tensors = x, group.ends, weight.pointers, bias, delta, strides, out, parts
+    constants = {"LAYOUT": weight.layout, "BACKWARD": backward, "RUN": run, "UNIT": unit}
     args = *tensors, *group.sizes, features, depth, split.units
     launch(experts_kernel, grid, *args, config=tiles.config, EXPERTS=group.constexpr_experts, **constants)
     return out

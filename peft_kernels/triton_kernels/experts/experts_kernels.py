@@ -25,7 +25,7 @@ class Strides(NamedTuple):
 
     packed: int = 0
     absmax: int = 0
-    absmax2: int = 0
+    absmax2: int = 0  # 0 also where all experts share the values of scale codes
     bias: int = 0
     v: int = 0
 
@@ -79,7 +79,7 @@ def experts_kernel(
     features,
     depth,
     split,
-    BLOCK_SHIFT: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BACKWARD: tl.constexpr,
     RUN: tl.constexpr,
     UNIT: tl.constexpr,
@@ -113,18 +113,20 @@ def experts_kernel(
         absmax += expert * strides.absmax
     if absmax2 is not None:
         absmax2 += expert * strides.absmax2
+    if offset is not None:
         offset += expert
     own = Pointers(weight.packed + expert * strides.packed, absmax, absmax2, offset, weight.dynamic_map)
     if bias_ptr is not None:
         bias_ptr += expert * strides.bias
-    own_delta = delta
-    if delta is not None:
+    if delta is None:  # a variable cannot be None
+        tensors = (x_ptr, own, bias_ptr, None, out_ptr, parts)
+    else:
         u, v, u_stride, v_stride, v_rank_stride, rank, scale = delta
         own_delta = DeltaArgs(u, v + expert * strides.v, u_stride, v_stride, v_rank_stride, rank, scale)
-    tensors = (x_ptr, own, bias_ptr, own_delta, out_ptr, parts)
+        tensors = (x_ptr, own, bias_ptr, own_delta, out_ptr, parts)
     sizes = (token, stop, first, features, depth, split)
     mask = (None, 0, 0)
-    weight_tile(tensors, sizes, mask, BLOCK_SHIFT, BACKWARD, RUN, UNIT, BLOCK_M, BLOCK_F)
+    weight_tile(tensors, sizes, mask, LAYOUT, BACKWARD, RUN, UNIT, BLOCK_M, BLOCK_F)
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -1,4 +1,4 @@
-"""Linear layers with a frozen NF4 weight: y = x W^T + bias and dx = dY W."""
+"""Linear layers with a frozen packed weight: y = x W^T + bias and dx = dY W."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..core.dropout import mask_args
 from ..core.gemm import new_partials, split_k
 from ..core.launch import Config, cdiv, config, launch, target
 from ..core.lora_delta import Delta, delta_args
-from ..nf4.nf4 import Nf4, nf4
+from ..nf4.nf4 import RUNS, SHORT_RUN, Nf4, nf4
 from .linear_kernels import BLOCK_D, linear_kernel
 from .linear_pieces import backward_by_pieces, forward_by_pieces
 
-RUN = 64  # weights per step
+RUN = RUNS[0]  # weights per step
 
 
 class Tiles(NamedTuple):
@@ -86,7 +86,7 @@ def fused_gemm(
     sizes = m, features, depth, split.units
     args = *tensors, *sizes, *mask_args(None if delta is None else delta.selection.mask)
     grid = programs, split.splits
-    constants = {"BLOCK_SHIFT": weight.shift, "BACKWARD": backward, "RUN": run, "UNIT": unit}
+    constants = {"LAYOUT": weight.layout, "BACKWARD": backward, "RUN": run, "UNIT": unit}
     launch(linear_kernel, grid, *args, config=tiles.config, **constants)
     return out
 
@@ -98,7 +98,7 @@ def steps_of(
     run = run_length(weight, features if backward else depth, dtype)
     if run is None:
         return 0, BLOCK_D.value
-    if backward:
+    if backward or run == SHORT_RUN:
         return run, RUN // 2 if dtype == torch.float32 else RUN
     return run, math.gcd(depth // run, tiles.groups) * run
 
@@ -106,7 +106,7 @@ def steps_of(
 def run_length(weight: Nf4, k: int, dtype: torch.dtype) -> int | None:
     """Length of the runs that rows of the weight are made of: they share an absmax and fill whole bytes. None
     if rows are not made of such runs."""
-    for run in (RUN, RUN // 2):
+    for run in weight.runs:
         if k % run == 0 and weight.blocksize % run == 0 and (run < RUN or dtype != torch.float32):
             return run
     return None

@@ -1,10 +1,10 @@
-"""GEMMs with an NF4 weight on tensor cores, y = x W^T and dx = dY W, each with the delta of an adapter.
+"""GEMMs with a packed weight on tensor cores, y = x W^T and dx = dY W, each with the delta of an adapter.
 
-`linear_tile` and `linear_dx_tile` take weights whose rows are made of runs: elements that share an absmax and
-fill whole bytes. `unaligned_tile` reads elements one by one, for all other weights and for dense ones. Their
-`tensors` are (x, weight, bias, delta, out, parts), their `sizes` (token, m, first_feature, features, depth,
-split). Features are the rows of a tile and tokens its columns: a tensor core takes at least 16 rows, but only
-8 columns.
+`linear_tile`, `linear_short_tile` and `linear_dx_tile` take weights whose rows are made of runs: elements
+that share an absmax and fill whole bytes. `unaligned_tile` reads elements one by one, for all other weights
+and for dense ones. Their `tensors` are (x, weight, bias, delta, out, parts), their `sizes` (token, m,
+first_feature, features, depth, split). Features are the rows of a tile and tokens its columns: a tensor core
+takes at least 16 rows, but only 8 columns.
 """
 
 from __future__ import annotations
@@ -16,22 +16,33 @@ from ..core.dropout import keep_mask
 from ..core.gemm import add_dot, dot, reduce_splits, store_tile, uses_wgmma
 from ..core.launch import VARYING
 from ..core.lora_delta import delta_tile
-from ..nf4.nf4_decode import absmax_of, decode, decode_scale, load_absmax, load_elements, load_packed_absmax
+from ..nf4.nf4 import SHORT_RUN
+from ..nf4.nf4_decode import (
+    absmax_of,
+    block_shift,
+    decode,
+    decode_scale,
+    load_absmax,
+    load_elements,
+    load_packed_absmax,
+)
 
 RANKS = tl.constexpr(16)  # ranks of an adapter per step
+SHORT = tl.constexpr(SHORT_RUN)  # too short for a product of its own
 BLOCK_D = tl.constexpr(32)  # of an unaligned weight: registers hold no more single elements
 
 
 @triton.jit
-def load_run_absmax(weight, element, BLOCK_SHIFT: tl.constexpr):
+def load_run_absmax(weight, element, LAYOUT: tl.constexpr):
     """The absmax of the blocks of `element`, int64 of any shape."""
-    return load_absmax(weight, element >> BLOCK_SHIFT, tl.full(element.shape, True, tl.int1))
+    return load_absmax(weight, element >> block_shift(LAYOUT), tl.full(element.shape, True, tl.int1))
 
 
 @triton.jit
-def load_run_packed_absmax(weight, element, there, BLOCK_SHIFT: tl.constexpr):
+def load_run_packed_absmax(weight, element, there, LAYOUT: tl.constexpr):
     """The stored form of it, for `absmax_of`. `there`: whether the weight has elements."""
-    return load_packed_absmax(weight, element >> BLOCK_SHIFT, tl.full(element.shape, True, tl.int1) & there)
+    there = tl.full(element.shape, True, tl.int1) & there
+    return load_packed_absmax(weight, element >> block_shift(LAYOUT), there)
 
 
 @triton.jit
@@ -60,7 +71,7 @@ def linear_tile(
     tensors,
     sizes,
     mask,
-    BLOCK_SHIFT: tl.constexpr,
+    LAYOUT: tl.constexpr,
     RUN: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -69,8 +80,8 @@ def linear_tile(
     """out[m, features] = x[m, depth] W[features, depth]^T + bias + delta, for the consecutive rows `token`
     below m. A program sums over `split` times GROUPS RUN; depth is a multiple of GROUPS RUN.
 
-    RUN divides the blocksize, 2^BLOCK_SHIFT. Decoded codes are multiplied unscaled; the sum of each run is
-    multiplied by its absmax. `mask` as in `keep_mask`.
+    RUN divides the blocksize. Decoded codes are multiplied unscaled; the sum of each run is multiplied by its
+    absmax. `mask` as in `keep_mask`.
     """
     x_ptr, weight, _bias, _delta, _out, _parts = tensors
     token, m, first_feature, features, depth, split = sizes
@@ -94,22 +105,65 @@ def linear_tile(
     w_tile = weight.packed + (w_rows >> 1)[:, None] + (first // 2 + tl.arange(0, RUN // 2))[None, :]
     acc = tl.zeros((BLOCK_F, BLOCK_M), tl.float32)
     # Loaded a run ahead: the stored absmax is an index into a table, so there are two loads to wait for.
-    stored = load_run_packed_absmax(weight, w_rows + first, depth > 0, BLOCK_SHIFT)
+    stored = load_run_packed_absmax(weight, w_rows + first, depth > 0, LAYOUT)
     for start in range(first, tl.minimum(first + split * STEP, depth), STEP):
         for group in tl.static_range(GROUPS):
             scales = absmax_of(weight, stored[0], stored[1])
             ahead = tl.minimum(start + (group + 1) * RUN, depth - RUN)
-            stored = load_run_packed_absmax(weight, w_rows + ahead, True, BLOCK_SHIFT)
+            stored = load_run_packed_absmax(weight, w_rows + ahead, True, LAYOUT)
             packed = tl.load(w_tile + group * (RUN // 2))
             if PERMUTED:
                 packed = tl.permute(tl.reshape(packed, (BLOCK_F, 4, QUARTER)), (0, 2, 1))
                 packed = tl.reshape(packed, (BLOCK_F, RUN // 2))
             tokens = tl.trans(tl.load(x_tile + group * RUN))
-            part = dot(decode(packed, dtype), tokens, dtype)
+            part = dot(decode(packed, dtype, LAYOUT), tokens, dtype)
             acc += part * scales[:, None]
         x_tile += STEP
         w_tile += STEP // 2
-    acc *= 1.0 / decode_scale(dtype)
+    acc *= 1.0 / decode_scale(dtype, LAYOUT)
+    finish_tile(acc, tensors, sizes, mask, dtype, BLOCK_F, True)
+
+
+@triton.jit
+def linear_short_tile(
+    tensors,
+    sizes,
+    mask,
+    LAYOUT: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """`linear_tile` for short runs: weights are scaled before they are multiplied, as in `linear_dx_tile`, so
+    that a product sums over several runs.
+
+    A program sums over `split` times BLOCK_D. depth is a multiple of RUN, which divides the blocksize.
+    """
+    x_ptr, weight, _bias, _delta, _out, _parts = tensors
+    token, m, first_feature, features, depth, split = sizes
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    # Indices outside are clamped, and their results not stored.
+    x_rows = tl.minimum(token, m - 1).to(tl.int64) * depth
+    feature = first_feature + tl.arange(0, BLOCK_F)
+    w_rows = tl.minimum(feature, features - 1).to(tl.int64) * depth
+    first = tl.program_id(1) * split * BLOCK_D
+    RUNS: tl.constexpr = BLOCK_D // RUN
+    acc = tl.zeros((BLOCK_F, BLOCK_M), tl.float32)
+    for start in range(first, tl.minimum(first + split * BLOCK_D, depth), BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        tokens = tl.load(x_ptr + x_rows[:, None] + column[None, :], mask=(column < depth)[None, :], other=0.0)
+        half = tl.minimum(start // 2 + tl.arange(0, BLOCK_D // 2), depth // 2 - 1)
+        packed = tl.load(weight.packed + (w_rows >> 1)[:, None] + half[None, :])
+        run = tl.minimum(start + RUN * tl.arange(0, RUNS), depth - 1)
+        scales = load_run_absmax(weight, w_rows[:, None] + run[None, :], LAYOUT)
+        scales *= 1.0 / decode_scale(dtype, LAYOUT)
+        values = tl.reshape(decode(packed, dtype, LAYOUT).to(tl.float32), (BLOCK_F, RUNS, RUN))
+        weights = tl.reshape(values * scales[:, :, None], (BLOCK_F, BLOCK_D)).to(dtype)
+        if dtype == tl.float32:
+            acc = add_dot(acc, dot(weights, tl.trans(tokens), dtype))
+        else:
+            acc = dot(weights, tl.trans(tokens), dtype, acc)
     finish_tile(acc, tensors, sizes, mask, dtype, BLOCK_F, True)
 
 
@@ -118,7 +172,7 @@ def linear_dx_tile(
     tensors,
     sizes,
     mask,
-    BLOCK_SHIFT: tl.constexpr,
+    LAYOUT: tl.constexpr,
     RUN: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -127,7 +181,7 @@ def linear_dx_tile(
     """out[m, features] = dy[m, depth] W[depth, features] + bias + mask(delta), for the consecutive rows
     `token` below m. A program sums over `split` times BLOCK_D.
 
-    features is a multiple of RUN, which divides the blocksize, 2^BLOCK_SHIFT.
+    features is a multiple of RUN, which divides the blocksize.
     """
     dy_ptr, weight, _bias, _delta, _out, _parts = tensors
     token, m, first_feature, features, depth, split = sizes
@@ -144,9 +198,9 @@ def linear_dx_tile(
         gradients = tl.load(dy_ptr + dy_rows[:, None] + row[None, :], mask=(row < depth)[None, :], other=0.0)
         w_rows = tl.minimum(row, depth - 1).to(tl.int64) * features
         byte = (w_rows >> 1)[:, None] + tl.minimum(half, features // 2 - 1)[None, :]
-        values = decode(tl.load(weight.packed + byte), dtype).to(tl.float32)
+        values = decode(tl.load(weight.packed + byte), dtype, LAYOUT).to(tl.float32)
         element = w_rows[:, None] + tl.minimum(run, features - 1)[None, :]
-        scales = load_run_absmax(weight, element, BLOCK_SHIFT) * (1.0 / decode_scale(dtype))
+        scales = load_run_absmax(weight, element, LAYOUT) * (1.0 / decode_scale(dtype, LAYOUT))
         weights = tl.reshape(values, (BLOCK_D, RUNS, RUN)) * scales[:, :, None]
         weights = tl.reshape(weights, (BLOCK_D, BLOCK_F)).to(dtype)
         if dtype == tl.float32:
@@ -157,12 +211,12 @@ def linear_dx_tile(
 
 
 @triton.jit
-def load_any(weight, element, mask, BLOCK_SHIFT: tl.constexpr):
+def load_any(weight, element, mask, LAYOUT: tl.constexpr):
     """`load_elements`, for dense weights too."""
     if weight.absmax is None:
         return tl.load(weight.packed + element, mask=mask, other=0.0)
     else:
-        return load_elements(weight, element, mask, BLOCK_SHIFT)
+        return load_elements(weight, element, mask, LAYOUT)
 
 
 @triton.jit
@@ -170,7 +224,7 @@ def unaligned_tile(
     tensors,
     sizes,
     mask,
-    BLOCK_SHIFT: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BACKWARD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -194,11 +248,11 @@ def unaligned_tile(
         if BACKWARD:
             element = at.to(tl.int64)[:, None] * features + feature[None, :]
             inside = tl.broadcast_to((at < depth)[:, None], (BLOCK_D, BLOCK_F))
-            weights = tl.trans(load_any(weight, element, inside, BLOCK_SHIFT).to(dtype))
+            weights = tl.trans(load_any(weight, element, inside, LAYOUT).to(dtype))
         else:
             element = feature[:, None] * depth + at[None, :]
             inside = tl.broadcast_to((at < depth)[None, :], (BLOCK_F, BLOCK_D))
-            weights = load_any(weight, element, inside, BLOCK_SHIFT).to(dtype)
+            weights = load_any(weight, element, inside, LAYOUT).to(dtype)
         if dtype == tl.float32:
             acc = add_dot(acc, dot(weights, tl.trans(tokens), dtype))
         else:
@@ -211,7 +265,7 @@ def weight_tile(
     tensors,
     sizes,
     mask,
-    BLOCK_SHIFT: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BACKWARD: tl.constexpr,
     RUN: tl.constexpr,
     UNIT: tl.constexpr,
@@ -222,11 +276,13 @@ def weight_tile(
     by the function for its layout. RUN 0: elements are read one by one, as those of a dense weight. A program
     sums over `split` times UNIT."""
     if RUN == 0:
-        unaligned_tile(tensors, sizes, mask, BLOCK_SHIFT, BACKWARD, BLOCK_M, BLOCK_F)
+        unaligned_tile(tensors, sizes, mask, LAYOUT, BACKWARD, BLOCK_M, BLOCK_F)
     elif BACKWARD:
-        linear_dx_tile(tensors, sizes, mask, BLOCK_SHIFT, RUN, UNIT, BLOCK_M, BLOCK_F)
+        linear_dx_tile(tensors, sizes, mask, LAYOUT, RUN, UNIT, BLOCK_M, BLOCK_F)
+    elif RUN == SHORT:
+        linear_short_tile(tensors, sizes, mask, LAYOUT, RUN, UNIT, BLOCK_M, BLOCK_F)
     else:
-        linear_tile(tensors, sizes, mask, BLOCK_SHIFT, RUN, UNIT // RUN, BLOCK_M, BLOCK_F)
+        linear_tile(tensors, sizes, mask, LAYOUT, RUN, UNIT // RUN, BLOCK_M, BLOCK_F)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -244,7 +300,7 @@ def linear_kernel(
     seed_ptr,
     stream,
     threshold: tl.uint32,
-    BLOCK_SHIFT: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BACKWARD: tl.constexpr,
     RUN: tl.constexpr,
     UNIT: tl.constexpr,
@@ -259,4 +315,4 @@ def linear_kernel(
     mask = (seed_ptr, stream, threshold)
     tensors = (x_ptr, weight, bias_ptr, delta, out_ptr, parts)
     sizes = (token, m, first, features, depth, split)
-    weight_tile(tensors, sizes, mask, BLOCK_SHIFT, BACKWARD, RUN, UNIT, BLOCK_M, BLOCK_F)
+    weight_tile(tensors, sizes, mask, LAYOUT, BACKWARD, RUN, UNIT, BLOCK_M, BLOCK_F)

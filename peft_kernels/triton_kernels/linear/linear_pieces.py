@@ -1,4 +1,4 @@
-"""GEMMs of many rows with an NF4 weight, which is dequantised piece by piece for torch's GEMM."""
+"""GEMMs of many rows with a packed weight, which is dequantised piece by piece for torch's GEMM."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.launch import VARYING, cdiv, config, launch
 from ..nf4.nf4 import Nf4
-from ..nf4.nf4_decode import decode, load_absmax, load_elements
+from ..nf4.nf4_decode import block_shift, decode, load_absmax, load_elements
 
 MOST_BYTES = 128 << 20  # of a piece of a weight
 UNIT = 256  # rows or columns of the weight: whole tiles of torch's GEMM
@@ -28,13 +28,13 @@ def piece_kernel(
     cols,
     k,
     out_stride,
-    BLOCK_SHIFT: tl.constexpr,
+    LAYOUT: tl.constexpr,
     RUN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
     """Dequantise part of a weight [.., k] to out. k and first_col are multiples of RUN, which divides the
-    blocksize, 2^BLOCK_SHIFT; with RUN 0 elements are read one by one."""
+    blocksize; with RUN 0 elements are read one by one."""
     col_tiles = tl.cdiv(cols, BLOCK_COLS)
     row = tl.program_id(0) // col_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     first = tl.program_id(0) % col_tiles * BLOCK_COLS
@@ -42,7 +42,7 @@ def piece_kernel(
     inside = (row < rows)[:, None] & (col < cols)[None, :]
     start = (first_row + row).to(tl.int64) * k + first_col
     if RUN == 0:
-        weights = load_elements(weight, start[:, None] + col[None, :], inside, BLOCK_SHIFT)
+        weights = load_elements(weight, start[:, None] + col[None, :], inside, LAYOUT)
     else:
         RUNS: tl.constexpr = BLOCK_COLS // RUN
         half = first // 2 + tl.arange(0, BLOCK_COLS // 2)
@@ -50,8 +50,8 @@ def piece_kernel(
         packed = tl.load(weight.packed + (start >> 1)[:, None] + half[None, :], mask=there, other=0)
         run = first + RUN * tl.arange(0, RUNS)
         there = (row < rows)[:, None] & (run < cols)[None, :]
-        scales = load_absmax(weight, (start[:, None] + run[None, :]) >> BLOCK_SHIFT, there)
-        weights = tl.reshape(decode(packed, tl.float32), (BLOCK_ROWS, RUNS, RUN)) * scales[:, :, None]
+        scales = load_absmax(weight, (start[:, None] + run[None, :]) >> block_shift(LAYOUT), there)
+        weights = tl.reshape(decode(packed, tl.float32, LAYOUT), (BLOCK_ROWS, RUNS, RUN)) * scales[:, :, None]
         weights = tl.reshape(weights, (BLOCK_ROWS, BLOCK_COLS))
     at = out_ptr + row.to(tl.int64)[:, None] * out_stride + col[None, :]
     tl.store(at, weights.to(out_ptr.dtype.element_ty), mask=inside)
@@ -60,8 +60,8 @@ def piece_kernel(
 def dequantize_part(weight: Nf4, k: int, rows: range, cols: range, out: Tensor) -> None:
     """Dequantises rows and columns of a weight [.., k] to out [rows, cols], of any row stride."""
     tiles = cdiv(len(rows), PIECE["BLOCK_ROWS"]) * cdiv(len(cols), PIECE["BLOCK_COLS"])
-    whole = (run for run in (64, 32) if k % run == cols.start % run == weight.blocksize % run == 0)
-    constants = {"BLOCK_SHIFT": weight.shift, "RUN": next(whole, 0)}
+    whole = (run for run in weight.runs if k % run == cols.start % run == weight.blocksize % run == 0)
+    constants = {"LAYOUT": weight.layout, "RUN": next(whole, 0)}
     args = rows.start, len(rows), cols.start, len(cols), k, out.stride(0)
     launch(piece_kernel, (tiles,), weight.pointers, out, *args, config=PIECE, **constants)
 

@@ -18,7 +18,7 @@ from ..core.launch import VARYING, cdiv, config, launch, power_of_2, targets_amd
 from ..linear.linear import run_length
 from ..linear.linear_kernels import load_any
 from ..nf4.nf4 import Nf4, Pointers, nf4
-from ..nf4.nf4_decode import SPLIT_SCALE, absmax_of, decode_split, load_packed_absmax
+from ..nf4.nf4_decode import SPLIT_SCALE, absmax_of, block_shift, decode_split, load_packed_absmax
 
 HALVES = config(8, 2, BLOCK_K=4096)
 RUNS = config(4, 3, BLOCK_N=64)
@@ -80,13 +80,13 @@ def norm_of_runs_kernel(
     r,
     scaling,
     split,
-    BLOCK_SHIFT: tl.constexpr,
+    LAYOUT: tl.constexpr,
     RUN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """`squares` of an NF4 weight whose rows are made of runs (linear_kernels.py). A program sums over `split`
-    runs.
+    """`squares` of a packed weight whose rows are made of runs (linear_kernels.py). A program sums over
+    `split` runs.
 
     Codes and A are sums of two float16 values; of their four products the smallest is dropped. Codes are
     multiplied unscaled, and the sum of each run by its absmax, so that the tensor cores' rounding
@@ -107,11 +107,12 @@ def norm_of_runs_kernel(
     each = tl.full((BLOCK_N,), True, tl.int1)
     product = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     square = tl.zeros((BLOCK_N,), tl.float32)
-    stored = load_packed_absmax(weight, (w_rows + first) >> BLOCK_SHIFT, each)  # loaded a run ahead
+    stored = load_packed_absmax(weight, (w_rows + first) >> block_shift(LAYOUT), each)  # loaded a run ahead
     for start in range(first, tl.minimum(first + split * RUN, k), RUN):
         scales = absmax_of(weight, stored[0], stored[1])
-        stored = load_packed_absmax(weight, (w_rows + tl.minimum(start + RUN, k - RUN)) >> BLOCK_SHIFT, each)
-        high, low = decode_split(tl.load(w_tile))
+        ahead = w_rows + tl.minimum(start + RUN, k - RUN)
+        stored = load_packed_absmax(weight, ahead >> block_shift(LAYOUT), each)
+        high, low = decode_split(tl.load(w_tile), LAYOUT)
         a_high = tl.trans(tl.load(a_tile, mask=a_mask, other=0.0))
         a_low = tl.trans(tl.load(a_tile + rest, mask=a_mask, other=0.0))
         both = high.to(tl.float32) + low.to(tl.float32)
@@ -140,7 +141,7 @@ def norm_kernel(
     r,
     scaling,
     split,
-    BLOCK_SHIFT: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -157,7 +158,7 @@ def norm_kernel(
         col = first + tl.arange(0, BLOCK_K)
         element = row.to(tl.int64)[:, None] * k + col[None, :]
         inside = (row < n)[:, None] & (col < k)[None, :]
-        w = load_any(weight, element, inside, BLOCK_SHIFT)
+        w = load_any(weight, element, inside, LAYOUT)
         wide = w.to(tl.float32)
         squares += wide * wide
         at = rank.to(tl.int64)[None, :] * k + col[:, None]
@@ -213,7 +214,7 @@ def _squares(weight: Nf4, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     split = split_k(programs, k, unit, a.device)
     squares = a.new_empty((split.splits * parts, n))
     grid, rest = (programs, split.splits), (b, squares, n, k, r, scaling, split.units)
-    constants = {"BLOCK_SHIFT": weight.shift, "BLOCK_R": block_r}
+    constants = {"LAYOUT": weight.layout, "BLOCK_R": block_r}
     if run is None:
         launch(norm_kernel, grid, weight.pointers, a, *rest, config=tiles, **constants)
     else:

@@ -1,6 +1,6 @@
 """Linear layers with LoRA adapters: layers that share x, each with any number of adapters.
 
-A layer has a frozen weight, dense or NF4: y = x W^T + bias, dx = dY W, plus the adapters' deltas.
+A layer has a frozen weight, dense or packed: y = x W^T + bias, dx = dY W, plus the adapters' deltas.
 """
 
 from __future__ import annotations

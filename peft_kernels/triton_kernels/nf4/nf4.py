@@ -1,4 +1,4 @@
-"""Quantises and dequantises NF4 weights and their absmax, bit-equal to the reference."""
+"""Packed weights: their checks, dequantisation, and NF4's quantisation, bit-equal to the reference."""
 
 from __future__ import annotations
 
@@ -9,11 +9,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.code_tables import NESTED_BLOCKSIZE, NF4_THRESHOLDS, dynamic_map, dynamic_thresholds
+from ...core.code_tables import (
+    BLOCKSIZES,
+    NESTED_BLOCKSIZE,
+    NF4_THRESHOLDS,
+    dynamic_map,
+    dynamic_thresholds,
+)
+from ...core.formats import blocksize_of
 from ...core.op import Base
-from ..core.common import check, check_blocksize, check_dtype, check_float, check_numel
+from ..core.common import check, check_dtype, check_float, check_numel
 from ..core.launch import cdiv, config, launch
-from .nf4_decode import decode, load_absmax
+from ..core.layouts import check_layout
+from .nf4_decode import block_shift, decode, load_absmax
 
 ELEMENTS = 4096  # per program: one block of the largest size
 QUANTIZE = config(8, 3)
@@ -21,6 +29,10 @@ DEQUANTIZE = config(4, 3)
 ABSMAX = config(4, 3)
 
 THRESHOLDS = tl.constexpr(NF4_THRESHOLDS)
+SCALE_CODES = 256
+RUNS = 64, 32
+SHORT_RUN = 16  # only where blocks are as short
+
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 ZERO_CODE = tl.constexpr(7)
 GROUP = tl.constexpr(NESTED_BLOCKSIZE)
@@ -30,50 +42,64 @@ class Pointers(NamedTuple):
     """The tensors of a weight, for kernels. A dense weight is `packed` alone."""
 
     packed: Tensor | None  # uint8 [ceil(numel / 2)]
-    absmax: Tensor | None = None  # fp32, or uint8 codes of it when double-quantised [blocks]
-    absmax2: Tensor | None = None  # fp32 [ceil(blocks / 256)]
+    absmax: Tensor | None = None  # scales [blocks]: fp32, or uint8 codes of them
+    # With an offset double quantisation, fp32 [ceil(blocks / 256)]; else fp32 [256]: values of those codes.
+    absmax2: Tensor | None = None
     offset: Tensor | None = None  # fp32, one element
-    dynamic_map: Tensor | None = None  # fp32 [256]: values of those codes
+    dynamic_map: Tensor | None = None  # fp32 [256]: values of double-quantised codes
 
 
 class Nf4(NamedTuple):
-    """An NF4 weight, checked and contiguous."""
+    """A packed weight, checked and contiguous."""
 
     pointers: Pointers
-    blocksize: int
+    layout: int
 
     @property
-    def shift(self) -> int:
-        """The blocksize is 2^shift."""
-        return self.blocksize.bit_length() - 1
+    def blocksize(self) -> int:
+        return blocksize_of(self.layout)
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """Lengths of the runs that kernels read (linear_kernels.py), the longest first."""
+        return RUNS if self.blocksize > SHORT_RUN else (SHORT_RUN,)
 
 
 def nf4(base: Base, numel: int) -> Nf4:
-    """An NF4 weight of `numel` elements. Raises RuntimeError when its parts do not fit."""
-    packed, absmax, absmax2, offset, blocksize = base
+    """A packed weight of `numel` elements. Raises RuntimeError when its parts do not fit."""
+    return Nf4(many_nf4(base, numel, 1), base.layout)
+
+
+def many_nf4(base: Base, numel: int, count: int) -> Pointers:
+    """`count` packed weights of `numel` elements each. Raises RuntimeError when their parts do not fit."""
+    packed, absmax, absmax2, offset, layout = base
     assert absmax is not None
-    check_blocksize(blocksize)
+    check_layout(layout)
     check_dtype(packed, torch.uint8, "packed")
-    check(packed.numel() == (numel + 1) // 2, "packed", f"{(numel + 1) // 2} bytes", packed.numel())
-    blocks = cdiv(numel, blocksize)
-    if absmax2 is None or offset is None:
-        check(absmax2 is offset, "absmax2, offset", "both or neither", "only one of them")
-        check_dtype(absmax, torch.float32, "absmax")
-        table = None
-    else:
-        check_dtype(absmax, torch.uint8, "absmax")
-        check_nested(absmax2, offset, blocks)
-        absmax2, table = absmax2.contiguous(), dynamic_map(packed.device)
-    check_numel(absmax, blocks, "absmax")
-    return Nf4(Pointers(packed.contiguous(), absmax.contiguous(), absmax2, offset, table), blocksize)
+    size, blocks = count * ((numel + 1) // 2), cdiv(numel, blocksize_of(layout))
+    check(packed.numel() == size, "packed", f"{size} bytes", packed.numel())
+    check_dtype(absmax, torch.float32 if absmax2 is None else torch.uint8, "absmax")
+    check_numel(absmax, count * blocks, "absmax")
+    check(absmax2 is not None or offset is None, "absmax2, offset", "both or neither", "only offset")
+    values = None
+    if absmax2 is not None and offset is not None:
+        check_nested(absmax2, offset, blocks, count)
+        absmax2, offset, values = absmax2.contiguous(), offset.contiguous(), dynamic_map(packed.device)
+    elif absmax2 is not None:
+        check_dtype(absmax2, torch.float32, "absmax2")
+        expected = f"{SCALE_CODES} values of scale codes without an offset"
+        check(absmax2.numel() in (SCALE_CODES, count * SCALE_CODES), "absmax2", expected, absmax2.numel())
+        absmax2 = absmax2.contiguous()
+    return Pointers(packed.contiguous(), absmax.contiguous(), absmax2, offset, values)
 
 
-def check_nested(absmax2: Tensor, offset: Tensor, blocks: int) -> None:
-    """Raises unless the second level of double quantisation fits `blocks` absmax values."""
+def check_nested(absmax2: Tensor, offset: Tensor, blocks: int, count: int = 1) -> None:
+    """Raises unless the second level of double quantisation fits `blocks` absmax values of each of `count`
+    weights."""
     check_dtype(absmax2, torch.float32, "absmax2")
     check_dtype(offset, torch.float32, "offset")
-    check_numel(absmax2, cdiv(blocks, NESTED_BLOCKSIZE), "absmax2")
-    check_numel(offset, 1, "offset")
+    check_numel(absmax2, count * cdiv(blocks, NESTED_BLOCKSIZE), "absmax2")
+    check_numel(offset, count, "offset")
 
 
 @triton.jit
@@ -110,11 +136,12 @@ def quantize_kernel(
 
 
 @triton.jit
-def dequantize_kernel(weight, out_ptr, numel, nbytes, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr):
+def dequantize_kernel(weight, out_ptr, numel, nbytes, LAYOUT: tl.constexpr, BLOCKS: tl.constexpr):
+    BLOCKSIZE: tl.constexpr = 1 << block_shift(LAYOUT)
     HALF: tl.constexpr = BLOCKSIZE // 2
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     byte = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    decoded = decode(tl.load(weight.packed + byte, mask=byte < nbytes, other=0), tl.float32)
+    decoded = decode(tl.load(weight.packed + byte, mask=byte < nbytes, other=0), tl.float32, LAYOUT)
     scale = load_absmax(weight, block, block * BLOCKSIZE < numel)[:, None]
     values = (decoded * scale).to(out_ptr.dtype.element_ty)
     element = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
@@ -148,7 +175,8 @@ def unpack_absmax_kernel(weight, out_ptr, nblocks, BLOCK: tl.constexpr):
 
 def quantize_nf4(args: Any) -> tuple[Tensor, Tensor]:
     weight, blocksize = args
-    check_blocksize(blocksize)
+    sizes = f"a power of two from {BLOCKSIZES[0]} to {BLOCKSIZES[-1]}"
+    check(blocksize in BLOCKSIZES, "blocksize", sizes, blocksize)
     check_float(weight, "weight")
     weight = weight.contiguous()
     numel = weight.numel()
@@ -161,12 +189,12 @@ def quantize_nf4(args: Any) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_nf4(args: Any) -> Tensor:
-    packed, blocksize = args.base.weight, args.base.layout
+    packed = args.base.weight
     out = packed.new_empty(tuple(args.shape), dtype=args.dtype)
     weight = nf4(args.base, out.numel())
     grid = (cdiv(out.numel(), ELEMENTS),)
     tensors = weight.pointers, out, out.numel(), packed.numel()
-    blocks = {"BLOCKSIZE": blocksize, "BLOCKS": ELEMENTS // blocksize}
+    blocks = {"LAYOUT": weight.layout, "BLOCKS": ELEMENTS // weight.blocksize}
     launch(dequantize_kernel, grid, *tensors, config=DEQUANTIZE, **blocks, enable_fp_fusion=False)
     return out
 

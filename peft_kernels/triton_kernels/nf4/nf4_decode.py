@@ -1,4 +1,4 @@
-"""Decodes NF4 codes and double-quantised absmax inside kernels."""
+"""Decodes the codes of packed weights and of their scales inside kernels."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.code_tables import NF4_CODE
+from ...core.formats import CODE_VALUES, FORMATS, LAYOUT_SHIFT
 from ..core.launch import targets_amd, targets_ptx
+from ..core.layouts import SMALLEST_BLOCKS
 
-DECODE_SCALE = {torch.float32: 1.0, torch.bfloat16: 1.436715, torch.float16: 1.36619}
-"""Decoded values are multiplied by this, so that all 16 are close to values of the dtype. The RMS rounding
-error in bfloat16 is 7e-4 with it, 1.1e-3 without."""
+KINDS = tuple(SMALLEST_BLOCKS)
+"""The codes that kernels read: indices of CODE_VALUES."""
+
+DECODE_SCALE = {
+    FORMATS["nf4"].codes: {torch.float32: 1.0, torch.bfloat16: 1.436715, torch.float16: 1.36619},
+    FORMATS["fp4"].codes: {torch.float32: 1.0, torch.bfloat16: 12.0, torch.float16: 12.0},
+    FORMATS["mxfp4"].codes: {torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 1.0},
+}
+"""Decoded values are multiplied by this, so that all 16 are close to values of the dtype. NF4's RMS rounding
+error in bfloat16 is 7e-4 with it, 1.1e-3 without; the others' values are exact."""
 
 SPLIT_SCALE = 256.0
 """Scale of codes that are decoded as sums of two float16 values: both are normal then."""
@@ -20,20 +28,20 @@ SPLIT_SCALE = 256.0
 Table = Tensor  # the values of the 16 codes
 
 
-def table(dtype: torch.dtype) -> Table:
-    return (torch.tensor(NF4_CODE) * DECODE_SCALE[dtype]).to(dtype)
+def table(codes: int, dtype: torch.dtype) -> Table:
+    return (torch.tensor(CODE_VALUES[codes]) * DECODE_SCALE[codes][dtype]).to(dtype)
 
 
-def split_f16() -> tuple[Table, Table]:
+def split_f16(codes: int) -> tuple[Table, Table]:
     """float16 tables of the codes times `SPLIT_SCALE` and of the remainder: their sum is fp32 to one ulp."""
-    numbers = torch.tensor(NF4_CODE) * SPLIT_SCALE
+    numbers = torch.tensor(CODE_VALUES[codes]) * SPLIT_SCALE
     high = numbers.half()
     return high, (numbers - high.float()).half()
 
 
 def _planes(numbers: Table) -> list[list[int]]:
     """A table as byte planes: for each byte of the entries four words of four entries."""
-    entries = numbers.view(torch.uint8).view(len(NF4_CODE), -1).tolist()
+    entries = numbers.view(torch.uint8).view(16, -1).tolist()
     return [
         [int.from_bytes(bytes(e[plane] for e in entries[i : i + 4]), "little") for i in range(0, 16, 4)]
         for plane in range(len(entries[0]))
@@ -160,51 +168,74 @@ def _constraints(registers: int) -> str:
     return ",".join(["=&v"] * (registers + 8) + ["v", "v", "~{s70}", "~{s71}"])
 
 
-CODE = tl.constexpr(NF4_CODE)
-DECODE_F32 = tl.constexpr(ptx(table(torch.float32)))
-DECODE_BF16 = tl.constexpr(ptx(table(torch.bfloat16)))
-DECODE_F16 = tl.constexpr(ptx(table(torch.float16)))
-DECODE_SPLIT = tl.constexpr(ptx(*split_f16()))
-PERM_F32 = tl.constexpr(amdgcn(table(torch.float32)))
-PERM_BF16 = tl.constexpr(amdgcn(table(torch.bfloat16)))
-PERM_F16 = tl.constexpr(amdgcn(table(torch.float16)))
-PERM_SPLIT = tl.constexpr(amdgcn(*split_f16()))
+# By the codes.
+CODE = tl.constexpr({codes: CODE_VALUES[codes] for codes in KINDS})
+NEGATIVE_ZERO = tl.constexpr(
+    {codes: next((i for i, x in enumerate(CODE_VALUES[codes]) if str(x) == "-0.0"), None) for codes in KINDS}
+)
+"""The code of -0.0: Triton makes a constant of it that is 0.0."""
+DECODE_F32 = tl.constexpr({codes: ptx(table(codes, torch.float32)) for codes in KINDS})
+DECODE_BF16 = tl.constexpr({codes: ptx(table(codes, torch.bfloat16)) for codes in KINDS})
+DECODE_F16 = tl.constexpr({codes: ptx(table(codes, torch.float16)) for codes in KINDS})
+DECODE_SPLIT = tl.constexpr({codes: ptx(*split_f16(codes)) for codes in KINDS})
+PERM_F32 = tl.constexpr({codes: amdgcn(table(codes, torch.float32)) for codes in KINDS})
+PERM_BF16 = tl.constexpr({codes: amdgcn(table(codes, torch.bfloat16)) for codes in KINDS})
+PERM_F16 = tl.constexpr({codes: amdgcn(table(codes, torch.float16)) for codes in KINDS})
+PERM_SPLIT = tl.constexpr({codes: amdgcn(*split_f16(codes)) for codes in KINDS})
+DECODE_SCALE_BF16 = tl.constexpr({codes: DECODE_SCALE[codes][torch.bfloat16] for codes in KINDS})
+DECODE_SCALE_F16 = tl.constexpr({codes: DECODE_SCALE[codes][torch.float16] for codes in KINDS})
 PTX_OF_8 = tl.constexpr(",".join(["=r"] * 8 + ["r"]))
 PTX_OF_4 = tl.constexpr(",".join(["=r"] * 4 + ["r"]))
 PERM_OF_4 = tl.constexpr(_constraints(8))
 PERM_OF_2 = tl.constexpr(_constraints(4))
-DECODE_SCALE_BF16 = tl.constexpr(DECODE_SCALE[torch.bfloat16])
-DECODE_SCALE_F16 = tl.constexpr(DECODE_SCALE[torch.float16])
 SPLIT_SCALE_F32 = tl.constexpr(SPLIT_SCALE)
 
 
+@triton.constexpr_function
+def codes_of(layout):
+    """`formats.codes_of`, inside kernels."""
+    return layout >> LAYOUT_SHIFT
+
+
+@triton.constexpr_function
+def block_shift(layout):
+    """Inside kernels: the blocksize is 2^block_shift."""
+    return (layout & (1 << LAYOUT_SHIFT) - 1).bit_length() - 1
+
+
 @triton.jit
-def value_of(code):
+def value_of(code, LAYOUT: tl.constexpr):
     """The fp32 values of 4-bit codes (int32), by four levels of selection; for any target."""
+    VALUE: tl.constexpr = CODE[codes_of(LAYOUT)]
     b0 = (code & 1) != 0
     b1 = (code & 2) != 0
     b2 = (code & 4) != 0
-    q0 = tl.where(b1, tl.where(b0, CODE[3], CODE[2]), tl.where(b0, CODE[1], CODE[0]))
-    q1 = tl.where(b1, tl.where(b0, CODE[7], CODE[6]), tl.where(b0, CODE[5], CODE[4]))
-    q2 = tl.where(b1, tl.where(b0, CODE[11], CODE[10]), tl.where(b0, CODE[9], CODE[8]))
-    q3 = tl.where(b1, tl.where(b0, CODE[15], CODE[14]), tl.where(b0, CODE[13], CODE[12]))
-    return tl.where((code & 8) != 0, tl.where(b2, q3, q2), tl.where(b2, q1, q0))
+    q0 = tl.where(b1, tl.where(b0, VALUE[3], VALUE[2]), tl.where(b0, VALUE[1], VALUE[0]))
+    q1 = tl.where(b1, tl.where(b0, VALUE[7], VALUE[6]), tl.where(b0, VALUE[5], VALUE[4]))
+    q2 = tl.where(b1, tl.where(b0, VALUE[11], VALUE[10]), tl.where(b0, VALUE[9], VALUE[8]))
+    q3 = tl.where(b1, tl.where(b0, VALUE[15], VALUE[14]), tl.where(b0, VALUE[13], VALUE[12]))
+    value = tl.where((code & 8) != 0, tl.where(b2, q3, q2), tl.where(b2, q1, q0))
+    ZERO: tl.constexpr = NEGATIVE_ZERO[codes_of(LAYOUT)]
+    if ZERO is not None:
+        value = tl.where(code == ZERO, value * -1.0, value)
+    return value
 
 
 @triton.jit
-def decode(packed, dtype: tl.constexpr):
+def decode(packed, dtype: tl.constexpr, LAYOUT: tl.constexpr):
     """The unscaled values [.., 2 width] of the codes in `packed`, uint8 [.., width].
 
     `dtype`: tl.float32 (exact), tl.bfloat16 or tl.float16 (times `decode_scale`, rounded once).
     """
+    CODES: tl.constexpr = codes_of(LAYOUT)
     if targets_ptx():
         if dtype == tl.float32:
             high, low = tl.inline_asm_elementwise(
-                DECODE_F32, PTX_OF_8, [packed], (tl.float32, tl.float32), True, 4
+                DECODE_F32[CODES], PTX_OF_8, [packed], (tl.float32, tl.float32), True, 4
             )
         else:
             # Both values of a byte in one word: unpacking costs no instruction.
-            ASM: tl.constexpr = DECODE_BF16 if dtype == tl.bfloat16 else DECODE_F16
+            ASM: tl.constexpr = DECODE_BF16[CODES] if dtype == tl.bfloat16 else DECODE_F16[CODES]
             pair = tl.inline_asm_elementwise(ASM, PTX_OF_4, [packed], tl.uint32, True, 4)
             high = (pair & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
             low = (pair >> 16).to(tl.uint16).to(dtype, bitcast=True)
@@ -213,31 +244,32 @@ def decode(packed, dtype: tl.constexpr):
         # The last two results are scratch registers.
         if dtype == tl.float32:
             high, low, _, _ = tl.inline_asm_elementwise(
-                PERM_F32, PERM_OF_4, [wide], (tl.float32, tl.float32, tl.uint32, tl.uint32), True, 4
+                PERM_F32[CODES], PERM_OF_4, [wide], (tl.float32, tl.float32, tl.uint32, tl.uint32), True, 4
             )
         elif dtype == tl.bfloat16:
             high, low, _, _ = tl.inline_asm_elementwise(
-                PERM_BF16, PERM_OF_2, [wide], (tl.bfloat16, tl.bfloat16, tl.uint32, tl.uint32), True, 4
+                PERM_BF16[CODES], PERM_OF_2, [wide], (tl.bfloat16, tl.bfloat16, tl.uint32, tl.uint32), True, 4
             )
         else:
             high, low, _, _ = tl.inline_asm_elementwise(
-                PERM_F16, PERM_OF_2, [wide], (tl.float16, tl.float16, tl.uint32, tl.uint32), True, 4
+                PERM_F16[CODES], PERM_OF_2, [wide], (tl.float16, tl.float16, tl.uint32, tl.uint32), True, 4
             )
     else:
         codes = packed.to(tl.int32)
-        high = (value_of(codes >> 4) * decode_scale(dtype)).to(dtype)
-        low = (value_of(codes & 15) * decode_scale(dtype)).to(dtype)
+        high = (value_of(codes >> 4, LAYOUT) * decode_scale(dtype, LAYOUT)).to(dtype)
+        low = (value_of(codes & 15, LAYOUT) * decode_scale(dtype, LAYOUT)).to(dtype)
     return tl.interleave(high, low)
 
 
 @triton.jit
-def decode_split(packed):
+def decode_split(packed, LAYOUT: tl.constexpr):
     """The codes in `packed`, uint8 [.., width], as two float16 tensors [.., 2 width] whose sum is the value
     times `SPLIT_SCALE`, to one ulp of fp32."""
+    CODES: tl.constexpr = codes_of(LAYOUT)
     if targets_ptx():
         # Not marked pure: for use in two layouts the compiler would decode twice.
         high_pair, low_pair = tl.inline_asm_elementwise(
-            DECODE_SPLIT, PTX_OF_8, [packed], (tl.uint32, tl.uint32), False, 4
+            DECODE_SPLIT[CODES], PTX_OF_8, [packed], (tl.uint32, tl.uint32), False, 4
         )
         first = (high_pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
         second = (high_pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
@@ -245,7 +277,7 @@ def decode_split(packed):
         second_rest = (low_pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
     elif targets_amd():
         first, second, first_rest, second_rest, _, _ = tl.inline_asm_elementwise(
-            PERM_SPLIT,
+            PERM_SPLIT[CODES],
             PERM_OF_4,
             [packed.to(tl.uint16)],
             (tl.float16, tl.float16, tl.float16, tl.float16, tl.uint32, tl.uint32),
@@ -254,8 +286,8 @@ def decode_split(packed):
         )
     else:
         codes = packed.to(tl.int32)
-        a = value_of(codes >> 4) * SPLIT_SCALE_F32
-        b = value_of(codes & 15) * SPLIT_SCALE_F32
+        a = value_of(codes >> 4, LAYOUT) * SPLIT_SCALE_F32
+        b = value_of(codes & 15, LAYOUT) * SPLIT_SCALE_F32
         first, second = a.to(tl.float16), b.to(tl.float16)
         first_rest = (a - first.to(tl.float32)).to(tl.float16)
         second_rest = (b - second.to(tl.float32)).to(tl.float16)
@@ -263,47 +295,53 @@ def decode_split(packed):
 
 
 @triton.jit
-def decode_scale(dtype: tl.constexpr):
+def decode_scale(dtype: tl.constexpr, LAYOUT: tl.constexpr):
     """The factor of `decode` for `dtype`."""
     if dtype == tl.float32:
         return 1.0
     elif dtype == tl.bfloat16:
-        return DECODE_SCALE_BF16
+        return DECODE_SCALE_BF16[codes_of(LAYOUT)]
     else:
-        return DECODE_SCALE_F16
+        return DECODE_SCALE_F16[codes_of(LAYOUT)]
 
 
 @triton.jit
 def load_packed_absmax(weight, block, mask):
-    """The stored absmax of `block`, int64 of any shape, for `absmax_of`. `weight`: `Pointers` (nf4.py)."""
+    """The stored scale of `block`, int64 of any shape, for `absmax_of`. `weight`: `Pointers` (nf4.py)."""
     if weight.absmax2 is None:
         value = tl.load(weight.absmax + block, mask=mask, other=0.0)
         scale = value
     else:
         value = tl.load(weight.absmax + block, mask=mask, other=0)
-        scale = tl.load(weight.absmax2 + (block >> 8), mask=mask, other=0.0)
+        if weight.offset is None:
+            scale = value
+        else:
+            scale = tl.load(weight.absmax2 + (block >> 8), mask=mask, other=0.0)
     return value, scale
 
 
 @triton.jit
 def absmax_of(weight, value, scale):
-    """The absmax, fp32; bit-equal to the format when the kernel is launched with enable_fp_fusion=False."""
-    if weight.absmax2 is not None:
+    """The scale, fp32; bit-equal to the format when the kernel is launched with enable_fp_fusion=False."""
+    if weight.offset is not None:
         value = tl.load(weight.dynamic_map + value.to(tl.int32)) * scale + tl.load(weight.offset)
+    elif weight.absmax2 is not None:
+        value = tl.load(weight.absmax2 + value.to(tl.int32))
     return value
 
 
 @triton.jit
 def load_absmax(weight, block, mask):
-    """The absmax of `block`; 0 where `mask` is false."""
+    """The scale of `block`; 0 where `mask` is false."""
     value, scale = load_packed_absmax(weight, block, mask)
     return tl.where(mask, absmax_of(weight, value, scale), 0.0)
 
 
 @triton.jit
-def load_elements(weight, element, mask, BLOCK_SHIFT: tl.constexpr):
+def load_elements(weight, element, mask, LAYOUT: tl.constexpr):
     """The fp32 values of single elements (int64 indices), for rows that begin inside a byte or block. 0 where
     `mask` is false."""
     byte = tl.load(weight.packed + (element >> 1), mask=mask, other=0).to(tl.int32)
     code = tl.where((element & 1) == 0, byte >> 4, byte & 15)
-    return tl.where(mask, value_of(code) * load_absmax(weight, element >> BLOCK_SHIFT, mask), 0.0)
+    value = value_of(code, LAYOUT)
+    return tl.where(mask, value * load_absmax(weight, element >> block_shift(LAYOUT), mask), 0.0)

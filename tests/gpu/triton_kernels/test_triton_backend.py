@@ -16,7 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import peft_kernels as pk
 from peft_kernels.core import dispatch
 from peft_kernels.core.backends import BACKENDS
+from peft_kernels.core.formats import FORMATS
 from peft_kernels.triton_kernels import backend as triton
+from peft_kernels.triton_kernels.core import layouts
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -132,6 +134,20 @@ def test_the_order_on_cuda_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen("cuda", "triton") == "cuda"
     assert chosen("triton") == "triton"
     assert chosen() == "reference"
+
+
+def test_layouts_of_its_formats() -> None:
+    for name in triton.BACKEND.formats:
+        for blocksize in FORMATS[name].blocksizes:
+            layouts.check_layout(FORMATS[name].layout(blocksize))
+
+
+@pytest.mark.parametrize("name", sorted({*FORMATS} - {*layouts.READ}))
+def test_other_formats_are_refused(name: str) -> None:
+    form = FORMATS[name]
+    refused = f"format: expected nf4, fp4, mxfp4 or nvfp4, which back end triton has kernels for, got {name}"
+    with pytest.raises(RuntimeError, match=f"^{refused}$"):
+        layouts.check_layout(form.layout(form.blocksizes[0]))
 
 
 CALL = """

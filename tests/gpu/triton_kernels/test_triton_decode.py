@@ -1,4 +1,5 @@
-"""Runs the inline assembly that decodes NF4 in Triton kernels for every byte, on a model of its instructions.
+"""Runs the inline assembly that decodes packed weights in Triton kernels for every byte, on a model of its
+instructions.
 
 The model of `prmt` follows the PTX ISA, that of `v_perm_b32` AMD's ISA documents.
 """
@@ -16,7 +17,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton.language as tl
 
-from peft_kernels.core.code_tables import NF4_CODE
+from peft_kernels.core.formats import CODE_VALUES, FORMATS
 from peft_kernels.triton_kernels.core import launch
 from peft_kernels.triton_kernels.nf4 import nf4_decode
 
@@ -26,6 +27,7 @@ SPLIT_SCALE = "split_f16"
 each_kind = pytest.mark.parametrize(
     "kind", (*DTYPES, SPLIT_SCALE), ids=lambda kind: str(kind).removeprefix("torch.")
 )
+each_codes = pytest.mark.parametrize("codes", nf4_decode.KINDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
@@ -86,8 +88,8 @@ def run(assembly: str, given: dict[str, int]) -> dict[str, int]:
     return registers
 
 
-def tables_of(kind: Any) -> tuple[torch.Tensor, ...]:
-    return nf4_decode.split_f16() if kind == SPLIT_SCALE else (nf4_decode.table(kind),)
+def tables_of(kind: Any, codes: int) -> tuple[torch.Tensor, ...]:
+    return nf4_decode.split_f16(codes) if kind == SPLIT_SCALE else (nf4_decode.table(codes, kind),)
 
 
 def expected(byte: int, numbers: torch.Tensor) -> tuple[int, int]:
@@ -104,24 +106,32 @@ def words() -> list[list[int]]:
     return torch.stack(columns, 1).tolist()
 
 
+@each_codes
 @each_dtype
-def test_tables_hold_the_codes(dtype: torch.dtype) -> None:
-    numbers = (torch.tensor(NF4_CODE) * nf4_decode.DECODE_SCALE[dtype]).to(dtype)
-    assert torch.equal(nf4_decode.table(dtype), numbers)
+def test_tables_hold_the_codes(dtype: torch.dtype, codes: int) -> None:
+    """Those of FP4 and E2M1 exactly, down to the sign of a zero."""
+    factor, truth = nf4_decode.DECODE_SCALE[codes][dtype], torch.tensor(CODE_VALUES[codes])
+    numbers = nf4_decode.table(codes, dtype)
+    assert torch.equal(numbers, (truth * factor).to(dtype))
+    assert torch.equal(numbers.signbit(), truth.signbit())
+    if codes != FORMATS["nf4"].codes:
+        assert torch.equal(numbers.float(), truth * factor)
 
 
-def test_two_float16_values_hold_a_code() -> None:
+@each_codes
+def test_two_float16_values_hold_a_code(codes: int) -> None:
     """To one ulp of fp32, without subnormals, which some cards flush to 0."""
-    high, low = (numbers.double() for numbers in nf4_decode.split_f16())
-    truth = torch.tensor(NF4_CODE, dtype=torch.float64) * nf4_decode.SPLIT_SCALE
+    high, low = (numbers.double() for numbers in nf4_decode.split_f16(codes))
+    truth = torch.tensor(CODE_VALUES[codes]).double() * nf4_decode.SPLIT_SCALE
     assert ((high + low - truth).abs() <= truth.abs() * 2**-23).all()
     least = torch.finfo(torch.float16).smallest_normal
     assert all(number == 0 or abs(number) >= least for number in (*high.tolist(), *low.tolist()))
 
 
+@each_codes
 @each_kind
-def test_ptx(kind: Any) -> None:
-    tables = tables_of(kind)
+def test_ptx(kind: Any, codes: int) -> None:
+    tables = tables_of(kind, codes)
     assembly, count = nf4_decode.ptx(*tables), sum(2 * numbers.itemsize for numbers in tables)
     for word in words():
         got = run(assembly, {f"${count}": int.from_bytes(bytes(word), "little")})
@@ -136,9 +146,10 @@ def test_ptx(kind: Any) -> None:
             first += 2 * numbers.itemsize
 
 
+@each_codes
 @each_kind
-def test_amdgcn(kind: Any) -> None:
-    tables = tables_of(kind)
+def test_amdgcn(kind: Any, codes: int) -> None:
+    tables = tables_of(kind, codes)
     assembly, results = nf4_decode.amdgcn(*tables), sum(2 * numbers.itemsize for numbers in tables)
     for word in words():
         pairs = [word[0] | word[1] << 16, word[2] | word[3] << 16]
@@ -158,11 +169,12 @@ def test_amdgcn(kind: Any) -> None:
                 assert tuple(number >> shift & mask for number in numbers) == expected(byte, table)
 
 
+@each_codes
 @each_kind
-def test_amdgcn_runs_on_gfx9(kind: Any) -> None:
+def test_amdgcn_runs_on_gfx9(kind: Any, codes: int) -> None:
     """GFX9 allows at most one scalar register and no constant in an instruction with three operands. Only
     results and declared clobbers are written, and these before they are read."""
-    tables, written = tables_of(kind), set()
+    tables, written = tables_of(kind, codes), set()
     count = sum(2 * numbers.itemsize for numbers in tables)
     spare = {f"${count + i}" for i in range(8)} | {"s70", "s71"}
     for line in nf4_decode.amdgcn(*tables).splitlines():
@@ -179,7 +191,7 @@ def test_amdgcn_runs_on_gfx9(kind: Any) -> None:
 @triton.jit
 def decode_kernel(packed, out, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
-    numbers = nf4_decode.decode(tl.load(packed + at), out.dtype.element_ty)
+    numbers = nf4_decode.decode(tl.load(packed + at), out.dtype.element_ty, 64)
     tl.store(out + tl.arange(0, 2 * BLOCK), numbers)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from forms import FORMS, each_backend, weight_of
+from forms import FORMS, weight_of
 from nf4_oracle import assert_same
 from numbers_policy import each_dtype
 from torch import Tensor
@@ -15,7 +15,7 @@ from peft_kernels.core.formats import CODE_VALUES, FORMATS, e4m3_values, e8m0_va
 
 ops = torch.ops.peft_kernels
 
-pytestmark = [pytest.mark.usefixtures("nan_outputs"), each_backend]
+pytestmark = pytest.mark.usefixtures("nan_outputs")
 
 CPU = torch.device("cpu")
 BY_CODE = ("mxfp4", "nvfp4")

@@ -14,7 +14,7 @@ from experts_cases import (
     ends_of,
     experts_weight,
 )
-from forms import FORMS, cases, each_backend, full
+from forms import FORMS, cases, full, is_taken
 from loss_cases import results_of
 from numbers_policy import DTYPES, case_id, dense64, each_dtype
 from torch import Tensor
@@ -25,7 +25,7 @@ from peft_kernels.core.op import columns
 
 ops = torch.ops.peft_kernels
 
-pytestmark = [pytest.mark.usefixtures("nan_outputs"), each_backend]
+pytestmark = pytest.mark.usefixtures("nan_outputs")
 
 EXPERTS = cases(
     split=("gaps", "decode", "uneven", "one-of-all", "no-rows"),
@@ -62,7 +62,7 @@ def test_experts_lora_backward(backend: str, case: dict[str, Any]) -> None:
     check_experts_lora_linear_backward(full(case))
 
 
-MLPS = (("mxfp4", "nvfp4", "fp4"), ("int4", "fp8", "fp8"))
+MLPS = [mlp for mlp in (("mxfp4", "nvfp4", "fp4"), ("int4", "fp8", "fp8")) if all(map(is_taken, mlp))]
 """Formats of gate, up and down."""
 SHAPES = (256, 128), (256, 128), (128, 256)
 
@@ -111,7 +111,7 @@ def has_blocks(format: str, k: int) -> bool:
 HEADS = testing.pairwise(
     size=((64, 5, 48), (64, 1030, 96), (7, 700, 160), (1, 513, 128), (70, 1500, 128), (300, 1030, 64)),
     dtype=DTYPES,
-    base=("fp4", "mxfp4", "nvfp4", "int4", "fp8"),
+    base=tuple(filter(is_taken, ("fp4", "mxfp4", "nvfp4", "int4", "fp8"))),
     bias=("none", "same"),
     options=("plain", "capped", "smoothed", "all"),
 )
@@ -120,9 +120,10 @@ HEADS = testing.pairwise(
 @pytest.mark.parametrize("case", [c for c in HEADS if has_blocks(c["base"], c["size"][2])], ids=case_id)
 def test_the_loss_of_a_head(backend: str, case: dict[str, Any]) -> None:
     rows, vocabulary, _ = case["size"]
-    if backend == "ptx" and rows * vocabulary > 10_000:
-        pytest.skip("ptx: made of products that have their tests")
-    samples = [results_of(case, seed) for seed in range(-(-100 // rows))]
+    if backend in ("ptx", "triton") and rows * vocabulary > 10_000:
+        pytest.skip(f"{backend}: made of products that have their tests")
+    least = 25 if backend == "triton" else 100  # interpreted, a row takes a third of a second
+    samples = [results_of(case, seed) for seed in range(-(-least // rows))]
     for name in samples[0]:
         testing.assert_close(*(torch.cat([s[name][i] for s in samples]) for i in range(3)), name)
 
@@ -137,7 +138,7 @@ def test_an_expert_is_a_layer_to_the_bit(backend: str, form: str) -> None:
     for e in range(4):
         rows = slice(3 * e, 3 * e + 3)
         one = ops.nf4_linear(x[rows].contiguous(), *weight._state.expert(e).op_args, 33, None)
-        if backend == "reference":  # torch's matmul may round differently
+        if backend in ("reference", "triton"):  # other numbers of rows may round differently
             torch.testing.assert_close(y[rows], one)
         else:
             assert torch.equal(y[rows], one)

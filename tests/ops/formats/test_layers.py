@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from forms import DEPTHS, FORMS, ROWS, cases, each_backend, fits, full, weight_of
+from forms import DEPTHS, FORMS, ROWS, cases, fits, full, weight_of
 from lora_cases import check_lora_linear, check_lora_linear_backward, check_nf4_linear, check_nf4_linear_dx
 from lora_multi_cases import check_backward, check_forward
 from numbers_policy import DTYPES, case_id, dense64, same_with_any_threads
@@ -17,7 +17,7 @@ import testing
 
 ops = torch.ops.peft_kernels
 
-pytestmark = [pytest.mark.usefixtures("nan_outputs"), each_backend]
+pytestmark = pytest.mark.usefixtures("nan_outputs")
 
 LINEAR = cases(
     m=ROWS,

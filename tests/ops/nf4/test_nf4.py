@@ -262,7 +262,7 @@ BAD_WEIGHTS = {
         "absmax2: expected Float",
         {"absmax": torch.zeros(2, dtype=torch.uint8), "absmax2": torch.ones(256).half()},
     ),
-    "codes-3": ("blocksize: expected .* for codes 3", {"blocksize": 3 << 16 | 32}),
+    "codes-7": ("(blocksize|format): expected .* codes 7", {"blocksize": 7 << 16 | 32}),
     "e2m1-8": ("blocksize: expected .* got 8 for codes 2", {"blocksize": 2 << 16 | 8}),
     "fp4-16": ("blocksize: expected .* got 16 for codes 1", {"blocksize": 1 << 16 | 16}),
     "absmax2-long": (
