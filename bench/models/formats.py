@@ -1,7 +1,7 @@
 """Packed formats side by side: GEMMs, and QLoRA of SmolLM2-135M-Instruct as in `examples/finetune.py`.
 
-GEMM cases time one layer's forward and input gradient, beside NF4's: interleaved, with weights outside the
-cache. The case of the model reports bits per weight of the packed layers, the held-out loss before training
+GEMM cases time one layer's forward and input gradient: formats of 4 bits beside NF4, FP8 beside torch's GEMM of
+a dense weight in the activations' dtype; interleaved, with weights outside the cache. The case of the model reports bits per weight of the packed layers, the held-out loss before training
 and after equal steps, and the time of a step relative to NF4's.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import peft_kernels as pk
@@ -25,7 +26,7 @@ from peft_kernels.core.registry import public_ops as ops
 from ..lib import examples, harness, report
 from ..lib.report import Spread, missing
 
-DENSE, NF4 = "bf16", "nf4"
+DENSE, NF4 = "dense", "nf4"
 ROWS = (1, 4, 16, 64, 512)
 SHAPE = 4096, 4096
 BATCH, TOKENS = 1, 128
@@ -36,6 +37,11 @@ COLUMNS = {
     "after": "after QLoRA",
     "step": f"step by that of {NF4}",
 }
+
+
+def beside(format: str) -> str:
+    """What a format is timed beside."""
+    return NF4 if FORMATS[format].bits == 4 else DENSE
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class GemmCase:
         dense = torch.randn(n, k, generator=generator) * 0.02
         x, dy = (torch.randn(self.rows, size, generator=generator).to(dtype) for size in (k, n))
         count = harness.copies(n * k // 2, len(FORMATS))
+        weights = [dense.to(dtype).clone() for _ in range(harness.copies(n * k * dtype.itemsize, 1))]
         bases = {
             name: [
                 weight._state.map(torch.clone).op_args
@@ -67,18 +74,22 @@ class GemmCase:
             for name in FORMATS
         }
         calls = {
-            "forward": lambda base: ops.nf4_linear(x, *base, n, None),
-            "dx": lambda base: ops.nf4_linear_dx(dy, *base, k),
+            "forward": (lambda base: ops.nf4_linear(x, *base, n, None), lambda weight: F.linear(x, weight)),
+            "dx": (lambda base: ops.nf4_linear_dx(dy, *base, k), lambda weight: dy @ weight),
         }
-        for what, call in calls.items():
+        for what, (call, torch_call) in calls.items():
             progress(what)
             runners = [
                 harness.Contender(name, [partial(call, base) for base in copies], lambda _: 0.0)
                 for name, copies in bases.items()
             ]
+            dense_calls = [partial(torch_call, weight) for weight in weights]
+            runners.append(harness.Contender(DENSE, dense_calls, lambda _: 0.0))
             seconds = harness.interleave(runners, timing)
             found.spreads[what] = {
-                name: Spread.of_ratios(seconds[NF4], times) for name, times in seconds.items() if name != NF4
+                name: Spread.of_ratios(seconds[beside(name)], seconds[name])
+                for name in FORMATS
+                if name != NF4
             }
         return found
 
@@ -87,7 +98,7 @@ class GemmCase:
 class Gemms(report.Outcome):
     case: GemmCase
     spreads: dict[str, dict[str, Spread]] = field(default_factory=dict)
-    """NF4's time / the format's, by what and format."""
+    """The time of what it stands beside / the format's, by what and format."""
 
     def parts(self) -> list[str]:
         return [
@@ -104,7 +115,7 @@ class Gemms(report.Outcome):
 
     def ratios(self) -> dict[str, Spread]:
         return {
-            f"nf4, {what} of {name}": ratio
+            f"{beside(name)}, {what} of {name}": ratio
             for what, by_format in self.spreads.items()
             for name, ratio in by_format.items()
         }
@@ -117,7 +128,10 @@ class Gemms(report.Outcome):
             for one in outcomes
             for what, by_format in one.spreads.items()
         ]
-        yield "NF4's time / the format's", report.table(["", *names], rows)
+        yield (
+            "NF4's time / the format's; FP8: torch's with a dense weight / FP8's",
+            report.table(["", *names], rows),
+        )
 
 
 @dataclass(frozen=True)

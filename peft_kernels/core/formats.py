@@ -96,7 +96,7 @@ FORMATS: dict[str, Format] = {
         Format("fp4", 1, BLOCKSIZES, "absmax"),
         Format("mxfp4", 2, (32,), "e8m0", default_blocksize=32),
         Format("nvfp4", 2, (16,), "e4m3", default_blocksize=16),
-        Format("int4", 3, BLOCKSIZES, "half", default_blocksize=128),
+        Format("int4", 3, BLOCKSIZES, "half"),
         Format("fp8", _E4M3, (128, WHOLE_ROWS), "fp32", bits=8, default_blocksize=128),
     )
 }

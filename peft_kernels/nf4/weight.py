@@ -70,8 +70,8 @@ class NF4Weight(NF4Tensor):
             fp32, bf16 or fp16, on any device. On the meta device the result is an empty weight for
             `load_state_dict(assign=True)`.
         blocksize : int, optional
-            Number of consecutive values that share a scale: 32, 64, ..., 4096 for NF4, FP4 (default 64) and
-            int4 (128), 32 for MXFP4, 16 for NVFP4. Blocks of NF4 and FP4 run over the flat weight. FP8: 128
+            Number of consecutive values that share a scale: 32, 64 (the default), ..., 4096 for NF4, FP4 and
+            int4, 32 for MXFP4, 16 for NVFP4. Blocks of NF4 and FP4 run over the flat weight. FP8: 128
             for a scale for 128 x 128 values (the default), 0 for a scale for each row.
         double_quant : bool
             Quantise the scales of NF4 and FP4 too (4.127 bits per value instead of 4.5 at blocksize 64). Of

@@ -106,15 +106,16 @@ def test_any_size(backend: str, format: str, dtype: torch.dtype) -> None:
         assert_same(got, oracle(packed, scales, format, blocksize, dtype)[:numel], f"numel {numel}")
 
 
+@each_dtype
 @pytest.mark.parametrize("form", FORMS)
-def test_views(backend: str, form: str) -> None:
+def test_views(backend: str, form: str, dtype: torch.dtype) -> None:
     """Bytes and scales at odd addresses, and with steps."""
     weight = weight_of(form, 6, 384)
     packed, absmax, *rest = weight._state.op_args
-    want = ops.dequantize_nf4(packed, absmax, *rest, [6, 384], torch.float32)
+    want = ops.dequantize_nf4(packed, absmax, *rest, [6, 384], dtype)
     shifted = torch.cat((packed.new_zeros(3), packed.flatten()))[3:]
     scales = torch.cat((absmax.new_zeros(1), absmax))[1:]
-    assert_same(ops.dequantize_nf4(shifted, scales, *rest, [6, 384], torch.float32), want, "odd addresses")
+    assert_same(ops.dequantize_nf4(shifted, scales, *rest, [6, 384], dtype), want, "odd addresses")
     wide, wide_scales = packed.flatten().repeat_interleave(2), absmax.repeat_interleave(3)
-    got = ops.dequantize_nf4(wide[::2], wide_scales[::3], *rest, [6, 384], torch.float32)
+    got = ops.dequantize_nf4(wide[::2], wide_scales[::3], *rest, [6, 384], dtype)
     assert_same(got, want, "steps")
