@@ -48,22 +48,22 @@ def read_layout(checkpoint: Checkpoint, weight: str, names: list[str]) -> tuple[
 def read_local_rows(checkpoint: Checkpoint, weight: str, state: NF4State, start: int, stop: int) -> LocalRows:
     """Rows [start, stop) of a packed weight with the `state` of `read_layout`; reads only the blocks they
     touch. Errors as there."""
-    if reason := FORMATS[state.format].undivided_reason:
-        raise CheckpointError(f"{weight}: {reason}: expected another format, or all rows in each process")
-    partition = Partition(tuple(state.shape), state.blocksize)
+    form = FORMATS[state.format]
+    partition = Partition(tuple(state.shape), state.blocksize, state.format)
     codes, scales = partition.slices(start, stop)
     packed = _flat(checkpoint.entries[weight], codes.start, codes.stop)
     absmax = _flat(checkpoint.entries[f"{weight}.absmax"], scales.start, scales.stop)
-    if state.offset is None:
-        absmax = absmax if state.absmax2 is not None else absmax.float()
-        checked: Any = replace(state, absmax=absmax)
+    offset = state.offset
+    if form.scale == "half" and offset is not None:
+        offset = _flat(checkpoint.entries[f"{weight}.zero_points"], scales.start, scales.stop)
+    if offset is None or form.scale == "half":
+        absmax = absmax if form.by_code or form.scale == "half" else absmax.float()
+        checked: Any = replace(state, packed=packed, absmax=absmax, offset=offset)
         try:
             check_scales(weight, checked, 0.0)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-    return LocalRows(
-        partition, start, stop, packed, absmax, state.absmax2, state.offset, weight, state.format
-    )
+    return LocalRows(partition, start, stop, packed, absmax, state.absmax2, offset, weight)
 
 
 def _flat(entry: Entry, start: int, stop: int) -> Tensor:

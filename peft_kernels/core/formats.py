@@ -61,11 +61,9 @@ class Format:
         return self.bits == 4 and self.scale != "absmax"
 
     @property
-    def undivided_reason(self) -> str:
-        """Why processes cannot hold parts of a weight, or ""."""
-        if self.scale in ("absmax", "e8m0", "e4m3"):
-            return ""
-        return f"weights in {self.name} cannot be divided among processes yet"
+    def is_sliced(self) -> bool:
+        """Whether tensor parallelism cuts weights."""
+        return self.scale in ("absmax", "e8m0", "e4m3")
 
     def nbytes(self, numel: int) -> int:
         """Bytes of the codes of so many values."""

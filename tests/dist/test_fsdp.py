@@ -97,7 +97,17 @@ def whole_weights(folder: Path) -> None:
                 assert torch.equal(results[0][1], results[1][1]), shape
 
 
-FORMATS = [("fp4", (5, 33), 32), ("mxfp4", (7, 96), 32), ("nvfp4", (5, 48), 16), ("nvfp4", (5, 3, 48), 16)]
+FORMATS = [
+    ("fp4", (5, 33), 32),
+    ("mxfp4", (7, 96), 32),
+    ("nvfp4", (5, 48), 16),
+    ("nvfp4", (5, 3, 48), 16),
+    ("int4", (5, 96), 32),
+    ("int4", (5, 3, 96), 32),
+    ("fp8", (300, 200), 128),
+    ("fp8", (5, 130, 40), 128),
+    ("fp8", (5, 48), 0),
+]
 """Formats, shapes and blocksizes: shards with more and fewer rows, processes without any, experts."""
 
 

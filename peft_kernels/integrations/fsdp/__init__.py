@@ -170,9 +170,8 @@ def _whole(value: Any) -> Any:
     with torch.no_grad():
         whole: Any = value.to(value.device_mesh.device_type).full_tensor()
     if isinstance(whole, NF4Shard):  # on a single process, where nothing was gathered
-        rows, partition = whole._rows, whole._rows.partition
-        flat = rows.packed[: partition.nbytes], rows.absmax[: partition.scales]
-        state = rows.whole(flat, (rows.absmax2, rows.offset))
+        rows = whole._rows
+        state = rows.whole(rows.gather_outputs(1, rows.divided), (rows.absmax2, rows.offset))
         whole = NF4Weight(state, whole.dtype)
     return whole
 

@@ -267,7 +267,7 @@ def _fill(place: Any, value: Any) -> None:
     if is_sharded(place):
         place._local_tensor._rows.load(value)
     elif isinstance(place, NF4Weight):
-        state = value.whole((value.packed, value.absmax), (value.absmax2, value.offset))
+        state = value.whole(value.divided, (value.absmax2, value.offset))
         state.name = place._state.name
         place.data = NF4Weight(state, place.dtype).to(place.device)
     else:

@@ -119,11 +119,11 @@ class NF4Shard(Tensor):
         if out is not None:
             state = _local(out)._state
             if not seamless:
-                assert state.packed is not None and state.absmax is not None
-                outputs = [state.packed.view(-1), state.absmax.view(-1)]
+                outputs = [tensor.view(-1) for tensor in LocalRows.of(state).divided]
                 with _unsafe_preserve_version_counter(tuple(t for t in outputs if not t.is_inference())):
                     part.join(count, gathered, outputs)
-            state.absmax2, state.offset = second
+            if second[0] is not None:
+                state.absmax2, state.offset = second
             return None
         outputs = part.gather_outputs(count, gathered)
         if not seamless:
@@ -261,7 +261,7 @@ def _slice(func: Any, args: Any, kwargs: Any) -> Tensor:
     start, stop, _ = slice(start, stop).indices(shard.shape[0])
     rows = max(stop - start, 0)
     if shard._gathered and start == 0 and rows == part.partition.rows:
-        return NF4Weight(part.whole((part.packed, part.absmax), (part.absmax2, part.offset)), shard.dtype)
+        return NF4Weight(part.whole(part.divided, (part.absmax2, part.offset)), shard.dtype)
     if start == 0 and rows >= part.rows:
         return _like(shard, part, (rows, *shard.shape[1:]))
     if start + rows > part.rows:  # reaches into the padding

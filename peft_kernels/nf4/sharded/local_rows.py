@@ -32,21 +32,24 @@ class LocalRows:
     start: int
     stop: int
     packed: Tensor  # uint8, flat; may have padding at the end
-    absmax: Tensor  # fp32 or uint8, flat; may have padding
+    absmax: Tensor  # as in NF4State, flat; may have padding
     absmax2: Tensor | None  # of the whole weight, as in NF4State
-    offset: Tensor | None
+    offset: Tensor | None  # of the whole weight; zero points like absmax
     name: str = "weight"
-    format: str = "nf4"
+
+    @property
+    def format(self) -> str:
+        return self.partition.format
 
     @classmethod
     def of(cls, state: NF4State) -> LocalRows:
         """All rows of a packed weight; shares its memory."""
         assert state.packed is not None and state.absmax is not None
-        if reason := FORMATS[state.format].undivided_reason:
-            raise NotImplementedError(f"{state.name}: {reason}: expected another format, or DDP")
-        partition = Partition(tuple(state.shape), state.blocksize)
-        flat = state.packed.reshape(-1), state.absmax.reshape(-1)
-        return cls(partition, 0, partition.rows, *flat, state.absmax2, state.offset, state.name, state.format)
+        partition = Partition(tuple(state.shape), state.blocksize, state.format)
+        flat, offset = (state.packed.reshape(-1), state.absmax.reshape(-1)), state.offset
+        if offset is not None and state.absmax2 is None:
+            offset = offset.reshape(-1)
+        return cls(partition, 0, partition.rows, *flat, state.absmax2, offset, state.name)
 
     @property
     def rows(self) -> int:
@@ -71,28 +74,60 @@ class LocalRows:
     @property
     def whole_nbytes(self) -> int:
         """Bytes of the whole weight."""
-        second = sum(t.nbytes for t in (self.absmax2, self.offset) if t is not None)
-        return self.partition.nbytes + self.partition.scales * self.absmax.itemsize + second
+        sizes = self._sizes(self.partition.nbytes, self.partition.scales)
+        divided = sum(n * t.itemsize for n, t in zip(sizes, self.divided, strict=True))
+        return divided + sum(t.nbytes for t in self._second)
+
+    @property
+    def _has_zero_points(self) -> bool:
+        return self.offset is not None and self.absmax2 is None
+
+    @property
+    def divided(self) -> list[Tensor]:
+        """The tensors of which each rank holds a part: packed bytes, scales, and zero points if there are
+        some."""
+        zero_points = [] if self.offset is None or self.absmax2 is not None else [self.offset]
+        return [self.packed, self.absmax, *zero_points]
+
+    @property
+    def _second(self) -> list[Tensor]:
+        """The tensors of which each rank holds all."""
+        return [tensor for tensor in self._pair if tensor is not None]
+
+    @property
+    def _pair(self) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if self._has_zero_points else (self.absmax2, self.offset)
+
+    def _sizes(self, nbytes: Any, scales: Any) -> list[Any]:
+        """What holds for each of the divided tensors."""
+        return [nbytes, scales, scales] if self._has_zero_points else [nbytes, scales]
+
+    def _places(self, start: int, stop: int) -> list[slice]:
+        """Slices of the whole weight's divided tensors for rows [start, stop)."""
+        return self._sizes(*self.partition.slices(start, stop))
+
+    def _with_divided(self, divided: Sequence[Tensor], **changes: Any) -> LocalRows:
+        packed, absmax, *zero_points = divided
+        offset = zero_points[0] if zero_points else self.offset
+        return dataclasses.replace(self, packed=packed, absmax=absmax, offset=offset, **changes)
 
     def narrow(self, start: int, stop: int) -> LocalRows:
         """Rows [start, stop) of these rows; shares memory."""
-        mine, inner = (
-            self.partition.slices(self.start, self.stop),
-            self.partition.slices(self.start + start, self.start + stop),
-        )
-        packed, absmax = (
-            tensor[there.start - here.start : there.stop - here.start]
-            for tensor, here, there in zip((self.packed, self.absmax), mine, inner, strict=True)
-        )
         start, stop = self.start + start, self.start + stop
-        return dataclasses.replace(self, start=start, stop=stop, packed=packed, absmax=absmax)
+        mine, inner = self._places(self.start, self.stop), self._places(start, stop)
+        parts = [
+            tensor[there.start - here.start : there.stop - here.start]
+            for tensor, here, there in zip(self.divided, mine, inner, strict=True)
+        ]
+        return self._with_divided(parts, start=start, stop=stop)
 
     def empty(self, rows: int) -> LocalRows:
         """Holds no rows yet, but memory for any `rows` rows; `load` fills it."""
-        nbytes, scales = self.partition.max_sizes(rows)
-        packed, absmax = self.packed.new_zeros(nbytes), self.absmax.new_zeros(scales)
         absmax2, offset = (None if t is None else t.clone() for t in (self.absmax2, self.offset))
-        return LocalRows(self.partition, 0, 0, packed, absmax, absmax2, offset, self.name, self.format)
+        own = dataclasses.replace(self, absmax2=absmax2, offset=offset)
+        sizes = self._sizes(*self.partition.max_sizes(rows))
+        parts = [tensor.new_zeros(size) for tensor, size in zip(self.divided, sizes, strict=True)]
+        return own._with_divided(parts, start=0, stop=0)
 
     def load(self, other: LocalRows) -> None:
         """Copies the same rows of another weight, in place.
@@ -111,12 +146,8 @@ class LocalRows:
             raise ValueError(
                 f"{self.name}: expected rows {self.start} to {self.stop}, got {other.start} to {other.stop}"
             )
-        for place, mine, its in zip(
-            self.partition.slices(self.start, self.stop),
-            (self.packed, self.absmax),
-            (other.packed, other.absmax),
-            strict=True,
-        ):
+        places = self._places(self.start, self.stop)
+        for place, mine, its in zip(places, self.divided, other.divided, strict=True):
             length = place.stop - place.start
             mine[:length].copy_(its[:length])
         for mine, its in zip(self._second, other._second, strict=True):
@@ -127,35 +158,33 @@ class LocalRows:
     def gather_inputs(self, count: int) -> list[Tensor]:
         """Flat tensors to gather from each of `count` ranks, of equal sizes: packed bytes and scales; and the
         second-level scales if some rank has no rows, since it may not have them."""
-        rows = self.partition.rows_per_rank(count)
-        nbytes, scales = self.partition.max_sizes(rows)
-        found = [_of_length(self.packed, nbytes), _of_length(self.absmax, scales)]
+        sizes = self._sizes(*self.partition.max_sizes(self.partition.rows_per_rank(count)))
+        found = [_of_length(tensor, size) for tensor, size in zip(self.divided, sizes, strict=True)]
         if self._second and self.partition.has_empty_rank(count):
             found.append(torch.cat([tensor.reshape(-1) for tensor in self._second]))
         return found
 
-    @property
-    def _second(self) -> list[Tensor]:
-        return [tensor for tensor in (self.absmax2, self.offset) if tensor is not None]
-
     def gather_outputs(self, count: int, gathered: Sequence[Tensor]) -> list[Tensor]:
-        """Flat packed bytes and scales of the whole weight: views of `gathered` if ranks are cell-aligned,
+        """The divided tensors of the whole weight, flat: views of `gathered` if ranks are cell-aligned,
         otherwise new tensors for `join` to fill."""
-        sizes = self.partition.nbytes, self.partition.scales
+        sizes = self._sizes(self.partition.nbytes, self.partition.scales)
         if self.partition.is_cell_aligned(self.partition.rows_per_rank(count)):
-            return [tensor[:size] for tensor, size in zip(gathered[:2], sizes, strict=True)]
-        return [tensor.new_empty(size) for tensor, size in zip(gathered[:2], sizes, strict=True)]
+            return [tensor[:size] for tensor, size in zip(gathered, sizes, strict=False)]
+        return [tensor.new_empty(size) for tensor, size in zip(gathered, sizes, strict=False)]
 
     def join(self, count: int, gathered: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Fills `outputs` from `gathered` where ranks are not cell-aligned."""
         for r, rows in enumerate(self.partition.row_ranges(self.partition.rows_per_rank(count))):
-            for out, tensor, place in zip(outputs, gathered[:2], self.partition.slices(*rows), strict=True):
+            for out, tensor, place in zip(outputs, gathered, self._places(*rows), strict=False):
                 out[place].copy_(tensor.view(count, -1)[r, : place.stop - place.start])
 
     def second_level(self, gathered: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """Second-level scales and their mean: the first rank's if they were gathered, else these."""
+        """Second-level scales and their mean: the first rank's if they were gathered, else these. (None,
+        None) if there are none."""
         absmax2, offset = self.absmax2, self.offset
-        if absmax2 is None or len(gathered) < 3:
+        if absmax2 is None:
+            return None, None
+        if len(gathered) < 3:
             return absmax2, offset
         n = absmax2.numel()
         if offset is not None:
@@ -164,16 +193,21 @@ class LocalRows:
 
     def whole(self, flat: Sequence[Tensor], second: tuple[Tensor | None, Tensor | None]) -> NF4State:
         """The whole weight, from the results of `gather_outputs` and `second_level`."""
-        shape, (packed, absmax) = self.partition.shape, flat
+        shape, (packed, absmax, *zero_points) = self.partition.shape, flat
+        absmax2, offset = second
+        if zero_points:
+            offset = zero_points[0]
         if len(shape) == 3:
-            absmax = absmax.view(shape[0], -1)
+            packed, absmax = packed.view(shape[0], -1), absmax.view(shape[0], -1)
+            offset = offset.view(shape[0], -1) if zero_points and offset is not None else offset
         return NF4State(
             shape,
             self.partition.blocksize,
-            packed_rows(packed, shape) if len(shape) == 2 else packed_rows(packed.view(shape[0], -1), shape),
+            packed_rows(packed, shape, FORMATS[self.format].bits),
             absmax,
-            *second,
-            double_quant=second[1] is not None,
+            absmax2,
+            offset,
+            double_quant=offset is not None,
             name=self.name,
             format=self.format,
         )
@@ -184,23 +218,26 @@ class LocalRows:
         partition, rows = self.partition, self.rows
         if not rows or not partition.row:
             return self.packed.new_zeros((rows, *partition.shape[1:]), dtype=dtype)
-        nbytes, scales = (place.stop - place.start for place in partition.slices(self.start, self.stop))
-        packed, absmax, offset = self.packed[:nbytes], self.absmax[:scales], self.offset
+        places = self._places(self.start, self.stop)
+        parts = [t[: place.stop - place.start] for t, place in zip(self.divided, places, strict=True)]
         if len(partition.shape) == 3:
-            absmax2 = None if self.absmax2 is None else self.absmax2[self.start : self.stop]
-            second = absmax2, None if offset is None else offset[self.start : self.stop]
-            part = dataclasses.replace(
-                self, partition=Partition((rows, *partition.shape[1:]), partition.blocksize)
+            whole = dataclasses.replace(partition, shape=(rows, *partition.shape[1:]))
+            absmax2, offset = (None if t is None else t[self.start : self.stop] for t in self._pair)
+            return (
+                dataclasses.replace(self, partition=whole).whole(parts, (absmax2, offset)).dequantize(dtype)
             )
-            return part.whole((packed, absmax), second).dequantize(dtype)
         first, last = partition.cells(self.start, self.stop)
+        packed, absmax, *zero_points = parts
         layout, absmax2 = FORMATS[self.format].layout(partition.blocksize), self.absmax2
-        if absmax2 is not None and offset is not None:
+        if absmax2 is not None and self.offset is not None:
             lead = first % NESTED_BLOCKSIZE  # scales of the first group that precede these rows
             groups = absmax2[first // NESTED_BLOCKSIZE : -(-last // NESTED_BLOCKSIZE)]
-            absmax, absmax2 = ops.unpack_absmax(F.pad(absmax, (lead, 0)), groups, offset)[lead:], None
+            absmax, absmax2 = ops.unpack_absmax(F.pad(absmax, (lead, 0)), groups, self.offset)[lead:], None
         elements = min(last * partition.cell, partition.rows * partition.row) - first * partition.cell
-        dense = ops.dequantize_nf4(packed, absmax, absmax2, None, layout, (1, elements), dtype)
+        # Cells of FP8 are whole rows, others have no shape.
+        shape = (1, elements) if elements % partition.row else (elements // partition.row, partition.row)
+        offset = zero_points[0] if zero_points else None
+        dense = ops.dequantize_nf4(packed, absmax, absmax2, offset, layout, shape, dtype)
         skipped = self.start * partition.row - first * partition.cell
         found: Tensor = dense.view(-1)[skipped : skipped + rows * partition.row].view(rows, partition.row)
         return found

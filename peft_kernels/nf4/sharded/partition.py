@@ -1,4 +1,4 @@
-"""How an NF4 weight is partitioned by rows: byte and scale ranges of each rank."""
+"""How a packed weight is partitioned by rows: byte and scale ranges of each rank."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+from ...core.formats import FORMATS, WHOLE_ROWS
+
 
 @dataclass(frozen=True)
 class Partition:
     """The layout of a weight in cells, the smallest units with bytes and scales of their own.
 
-    For a weight (out_features, in_features) a cell is a block. Blocks run over the flat weight, so a boundary
-    between rows can fall inside a block, which both ranks then hold. For experts, (experts, out_features,
-    in_features), a row and a cell are one expert.
+    For a weight (out_features, in_features) a cell is a block, or the rows that share scales in FP8. Blocks
+    run over the flat weight, so a boundary between rows can fall inside a block, which both ranks then hold.
+    For experts, (experts, out_features, in_features), a row and a cell are one expert.
     """
 
     shape: tuple[int, ...]
     blocksize: int
+    format: str = "nf4"
 
     @property
     def rows(self) -> int:
@@ -31,21 +34,27 @@ class Partition:
     @cached_property
     def cell(self) -> int:
         """Elements per cell."""
-        return self.row if len(self.shape) == 3 else self.blocksize
+        if len(self.shape) == 3 or self.blocksize == WHOLE_ROWS:
+            return max(self.row, 1)
+        return self.blocksize if FORMATS[self.format].bits == 4 else self.blocksize * max(self.row, 1)
 
     @cached_property
     def _cell_bytes(self) -> int:
-        return -(-self.cell // 2)
+        return FORMATS[self.format].nbytes(self.cell)
 
     @cached_property
     def _cell_scales(self) -> int:
-        return -(-self.cell // self.blocksize)
+        form = FORMATS[self.format]
+        if len(self.shape) == 3:
+            return form.scales(self.shape[1:], self.blocksize)
+        return 1 if form.bits == 4 else form.scales((1, self.row), self.blocksize)
 
     @cached_property
     def nbytes(self) -> int:
         """Packed bytes of the whole weight."""
-        n = prod(self.shape)
-        return self.rows * self._cell_bytes if len(self.shape) == 3 else -(-n // 2)
+        if len(self.shape) == 3:
+            return self.rows * self._cell_bytes
+        return FORMATS[self.format].nbytes(prod(self.shape))
 
     @cached_property
     def scales(self) -> int:

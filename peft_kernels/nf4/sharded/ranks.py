@@ -73,7 +73,7 @@ def make_parameter(place: Any, value: Any, device: torch.device) -> nn.Parameter
         part.load(value)
         local: Tensor = NF4Shard(part, empty.dtype, empty.shape)
     elif isinstance(place, NF4Weight):
-        state = value.whole((value.packed, value.absmax), (value.absmax2, value.offset))
+        state = value.whole(value.divided, (value.absmax2, value.offset))
         local = NF4Weight(state.map(lambda t: t.to(device)), place.dtype)
     else:
         local = value.to(device)
@@ -112,6 +112,6 @@ def broadcast_weight(
     shape, format, blocksize, about = layout
     mine = {} if weight is None else LocalRows.of(weight._state).tensors()
     whole = {key: broadcast(mine.get(key), *one, groups, kind) for key, one in about.items()}
-    partition = Partition(shape, blocksize)
+    partition = Partition(shape, blocksize, format)
     tensors = whole["packed"], whole["absmax"], whole.get("absmax2"), whole.get("offset")
-    return LocalRows(partition, 0, partition.rows, *tensors, name, format)
+    return LocalRows(partition, 0, partition.rows, *tensors, name)

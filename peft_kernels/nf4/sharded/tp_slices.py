@@ -27,8 +27,8 @@ def slice_size(size: int, count: int) -> int:
 
 def unsliceable_reason(shape: tuple[int, ...], format: str, blocksize: int, dim: int, count: int) -> str:
     """Why a weight (out_features, in_features) cannot be split into `count` slices along `dim`, or ""."""
-    if reason := FORMATS[format].undivided_reason:
-        return reason
+    if not FORMATS[format].is_sliced:
+        return f"weights in {format} are not cut by a plan yet"
     if len(shape) != 2:
         return f"expected a weight (out_features, in_features), got {tuple(shape)}"
     size = slice_size(shape[dim], count)
@@ -64,7 +64,7 @@ def slice_state(state: NF4State, dim: int, start: int, stop: int) -> NF4State:
         scales = scales.view(rows, blocks)[:, first:last].reshape(-1)
         return _of(state, shape, packed, scales, (values, None))
     shape = (stop - start, columns)
-    codes, places = Partition((rows, columns), state.blocksize).slices(start, stop)
+    codes, places = Partition((rows, columns), state.blocksize, state.format).slices(start, stop)
     packed, absmax = state.packed.reshape(-1)[codes], state.absmax[places]
     if state.absmax2 is None or state.offset is None:
         return _of(state, shape, packed, absmax, (state.absmax2, None))
