@@ -108,6 +108,8 @@ def check_scales(key: str, state: NF4State, offset: float) -> None:
         raise ValueError(
             f"{name}: expected finite {expected}, got {bad} NaN, Inf{got} among {scales.numel()}"
         )
+    if form.scale == "half" and state.offset is not None and (count := int((state.offset > 16).sum())):
+        raise ValueError(f"{key}.zero_points: expected 0 to 16, got {count} larger ones")
     if form.bits == 8 and state.packed is not None and (count := nan_codes(state.packed)):
         raise ValueError(f"{key}: expected codes of finite values, got {count} NaN among them")
     if float(scales.max()) + offset > torch.finfo(torch.float32).max:

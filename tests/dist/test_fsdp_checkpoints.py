@@ -24,6 +24,7 @@ from fsdp_models import (
     weight,
 )
 from ranks import rank_tests
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
@@ -36,8 +37,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 
 import peft_kernels as pk
+import testing
 from peft_kernels.checkpoints.header import CheckpointError, Entry
 from peft_kernels.integrations import fsdp
+from peft_kernels.nf4 import packed_format
 
 pytest.importorskip("transformers", reason="models are transformers', and it is not installed")
 pytest.importorskip("peft", reason="adapters are PEFT's, and it is not installed")
@@ -154,6 +157,30 @@ def saved_later(folder: Path, mesh: Any) -> None:
     assert_same_bits(alone["weight"], want)
 
 
+@on(2)
+def other_formats(folder: Path, mesh: Any) -> None:
+    """In DCP's checkpoints, and rows read from a safetensors file."""
+    for format, blocksize in (("mxfp4", 32), ("nvfp4", 16), ("int4", 64), ("fp8", 128), ("fp8", 0)):
+        path = folder / f"{format}-{blocksize}"
+        dense = testing.uneven(testing.tensor(301, 320))
+        want = pk.NF4Weight.quantize(dense, blocksize, format=format)
+        layers = [nn.Sequential(pk.nn.NF4Linear(w)) for w in (want.clone(), want.clone())]
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
+        dcp.save(fsdp.checkpoint_state(layers[0]), checkpoint_id=path, process_group=mesh.get_group())
+        dcp.load(fsdp.checkpoint_state(wiped(layers[1])), checkpoint_id=path, process_group=mesh.get_group())
+        assert_same_bits(fsdp._whole(layers[1][0].weight.detach()), want)
+        file = path / "layer.safetensors"
+        if mesh.get_local_rank() == 0:
+            save_file(packed_format.to_state_dict(want._state, want.dtype, "0.weight"), file)
+        dist.barrier(group=mesh.get_group())
+        with torch.device("meta"):
+            model = nn.Sequential(nn.Linear(320, 301, bias=False))
+        model = fully_shard(fsdp.empty_layers(model, file), mesh=mesh)
+        fsdp.load_checkpoint(model, file)
+        assert_same_bits(fsdp._whole(model[0].weight.detach()), want)
+
+
 def empty_parts(folder: Path) -> None:
     """A process without rows gets the scales of the weights that the others load."""
     mesh = line(4)
@@ -218,7 +245,6 @@ def from_meta(folder: Path) -> None:
     adapters equal those of one process."""
     import accelerate
     import peft
-    from safetensors.torch import save_file
     from transformers import LlamaForCausalLM
 
     mesh = line(3)
@@ -290,7 +316,8 @@ def cut_short(self: Entry) -> Any:
     raise CheckpointError(f"{self.name}: cut short")
 
 
-CASES: list[Case] = [other_world_sizes, packed_bytes, saved_later, empty_parts, whole, adapter, from_meta]
+CASES: list[Case] = [other_world_sizes, packed_bytes, saved_later, other_formats, empty_parts, whole]
+CASES += [adapter, from_meta]
 
 
 errors, test_on_four_processes = rank_tests(RANKS, CASES)

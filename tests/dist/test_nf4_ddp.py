@@ -93,10 +93,13 @@ def same_bytes(folder: Path) -> None:
         assert_equal_in_all_processes(ddp)
 
 
+OTHERS = ("nvfp4", "int4", "fp8")
+
+
 def other_bytes(folder: Path) -> None:
     """A process with other bytes receives the packed bytes of the first, and warns."""
     rank = dist.get_rank()
-    for quantise in ({}, {"double_quant": False}, {"blocksize": 128}, {"format": "nvfp4"}):
+    for quantise in ({}, {"double_quant": False}, {"blocksize": 128}, *({"format": f} for f in OTHERS)):
         model, first = Wrapper(adapted(seed=rank, **quantise)), adapted(**quantise)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -114,7 +117,9 @@ def other_bytes(folder: Path) -> None:
 def other_layout(folder: Path) -> None:
     """Both processes raise, and neither waits."""
     for options in ({"blocksize": 64 << dist.get_rank()}, {"format": ("nf4", "fp4")[dist.get_rank()]}):
-        with pytest.raises(RuntimeError, match=r"expected NF4 weights of the same .* got others in process 1"):
+        with pytest.raises(
+            RuntimeError, match=r"expected NF4 weights of the same .* got others in process 1"
+        ):
             DistributedDataParallel(adapted(**options))
 
 
