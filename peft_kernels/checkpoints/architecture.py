@@ -60,7 +60,9 @@ def compare_with(checkpoint: Checkpoint, model: Any) -> Comparison:
         return Comparison([], reason="it needs transformers 5, which maps names in files")
     if _class_named(checkpoint) not in (None, name):
         return Comparison([], reason=f"transformers has no {shown(_class_named(checkpoint))}")
-    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    wanted = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    packed = {*nf4_weights(checkpoint.entries), *owned_weights(checkpoint)}
     found: dict[str, tuple[int, ...] | None] = {}
     faults: list[str] = []
     converters: dict[str, Any] = {}
@@ -80,6 +82,9 @@ def compare_with(checkpoint: Checkpoint, model: Any) -> Comparison:
             and not _fits(shape, wanted[target], () if entry is None else entry.shape)
         ):
             faults.append(f"{shown(key)}: expected shape {wanted[target]}, as {name} has it, got {shape}")
+        numbers = target in wanted and state[target].is_floating_point()
+        if numbers and entry is not None and key not in packed and not entry.dtype.is_floating_point:
+            faults.append(f"{shown(key)}: expected a floating dtype, as {name} has it, got {entry.dtype}")
     for target, converter in converters.items():
         try:
             made = converter.convert(target, model=model, config=model.config)

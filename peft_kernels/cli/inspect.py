@@ -22,6 +22,8 @@ from ..core.nf4_state import NF4State
 from .output import Output, counted, size
 
 _FAULTY = ", faulty"
+_NUMBER = "\0"
+"""Stands for a number in a pattern: no character of a name."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +52,7 @@ class Group:
     def name(self) -> str:
         """The pattern with ranges such as `0-31`."""
         columns = iter(zip(*self.numbers, strict=True)) if self.numbers[0] else iter(())
-        return re.sub("#", lambda match: _ranges(set(next(columns))), self.pattern)
+        return re.sub(_NUMBER, lambda match: _ranges(set(next(columns))), self.pattern)
 
 
 @dataclass
@@ -118,7 +120,7 @@ def grouped(checkpoint: Checkpoint) -> list[Group]:
         form, shape = (
             _owned_form(checkpoint, name, owned) if name in owned else _form(checkpoint, name, quantised)
         )
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", _NUMBER, name)
         items = quantised.get(name, [name])
         experts = owner is not None and owner.experts if name in owned else holds_experts(items)
         group = groups.setdefault((pattern, form, shape), Group(pattern, form, shape, experts))
@@ -133,7 +135,7 @@ def experts_by_layer(groups: list[Group]) -> list[Layer]:
     for group in groups:
         if not group.experts:
             continue
-        start = group.pattern.partition("#")[0]
+        start = group.pattern.partition(_NUMBER)[0]
         for numbers, nbytes in zip(group.numbers, group.sizes, strict=True):
             name = f"{start}{numbers[0]}" if numbers else group.pattern
             layer = found.setdefault(name, Layer(name))

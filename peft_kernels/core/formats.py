@@ -141,12 +141,12 @@ def check_form(
 ) -> int:
     """The blocksize. Raises ValueError for a format or blocksize that does not exist, or that rows of
     `in_features` values cannot have."""
-    if format not in FORMATS:
+    if not isinstance(format, str) or format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     allowed = FORMATS[format].blocksizes
     if blocksize is None:
         blocksize = FORMATS[format].default_blocksize
-    if blocksize not in allowed:
+    if type(blocksize) is not int or blocksize not in allowed:
         raise ValueError(f"blocksize: expected one of {allowed}, got {blocksize}")
     if FORMATS[format].rows_have_blocks and in_features is not None and in_features % blocksize:
         raise ValueError(

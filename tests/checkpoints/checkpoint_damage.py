@@ -18,27 +18,43 @@ from torch import Tensor, nn
 import peft_kernels as pk
 from peft_kernels.checkpoints.header import read_header
 from peft_kernels.checkpoints.writer import ShardWriter
+from peft_kernels.core.formats import FORMATS
+from peft_kernels.nf4.bitsandbytes_format import QUANT_TYPES
 from peft_kernels.nf4.packed_format import METHOD
 
 INDEX = "model.safetensors.index.json"
 STATE = "quant_state.bitsandbytes__nf4"
 
 
-class Net(nn.Module):
-    """NF4 weights, nested and not, of even and odd sizes, with blocks that cross rows, and plain tensors."""
+def _sizes(format: str) -> tuple[tuple[int, int], ...]:
+    """Even and odd ones, with blocks that cross rows, where the format has them."""
+    return (
+        ((40, 64), (7, 32), (48, 96)) if FORMATS[format].rows_have_blocks else ((40, 48), (7, 33), (48, 40))
+    )
 
-    def __init__(self) -> None:
+
+def _blocksizes(format: str) -> tuple[int, ...]:
+    allowed = FORMATS[format].blocksizes
+    return (32, 32, 32) if 32 in allowed else (allowed[0], allowed[-1], allowed[0])
+
+
+class Net(nn.Module):
+    """Packed weights, nested and not, and plain tensors."""
+
+    def __init__(self, format: str = "nf4") -> None:
         super().__init__()
+        self.format = format
         generator = torch.Generator().manual_seed(3)
 
-        def layer(rows: int, columns: int, nested: bool, bias: bool = True) -> nn.Module:
-            dense = nn.Linear(columns, rows, bias=bias)
+        def layer(size: tuple[int, int], blocksize: int, nested: bool) -> nn.Module:
+            dense = nn.Linear(size[1], size[0], bias=nested)
             with torch.no_grad():
                 for parameter in dense.parameters():
                     parameter.copy_(torch.randn(parameter.shape, generator=generator))
-            return pk.nn.NF4Linear.from_linear(dense, 32, nested)
+            return pk.nn.NF4Linear.from_linear(dense, blocksize, nested, format=format)
 
-        self.up, self.odd, self.down = layer(40, 48, True), layer(7, 33, True), layer(48, 40, False, False)
+        forms = _sizes(format), _blocksizes(format), (True, True, False)
+        self.up, self.odd, self.down = map(layer, *forms)
         self.norm = nn.LayerNorm(48)
         self.register_buffer("steps", torch.zeros(3, dtype=torch.int64))
 
@@ -46,10 +62,11 @@ class Net(nn.Module):
 class Experts(nn.Module):
     """Weights of four experts, in the state dict format of transformers' modules."""
 
-    def __init__(self, dense: Tensor, nested: bool) -> None:
+    def __init__(self, dense: Tensor, blocksize: int, nested: bool, format: str) -> None:
         super().__init__()
         self.out_features, self.in_features = dense.shape[1:]
-        self.weight = nn.Parameter(pk.NF4Weight.quantize(dense, 32, nested), requires_grad=False)
+        packed = pk.NF4Weight.quantize(dense, blocksize, nested, format=format)
+        self.weight = nn.Parameter(packed, requires_grad=False)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         weight: Any = self.weight
@@ -65,14 +82,16 @@ class Experts(nn.Module):
 class Mixture(nn.Module):
     """Like `Net`, with several experts in each weight."""
 
-    def __init__(self) -> None:
+    def __init__(self, format: str = "nf4") -> None:
         super().__init__()
+        self.format = format
         generator = torch.Generator().manual_seed(3)
 
-        def experts(rows: int, columns: int, nested: bool) -> nn.Module:
-            return Experts(torch.randn(4, rows, columns, generator=generator), nested)
+        def experts(size: tuple[int, int], blocksize: int, nested: bool) -> nn.Module:
+            return Experts(torch.randn(4, *size, generator=generator), blocksize, nested, format)
 
-        self.up, self.odd, self.down = experts(40, 48, True), experts(7, 33, True), experts(48, 40, False)
+        forms = _sizes(format), _blocksizes(format), (True, True, False)
+        self.up, self.odd, self.down = map(experts, *forms)
         self.norm = nn.LayerNorm(48)
 
 
@@ -113,7 +132,8 @@ def write_checkpoint(folder: Path, model: nn.Module | None = None) -> Path:
         write(folder / file, part)
     names = {name: file for file, part in shards.items() for name in part}
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    method = METHOD if isinstance(model, Mixture) else "bitsandbytes"
+    ours = isinstance(model, Mixture) or getattr(model, "format", "nf4") not in QUANT_TYPES
+    method = METHOD if ours else "bitsandbytes"
     quantization = {"quant_method": method, "load_in_4bit": True}
     (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}))
     return folder
@@ -259,7 +279,8 @@ KINDS = (
 def edit_tensor(folder: Path, rng: random.Random) -> None:
     path = _shard(folder, rng)
     state = _state(path)
-    name = rng.choice(sorted(state))
+    scales = [name for name in sorted(state) if "absmax" in name or "scale" in name]
+    name = rng.choice(scales if scales and rng.random() < 0.5 else sorted(state))
     tensor = state[name]
     way = rng.randrange(7)
     if way == 0:
@@ -268,6 +289,8 @@ def edit_tensor(folder: Path, rng: random.Random) -> None:
         state[name] = torch.cat((tensor.view(-1), tensor.view(-1)))
     elif way == 2:
         state[name] = tensor.to(rng.choice(KINDS))
+    elif way == 3 and tensor.element_size() == 1 and tensor.numel():  # codes: also of NaN and Inf
+        tensor.view(torch.uint8).view(-1)[rng.randrange(tensor.numel())] = rng.choice((0, 126, 127, 128, 255))
     elif way == 3 and tensor.is_floating_point() and tensor.numel():
         wild = (math.nan, math.inf, -math.inf, -1.0, -1e-30, 3e38, 1e-40)
         tensor.view(-1)[rng.randrange(tensor.numel())] = rng.choice(wild)

@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import argparse
 import random
-import shutil
+import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from checkpoint_damage import DAMAGE, Mixture, Net, tensors, write_checkpoint
+from fuzz_checks import check_sentence, check_values, fill
 from torch import Tensor, nn
 
 from peft_kernels.checkpoints.checks import faults
 from peft_kernels.checkpoints.folder import Checkpoint
 from peft_kernels.checkpoints.header import CheckpointError
 from peft_kernels.checkpoints.load import load_checkpoint
+from peft_kernels.core.formats import FORMATS
 
-LONGEST_SENTENCE = 700
+EVERY = 16
+"""One of so many cases is a folder that transformers loads, which takes several times as long."""
+TESTS = Path(__file__).resolve().parent.parent
 
 
 class Sample:
@@ -37,21 +41,28 @@ class Sample:
 
 
 class Fuzzer:
-    """Damages a copy of a valid checkpoint in every case; each third has packed experts."""
+    """Damages a copy of a valid checkpoint in every case, of all formats. Each third has packed experts."""
 
-    def __init__(self, folder: Path) -> None:
-        layers, experts = Sample(folder / "layers", Net()), Sample(folder / "experts", Mixture())
-        self.samples, self.broken = (layers, layers, experts), folder / "broken"
+    def __init__(self, folder: Path, formats: Iterable[str] = FORMATS) -> None:
+        self.samples = [
+            Sample(folder / f"{format}-{make.__name__}-{number}", make(format))
+            for format in formats
+            for number, make in enumerate((Net, Net, Mixture))
+        ]
+        import fuzz_folders
+
+        self.folders, self.broken = fuzz_folders.folders(folder), folder / "broken"
         self.outcomes: Counter[str] = Counter()
 
     def case(self, number: int) -> None:
         """Raises AssertionError or the reader's own error if the reader mishandles a damaged checkpoint."""
         rng = random.Random(number)
-        shutil.rmtree(self.broken, ignore_errors=True)
-        self.broken.mkdir()
+        if number % EVERY == EVERY - 1:
+            folder = self.folders[number // EVERY % len(self.folders)]
+            self.outcomes[folder.case(self.broken, rng)] += 1
+            return
         sample = self.samples[number % len(self.samples)]
-        for name, data in sample.files.items():
-            (self.broken / name).write_bytes(data)
+        fill(self.broken, sample.files)
         kinds = list(DAMAGE)
         kind = rng.choices(kinds, [DAMAGE[k][1] for k in kinds])[0]
         DAMAGE[kind][0](self.broken, rng)
@@ -87,9 +98,7 @@ def use(model: Any) -> None:
         assert weight.shape[-2:] == (layer.out_features, layer.in_features)
         layer(torch.ones(2, weight.shape[-1]))
         layer(torch.ones(17, weight.shape[-1], dtype=torch.bfloat16))
-        scales = layer.weight.absmax2 if layer.weight.double_quant else layer.weight.absmax
-        assert bool(torch.isfinite(scales).all() and (scales >= 0).all()), "scales that no weight has"
-        assert bool(torch.isfinite(weight).all()), "weights that are not finite"
+        check_values(layer.weight)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -100,12 +109,8 @@ def same(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def check_sentence(text: str) -> None:
-    assert text.isprintable() and 10 < len(text) < LONGEST_SENTENCE, f"no sentence: {text[:1000]!r}"
-
-
-def run(numbers: Iterator[int] | range, folder: Path) -> Counter[str]:
-    fuzzer = Fuzzer(folder)
+def run(numbers: Iterable[int], folder: Path, formats: Iterable[str] = FORMATS) -> Counter[str]:
+    fuzzer = Fuzzer(folder, formats)
     for number in numbers:
         try:
             fuzzer.case(number)
@@ -120,6 +125,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, help="run one case")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    sys.path += map(str, sorted({path.parent for path in TESTS.rglob("*.py")}))  # as conftest.py does
     numbers = range(arguments.cases) if arguments.only is None else range(arguments.only, arguments.only + 1)
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:

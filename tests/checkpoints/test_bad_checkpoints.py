@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_damage import INDEX, STATE, Net, change_json, change_tensors, tensors, write, write_checkpoint
-from fuzz_checkpoints import check_sentence, same, use
+from fuzz_checkpoints import same, use
+from fuzz_checks import check_sentence
 from torch import Tensor, nn
 
 import peft_kernels as pk

@@ -64,6 +64,13 @@ def test_layers_are_grouped(tmp_path: Path) -> None:
     assert _ranges({3, 5, 4, 9, 0}) == "0,3-5,9"
 
 
+def test_any_printable_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["layers.#.1.up", "#", "layers.0.\\1.up"]
+    write(tmp_path / "model.safetensors", {name: torch.ones(1) for name in names})
+    code, report = inspected(tmp_path, capsys)
+    assert code == 0 and {tensor["name"] for tensor in report["tensors"]} == set(names)
+
+
 def test_every_fault_is_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder / "model-00001-of-00002.safetensors"
     state = dict(Checkpoint.open(path))

@@ -122,6 +122,14 @@ def test_folders_with_packed_experts(format: str, tmp_path: Path, capsys: Captur
     assert "experts: expected a model with experts that can be packed, got none" in capsys.readouterr().err
 
 
+def test_headers_count_and_not_the_configuration(dense: Path, tmp_path: Path, capsys: Captured) -> None:
+    quantize_checkpoint(dense, tmp_path / "packed", 32, double_quant=False)
+    path = tmp_path / "packed" / "config.json"
+    change_json(path, lambda config: config["quantization_config"].pop("bnb_4bit_blocksize"))
+    found = [planned(capsys, each)["methods"]["qlora"]["weights"] for each in (tmp_path / "packed", path)]
+    assert found[0] == nbytes(read(tmp_path / "packed", dtype="auto")) > found[1]
+
+
 def test_format_of_a_packed_folder_is_its_own(dense: Path, tmp_path: Path, capsys: Captured) -> None:
     loaded(dense).save_pretrained(tmp_path / "packed")
     assert main(["plan", str(tmp_path / "packed"), "--format", "fp8"]) == 1

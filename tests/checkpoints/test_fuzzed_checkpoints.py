@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import random
 import struct
 from pathlib import Path
 from typing import Any
 
+import fuzz_folders
 import pytest
 import torch
 from checkpoint_damage import DAMAGE, STATE, WILD
-from fuzz_checkpoints import check_sentence, run
+from fuzz_checkpoints import EVERY, run
+from fuzz_checks import check_sentence
 from hypothesis import given
 from hypothesis import strategies as st
 
 import peft_kernels as pk
 from peft_kernels.checkpoints.header import CheckpointError, read_header
+from peft_kernels.core.formats import FORMATS
 from peft_kernels.nf4 import bitsandbytes_format, packed_format
+from peft_kernels.nf4.owners import mxfp4, nvfp4
 
 PRINTABLE = [value for value in WILD if value != 10**5000]  # hypothesis cannot print it
 JSON: Any = st.recursive(
@@ -65,20 +70,48 @@ def test_random_quant_state(fields: Any) -> None:
 
 
 def test_fuzzer(tmp_path: Path) -> None:
-    outcomes = run(range(300), tmp_path)
+    outcomes = run(range(400), tmp_path)
     kinds = {outcome.rpartition(" ")[0] for outcome in outcomes}
-    assert kinds == set(DAMAGE) and sum(outcomes.values()) == 300
+    assert kinds == {*DAMAGE, "edit_config"} and sum(outcomes.values()) == 400
     assert any(outcome.endswith("accepted") for outcome in outcomes)
 
 
-def test_fuzzer_finds_a_missing_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fuzzer fails when the check of scales is removed."""
-    monkeypatch.setattr(bitsandbytes_format, "check_scales", lambda *_: None)
-    with pytest.raises(AssertionError, match=r"case \d+: AssertionError: scales that no weight has"):
-        run(range(1000), tmp_path)
+LAYERS = [number for number in range(1000) if number % EVERY != EVERY - 1]
 
 
+@pytest.fixture
+def only_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damages tensors in every case, which finds a missing check of them soon."""
+    for kind in DAMAGE.keys() - {"edit_tensor"}:
+        monkeypatch.delitem(DAMAGE, kind)
+
+
+@pytest.mark.usefixtures("only_tensors")
+@pytest.mark.parametrize("format", FORMATS)
+def test_fuzzer_finds_a_missing_check(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fuzzer fails when the check of scales, and of codes of NaN, is removed."""
+    for module in (bitsandbytes_format, packed_format):
+        monkeypatch.setattr(module, "check_scales", lambda *_: None)
+    with pytest.raises(
+        AssertionError, match=r"case \d+: AssertionError: (scales that no weight|weights that)"
+    ):
+        run(LAYERS, tmp_path, [format])
+
+
+@pytest.mark.usefixtures("only_tensors")
 def test_fuzzer_finds_a_missing_check_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_format, "expect", lambda *_: None)
     with pytest.raises(AssertionError, match=r"case \d+: "):
-        run(range(1000), tmp_path)
+        run(LAYERS, tmp_path, ["nf4"])
+
+
+@pytest.mark.usefixtures("only_tensors")
+@pytest.mark.parametrize(("name", "module"), [("mxfp4 of gpt-oss", mxfp4), ("modelopt", nvfp4)])
+def test_fuzzer_finds_a_missing_check_of_an_owner(
+    name: str, module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder,) = fuzz_folders.folders(tmp_path, {name})
+    monkeypatch.setattr(module, "check_scales", lambda *_: None)
+    with pytest.raises(AssertionError, match="scales that no weight has"):
+        for number in range(500):
+            folder.case(tmp_path / "broken", random.Random(number))

@@ -5,6 +5,7 @@ memory it has its own method name, because bitsandbytes' makes transformers impo
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any
@@ -85,9 +86,10 @@ class NF4Config(QuantizationConfigMixin):
         self.blocksize, self.double_quant = blocksize, double_quant
         names = modules_to_not_convert
         if names is not None:
-            names = [names] if isinstance(names, str) else list(names)
-            strings = all(isinstance(name, str) for name in names)
+            names = [names] if isinstance(names, str) else names
+            strings = isinstance(names, Iterable) and all(isinstance(name, str) for name in names)
             _expect("modules_to_not_convert", "names of modules", names, strings)
+            names = list(names)
         self.modules_to_not_convert = names
         self.compute_dtype = None if compute_dtype is None else _dtype("compute_dtype", compute_dtype)
 
@@ -100,6 +102,9 @@ class NF4Config(QuantizationConfigMixin):
         if numbers.get("quant_method") != METHOD:
             owner = owner_of(numbers)
             numbers = _from_bitsandbytes(numbers) if owner is None else _from_owner(owner, numbers)
+        known = inspect.signature(cls).parameters
+        other = next((key for key in numbers if key not in known), None)
+        _expect("quantization_config", f"keys among {', '.join(known)}", other, other is None)
         return super().from_dict(numbers, return_unused_kwargs, **kwargs)
 
     @property

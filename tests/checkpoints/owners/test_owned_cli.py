@@ -79,6 +79,15 @@ def test_inspect_finds_missing_and_other_tensors(tmp_path: Path, capsys: Capture
     ]
 
 
+def test_inspect_finds_integers(tmp_path: Path, capsys: Captured) -> None:
+    """In a dense layer among packed experts, which loading takes for a packed one."""
+    gpt_oss(tmp_path)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    change_tensors(tmp_path / FILE, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    expected = f"{name}: expected a floating dtype, as GptOssForCausalLM has it, got torch.int8"
+    assert inspected(tmp_path, capsys, code=1)[1]["faults"] == [expected]
+
+
 def test_inspect_of_a_dense_folder_that_says_packed(tmp_path: Path, capsys: Captured) -> None:
     gpt_oss(tmp_path)
     change_json(tmp_path / "config.json", quantization_config=nvfp4_config("modelopt"))

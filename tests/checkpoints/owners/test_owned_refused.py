@@ -259,6 +259,13 @@ def test_stored_configurations() -> None:
         NF4Config(format="nvfp4", stored=nvfp4_config("modelopt") | {"quant_algo": "FP8"})
 
 
+def test_unknown_keys_of_our_own() -> None:
+    """Perhaps of a later version: without them the weights might be others."""
+    expected = r"^quantization_config: expected keys among blocksize, .*, got 'more'$"
+    with pytest.raises(ValueError, match=expected):
+        NF4Config.from_dict(NF4Config(format="mxfp4").to_dict() | {"more": 1})
+
+
 def test_other_methods_are_still_refused(tmp_path: Path) -> None:
     nvfp4(tmp_path, "modelopt")
     for method in ("gptq", ["mxfp4"], None):
