@@ -226,6 +226,8 @@ inline void gemv_scales(const Codebook& book, const Nf4View& w, int64_t first, i
   if (PEFT_KERNELS_PERMUTES_BYTES && w.q8) {
     unpack_scales(book, w, first, count, out);
     for (int64_t b = 0; factor != 1.0f && b < count; ++b) out[b] *= factor;
+  } else if (w.half_scales) {
+    widen_scales(w, first, count, factor, out);
   } else {
     for (int64_t b = 0; b < count; ++b) out[b] = block_absmax(w, first + b) * factor;
   }

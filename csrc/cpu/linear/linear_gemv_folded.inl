@@ -78,7 +78,13 @@ inline const float* folded_absmax(const GemmTerm& term, int64_t n0, int64_t cols
   const int shift = w.block_shift - 6;
   static_assert(kFoldedBlock == 1 << 6, "");
   if (shift == 0 && w.absmax) return w.absmax + first;
-  if (shift == 0 && w.q8) {
+  if (w.half_scales) {
+    // Widened at the end of the array, and spread from its start on.
+    const int64_t blocks = count >> shift;
+    float* wide = s.absmax + count - blocks;
+    widen_scales(w, first >> shift, blocks, 1.0f, wide);
+    for (int64_t i = 0; shift > 0 && i < count; ++i) s.absmax[i] = wide[i >> shift];
+  } else if (shift == 0) {
     unpack_scales(*s.book, w, first, count, s.absmax);
   } else {
     for (int64_t i = 0; i < count; ++i) s.absmax[i] = block_absmax(w, (first + i) >> shift);

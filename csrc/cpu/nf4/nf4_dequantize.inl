@@ -12,6 +12,12 @@ inline float block_absmax(const Nf4View& w, int64_t block) {
   return value * w.absmax2[block >> nf4::kAbsmaxBlockShift] + w.offset;
 }
 
+// The scales of blocks [first, first + count), which are 16-bit floats.
+inline void widen_scales(const Nf4View& w, int64_t first, int64_t count, float factor, float* out) {
+  const DType dtype = w.has_bf16_scales ? DType::kBF16 : DType::kF16;
+  widen_run(w.half_scales, dtype, first, count, factor, out);
+}
+
 inline const CodeValues& block_codes(const Nf4View& w, int64_t block) {
   return w.zero_points ? w.codes[w.zero_points[block] % kZeroPoints] : *w.codes;
 }
