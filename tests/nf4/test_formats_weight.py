@@ -1,4 +1,4 @@
-"""Weights in FP4, MXFP4 and NVFP4: as tensors, in state dicts, merged and averaged."""
+"""Weights in other formats than NF4: as tensors, in state dicts, merged and averaged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,18 @@ import peft_kernels as pk
 import testing
 
 SHAPES = {"layer": (12, 96), "experts": (3, 4, 96)}
-each_form = pytest.mark.parametrize("form", ["fp4", "fp4-plain", "mxfp4", "nvfp4"])
+FORMS: dict[str, tuple[str, int, bool]] = {
+    "fp4": ("fp4", 64, True),
+    "fp4-plain": ("fp4", 64, False),
+    "mxfp4": ("mxfp4", 32, False),
+    "nvfp4": ("nvfp4", 16, False),
+    "int4": ("int4", 32, True),
+    "int4-plain": ("int4", 32, False),
+    "fp8": ("fp8", 128, False),
+    "fp8-rows": ("fp8", 0, False),
+}
+"""Format, blocksize, and whether scales are double-quantised or blocks have zero points."""
+each_form = pytest.mark.parametrize("form", FORMS)
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 BY_CODE = pytest.mark.parametrize("form", ["mxfp4", "nvfp4"])
 
@@ -28,7 +39,12 @@ def make(
     form: str, shape: tuple[int, ...] = SHAPES["layer"], dtype: torch.dtype = torch.float32
 ) -> pk.NF4Weight:
     dense = testing.uneven(testing.tensor(*shape, dtype=dtype, seed=1))
-    return pk.NF4Weight.quantize(dense, None, form == "fp4", format=form.removesuffix("-plain"))
+    return quantize(dense, form)
+
+
+def quantize(dense: Tensor, form: str) -> pk.NF4Weight:
+    format, blocksize, double_quant = FORMS[form]
+    return pk.NF4Weight.quantize(dense, blocksize, double_quant, format=format)
 
 
 # Quantising
@@ -39,12 +55,12 @@ def make(
 def test_attributes(form: str, shape: tuple[int, ...]) -> None:
     weight = make(form, shape, torch.bfloat16)
     assert weight.shape == shape and weight.dtype == torch.bfloat16
-    assert weight._state.format == form.removesuffix("-plain")
-    assert weight.blocksize == {"mxfp4": 32, "nvfp4": 16}.get(form, 64)
-    assert weight.double_quant == (form == "fp4")
-    assert (weight.offset is not None) == (form == "fp4")
-    assert weight.absmax.dtype == (torch.float32 if form == "fp4-plain" else torch.uint8)
-    assert weight.packed.shape == (*shape[:-1], 48)
+    format, blocksize, double_quant = FORMS[form]
+    assert weight._state.format == format and weight.blocksize == blocksize
+    assert weight.double_quant == (weight.offset is not None) == double_quant
+    scales = {"int4": torch.bfloat16, "fp8": torch.float32}
+    assert weight.absmax.dtype == (torch.float32 if form == "fp4-plain" else scales.get(format, torch.uint8))
+    assert weight.packed.shape == (*shape[:-1], 96 if format == "fp8" else 48)
 
 
 @BY_CODE
@@ -64,8 +80,8 @@ def test_values_lie_within_half_a_step(form: str) -> None:
 @each_form
 def test_packed_values_are_quantised_to_themselves(form: str) -> None:
     weight = make(form)
-    again = pk.NF4Weight.quantize(weight, None, form == "fp4", format=weight._state.format)
-    if form == "fp4":  # double quantisation rounds the scales again
+    again = quantize(weight.dequantize(), form)
+    if form in ("fp4", "int4", "int4-plain"):  # scales are rounded again, or no code is the largest
         return
     torch.testing.assert_close(again.dequantize(), weight.dequantize(), rtol=2e-7, atol=0)
 
@@ -74,16 +90,16 @@ def test_packed_values_are_quantised_to_themselves(form: str) -> None:
 def test_zero_blocks(form: str) -> None:
     dense = testing.tensor(4, 192)
     dense[1], dense[2, 64:] = 0, 0
-    back = pk.NF4Weight.quantize(dense, format=form.removesuffix("-plain"), double_quant=False).dequantize()
+    back = quantize(dense, "fp4-plain" if form == "fp4" else form).dequantize()
     assert back.isfinite().all() and not back[1].any() and not back[2, 64:].any() and back[2, :64].any()
-    assert not pk.NF4Weight.quantize(dense * 0, format=form.removesuffix("-plain")).dequantize().any()
+    assert not quantize(dense * 0, form).dequantize().any()
 
 
 @pytest.mark.parametrize("magnitude", [1e-38, 1e-42, 1e38], ids="{:g}".format)
 @each_form
 def test_extreme_magnitudes(form: str, magnitude: float) -> None:
     dense = (testing.tensor(4, 64).clamp(-1, 1).double() * magnitude).float()
-    back = pk.NF4Weight.quantize(dense, double_quant=False, format=form.removesuffix("-plain")).dequantize()
+    back = quantize(dense, "fp4-plain" if form == "fp4" else form).dequantize()
     assert back.isfinite().all() and (back.abs() <= 1.34 * dense.abs().max() + 2e-38).all()
 
 
@@ -113,7 +129,7 @@ REFUSED: dict[str, tuple[str, Callable[[], object]]] = {
                 format=form,
             ),
         )
-        for form in ("fp4", "mxfp4", "nvfp4")
+        for form in ("fp4", "mxfp4", "nvfp4", "int4", "fp8")
     },
     "inf-in-an-expert": (
         r"^weight\[1\]: expected finite values, got 128 NaN or Inf among 128$",
@@ -179,8 +195,7 @@ def test_requantize(shape: tuple[int, ...], form: str) -> None:
     weight.data += delta
     dense = weight.dequantize()
     weight.requantize_()
-    want = pk.NF4Weight.quantize(dense, weight.blocksize, form == "fp4", format=weight._state.format)
-    assert_equal_weights(weight, want)
+    assert_equal_weights(weight, quantize(dense, form))
 
 
 @each_form
