@@ -26,25 +26,23 @@ def owner_in(config: Mapping[str, Any]) -> Owner | None:
 
 def owned_weights(checkpoint: Checkpoint) -> dict[str, list[str]]:
     """Names of the packed weights, with their tensors."""
-    owner, names = owner_in(checkpoint.config), checkpoint.entries
-    if owner is None:
-        return {}
-    marked = dict.fromkeys(weight for name in names if (weight := owner.weight_of(name)) is not None)
-    return {weight: owner.tensors_of(weight, names) for weight in marked}
+    owner = owner_in(checkpoint.config)
+    return {} if owner is None else owner.weights(checkpoint.entries)
 
 
 def read_owned(checkpoint: Checkpoint, weight: str, names: list[str], headers: bool = False) -> NF4State:
-    """A packed weight without its codes, of which any value is valid; with `headers` on the meta device, and
-    only tensors of one number are read. Raises CheckpointError for a tensor that does not fit."""
+    """A packed weight, without its codes if any value of them is valid; with `headers` on the meta device:
+    then only tensors of one number are read. Raises CheckpointError for a tensor that does not fit."""
     owner, tensors = owner_in(checkpoint.config), {}
     assert owner is not None
     for name in names:
         entry = checkpoint.entries[name]
-        ending = owner.ending_of(weight, name)
-        if ending == owner.codes or (headers and prod(entry.shape) > 1):
-            tensors[ending] = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        part = owner.part_of(weight, name)
+        unread = part == owner.codes and owner.any_code
+        if unread or (headers and prod(entry.shape) > 1):
+            tensors[part] = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         else:
-            tensors[ending] = entry.read()
+            tensors[part] = entry.read()
     try:
         return owner.read(tensors, weight)[0]
     except ValueError as error:

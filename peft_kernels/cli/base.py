@@ -54,6 +54,7 @@ def base_of(path: Path, model: Any) -> Base:
         return Base("an unknown method", f"quantization_config: expected an object, got {shown(stored)}")
     try:
         from ..quantize.transformers.config import NF4Config
+        from ..quantize.transformers.conversion import packed_form
 
         config = NF4Config.from_dict(stored)
     except (ImportError, ValueError) as error:  # of an old transformers
@@ -64,45 +65,46 @@ def base_of(path: Path, model: Any) -> Base:
     base.experts = config.experts if owner is None else owner.experts
     base.linears = owner is None or not owner.experts
     if path.is_dir() and any(path.glob("*.safetensors")):
-        base.packed = _packed(Checkpoint.open(path), model)
+        base.packed = _packed(Checkpoint.open(path), model, packed_form(config))
         base.experts = any(not name.endswith(".weight") for name in base.packed)
     return base
 
 
-def _packed(checkpoint: Checkpoint, model: Any) -> dict[str, int]:
+def _packed(checkpoint: Checkpoint, model: Any, form: str) -> dict[str, int]:
     names, found = Names(model), dict[str, int]()
     owned = owned_weights(checkpoint)
-    _refuse_conversions(model, owned)
+    _refuse_conversions(model, owned, form)
     for weight, items in (nf4_weights(checkpoint.entries) | owned).items():
         if weight in owned:
             state = read_owned(checkpoint, weight, items, headers=True)
         else:
             state, _ = read_layout(checkpoint, weight, items)
         name = names.in_model(weight)[0]
-        _check(model, name, state.shape)
+        _check(model, name, state.shape, form)
         found[name] = state.nbytes
     return found
 
 
-def _refuse_conversions(model: Any, packed: Iterable[str]) -> None:
+def _refuse_conversions(model: Any, packed: Iterable[str], form: str) -> None:
     """Raises CheckpointError for a packed weight that transformers would convert."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     from ..quantize.transformers.layouts import to_read
 
     try:
-        to_read(get_model_conversion_mapping(model), set(packed))
+        to_read(get_model_conversion_mapping(model), set(packed), form)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
 
 
-def _check(model: Any, name: str, shape: tuple[int, ...]) -> None:
+def _check(model: Any, name: str, shape: tuple[int, ...], form: str) -> None:
     """Raises CheckpointError, as loading does, unless the model has a linear layer or experts there."""
     module, key = _owner(model, name)
     if module is None:
         return  # loading ignores it, and says so
     if not (is_linear(module) or isinstance(module, nn.Linear) or computes_experts(module)):
-        raise CheckpointError(f"{name}: expected a dense weight for a {type(module).__name__}, got 4 bits")
+        kind = type(module).__name__
+        raise CheckpointError(f"{name}: expected a dense weight for a {kind}, got {form}")
     expected = tuple(module._parameters[key].shape)
     if getattr(module, "is_transposed", False) or (is_linear(module) and not isinstance(module, nn.Linear)):
         expected = (*expected[:-2], expected[-1], expected[-2])

@@ -197,7 +197,7 @@ def _owned_form(
         state = read_owned(checkpoint, name, owned[name])
     except CheckpointError:
         return f"{owner.title}{_FAULTY}", ()
-    return f"{owner.title}, blocks of {state.blocksize}", state.shape
+    return f"{owner.title}, {_blocks(state)}", state.shape
 
 
 def _as_json(group: Group) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.quantizers import auto
 
-from ..nf4.owners.compressed_tensors import FORMAT as NVFP4_FORMAT
+from ..nf4.owners import owner_of
 from ..nf4.packed_format import METHOD
 from ..quantize.transformers.config import NF4Config
 from ..quantize.transformers.quantizer import NF4Quantizer
@@ -20,11 +20,11 @@ _theirs: list[tuple[dict[str, Any], str, Any]] = []
 
 
 def read_config(path: Any, **kwargs: Any) -> Any:
-    """The configuration of a 4-bit checkpoint, to load it without bitsandbytes.
+    """The configuration of a packed checkpoint, to load it without the library that wrote it.
 
     `AutoModelForCausalLM.from_pretrained(path, config=read_config(path))` reads checkpoints of bitsandbytes
-    and of this package, MXFP4 (GPT-OSS), and NVFP4 of compressed-tensors and modelopt. The file determines
-    which layers are in 4 bits and their blocksizes.
+    and of this package, GPTQ and AWQ, MXFP4 (GPT-OSS), FP8 in blocks (DeepSeek, Qwen), and NVFP4, int4 and
+    FP8 of compressed-tensors and modelopt. The file determines which layers are packed and their blocksizes.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ def read_config(path: Any, **kwargs: Any) -> Any:
     Raises
     ------
     ValueError
-        The checkpoint is not quantised, or in another format (8 bits, others).
+        The checkpoint is not quantised, or in another format (8-bit integers, others).
     """
     config = AutoConfig.from_pretrained(path, **kwargs)
     text = config.get_text_config(decoder=True)
@@ -66,17 +66,18 @@ def enable() -> None:
     """Loads 4-bit models of bitsandbytes' configuration, and the checkpoints that `read_config` reads, with
     NF4Linear and NF4Experts, in the whole process, until `disable()`.
 
-    Applies to `BitsAndBytesConfig(load_in_4bit=True)` and 4-bit checkpoints, also in AutoPeftModel and TRL,
-    and needs no bitsandbytes and no compressed-tensors. Other quantisation is left to transformers: 8 bits,
-    other formats of compressed-tensors, and `Mxfp4Config(dequantize=True)`."""
+    Applies to `BitsAndBytesConfig(load_in_4bit=True)` and packed checkpoints, also in AutoPeftModel and TRL,
+    and needs none of the libraries that wrote them. What `read_config` refuses is left to transformers, and
+    so is `dequantize=True` in a Mxfp4Config or FineGrainedFP8Config."""
     if _theirs:
         return
     _replace(auto.AUTO_QUANTIZER_MAPPING, "bitsandbytes_4bit", NF4Quantizer)
-    mxfp4 = auto.AUTO_QUANTIZER_MAPPING["mxfp4"]
-    _replace(auto.AUTO_QUANTIZER_MAPPING, "mxfp4", functools.partial(_for_mxfp4, mxfp4))
+    for method in ("mxfp4", "gptq", "awq", "fp8"):
+        theirs = auto.AUTO_QUANTIZER_MAPPING[method]
+        _replace(auto.AUTO_QUANTIZER_MAPPING, method, functools.partial(_quantizer, theirs))
     # Their configuration needs the library.
-    theirs = auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"]
-    _replace(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "compressed-tensors", _ForNvfp4(theirs))
+    config = auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"]
+    _replace(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "compressed-tensors", _Config(config))
     _replace(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "modelopt", NF4Config)
 
 
@@ -95,18 +96,24 @@ def _replace(mapping: dict[str, Any], key: str, value: Any) -> None:
     mapping[key] = value
 
 
-def _for_mxfp4(theirs: Any, config: Any, pre_quantized: bool = True) -> Any:
-    """The quantiser for a Mxfp4Config: ours for packed checkpoints that should stay packed."""
-    ours = pre_quantized and not config.dequantize
+def _quantizer(theirs: Any, config: Any, pre_quantized: bool = True) -> Any:
+    """Ours for packed checkpoints that we read and that should stay packed."""
+    ours = pre_quantized and not getattr(config, "dequantize", False) and _reads(config.to_dict())
     return (NF4Quantizer if ours else theirs)(config, pre_quantized=pre_quantized)
 
 
-class _ForNvfp4:
-    """Stands for the class of compressed-tensors' configurations: NVFP4 becomes an NF4Config."""
+class _Config:
+    """Stands for a class of configurations: those of formats that we read become an NF4Config."""
 
     def __init__(self, theirs: Any) -> None:
         self.theirs = theirs
 
     def from_dict(self, config: dict[str, Any]) -> Any:
-        cls = NF4Config if config.get("format") == NVFP4_FORMAT else self.theirs
-        return cls.from_dict(config)
+        return (NF4Config if _reads(config) else self.theirs).from_dict(config)
+
+
+def _reads(config: dict[str, Any]) -> bool:
+    try:
+        return owner_of(config) is not None
+    except ValueError:
+        return False

@@ -265,7 +265,7 @@ def test_dense_checkpoint(tmp_path: Path) -> None:
             r"^bnb_4bit_quant_type: expected one of \('nf4', 'fp4'\), got 'int4'$",
         ),
         ({"load_in_8bit": True, "load_in_4bit": False}, r"^quantization_config: .*, got 'load_in_8bit'$"),
-        ({"quant_method": "gptq"}, r"^quantization_config: expected bitsandbytes in 4 bits, got 'gptq'$"),
+        ({"quant_method": "hqq"}, r"^quantization_config: expected bitsandbytes in 4 bits, got 'hqq'$"),
         ({"bnb_4bit_compute_dtype": "int4"}, r"^bnb_4bit_compute_dtype: expected float32, .*, got 'int4'$"),
         ({"bnb_4bit_blocksize": 65}, r"^blocksize: expected one of .*, got 65$"),
     ],
@@ -330,12 +330,11 @@ def test_packed_layer_that_the_model_splits(tmp_path: Path) -> None:
         WeightConverter("attn.qkv.weight", ["attn.q.weight", "attn.k.weight"], [Chunk(dim=0)]),
         WeightConverter("mlp.wi.weight", "mlp.wi.weight", [Chunk(dim=0)]),
     ]
-    with pytest.raises(
-        ValueError, match=r"^h\.0\.attn\.qkv\.weight: expected a dense weight, which this model"
-    ):
-        layouts.to_read(conversions, {"h.0.attn.qkv.weight"})
-    assert layouts.to_read(conversions, {"h.0.mlp.wi.weight"}) == conversions[:1]
-    assert layouts.to_read(conversions, {"h.0.other.weight"}) == conversions
+    expected = r"^h\.0\.attn\.qkv\.weight: expected a dense weight, which this model .*, got 4 bits; quantise"
+    with pytest.raises(ValueError, match=expected):
+        layouts.to_read(conversions, {"h.0.attn.qkv.weight"}, "4 bits")
+    assert layouts.to_read(conversions, {"h.0.mlp.wi.weight"}, "4 bits") == conversions[:1]
+    assert layouts.to_read(conversions, {"h.0.other.weight"}, "4 bits") == conversions
 
 
 def test_quantize_model_keeps_another_quantizer(tmp_path: Path) -> None:

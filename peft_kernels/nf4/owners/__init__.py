@@ -1,6 +1,7 @@
-"""Formats of 4-bit checkpoints that other libraries own, one a file.
+"""Formats of packed checkpoints that other libraries own.
 
-A checkpoint's `quant_method` names its owner; the names of its tensors tell which weights are packed.
+A checkpoint's `quant_method` names its owner, and often another key which of its formats; the names of its
+tensors tell which weights are packed.
 """
 
 from __future__ import annotations
@@ -8,15 +9,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .compressed_tensors import CompressedTensors
-from .modelopt import ModelOpt
+from .awq import Awq
+from .compressed_tensors import CompressedTensorsFp8, CompressedTensorsInt4, CompressedTensorsNvfp4
+from .finegrained_fp8 import FineGrainedFp8
+from .gptq import Gptq, GptqV2
+from .modelopt import ModelOptFp8, ModelOptNvfp4
 from .mxfp4 import Mxfp4
-from .owner import Owner
+from .owner import Owner, one_of
 
 __all__ = ["OWNERS", "Owner", "owner_of"]
 
-OWNERS: dict[str, Owner] = {owner.method: owner for owner in (Mxfp4(), CompressedTensors(), ModelOpt())}
-"""All owners, by `quant_method`."""
+OWNERS: dict[str, Owner] = {
+    "mxfp4": Mxfp4(),
+    "compressed-tensors": CompressedTensorsNvfp4(),
+    "compressed-tensors-int4": CompressedTensorsInt4(),
+    "compressed-tensors-fp8": CompressedTensorsFp8(),
+    "modelopt": ModelOptNvfp4(),
+    "modelopt-fp8": ModelOptFp8(),
+    "gptq": Gptq(),
+    "gptq-v2": GptqV2(),
+    "awq": Awq(),
+    "fp8": FineGrainedFp8(),
+}
+"""All formats."""
 
 
 def owner_of(config: Mapping[str, Any]) -> Owner | None:
@@ -24,7 +39,13 @@ def owner_of(config: Mapping[str, Any]) -> Owner | None:
     the owner's that cannot be read."""
     method = config.get("quant_method")
     method = getattr(method, "value", method)  # of an enum, in objects of transformers
-    owner = OWNERS.get(method) if isinstance(method, str) else None
-    if owner is not None:
-        owner.check(config)
-    return owner
+    same = [owner for owner in OWNERS.values() if owner.method == method]
+    for owner in same:
+        if not owner.variant_key or owner.variant_of(config) in owner.variants:
+            owner.check(config)
+            return owner
+    if same:
+        known = [variant for owner in same for variant in owner.variants]
+        got = same[0].variant_of(config)
+        raise ValueError(f"{same[0].variant_key}: expected {one_of(known)} of {method}, got {got!r}")
+    return None

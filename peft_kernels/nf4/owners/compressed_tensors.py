@@ -1,36 +1,94 @@
-"""NVFP4 as compressed-tensors writes it (`nvfp4-pack-quantized`): the scale of the whole weight divides."""
+"""The formats of compressed-tensors: NVFP4, int4 in groups, and FP8."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ...core.formats import e4m3_values
+from .config_groups import Grouped
+from .fp8 import BLOCK, Fp8
+from .int4 import Int4
 from .nvfp4 import Nvfp4
 from .owner import Config
 
-FORMAT = "nvfp4-pack-quantized"
 _REFUSED = ("kv_cache_scheme", "sparsity_config", "transform_config")
+_SHAPE = "weight_shape"
 
 
-class CompressedTensors(Nvfp4):
-    method, title = "compressed-tensors", "NVFP4 of compressed-tensors"
-    codes, whole = "_packed", "_global_scale"
-    endings = (codes, "_scale", whole)
-    marks = (codes, whole)
-    beside = ("input_global_scale",)
+class CompressedTensors(Grouped):
+    method, variant_key = "compressed-tensors", "format"
 
     def check(self, config: Config) -> None:
-        if config.get("format") != FORMAT:
-            raise ValueError(
-                f"format: expected {FORMAT!r} of compressed-tensors, got {config.get('format')!r}"
-            )
         for key in _REFUSED:
             if config.get(key):
-                raise ValueError(f"{key}: expected none beside NVFP4 weights, got {config[key]!r}")
-        self.check_groups(config)
+                raise ValueError(
+                    f"{key}: expected none beside {self.format.upper()} weights, got {config[key]!r}"
+                )
+        super().check(config)
+
+
+class CompressedTensorsNvfp4(CompressedTensors, Nvfp4):
+    """The scale of the whole weight divides."""
+
+    variants = ("nvfp4-pack-quantized",)
+    title = "NVFP4 of compressed-tensors"
+    codes, whole = "weight_packed", "weight_global_scale"
+    parts = (codes, "weight_scale", whole)
+    marks = (codes, whole)
+    beside = ("input_global_scale",)
 
     def values(self, whole: Tensor) -> Tensor:
         return e4m3_values(whole.device) / whole
 
     def whole_of(self, one: Tensor) -> Tensor:
         return 1 / one.view(1)
+
+
+class CompressedTensorsInt4(CompressedTensors, Int4):
+    """Eight codes of a row in a word; the names say that codes and zero points are signed, but the words hold
+    them from 0."""
+
+    variants = ("pack-quantized",)
+    title = "INT4 of compressed-tensors"
+    allowed: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "num_bits": (4,), "type": ("int",), "strategy": ("group", "channel")
+    }  # fmt: skip
+    codes, scale, zeros, index = "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"
+    parts = (codes, scale, zeros)
+    marks = (codes, scale, zeros)
+    beside = (_SHAPE, index, "input_scale", "input_zero_point", "input_global_scale")
+    always_zeros = False
+
+    def check_beside(
+        self, tensors: Mapping[str, Tensor], stem: str, shape: tuple[int, int], groups: int
+    ) -> None:
+        super().check_beside(tensors, stem, shape, groups)
+        found = tensors.get(_SHAPE)
+        if found is not None and not found.is_meta and found.tolist() != [*shape]:
+            raise ValueError(
+                f"{stem + _SHAPE}: expected {[*shape]}, as {self.codes} has it, got {found.tolist()}"
+            )
+
+
+class CompressedTensorsFp8(CompressedTensors, Fp8):
+    variants = ("float-quantized", "naive-quantized")
+    title = "FP8 of compressed-tensors"
+    allowed: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "num_bits": (8,), "type": ("float",), "symmetric": (True,), "strategy": ("tensor", "channel", "block")
+    }  # fmt: skip
+    scale = "weight_scale"
+    parts = (Fp8.codes, scale)
+    marks = (scale,)
+    beside = ("input_scale", "input_zero_point")
+
+    def check(self, config: Config) -> None:
+        super().check(config)
+        for name, group in config["config_groups"].items():
+            weights = group["weights"]
+            blocks = weights.get("block_structure")
+            if weights["strategy"] == "block" and blocks != BLOCK:
+                key = f"config_groups.{name}.weights.block_structure"
+                raise ValueError(f"{key}: expected {BLOCK}, for FP8, got {blocks!r}")

@@ -1,32 +1,45 @@
-"""NVFP4 as NVIDIA's Model Optimizer exports it: the scale of the whole weight multiplies."""
+"""The formats of NVIDIA's Model Optimizer: NVFP4, and FP8 with a scale for each weight."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ...core.formats import e4m3_values
+from .config_groups import Grouped
+from .fp8 import Fp8
 from .nvfp4 import Nvfp4
-from .owner import Config
-
-_ALGORITHM = "NVFP4"
 
 
-class ModelOpt(Nvfp4):
-    method, title = "modelopt", "NVFP4 of modelopt"
-    codes, whole = "", "_scale_2"
-    endings = (codes, "_scale", whole)
-    marks = (whole,)
+class ModelOpt(Grouped):
+    method, variant_key = "modelopt", "quant_algo"
     beside = ("input_scale", "k_scale", "v_scale")
 
-    def check(self, config: Config) -> None:
-        if config.get("quant_algo") != _ALGORITHM:
-            raise ValueError(
-                f"quant_algo: expected {_ALGORITHM!r} of modelopt, got {config.get('quant_algo')!r}"
-            )
-        self.check_groups(config)
+
+class ModelOptNvfp4(ModelOpt, Nvfp4):
+    """The scale of the whole weight multiplies."""
+
+    variants = ("NVFP4",)
+    title = "NVFP4 of modelopt"
+    codes, whole = "weight", "weight_scale_2"
+    parts = (codes, "weight_scale", whole)
+    marks = (whole,)
 
     def values(self, whole: Tensor) -> Tensor:
         return e4m3_values(whole.device) * whole
 
     def whole_of(self, one: Tensor) -> Tensor:
         return one
+
+
+class ModelOptFp8(ModelOpt, Fp8):
+    variants = ("FP8",)
+    title = "FP8 of modelopt"
+    allowed: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "num_bits": (8,), "type": ("float",), "symmetric": (True,)
+    }  # fmt: skip
+    scale = "weight_scale"
+    parts = (Fp8.codes, scale)
+    marks = (scale,)

@@ -21,14 +21,14 @@ _BLOCKS, _SCALES = "_blocks", "_scales"
 class Mxfp4(Owner):
     method, format, experts = "mxfp4", "mxfp4", True
     title, codes = "MXFP4", _BLOCKS
-    endings = marks = (_BLOCKS, _SCALES)
+    parts = marks = (_BLOCKS, _SCALES)
 
     def check(self, config: Config) -> None:
         pass  # its configuration has no variants
 
     def read(self, tensors: Mapping[str, Tensor], weight: str) -> tuple[NF4State, dict[str, Tensor]]:
-        scales = tensor_of(tensors, _SCALES, weight, torch.uint8)
-        blocks = tensor_of(tensors, _BLOCKS, weight, torch.uint8)
+        scales = tensor_of(tensors, weight, _SCALES, torch.uint8)
+        blocks = tensor_of(tensors, weight, _BLOCKS, torch.uint8)
         expect_shape(weight + _SCALES, ("experts", "out", "in / 32"), scales.shape)
         expect_shape(weight + _BLOCKS, (*scales.shape, self.blocksize // 2), blocks.shape)
         values = e8m0_values(scales.device)

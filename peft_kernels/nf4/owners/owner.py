@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,52 +20,66 @@ _PART = 1 << 24  # bytes of codes swapped at a time
 class Owner(ABC):
     """The format of one owner.
 
-    The tensors of a weight are named after it: its name and an ending, `""` among them. Others of its module
-    are kept aside: reading ignores them, saving writes them again.
+    The tensors of a weight of a linear layer are named after its module, those of experts after the weight:
+    that name and a part. Parts `beside` are kept aside: reading needs them at most for checks, saving writes
+    them again.
     """
 
     method: ClassVar[str]
     """Its `quant_method` in config.json."""
+    variant_key: ClassVar[str] = ""
+    """The key of a configuration that tells its formats apart, if the method has several."""
+    variants: ClassVar[tuple[str, ...]] = ()
+    """Values of that key that name this format."""
     format: ClassVar[str]
     """Key of `core.formats.FORMATS`."""
     title: ClassVar[str]
     """The format in messages."""
-    experts: ClassVar[bool]
+    experts: ClassVar[bool] = False
     """Whether weights are those of experts, (experts, out, in), or of linear layers, (out, in)."""
     codes: ClassVar[str]
-    """The one of `endings` that the codes have."""
-    endings: ClassVar[tuple[str, ...]]
-    """Of the names of a weight's tensors."""
+    """The one of `parts` that the codes have."""
+    any_code: ClassVar[bool] = True
+    """Whether every byte is a valid code, so that checks need not read them."""
+    parts: ClassVar[tuple[str, ...]]
+    """Of the names of a weight's tensors. Some may be optional."""
     marks: ClassVar[tuple[str, ...]]
-    """Those of `endings` that only packed weights have."""
+    """Those of `parts` that only packed weights have."""
     beside: ClassVar[tuple[str, ...]] = ()
-    """Names of tensors of the module that are kept aside."""
+    """Parts that are kept aside."""
 
     @property
     def blocksize(self) -> int:
         return FORMATS[self.format].blocksizes[0]
 
+    def stem(self, weight: str) -> str:
+        """What the names of a weight's tensors begin with."""
+        return weight if self.experts else weight.removesuffix("weight")
+
     def weight_of(self, name: str) -> str | None:
         """The packed weight that a tensor marks by its name; None for others."""
         for mark in self.marks:
-            weight = name.removesuffix(mark)
-            if weight not in ("", name) and (self.experts or weight.endswith(".weight")):
-                return weight
+            stem = name.removesuffix(mark)
+            if stem != name and stem and (self.experts or stem.endswith(".")):
+                return stem if self.experts else f"{stem}weight"
         return None
 
-    def tensors_of(self, weight: str, names: Container[str]) -> list[str]:
-        """Those of `names` that belong to a packed weight."""
-        module = weight.rpartition(".")[0]
-        wanted = [
-            *(weight + ending for ending in self.endings),
-            *(f"{module}.{name}" for name in self.beside),
-        ]
-        return [name for name in wanted if name in names]
+    def weights(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """The packed weights among the tensors of a checkpoint, with the names of their tensors."""
+        names = dict.fromkeys(names)
+        stems = {weight: self.stem(weight) for name in names if (weight := self.weight_of(name)) is not None}
+        parts = (*self.parts, *self.beside)
+        return {
+            weight: [stem + part for part in parts if stem + part in names] for weight, stem in stems.items()
+        }
 
-    def ending_of(self, weight: str, name: str) -> str:
-        """The ending of the name of a weight's tensor; the last part of one beside it."""
-        last = name.rpartition(".")[2]
-        return last if last in self.beside else name.removeprefix(weight)
+    def part_of(self, weight: str, name: str) -> str:
+        """The part in the name of a weight's tensor."""
+        return name.removeprefix(self.stem(weight))
+
+    def variant_of(self, config: Config) -> Any:
+        """Which of the method's formats a configuration names."""
+        return config.get(self.variant_key)
 
     @abstractmethod
     def check(self, config: Config) -> None:
@@ -77,19 +91,19 @@ class Owner(ABC):
 
     @abstractmethod
     def read(self, tensors: Mapping[str, Tensor], weight: str) -> tuple[NF4State, dict[str, Tensor]]:
-        """A weight, and its tensors to keep aside for `write`, by ending or name.
+        """A weight, and its tensors to keep aside for `write`, by part.
 
         Parameters
         ----------
         tensors
-            The weight's tensors by ending, and those beside it by name.
+            The weight's tensors by part.
         weight : str
             Its name in the file, for errors.
 
         Raises
         ------
         ValueError
-            A tensor is missing, has another shape or dtype, or scales that are no numbers of 0 or more.
+            A tensor is missing, has another shape or dtype, or values that no weight has, such as NaN.
         """
 
     @abstractmethod
@@ -103,13 +117,31 @@ class Owner(ABC):
         cannot."""
 
 
-def tensor_of(tensors: Mapping[str, Tensor], ending: str, weight: str, dtype: torch.dtype) -> Tensor:
-    found, name = tensors.get(ending), weight + ending
+def tensor_of(tensors: Mapping[str, Tensor], stem: str, part: str, *dtypes: torch.dtype) -> Tensor:
+    found, name = tensors.get(part), stem + part
     if found is None:
-        raise ValueError(f"{name}: expected this tensor of a packed weight, got none")
-    if found.dtype != dtype:
-        raise ValueError(f"{name}: expected dtype {dtype}, got {found.dtype}")
+        raise missing(name)
+    if found.dtype not in dtypes:
+        expected = " or ".join(map(str, dtypes))
+        raise ValueError(f"{name}: expected dtype {expected}, got {found.dtype}")
     return found
+
+
+def missing(name: str) -> ValueError:
+    return ValueError(f"{name}: expected this tensor of a packed weight, got none")
+
+
+def one_of(values: Sequence[Any]) -> str:
+    """The values in a message: 'a', 'b' or 'c'."""
+    *first, last = map(repr, values)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def kept(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Copies of the named tensors, if there are any: of a mapped file, or of a GPU's memory, they would keep
+    more than themselves."""
+    found = {name: tensors[name] for name in names if name in tensors}
+    return {n: t.clone() if t.is_meta else t.to("cpu", copy=True) for n, t in found.items()}
 
 
 def expect_shape(name: str, expected: tuple[int | str, ...], got: Iterable[int]) -> None:
@@ -160,6 +192,15 @@ def check_scales(name: str, scales: Tensor, values: Tensor) -> None:
             f"{name}: expected finite scales of 0 or more, got {int(counts[bad].sum())} NaN, Inf or negative "
             f"among {scales.numel()}"
         )
+
+
+def check_finite(name: str, scales: Tensor) -> None:
+    """Raises ValueError if a scale is not a number. Some quantisers make negative ones."""
+    if scales.device.type == "meta":
+        return
+    bad = int((~scales.isfinite()).sum())
+    if bad:
+        raise ValueError(f"{name}: expected finite scales, got {bad} NaN or Inf among {scales.numel()}")
 
 
 def swapped(codes: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ class NF4Config(QuantizationConfigMixin):
     @property
     def owner(self) -> Owner | None:
         """The owner of the checkpoint's format, if it is neither bitsandbytes' nor ours."""
-        return None if self.stored is None else OWNERS[self.stored["quant_method"]]
+        return None if self.stored is None else owner_of(self.stored)
 
     def describe(self, dense: list[str], dtype: torch.dtype, experts: bool = False) -> None:
         """Sets, before saving, the dense linear layers (in an owner's format: those that became dense), the

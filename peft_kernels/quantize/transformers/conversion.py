@@ -149,20 +149,18 @@ class Read(_Conversion):
             value._is_hf_initialized = True  # a meta DTensor cannot be initialised; the error follows
             about["missing_keys"].discard(key)
             return {}
-        if len(items) > 1:
-            kind = type(layer).__name__
-            self.errors.add(ValueError(f"{key}: expected a dense weight for a {kind}, got 4 bits"))
+        if len(items) > 1 or not _is_dense(items):
+            self.errors.add(self._packed(key, layer))
             return {"weight": getattr(layer, key.rpartition(".")[2])}
         return {name: self._dense(item) for name, item in items.items() if name == "weight"}
 
     def _convert(self, key: str, layer: Any, items: dict[str, Tensor]) -> nn.Parameter:
         weight = items.get("weight")
-        if weight is not None and len(items) == 1 and weight.is_floating_point():
+        if weight is not None and len(items) == 1 and weight.is_floating_point() and _is_dense(items):
             return nn.Parameter(_as_linear(key, layer, self._dense(weight)))
         owner = self.config.owner
         if owner is not None:
-            tensors = {owner.ending_of("weight", name): item for name, item in items.items()}
-            return self._owned(key, layer, (layer.out_features, layer.in_features), tensors, owner)
+            return self._owned(key, layer, (layer.out_features, layer.in_features), items, owner)
         sharded = is_dtensor(layer.weight)
         named = {
             key + name.removeprefix("weight"): item if sharded else self._aligned(item)
@@ -181,13 +179,14 @@ class Read(_Conversion):
     def _owned(
         self, key: str, layer: Any, shape: tuple[int, ...], tensors: dict[str, Tensor], owner: Owner
     ) -> nn.Parameter:
-        """A weight from the tensors of another owner's format, by ending of their names."""
+        """A weight from the tensors of another owner's format, by part of their names."""
         state, aside = owner.read(tensors, key)
         expect_shape(key, shape, state.shape)
-        assert state.absmax is not None
-        state.absmax = self._aligned(state.absmax)
+        assert state.packed is not None and state.absmax is not None
+        state.packed, state.absmax = self._aligned(state.packed), self._aligned(state.absmax)
+        used = {state.packed.data_ptr(), state.absmax.data_ptr()}
         for tensor in tensors.values():
-            if tensor.data_ptr() != state.absmax.data_ptr():
+            if tensor.data_ptr() not in used:
                 self.files.release(tensor)
         if aside:
             layer.aside = aside
@@ -201,6 +200,10 @@ class Read(_Conversion):
         copied = item.clone()
         self.files.release(item)
         return copied
+
+    def _packed(self, key: str, layer: Any) -> ValueError:
+        form, kind = packed_form(self.config), type(layer).__name__
+        return ValueError(f"{key}: expected a dense weight for a {kind}, got {form}")
 
     def _dense(self, weight: Tensor) -> Tensor:
         return weight if self.dtype is None else weight.to(self.dtype)
@@ -231,11 +234,11 @@ class ReadExperts(Read):
     def _convert(self, key: str, layer: Any, items: dict[str, Tensor]) -> nn.Parameter:
         prefix, dot, name = key.rpartition(".")
         if not computes_experts(layer):
-            raise ValueError(f"{key}: expected a dense weight for a {type(layer).__name__}, got 4 bits")
+            raise self._packed(key, layer)
         own, owner = getattr(layer, name), self.config.owner
         shape = tuple((own.mT if layer.is_transposed else own).shape)
         if owner is not None:
-            tensors = {owner.ending_of(key, item): tensor for item, tensor in items.items()}
+            tensors = {owner.part_of(key, item): tensor for item, tensor in items.items()}
             return self._owned(key, layer, shape, tensors, owner)
         aligned = {item: self._aligned(tensor) for item, tensor in items.items()}
         packed = NF4Weight.from_state_dict(aligned, prefix + dot, name)
@@ -249,6 +252,16 @@ class _Written(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], *_: Any, **about: Any) -> dict[str, Any]:
         return input_dict
+
+
+def packed_form(config: NF4Config) -> str:
+    """What the packed weights of a checkpoint are in, in messages."""
+    return "4 bits" if config.owner is None else config.owner.title
+
+
+def _is_dense(items: dict[str, Tensor]) -> bool:
+    """Whether there are no codes of FP8, of which the scales are missing."""
+    return all(item.element_size() > 1 or not item.is_floating_point() for item in items.values())
 
 
 def _owner(about: dict[str, Any], key: str) -> Any:

@@ -18,6 +18,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Prefix
 from ...nf4 import packed_format
 from ...nf4.bitsandbytes_format import STATE_ITEMS, TENSOR_ITEMS
 from ...nf4.owners import Owner
+from ...nf4.owners.owner import missing
 from .config import NF4Config
 from .conversion import Errors, Gather, Read, ReadExperts
 from .mapped_files import MappedFiles
@@ -29,13 +30,13 @@ _CONVERSIONS, _KEPT = "_weight_conversions", "_peft_kernels_weight_conversions"
 def reading(config: NF4Config, errors: Errors, files: MappedFiles, sharded: bool = False) -> WeightConverter:
     """A converter that collects the items of a 4-bit weight. `sharded` leaves them in the mapped file, of
     which only a slice will be read."""
-    names = [f".{item}" for item in dict.fromkeys((*TENSOR_ITEMS, *STATE_ITEMS, *_OUR_ITEMS))]
-    beside: tuple[str, ...] = ()
-    if config.owner is not None:
-        names, beside = [ending for ending in config.owner.endings if ending], config.owner.beside
-    items = ["weight", *(f"weight{name}" for name in names), *beside]
+    if config.owner is None:
+        items = ["", *(f".{item}" for item in (*TENSOR_ITEMS, *STATE_ITEMS, *_OUR_ITEMS))]
+        parts = [f"weight{item}" for item in items]
+    else:
+        parts = ["weight", *config.owner.parts, *config.owner.beside]
     options = {"force_cpu": True} if sharded else {}
-    return WeightConverter(items, "weight", [Read(config, errors, files)], **options)
+    return WeightConverter(list(dict.fromkeys(parts)), "weight", [Read(config, errors, files)], **options)
 
 
 def reading_experts(
@@ -47,7 +48,7 @@ def reading_experts(
     for name in names:
         suffixes = ["", *(f".{item}" for item in _OUR_ITEMS)]
         if config.owner is not None:
-            suffixes = list(config.owner.endings)
+            suffixes = list(config.owner.parts)
         items = {f"^{re.escape(name + suffix)}$": suffix for suffix in suffixes}
         operation = ReadExperts(config, errors, files, items)
         converters.append(WeightConverter(list(items), name, [operation]))
@@ -56,27 +57,31 @@ def reading_experts(
 
 def in_four_bits(files: Iterable[str], owner: Owner | None) -> tuple[set[str], set[str]]:
     """Names of the packed weights in a checkpoint, of layers and of experts: those with an item of the
-    state, or a tensor that marks them in the owner's format."""
-    layers: set[str] = set()
-    experts: set[str] = set()
+    state, or a tensor that marks them in the owner's format. Raises ValueError for one without codes."""
+    names: list[str] = []
     for file in files:
         if str(file).endswith(".safetensors"):
             with safe_open(file, framework="pt") as opened:
-                keys = list(opened.keys())
-            if owner is not None:
-                marked = {weight for key in keys if (weight := owner.weight_of(key)) is not None}
-                layers |= {name for name in marked if name.endswith(".weight")}
-                experts |= {name for name in marked if not name.endswith(".weight")}
-            for item in (*STATE_ITEMS, *packed_format.STATE_ITEMS):
-                found = experts if item in packed_format.EXPERTS_STATE_ITEMS else layers
-                found |= {key.removesuffix(f".{item}") for key in keys if key.endswith(f".{item}")}
+                names += opened.keys()
+    layers: set[str] = set()
+    experts: set[str] = set()
+    if owner is not None:
+        found = experts if owner.experts else layers
+        for weight, tensors in owner.weights(names).items():
+            found.add(weight)
+            codes = owner.stem(weight) + owner.codes
+            if codes not in tensors:
+                raise missing(codes)
+    for item in (*STATE_ITEMS, *packed_format.STATE_ITEMS):
+        found = experts if item in packed_format.EXPERTS_STATE_ITEMS else layers
+        found |= {name.removesuffix(f".{item}") for name in names if name.endswith(f".{item}")}
     return layers, experts
 
 
-def to_read(conversions: Iterable[Any], packed: set[str]) -> list[Any]:
+def to_read(conversions: Iterable[Any], packed: set[str], form: str) -> list[Any]:
     """A model's conversions without those of weights that are packed under the model's own names.
 
-    Raises ValueError for a 4-bit weight that the model would convert.
+    Raises ValueError for a packed weight that the model would convert.
     """
     kept = []
     for conversion in conversions:
@@ -85,7 +90,7 @@ def to_read(conversions: Iterable[Any], packed: set[str]) -> list[Any]:
             new, pattern = conversion.rename_source_key(key)
             if pattern is not None and new != key:
                 raise ValueError(
-                    f"{key}: expected a dense weight, which this model converts to {new}, got 4 bits; "
+                    f"{key}: expected a dense weight, which this model converts to {new}, got {form}; "
                     "quantise the checkpoint in 16 bits"
                 )
             own = own or pattern is not None

@@ -31,7 +31,7 @@ from ..report import QuantizeReport, nbytes_of
 from ..targets import check_names, expert_targets, targets, warn_about_experts
 from . import layouts, owned
 from .config import NF4Config
-from .conversion import Errors, Quantize, Read
+from .conversion import Errors, Quantize, Read, packed_form
 from .mapped_files import MappedFiles
 
 logger = logging.getLogger("peft_kernels")
@@ -116,7 +116,9 @@ class NF4Quantizer(HfQuantizer):
         rest = self.quantization_config, self.errors, self.files
         renamings = [each for each in weight_conversions if isinstance(each, WeightRenaming)]
         experts = [apply_renamings(name, renamings) for name in sorted(self.experts_in_four_bits)]
-        others = layouts.to_read(weight_conversions, {*self.in_four_bits, *experts})
+        others = layouts.to_read(
+            weight_conversions, {*self.in_four_bits, *experts}, packed_form(self.quantization_config)
+        )
         return [*others, *layouts.reading_experts(experts, *rest), layouts.reading(*rest, cut)]
 
     def _prepare_to_cut(self, model: Any, weight_conversions: Any) -> None:

@@ -185,7 +185,11 @@ def test_reciprocals_of_scales(exact: bool) -> None:
     """Of a power of two there is one."""
     owner, codes = OWNERS["compressed-tensors"], torch.zeros(1, 8, dtype=torch.uint8)
     scales = torch.ones(1, 1, dtype=torch.float8_e4m3fn)
-    file = {"_packed": codes, "_scale": scales, "_global_scale": torch.tensor([3.0])}
+    file = {
+        "weight_packed": codes,
+        "weight_scale": scales,
+        "weight_global_scale": torch.tensor([3.0]),
+    }
     state, aside = owner.read(file, "a.weight")
     state.absmax2 = OWNERS["modelopt"].values(torch.tensor(0.25 if exact else 0.1))
     if exact:
@@ -229,7 +233,7 @@ def test_other_formats_of_compressed_tensors_are_left_to_transformers(
     monkeypatch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "compressed-tensors", Theirs)
     integration.enable()
     try:
-        config = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+        config = {"quant_method": "compressed-tensors", "format": "int-quantized"}
         assert auto.AutoQuantizationConfig.from_dict(config) == ("theirs", config)
     finally:
         integration.disable()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from checkpoint_damage import change_json, change_tensors
 from owned_folders import FILE, NVFP4, gpt_oss, nvfp4, nvfp4_config
+from packed_models import make
 
 from peft_kernels.cli.main import main
 
@@ -48,6 +49,45 @@ def test_inspect_nvfp4(owner: str, tmp_path: Path, capsys: Captured) -> None:
     assert (down["shape"], down["form"]) == ([64, 128], f"NVFP4 of {owner}, blocks of 16")
     assert down["bytes"] == 2 * (64 * 128 // 2 + 64 * 128 // 16 + 4 + 4), "with the scale of inputs"
     assert report["bytes"] == sum(tensor.nbytes for tensor in tensors.values())
+
+
+FORMS = {
+    "gptq": "GPTQ, blocks of 32",
+    "gptq v2": "GPTQ v2, blocks of 32",
+    "awq": "AWQ, blocks of 32",
+    "packed zeros": "INT4 of compressed-tensors, blocks of 32",
+    "fp8": "FP8, blocks of 128 x 128",
+    "fp8 rows": "FP8 of compressed-tensors, a scale for each row",
+    "fp8 modelopt": "FP8 of modelopt, a scale for each row",
+}
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_inspect_int4_and_fp8(kind: str, tmp_path: Path, capsys: Captured) -> None:
+    made = make(tmp_path, kind)
+    found, report = inspected(tmp_path, capsys)
+    assert report["faults"] == [] and report["architecture"] == "LlamaForCausalLM"
+    down = found["model.layers.0-1.mlp.down_proj.weight"]
+    name = "model.layers.0.mlp.down_proj."
+    assert (down["shape"], down["form"]) == ([*made.dense[f"{name}weight"].shape], FORMS[kind])
+    assert down["bytes"] == 2 * sum(t.nbytes for n, t in made.tensors.items() if n.startswith(name))
+    assert not any(n.endswith(("qweight", "scales", "g_idx", "_packed", "_shape", "_scale")) for n in found)
+    assert report["bytes"] == sum(tensor.nbytes for tensor in made.tensors.values())
+
+
+@pytest.mark.parametrize("kind", ["gptq", "fp8"])
+def test_inspect_finds_faults_of_int4_and_fp8(kind: str, tmp_path: Path, capsys: Captured) -> None:
+    make(tmp_path, kind, num_hidden_layers=1)
+    up = "model.layers.0.mlp.up_proj"
+    if kind == "gptq":
+        change_tensors(tmp_path / FILE, lambda t: t.update({f"{up}.g_idx": t[f"{up}.g_idx"].flip(0)}))
+        expected = f"{up}.g_idx: expected groups of consecutive input features, got another order"
+    else:
+        change_tensors(tmp_path / FILE, lambda t: t[f"{up}.weight"].view(torch.uint8)[0].fill_(127))
+        expected = f"{up}.weight: expected codes of finite values, got 192 NaN among"
+    found, report = inspected(tmp_path, capsys, code=1)
+    assert len(report["faults"]) == 1 and report["faults"][0].startswith(expected)
+    assert found[f"{up}.weight"]["form"] == FORMS[kind].partition(",")[0] + ", faulty"
 
 
 def test_inspect_finds_faults(tmp_path: Path, capsys: Captured) -> None:

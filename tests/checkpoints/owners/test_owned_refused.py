@@ -135,7 +135,9 @@ def test_packed_embeddings(tmp_path: Path) -> None:
         }
 
     change_tensors(tmp_path / FILE, pack)
-    with pytest.raises(ValueError, match=rf"^{name}: expected a dense weight for a Embedding, got 4 bits"):
+    with pytest.raises(
+        ValueError, match=rf"^{name}: expected a dense weight for a Embedding, got NVFP4 of c"
+    ):
         read(tmp_path)
 
 
@@ -165,21 +167,12 @@ def _weights(**changed: Any) -> dict[str, Any]:
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "int4": (
-        "compressed-tensors",
-        {"format": "pack-quantized"},
-        "format: expected 'nvfp4-pack-quantized' of",
-    ),
-    "fp8": (
-        "compressed-tensors",
-        {"format": "float-quantized"},
-        "format: expected 'nvfp4-pack-quantized' of",
-    ),
     "mixed": (
         "compressed-tensors",
         {"format": "mixed-precision"},
-        "format: expected 'nvfp4-pack-quantized' of",
+        "format: expected 'nvfp4-pack-quantized', 'pack-quantized', 'float-",
     ),
+    "int4": ("compressed-tensors", {"format": "pack-quantized"}, f"{GROUP}.type: expected 'int', for INT4"),
     "group size": (
         "compressed-tensors",
         _weights(group_size=32),
@@ -218,15 +211,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
         "transform_config: expected none beside",
     ),
     "sparse": ("compressed-tensors", {"sparsity_config": {"a": 1}}, "sparsity_config: expected none beside"),
-    "modelopt fp8": (
-        "modelopt",
-        {"quant_algo": "FP8"},
-        "quant_algo: expected 'NVFP4' of modelopt, got 'FP8'",
-    ),
+    "modelopt fp8": ("modelopt", {"quant_algo": "FP8"}, f"{GROUP}.num_bits: expected 8, for FP8, got 4"),
     "awq": (
         "modelopt",
         {"quant_algo": "NVFP4_AWQ"},
-        "quant_algo: expected 'NVFP4' of modelopt, got 'NVFP4_AWQ'",
+        "quant_algo: expected 'NVFP4' or 'FP8' of modelopt, got 'NVFP4_AWQ'",
     ),
     "modelopt group": ("modelopt", _weights(group_size=32), f"{GROUP}.group_size: expected 16"),
 }
@@ -254,9 +243,9 @@ def test_known_variants(owner: str) -> None:
 
 def test_stored_configurations() -> None:
     with pytest.raises(ValueError, match=r"^stored: expected the configuration of one of mxfp4, compressed"):
-        NF4Config(format="mxfp4", stored={"quant_method": "gptq"})
-    with pytest.raises(ValueError, match=r"^quant_algo: expected 'NVFP4' of modelopt, got 'FP8'"):
-        NF4Config(format="nvfp4", stored=nvfp4_config("modelopt") | {"quant_algo": "FP8"})
+        NF4Config(format="mxfp4", stored={"quant_method": "hqq"})
+    with pytest.raises(ValueError, match=r"^quant_algo: expected 'NVFP4' or 'FP8' of modelopt, got 'INT4'"):
+        NF4Config(format="nvfp4", stored=nvfp4_config("modelopt") | {"quant_algo": "INT4"})
 
 
 def test_unknown_keys_of_our_own() -> None:
@@ -268,7 +257,7 @@ def test_unknown_keys_of_our_own() -> None:
 
 def test_other_methods_are_still_refused(tmp_path: Path) -> None:
     nvfp4(tmp_path, "modelopt")
-    for method in ("gptq", ["mxfp4"], None):
+    for method in ("hqq", ["mxfp4"], None):
         change_json(tmp_path / "config.json", quantization_config={"quant_method": method})
         with pytest.raises(ValueError, match=r"^quantization_config: expected bitsandbytes in 4 bits"):
             read_config(tmp_path)

@@ -33,6 +33,8 @@ def test_bytes_of_a_weight_for_device_maps() -> None:
         "mxfp4": (None, 0.5 + 1 / 32),
         "nvfp4": (None, 0.5 + 1 / 16),
         "nf4": (64, 0.5 + 4 / 64),
+        "int4": (None, 0.5 + 3 / 64),
+        "fp8": (None, 1 + 4 / 128**2),
     }
     for form, (blocksize, expected) in forms.items():
         config = NF4Config(blocksize, double_quant=False, format=form)
@@ -49,7 +51,7 @@ def test_plans_for_tensor_parallelism_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"quant_method": "gptq"}, {"quant_method": ["mxfp4"]}, {"quant_method": {}}]
+    "config", [{}, {"quant_method": "hqq"}, {"quant_method": ["mxfp4"]}, {"quant_method": {}}]
 )
 def test_no_owner(config: Any) -> None:
     assert owner_of(config) is None
@@ -71,6 +73,20 @@ def test_marks() -> None:
             "a.weight_scale": None,
             "a.b_scale_2": None,
         },
+        "gptq": {
+            "a.qweight": "a.weight",
+            "a.qzeros": "a.weight",
+            "a.scales": "a.weight",
+            "a.g_idx": None,
+            "scales": None,
+            "a.my_scales": None,
+        },
+        "compressed-tensors-int4": {
+            "a.weight_packed": "a.weight",
+            "a.weight_scale": "a.weight",
+            "a.weight_shape": None,
+        },
+        "fp8": {"a.weight_scale_inv": "a.weight", "a.weight": None, "a.activation_scale": None},
     }
     for method, expected in names.items():
         assert {name: OWNERS[method].weight_of(name) for name in expected} == expected
@@ -79,15 +95,18 @@ def test_marks() -> None:
 def test_kept_tensors_are_copies() -> None:
     """Of a mapped file, or of a GPU's memory, they would keep more than themselves."""
     file = {
-        "": torch.zeros(1, 8, dtype=torch.uint8),
-        "_scale": torch.ones(1, 1, dtype=torch.float8_e4m3fn),
-        "_scale_2": torch.tensor(0.5),
+        "weight": torch.zeros(1, 8, dtype=torch.uint8),
+        "weight_scale": torch.ones(1, 1, dtype=torch.float8_e4m3fn),
+        "weight_scale_2": torch.tensor(0.5),
         "input_scale": torch.tensor(3.0),
     }
     _, aside = OWNERS["modelopt"].read(file, "a.weight")
-    for name in ("_scale_2", "input_scale"):
+    for name in ("weight_scale_2", "input_scale"):
         file[name].zero_()
-    assert {name: float(tensor) for name, tensor in aside.items()} == {"_scale_2": 0.5, "input_scale": 3.0}
+    assert {name: float(tensor) for name, tensor in aside.items()} == {
+        "weight_scale_2": 0.5,
+        "input_scale": 3.0,
+    }
 
 
 def test_copies_and_pickles_are_saved_too(tmp_path: Path) -> None:

@@ -1,0 +1,368 @@
+"""What cannot be read of int4 and FP8 checkpoints: each error names the tensor or the key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_damage import change_json, change_tensors
+from owned_folders import FILE
+from packed_models import KINDS, config_of, make
+from torch import Tensor
+from transformers_models import qwen_moe, read
+
+from peft_kernels.nf4.owners import OWNERS, owner_of
+
+Change = Callable[[dict[str, Tensor]], Any]
+
+
+def _fill(name: str, value: float, count: int = 1) -> Change:
+    return lambda t: t[name].view(-1)[3 : 3 + count].fill_(value)
+
+
+def _as(name: str, change: Callable[[Tensor], Tensor]) -> Change:
+    return lambda t: t.update({name: change(t[name]).contiguous()})
+
+
+def _order(t: dict[str, Tensor]) -> None:
+    t["g_idx"] = t["g_idx"].flip(0)
+
+
+def _padding(t: dict[str, Tensor]) -> None:
+    t["weight_packed"], t["weight_scale"] = t["weight_packed"][:12], t["weight_scale"][:12]
+    t["weight_zero_point"] = t["weight_zero_point"][:2].contiguous()
+    t["weight_zero_point"][1] |= 1 << 20
+    t["weight_shape"][0] = 12
+
+
+GPTQ = "gptq", (16, 64)
+AWQ = "awq", (16, 64)
+INT4 = "packed zeros", (16, 64)
+BLOCKS = "fp8 static", (192, 320)
+ROWS = "fp8 rows", (192, 320)
+WHOLE = "fp8 modelopt", (192, 320)
+NONE = "expected this tensor of a packed weight, got none"
+BROKEN: dict[str, tuple[tuple[str, tuple[int, int]], Change, str]] = {
+    "no codes": (GPTQ, lambda t: t.pop("qweight"), f"a.qweight: {NONE}"),
+    "no scales": (GPTQ, lambda t: t.pop("scales"), f"a.scales: {NONE}"),
+    "no zero points": (GPTQ, lambda t: t.pop("qzeros"), f"a.qzeros: {NONE}"),
+    "no groups": (GPTQ, lambda t: t.pop("g_idx"), f"a.g_idx: {NONE}"),
+    "act-order": (
+        GPTQ,
+        _order,
+        "a.g_idx: expected groups of consecutive input features, got another order (desc_act, or actorder), "
+        "which cannot be read; quantise the model without it",
+    ),
+    "short g_idx": (GPTQ, _as("g_idx", lambda x: x[:32]), "a.g_idx: expected shape (64), got (32,)"),
+    "8 bits": (
+        GPTQ,
+        _as("qweight", lambda x: x.repeat(2, 1)),
+        "a.g_idx: expected shape (128), got (64,)",
+    ),
+    "flat codes": (
+        GPTQ, _as("qweight", lambda x: x.view(-1)), "a.qweight: expected shape (in / 8, out), got (128,)"
+    ),
+    "unsigned codes": (
+        GPTQ,
+        _as("qweight", lambda x: x.view(torch.uint8)),
+        "a.qweight: expected dtype torch.int32, got torch.uint8",
+    ),
+    "fewer columns": (
+        GPTQ, _as("scales", lambda x: x[:, :8]), "a.scales: expected shape (2, 16), got (2, 8)"
+    ),
+    "flat scales": (
+        GPTQ, _as("scales", lambda x: x.view(-1)), "a.scales: expected shape (groups, 16), got (32,)"
+    ),
+    "three groups": (
+        GPTQ,
+        _as("scales", lambda x: x[[0, 1, 1]]),
+        "a.scales: expected groups of a multiple of 32 input features, got 3 groups of 64",
+    ),
+    "groups of 16": (
+        GPTQ,
+        _as("scales", lambda x: x.repeat(2, 1)),
+        "a.scales: expected groups of a multiple of 32 input features, got 4 groups of 64",
+    ),
+    "no group": (
+        GPTQ,
+        _as("scales", lambda x: x[:0]),
+        "a.scales: expected groups of a multiple of 32 input features, got 0 groups of 64",
+    ),
+    "wide scales": (
+        GPTQ,
+        _as("scales", Tensor.float),
+        "a.scales: expected dtype torch.float16 or torch.bfloat16, got torch.float32",
+    ),
+    "NaN scales": (
+        GPTQ, _fill("scales", torch.nan, 2), "a.scales: expected finite scales, got 2 NaN or Inf among 32"
+    ),
+    "Inf scale": (
+        AWQ, _fill("scales", torch.inf), "a.scales: expected finite scales, got 1 NaN or Inf among 32"
+    ),
+    "one zero point for all": (
+        AWQ, _as("qzeros", lambda x: x[:1]), "a.qzeros: expected shape (2, 2), got (1, 2)"
+    ),
+    "zero points in int64": (
+        AWQ, _as("qzeros", Tensor.long), "a.qzeros: expected dtype torch.int32, got torch.int64"
+    ),
+    "halves of codes": (
+        AWQ, _as("qweight", lambda x: x[:, :1]), "a.scales: expected shape (2, 8), got (2, 16)"
+    ),
+    "another shape": (
+        INT4,
+        lambda t: t["weight_shape"].fill_(64),
+        "a.weight_shape: expected [16, 64], as weight_packed has it, got [64, 64]",
+    ),
+    "a shape of three": (
+        INT4,
+        _as("weight_shape", lambda x: x[[0, 1, 1]]),
+        "a.weight_shape: expected [16, 64], as weight_packed has it, got [16, 64, 64]",
+    ),
+    "no packed codes": (INT4, lambda t: t.pop("weight_packed"), f"a.weight_packed: {NONE}"),
+    "padding": (
+        INT4,
+        _padding,
+        "a.weight_zero_point: expected zeros after the last of 12 zero points, got others",
+    ),
+    "actorder": (
+        INT4,
+        lambda t: t.update({"weight_g_idx": torch.arange(64, dtype=torch.int32) % 2}),
+        "a.weight_g_idx: expected groups of consecutive input features, got another order (desc_act, or "
+        "actorder), which cannot be read; quantise the model without it",
+    ),
+    "no FP8": (BLOCKS, lambda t: t.pop("weight"), f"a.weight: {NONE}"),
+    "no FP8 scales": (BLOCKS, lambda t: t.pop("weight_scale_inv"), f"a.weight_scale_inv: {NONE}"),
+    "NaN codes": (
+        BLOCKS,
+        lambda t: t["weight"].view(torch.uint8)[5, 4:6].copy_(torch.tensor([0x7F, 0xFF])),
+        "a.weight: expected codes of finite values, got 2 NaN among 61440",
+    ),
+    "E5M2": (
+        BLOCKS,
+        _as("weight", lambda x: x.view(torch.float8_e5m2)),
+        "a.weight: expected dtype torch.float8_e4m3fn, got torch.float8_e5m2",
+    ),
+    "three dimensions": (
+        BLOCKS, _as("weight", lambda x: x[None]), "a.weight: expected shape (out, in), got (1, 192, 320)"
+    ),
+    "fewer blocks": (
+        BLOCKS,
+        _as("weight_scale_inv", lambda x: x[:1]),
+        "a.weight_scale_inv: expected shape (2, 3), got (1, 3)",
+    ),
+    "one scale": (
+        BLOCKS,
+        _as("weight_scale_inv", lambda x: x[:1, :1]),
+        "a.weight_scale_inv: expected shape (2, 3), got (1, 1)",
+    ),
+    "NaN scale of a block": (
+        BLOCKS,
+        _fill("weight_scale_inv", torch.nan),
+        "a.weight_scale_inv: expected finite scales, got 1 NaN or Inf among 6",
+    ),
+    "scales in codes": (
+        BLOCKS,
+        _as("weight_scale_inv", lambda x: x.to(torch.float8_e8m0fnu)),
+        "a.weight_scale_inv: expected dtype torch.float32 or torch.bfloat16 or torch.float16, got "
+        "torch.float8_e8m0fnu",
+    ),
+    "fewer rows": (
+        ROWS,
+        _as("weight_scale", lambda x: x[:100]),
+        "a.weight_scale: expected shape (2, 3), (192, 1) or one number, got (100, 1)",
+    ),
+    "a flat scale": (
+        ROWS,
+        _as("weight_scale", lambda x: x.view(-1)),
+        "a.weight_scale: expected shape (2, 3), (192, 1) or one number, got (192,)",
+    ),
+    "two scales": (
+        WHOLE,
+        _as("weight_scale", lambda x: x.repeat(2)),
+        "a.weight_scale: expected shape (2, 3), (192, 1) or one number, got (2,)",
+    ),
+    "Inf whole scale": (
+        WHOLE,
+        lambda t: t["weight_scale"].fill_(torch.inf),
+        "a.weight_scale: expected finite scales, got 1 NaN or Inf among 1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_damaged_weights(what: str) -> None:
+    (kind, shape), change, expected = BROKEN[what]
+    torch.manual_seed(0)
+    tensors, _ = KINDS[kind].pack(*shape)
+    owner = OWNERS[KINDS[kind].owner]
+    owner.read(dict(tensors), "a.weight")
+    change(tensors)
+    with pytest.raises(ValueError) as caught:
+        owner.read(tensors, "a.weight")
+    assert str(caught.value) == expected
+
+
+Q = "model.layers.0.self_attn.q_proj"
+FILES: dict[str, tuple[str, Change, str]] = {
+    "another layer's codes": (
+        "awq",
+        lambda t: t.update({f"{Q}.{part}": t[f"model.layers.0.mlp.up_proj.{part}"] for part in
+                            ("qweight", "qzeros", "scales")}),
+        rf"^{Q}\.weight: expected shape \(64, 64\), got \(96, 64\)$",
+    ),
+    "scaled activations": (
+        "awq",
+        lambda t: t.update({"model.layers.0.mlp.act_fn.scales": torch.ones(96)}),
+        rf"^model\.layers\.0\.mlp\.act_fn\.qweight: {NONE}$",
+    ),
+    "no codes": ("gptq", lambda t: t.pop(f"{Q}.qweight"), rf"^{Q}\.qweight: {NONE}$"),
+    "NaN": (
+        "fp8",
+        lambda t: t[f"{Q}.weight"].view(torch.uint8)[0].fill_(255),
+        rf"^{Q}\.weight: expected codes of finite values, got 192 NaN among 36864$",
+    ),
+    "FP8 without scales": (
+        "fp8", lambda t: t.pop(f"{Q}.weight_scale_inv"), rf"^{Q}\.weight_scale_inv: {NONE}$"
+    ),
+    "FP8 embeddings": (
+        "fp8",
+        lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"].to(
+            torch.float8_e4m3fn)}),
+        r"^model\.embed_tokens\.weight: expected a dense weight for a Embedding, got FP8$",
+    ),
+    "FP8 embeddings with scales": (
+        "fp8",
+        lambda t: t.update({"model.embed_tokens.weight_scale_inv": torch.ones(1, 2)}),
+        r"^model\.embed_tokens\.weight: expected a dense weight for a Embedding, got FP8$",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_damaged_files(what: str, tmp_path: Path) -> None:
+    kind, change, expected = FILES[what]
+    make(tmp_path, kind, num_hidden_layers=1)
+    change_tensors(tmp_path / FILE, change)
+    with pytest.raises(ValueError, match=expected):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "fp8"])
+def test_experts_in_separate_tensors(kind: str, tmp_path: Path) -> None:
+    """transformers merges them, which packed ones cannot be."""
+    qwen_moe().save_pretrained(tmp_path)
+    change_json(tmp_path / "config.json", quantization_config=config_of(kind))
+    name = "model.layers.0.mlp.experts.1.up_proj"
+
+    def pack(tensors: dict[str, Tensor]) -> None:
+        parts, _ = KINDS[kind].pack(*tensors.pop(f"{name}.weight").shape)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+
+    change_tensors(tmp_path / FILE, pack)
+    title = OWNERS[kind].title
+    expected = rf"^{name}\.weight: expected a dense weight, which this model converts to .*, got {title};"
+    with pytest.raises(ValueError, match=expected):
+        read(tmp_path)
+
+
+GROUP = "config_groups.group_0.weights"
+
+
+def _weights(kind: str, **changed: Any) -> dict[str, Any]:
+    groups = config_of(kind)["config_groups"]
+    groups["group_0"]["weights"] |= changed
+    return {"config_groups": groups}
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "gptq in 8 bits": ("gptq", {"bits": 8}, "bits: expected 4, for GPTQ, got 8"),
+    "marlin": (
+        "gptq",
+        {"checkpoint_format": "marlin"},
+        "checkpoint_format: expected 'gptq' or 'gptq_v2' of gptq, got 'marlin'",
+    ),
+    "format by another name": (
+        "gptq",
+        {"format": ["gptq"]},
+        "checkpoint_format: expected 'gptq' or 'gptq_v2' of gptq, got ['gptq']",
+    ),
+    "gptq v2 in 3 bits": ("gptq v2", {"bits": 3}, "bits: expected 4, for GPTQ v2, got 3"),
+    "awq in 8 bits": ("awq", {"bits": 8}, "bits: expected 4, for AWQ, got 8"),
+    "gemv": ("awq", {"version": "gemv"}, "version: expected 'gemm' of AWQ, got 'gemv'"),
+    "blocks of 64": (
+        "fp8", {"weight_block_size": [64, 128]}, "weight_block_size: expected [128, 128], got [64, 128]"
+    ),
+    "no blocks": ("fp8", {"weight_block_size": None}, "weight_block_size: expected [128, 128], got None"),
+    "int8": ("packed", _weights("packed", num_bits=8), f"{GROUP}.num_bits: expected 4, for INT4, got 8"),
+    "floats": (
+        "packed", _weights("packed", type="float"), f"{GROUP}.type: expected 'int', for INT4, got 'float'"
+    ),
+    "one scale": (
+        "packed",
+        _weights("packed", strategy="tensor"),
+        f"{GROUP}.strategy: expected 'group' or 'channel', for INT4, got 'tensor'",
+    ),
+    "FP8 in 4 bits": (
+        "fp8 rows", _weights("fp8 rows", num_bits=4), f"{GROUP}.num_bits: expected 8, for FP8, got 4"
+    ),
+    "FP8 groups": (
+        "fp8 rows",
+        _weights("fp8 rows", strategy="group"),
+        f"{GROUP}.strategy: expected 'tensor', 'channel' or 'block', for FP8, got 'group'",
+    ),
+    "FP8 blocks": (
+        "fp8 blocks",
+        _weights("fp8 blocks", block_structure=[1, 128]),
+        f"{GROUP}.block_structure: expected [128, 128], for FP8, got [1, 128]",
+    ),
+    "a cache": (
+        "fp8 rows",
+        {"kv_cache_scheme": {"num_bits": 8}},
+        "kv_cache_scheme: expected none beside FP8 weights, got {'num_bits': 8}",
+    ),
+    "rotated": (
+        "packed", {"transform_config": {"a": 1}}, "transform_config: expected none beside INT4 weights, got"
+    ),
+    "another format": (
+        "packed",
+        {"format": "int-quantized"},
+        "format: expected 'nvfp4-pack-quantized', 'pack-quantized', 'float-quantized' or 'naive-quantized' "
+        "of compressed-tensors, got 'int-quantized'",
+    ),
+    "modelopt in int4": (
+        "fp8 modelopt",
+        {"quant_algo": "W4A16_AWQ"},
+        "quant_algo: expected 'NVFP4' or 'FP8' of modelopt, got 'W4A16_AWQ'",
+    ),
+    "modelopt's weights": (
+        "fp8 modelopt", _weights("fp8 modelopt", num_bits=4), f"{GROUP}.num_bits: expected 8, for FP8, got 4"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", VARIANTS)
+def test_unknown_variants(what: str) -> None:
+    kind, changed, expected = VARIANTS[what]
+    assert owner_of(config_of(kind)) is OWNERS[KINDS[kind].owner]
+    with pytest.raises(ValueError) as caught:
+        owner_of(config_of(kind) | changed)
+    assert str(caught.value).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "kind, changed",
+    [
+        ("gptq", {"checkpoint_format": "GPTQ"}),
+        ("gptq", {"format": "gptq", "desc_act": True}),
+        ("gptq", {"checkpoint_format": None}),
+        ("awq", {"version": "GEMM"}),
+        ("awq", {"version": None, "format": "gemm"}),
+        ("fp8", {"weight_block_size": (128, 128)}),
+    ],
+    ids=str,
+)
+def test_known_variants(kind: str, changed: dict[str, Any]) -> None:
+    assert owner_of(config_of(kind) | changed) is OWNERS[KINDS[kind].owner]
