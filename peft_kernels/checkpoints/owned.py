@@ -25,9 +25,17 @@ def owner_in(config: Mapping[str, Any]) -> Owner | None:
 
 
 def owned_weights(checkpoint: Checkpoint) -> dict[str, list[str]]:
-    """Names of the packed weights, with their tensors."""
-    owner = owner_in(checkpoint.config)
-    return {} if owner is None else owner.weights(checkpoint.entries)
+    """Names of the packed weights, with their tensors; also of FP8 codes alone, which lack their scales."""
+    owner, entries = owner_in(checkpoint.config), checkpoint.entries
+    if owner is None:
+        return {}
+    found = owner.weights(entries)
+    for name, entry in entries.items():
+        if name.endswith(".weight") and entry.dtype == torch.float8_e4m3fn and name not in found:
+            stem = owner.stem(name)
+            names = (stem + part for part in (*owner.parts, *owner.beside))
+            found[name] = [each for each in names if each in entries]
+    return found
 
 
 def read_owned(checkpoint: Checkpoint, weight: str, names: list[str], headers: bool = False) -> NF4State:

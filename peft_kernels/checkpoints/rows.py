@@ -26,8 +26,8 @@ def read_rows(entry: Entry, start: int, stop: int) -> Tensor:
 
 
 def read_layout(checkpoint: Checkpoint, weight: str, names: list[str]) -> tuple[NF4State, torch.dtype]:
-    """A packed weight and its nominal dtype, with codes, first-level scales and zero points on the meta device. Raises
-    CheckpointError for an item that does not fit."""
+    """A packed weight and its nominal dtype, with codes, first-level scales and zero points on the meta
+    device. Raises CheckpointError for an item that does not fit."""
     items: dict[str, Tensor] = {}
     for name in names:
         entry = checkpoint.entries[name]
@@ -38,7 +38,9 @@ def read_layout(checkpoint: Checkpoint, weight: str, names: list[str]) -> tuple[
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     state.name = weight
-    if state.absmax2 is not None and state.offset is not None and state.offset.is_meta:  # stored as text; was created on the codes' device
+    if (
+        state.absmax2 is not None and state.offset is not None and state.offset.is_meta
+    ):  # stored as text; was created on the codes' device
         key = f"{weight}.{bitsandbytes_format.STATE_PREFIX}{state.format}"
         numbers = bitsandbytes_format.read_json(key, items[key], (state.format,))
         state.offset = torch.tensor(float(numbers.nested_offset))

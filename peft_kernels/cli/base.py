@@ -16,6 +16,7 @@ from ..checkpoints.json_file import read_json
 from ..checkpoints.names import Names
 from ..checkpoints.owned import owned_weights, read_owned
 from ..checkpoints.rows import read_layout
+from ..core.formats import FORMATS
 from ..nf4.experts_packing import computes_experts
 from ..quantize.architectures import is_linear
 
@@ -64,10 +65,23 @@ def base_of(path: Path, model: Any) -> Base:
     base.form = {name: getattr(config, name) for name in ("format", "blocksize", "double_quant")}
     base.experts = config.experts if owner is None else owner.experts
     base.linears = owner is None or not owner.experts
+    if owner is not None:
+        base.form["blocksize"] = _blocksize(owner.format, stored)
     if path.is_dir() and any(path.glob("*.safetensors")):
         base.packed = _packed(Checkpoint.open(path), model, packed_form(config))
         base.experts = any(not name.endswith(".weight") for name in base.packed)
     return base
+
+
+def _blocksize(format: str, stored: dict[str, Any]) -> int:
+    """The longest blocks of the groups that an owner's configuration names; if it names none, ones that all
+    rows have."""
+    form, parts = FORMATS[format], [stored]
+    parts += [group.get("weights") or {} for group in (stored.get("config_groups") or {}).values()]
+    size = next((part["group_size"] for part in parts if part.get("group_size")), None)
+    if size is None or size < 0:
+        return min(form.blocksizes) if form.rows_have_blocks else form.default_blocksize
+    return max((each for each in form.blocksizes if each and size % each == 0), default=min(form.blocksizes))
 
 
 def _packed(checkpoint: Checkpoint, model: Any, form: str) -> dict[str, int]:

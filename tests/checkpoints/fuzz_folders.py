@@ -6,6 +6,7 @@ weights, `peft-kernels inspect` reports.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import logging
@@ -16,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from all_folders import FOLDERS
 from checkpoint_damage import DAMAGE, WILD
 from fuzz_checks import check_sentence, check_values, fill
-from owned_folders import NVFP4, gpt_oss, nvfp4
 from safetensors import SafetensorError
 from transformers_models import ids, llama, read, transformers
 
@@ -26,6 +27,7 @@ import peft_kernels as pk
 from peft_kernels.checkpoints.convert import quantize_checkpoint
 from peft_kernels.cli.main import main
 from peft_kernels.core.formats import FORMATS
+from peft_kernels.nf4.owners import OWNERS
 
 TINY: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64}
 TINY |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64}
@@ -38,11 +40,10 @@ def folders(parent: Path, only: Container[str] | None = None) -> list[Folder]:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("peft_kernels").setLevel(logging.ERROR)
-    write: dict[str, Callable[[Path], Any]] = {
-        "mxfp4 of gpt-oss": lambda path: gpt_oss(path, **TINY, num_local_experts=2, head_dim=16)
-    }
-    for owner in NVFP4:
-        write[owner] = lambda path, owner=owner: nvfp4(path, owner, True, **TINY)  # type: ignore[misc]
+    write: dict[str, Callable[[Path], Any]] = {}
+    for made in FOLDERS.values():
+        options = TINY | ({"num_local_experts": 2, "head_dim": 16} if OWNERS[made.owner].experts else {})
+        write.setdefault(f"of {made.owner}", functools.partial(made.write, **options))
     llama(**TINY).to(torch.bfloat16).save_pretrained(parent / "dense")
     for format in FORMATS:
         write[format] = lambda path, format=format: _quantised(parent / "dense", path, format)  # type: ignore[misc]

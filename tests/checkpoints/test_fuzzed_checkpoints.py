@@ -21,7 +21,7 @@ import peft_kernels as pk
 from peft_kernels.checkpoints.header import CheckpointError, read_header
 from peft_kernels.core.formats import FORMATS
 from peft_kernels.nf4 import bitsandbytes_format, packed_format
-from peft_kernels.nf4.owners import mxfp4, nvfp4
+from peft_kernels.nf4.owners import OWNERS, mxfp4, nvfp4
 
 PRINTABLE = [value for value in WILD if value != 10**5000]  # hypothesis cannot print it
 JSON: Any = st.recursive(
@@ -76,6 +76,11 @@ def test_fuzzer(tmp_path: Path) -> None:
     assert any(outcome.endswith("accepted") for outcome in outcomes)
 
 
+def test_every_format_has_a_folder(tmp_path: Path) -> None:
+    names = {folder.name for folder in fuzz_folders.folders(tmp_path)}
+    assert names == {*FORMATS, *(f"of {owner}" for owner in OWNERS)}
+
+
 LAYERS = [number for number in range(1000) if number % EVERY != EVERY - 1]
 
 
@@ -106,7 +111,7 @@ def test_fuzzer_finds_a_missing_check_of_experts(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.usefixtures("only_tensors")
-@pytest.mark.parametrize(("name", "module"), [("mxfp4 of gpt-oss", mxfp4), ("modelopt", nvfp4)])
+@pytest.mark.parametrize(("name", "module"), [("of mxfp4", mxfp4), ("of modelopt", nvfp4)])
 def test_fuzzer_finds_a_missing_check_of_an_owner(
     name: str, module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,7 +88,7 @@ def assert_only_packed_bytes(model: Any, folder: Path, adapt: Adapt) -> None:
             language_loss(tuned, ids(step)).backward()
             optimizer.step()
     assert len(weights) == len(items) and not any(weight.is_dense for weight in weights)
-    assert 0.98 * in_file < sum(storages(weights).values()) <= 1.02 * in_file
+    assert 0.9 * in_file < sum(storages(weights).values()) <= 1.02 * in_file
     states = [value for state in optimizer.state.values() for value in state.values()]
     known = storages([*tuned.parameters(), *tuned.buffers(), *(p.grad for p in adapters), *states])
     left = {address: nbytes for address, nbytes in alive.storages().items() if address not in known}
