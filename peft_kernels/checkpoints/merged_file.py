@@ -120,7 +120,9 @@ class MergedFile:
         change = self.plan.changes.get(name)
         if change is None and not self.dense:
             for item in items:
-                writer.copy(item, finite_pieces(self.checkpoint.entries[item]))
+                entry = self.checkpoint.entries[item]
+                table = item.endswith(".scale_values")  # where some codes mean NaN
+                writer.copy(item, entry.pieces(entry.nbytes) if table else finite_pieces(entry))
             return
         state, dtype = read_nf4(self.checkpoint, name, items)
         if len(state.shape) == 2:

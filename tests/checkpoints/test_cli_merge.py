@@ -149,7 +149,9 @@ def test_unknown_architecture_is_merged_by_names(tmp_path: Path) -> None:
 PACKED = {
     "llama": (tiny_llama, {}, {}),
     "llama-dora": (tiny_llama, {"use_dora": True}, {"blocksize": 128, "double_quant": False}),
+    "llama-mxfp4": (tiny_llama, {"target_modules": ["q_proj"]}, {"format": "mxfp4"}),
     "gpt2": (gpt2, {"target_modules": ["c_attn"]}, {}),
+    "mixtral-nvfp4": (lambda: moe.model("mixtral"), {}, {"experts": True, "format": "nvfp4"}),
     "mixtral": (lambda: moe.model("mixtral"), {}, {"experts": True}),
     "gpt_oss": (lambda: moe.model("gpt_oss"), {}, {"experts": True}),
 }
@@ -179,11 +181,12 @@ def test_nf4_base(case: str, tmp_path: Path) -> None:
     error = change = 0.0
     for name, items in weights.items():
         if name not in done.plan.changes:
-            assert all(torch.equal(after[item], before[item]) for item in items)
+            assert all(after[item].view(torch.uint8).equal(before[item].view(torch.uint8)) for item in items)
             continue
         (was, dtype), (state, _) = (read_nf4(folder, name, items) for folder in (before, after))
         dense = merged[name].mT.contiguous() if name in done.plan.transposed else merged[name]
-        packed = pk.NF4Weight.quantize(dense, how.get("blocksize", 64), how.get("double_quant", True))
+        form = how.get("blocksize"), how.get("double_quant", True)
+        packed = pk.NF4Weight.quantize(dense, *form, format=how.get("format", "nf4"))
         for part in ("packed", "absmax"):
             assert torch.equal(getattr(state, part).flatten(), getattr(packed._state, part).flatten()), name
         error += float((packed.dequantize().double() - dense.double()).square().sum())
