@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from all_folders import FOLDERS
 from checkpoint_damage import change_json, change_tensors
 from owned_folders import FILE, NVFP4, gpt_oss, nvfp4, nvfp4_config
+from packed_models import KINDS, config_of, gptq
 from test_owned_refused import BROKEN, MXFP4, VARIANTS
 from transformers_models import qwen_moe, read, read_config
 
@@ -57,6 +59,16 @@ def test_weights(kind: str, tmp_path: Path, capsys: Captured, monkeypatch: pytes
     assert f"{note}dequantised model" in report["notes"]
     # Without files: a module that the configuration names counts as packed.
     assert 0.9 < report["methods"]["qlora"]["weights"] / nbytes(read(tmp_path, dtype="auto")) < 1.1
+
+
+def test_groups_of_a_configuration_alone(tmp_path: Path, capsys: Captured) -> None:
+    """Of 128, and not the shortest that the format has."""
+    with pytest.MonkeyPatch.context() as patch:
+        pack, config = (lambda *size: gptq(*size, 128)), config_of("gptq", group_size=128)
+        patch.setitem(KINDS, "gptq", dataclasses.replace(KINDS["gptq"], pack=pack, config=config))
+        FOLDERS["gptq"].write(tmp_path, hidden_size=128, intermediate_size=256)
+    weights = planned(capsys, tmp_path / "config.json")["methods"]["qlora"]["weights"]
+    assert 0.98 < weights / nbytes(read(tmp_path, dtype="auto")) <= 1
 
 
 @pytest.mark.parametrize("owner", NVFP4)
