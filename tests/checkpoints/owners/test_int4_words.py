@@ -93,6 +93,18 @@ def test_zero_points_that_leave_a_word_unfilled(out: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gptq", "awq", "compressed-tensors-int4"])
+def test_zero_points_of_8_are_saved_again(kind: str) -> None:
+    """GPTQ and AWQ always have them; in compressed-tensors they say that a weight has some of its own."""
+    pack = {"gptq": packed_models.gptq, "awq": packed_models.awq}.get(kind)
+    file, _ = pack(16, 64) if pack else packed_models.packed_int4(16, 64, symmetric=False)
+    name = "qzeros" if pack else "weight_zero_point"
+    file[name].fill_(0x77777777 if kind == "gptq" else -0x77777778)
+    state, aside = OWNERS[kind].read(file, "a.weight")
+    assert (state.offset is None) == bool(pack) == (not state.double_quant)
+    assert torch.equal(OWNERS[kind].write(state, aside, "a.weight")[f"a.{name}"], file[name])
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "compressed-tensors-int4"])
 def test_negative_scales(kind: str) -> None:
     """AutoRound makes them."""
     made = {"gptq": packed_models.gptq, "awq": packed_models.awq}.get(kind, packed_models.packed_int4)
