@@ -1,8 +1,9 @@
 """Packed formats side by side: GEMMs, and QLoRA of SmolLM2-135M-Instruct as in `examples/finetune.py`.
 
-GEMM cases time one layer's forward and input gradient: formats of 4 bits beside NF4, FP8 beside torch's GEMM of
-a dense weight in the activations' dtype; interleaved, with weights outside the cache. The case of the model reports bits per weight of the packed layers, the held-out loss before training
-and after equal steps, and the time of a step relative to NF4's.
+GEMM cases time one layer's forward and input gradient: formats of 4 bits beside NF4, FP8 beside torch's GEMM
+of a dense weight in the activations' dtype; interleaved, with weights outside the cache. The case of the
+model has bits per weight of the packed layers, the held-out loss before training and after equal steps, and
+the time of a step relative to NF4's.
 """
 
 from __future__ import annotations

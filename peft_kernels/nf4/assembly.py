@@ -110,10 +110,19 @@ def check_scales(key: str, state: NF4State, offset: float) -> None:
         )
     if form.scale == "half" and state.offset is not None and (count := int((state.offset > 16).sum())):
         raise ValueError(f"{key}.zero_points: expected 0 to 16, got {count} larger ones")
+    if form.bits == 8:
+        check_fp8_scales(f"{key}.absmax", scales)
     if form.bits == 8 and state.packed is not None and (count := nan_codes(state.packed)):
         raise ValueError(f"{key}: expected codes of finite values, got {count} NaN among them")
     if float(scales.max()) + offset > torch.finfo(torch.float32).max:
         raise ValueError(f"{key}.nested_absmax: expected scales in the range of float32, got larger ones")
+
+
+def check_fp8_scales(name: str, scales: Tensor) -> None:
+    """Raises ValueError for scales with which E4M3's largest value is infinite."""
+    largest = torch.finfo(torch.float32).max / torch.finfo(torch.float8_e4m3fn).max
+    if count := int((scales.abs() > largest).sum()):
+        raise ValueError(f"{name}: expected scales up to {largest:.3g}, got {count} larger ones")
 
 
 def nan_codes(packed: Tensor) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...core.formats import WHOLE_ROWS
 from ...core.nf4_state import NF4State
-from ..assembly import nan_codes
+from ..assembly import check_fp8_scales, nan_codes
 from .owner import Owner, check_finite, expect_shape, kept, tensor_of
 
 BLOCK = [128, 128]
@@ -42,6 +42,8 @@ class Fp8(Owner):
                 f"{stem + self.scale}: expected shape {grid}{expected}, got {tuple(scale.shape)}"
             )
         check_finite(stem + self.scale, scale)
+        if scale.device.type != "meta":
+            check_fp8_scales(stem + self.scale, scale)
         _check_codes(stem + self.codes, codes)
         wide = scale.float().reshape(-1)
         state = NF4State(
