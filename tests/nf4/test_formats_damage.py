@@ -53,7 +53,7 @@ DAMAGE: dict[str, tuple[str, str, Callable[[Items], Items]]] = {
     ),
     "int4-table": (
         "int4",
-        r"^weight\.scale_values: expected weight, weight.absmax, weight.zero_points of int4, got this key too$",
+        r"^weight\.scale_values: expected weight, weight.absmax, weight.zero_points of int4, got",
         lambda items: {"weight.scale_values": torch.ones(256)},
     ),
     "fp8-nan": ("fp8", r"^weight: expected codes of finite values, got 1 NaN", filled("weight", 0x7F)),
