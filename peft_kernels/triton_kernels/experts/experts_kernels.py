@@ -123,7 +123,7 @@ def experts_kernel(
     else:
         u, v, u_stride, v_stride, v_rank_stride, rank, scale = delta
         own_delta = DeltaArgs(u, v + expert * strides.v, u_stride, v_stride, v_rank_stride, rank, scale)
-        tensors = (x_ptr, own, bias_ptr, own_delta, out_ptr, parts)
+        tensors = (x_ptr, own, bias_ptr, own_delta, out_ptr, parts)  # type: ignore[assignment]
     sizes = (token, stop, first, features, depth, split)
     mask = (None, 0, 0)
     weight_tile(tensors, sizes, mask, LAYOUT, BACKWARD, RUN, UNIT, BLOCK_M, BLOCK_F)
