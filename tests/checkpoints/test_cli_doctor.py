@@ -203,10 +203,12 @@ def test_closed_pipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 def test_wrong_arguments_and_system_errors(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for wrong in ([], ["frob"], ["quantize", "a"], ["quantize", "a", "b", "--blocksize", "48"]):
+    for wrong in ([], ["frob"], ["quantize", "a"], ["quantize", "a", "b", "--format", "int3"]):
         with pytest.raises(SystemExit) as caught:
             main(wrong)
         assert caught.value.code == 2
+    assert main(["quantize", "a", "b", "--blocksize", "48"]) == 1
+    assert "blocksize: expected one of (32, 64," in capsys.readouterr().err
 
     def refuse(*args: Any) -> Any:
         raise PermissionError(13, "Permission denied", "/etc/model")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fuzz_folders
 import pytest
 import torch
+import transformers
 from checkpoint_damage import DAMAGE, STATE, WILD
 from fuzz_checkpoints import EVERY, run
 from fuzz_checks import check_sentence
@@ -82,6 +85,23 @@ def test_every_format_has_a_folder(tmp_path: Path) -> None:
 
 
 LAYERS = [number for number in range(1000) if number % EVERY != EVERY - 1]
+
+
+@pytest.fixture(autouse=True)
+def loud_again() -> Iterator[None]:
+    """Restores what the fuzzer silences, for the tests after it."""
+    logs = transformers.utils.logging
+    ours, verbosity, shows = (
+        logging.getLogger("peft_kernels"),
+        logs.get_verbosity(),
+        logs.is_progress_bar_enabled(),
+    )
+    level = ours.level
+    yield
+    ours.setLevel(level)
+    logs.set_verbosity(verbosity)
+    if shows:
+        logs.enable_progress_bar()
 
 
 @pytest.fixture
