@@ -12,7 +12,7 @@ from .checks import nf4_weights, quantised_otherwise, read_nf4
 from .folder import Checkpoint
 from .header import CheckpointError, shown
 from .names import Names
-from .owned import owned_weights, owner_in, read_owned
+from .owned import joined_stack, owned_stacks, owned_weights, owner_in, read_owned
 
 
 def on_meta(checkpoint: Checkpoint) -> Any:
@@ -85,6 +85,19 @@ def compare_with(checkpoint: Checkpoint, model: Any) -> Comparison:
         numbers = target in wanted and state[target].is_floating_point()
         if numbers and entry is not None and key not in packed and not entry.dtype.is_floating_point:
             faults.append(f"{shown(key)}: expected a floating dtype, as {name} has it, got {entry.dtype}")
+    try:
+        stacks = owned_stacks(checkpoint, model)
+    except CheckpointError as error:
+        return Comparison([*faults, str(error)], name)
+    for target, stack in stacks.items():
+        converters.pop(target, None)
+        try:
+            shape = found[target] = _joined_shape(checkpoint, stack, target)
+        except CheckpointError as error:
+            faults.append(str(error))
+            shape = found[target] = None
+        if shape is not None and shape != wanted.get(target, shape):
+            faults.append(f"{target}: expected shape {wanted[target]}, as {name} has it, got {shape}")
     for target, converter in converters.items():
         try:
             made = converter.convert(target, model=model, config=model.config)
@@ -127,6 +140,17 @@ def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...] | None]:
         except CheckpointError:
             found[weight] = None
     return found
+
+
+def _joined_shape(checkpoint: Checkpoint, stack: Any, name: str) -> tuple[int, ...] | None:
+    """Of a weight of experts; None if a layer cannot be read, which `checks` reports. Raises CheckpointError
+    for layers that do not fit."""
+    owned = owned_weights(checkpoint)
+    try:
+        layers = {one: read_owned(checkpoint, one, owned[one], headers=True) for one in stack.names}
+    except CheckpointError:
+        return None
+    return tuple(joined_stack(stack, name, layers).shape)
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int, ...], stored: tuple[int, ...]) -> bool:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..core.nf4_state import NF4State
 from ..nf4.owners import Owner, owner_of
+from ..nf4.owners.stacked import joined
 from .folder import Checkpoint
 from .header import CheckpointError, shown
+
+if TYPE_CHECKING:
+    from ..quantize.transformers.stacking import Stack
 
 
 def owner_in(config: Mapping[str, Any]) -> Owner | None:
@@ -51,7 +56,31 @@ def read_owned(checkpoint: Checkpoint, weight: str, names: list[str], headers: b
             tensors[part] = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         else:
             tensors[part] = entry.read()
-    try:
+    with _checkpoint_errors():
         return owner.read(tensors, weight)[0]
+
+
+def owned_stacks(checkpoint: Checkpoint, model: Any) -> dict[str, Stack]:
+    """Packed layers that are experts in the model, by the name of their weight there. Raises CheckpointError
+    for a tensor that is missing among them, or is damaged."""
+    owner = owner_in(checkpoint.config)
+    if owner is None or not owner.merges:
+        return {}
+    from ..quantize.transformers.stacking import stacks_of
+
+    with _checkpoint_errors():
+        return stacks_of(model, checkpoint.entries, owner)
+
+
+def joined_stack(stack: Stack, name: str, layers: Mapping[str, NF4State]) -> NF4State:
+    """One weight of experts, of its layers by name. Raises CheckpointError for layers that do not fit."""
+    with _checkpoint_errors():
+        return joined(stack.of(layers), len(stack.weights), name)
+
+
+@contextlib.contextmanager
+def _checkpoint_errors() -> Iterator[None]:
+    try:
+        yield
     except ValueError as error:
         raise CheckpointError(shown(str(error)) if "\n" in str(error) else str(error)) from error

@@ -14,9 +14,10 @@ from ..checkpoints.folder import CONFIG, Checkpoint
 from ..checkpoints.header import CheckpointError, shown
 from ..checkpoints.json_file import read_json
 from ..checkpoints.names import Names
-from ..checkpoints.owned import owned_weights, read_owned
+from ..checkpoints.owned import joined_stack, owned_stacks, owned_weights, owner_in, read_owned
 from ..checkpoints.rows import read_layout
 from ..core.formats import FORMATS
+from ..core.nf4_state import NF4State
 from ..nf4.experts_packing import computes_experts
 from ..quantize.architectures import is_linear
 
@@ -63,7 +64,7 @@ def base_of(path: Path, model: Any) -> Base:
     owner = config.owner
     base = Base(config.format.upper() if owner is None else owner.title)
     base.form = {name: getattr(config, name) for name in ("format", "blocksize", "double_quant")}
-    base.experts = config.experts if owner is None else owner.experts
+    base.experts = config.experts if owner is None else owner.experts or owner.merges
     base.linears = owner is None or not owner.experts
     if owner is not None:
         base.form["blocksize"] = _blocksize(owner.format, stored)
@@ -87,15 +88,23 @@ def _blocksize(format: str, stored: dict[str, Any]) -> int:
 def _packed(checkpoint: Checkpoint, model: Any, form: str) -> dict[str, int]:
     names, found = Names(model), dict[str, int]()
     owned = owned_weights(checkpoint)
-    _refuse_conversions(model, owned, form)
+    stacks = owned_stacks(checkpoint, model)
+    in_stacks = {name for stack in stacks.values() for name in stack.names}
+    owner = owner_in(checkpoint.config)
+    marked = set() if owner is None else owner.weights(checkpoint.entries).keys()
+    _refuse_conversions(model, marked - in_stacks, form)
+    states: dict[str, NF4State] = {}
     for weight, items in (nf4_weights(checkpoint.entries) | owned).items():
         if weight in owned:
             state = read_owned(checkpoint, weight, items, headers=True)
         else:
             state, _ = read_layout(checkpoint, weight, items)
-        name = names.in_model(weight)[0]
-        _check(model, name, state.shape, form)
-        found[name] = state.nbytes
+        states[weight if weight in in_stacks else names.in_model(weight)[0]] = state
+    states |= {name: joined_stack(stack, name, states) for name, stack in sorted(stacks.items())}
+    for name, state in states.items():
+        if name not in in_stacks:
+            _check(model, name, state.shape, form)
+            found[name] = state.nbytes
     return found
 
 

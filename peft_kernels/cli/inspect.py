@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
     with out.progress(total, "checking") as advance:
         found = list(faults(checkpoint, values=not arguments.quick, seen=advance))
     compared = compare(checkpoint)
-    found += compared.faults
+    found += [fault for fault in compared.faults if fault not in found]
     forms: dict[str, int] = {}
     for group in groups:
         forms[group.form] = forms.get(group.form, 0) + group.nbytes

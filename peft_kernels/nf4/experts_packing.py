@@ -69,6 +69,8 @@ class NF4Experts(accelerate_loading.ReceivesWeights):
     compute_dtype: torch.dtype | None = None
     link: ModelLink | None = None
     stored_transposed: bool
+    stacks: dict[str, Any] | None = None
+    """How weights lie in an owner's file, `owners.stacked.Stacked`, if it has layers for each expert."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return experts_forward(self, hidden_states, top_k_index, top_k_weights)
@@ -157,7 +159,7 @@ def unpack(module: Any, dtype: torch.dtype | None = None) -> None:
         requires_grad = weight.requires_grad
         module._parameters[name] = nn.Parameter(_transposed(module, dense), requires_grad=requires_grad)
     link, module.is_transposed = module.link, module.stored_transposed
-    for attribute in ("compute_dtype", "link", "stored_transposed"):
+    for attribute in ("compute_dtype", "link", "stored_transposed", "stacks"):
         module.__dict__.pop(attribute, None)
     module.__class__ = type(module).plain_class
     if link is not None:

@@ -44,6 +44,9 @@ def folders(parent: Path, only: Container[str] | None = None) -> list[Folder]:
     for made in FOLDERS.values():
         options = TINY | ({"num_local_experts": 2, "head_dim": 16} if OWNERS[made.owner].experts else {})
         write.setdefault(f"of {made.owner}", functools.partial(made.write, **options))
+    # Parts of experts' weights have rows of whole blocks.
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_experts": 2}
+    write["of experts"] = functools.partial(FOLDERS["experts in fp8"].write, **TINY | sizes)
     llama(**TINY).to(torch.bfloat16).save_pretrained(parent / "dense")
     for format in FORMATS:
         write[format] = lambda path, format=format: _quantised(parent / "dense", path, format)  # type: ignore[misc]

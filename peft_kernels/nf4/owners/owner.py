@@ -37,6 +37,8 @@ class Owner(ABC):
     """The format in messages."""
     experts: ClassVar[bool] = False
     """Whether weights are those of experts, (experts, out, in), or of linear layers, (out, in)."""
+    merges: ClassVar[bool] = False
+    """Whether linear layers may be those of experts that transformers merges into one weight."""
     codes: ClassVar[str]
     """The one of `parts` that the codes have."""
     any_code: ClassVar[bool] = True

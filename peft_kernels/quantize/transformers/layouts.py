@@ -55,14 +55,20 @@ def reading_experts(
     return converters
 
 
-def in_four_bits(files: Iterable[str], owner: Owner | None) -> tuple[set[str], set[str]]:
-    """Names of the packed weights in a checkpoint, of layers and of experts: those with an item of the
-    state, or a tensor that marks them in the owner's format. Raises ValueError for one without codes."""
+def names_in(files: Iterable[str]) -> list[str]:
+    """Names of the tensors in a checkpoint."""
     names: list[str] = []
     for file in files:
         if str(file).endswith(".safetensors"):
             with safe_open(file, framework="pt") as opened:
                 names += opened.keys()
+    return names
+
+
+def in_four_bits(names: Iterable[str], owner: Owner | None) -> tuple[set[str], set[str]]:
+    """Names of the packed weights among those of a checkpoint's tensors, of layers and of experts: those with
+    an item of the state, or a tensor that marks them in the owner's format. Raises ValueError for one without
+    codes."""
     layers: set[str] = set()
     experts: set[str] = set()
     if owner is not None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...nf4.experts_packing import packed_weights, weight_names
 from ...nf4.owners import Owner
+from ...nf4.owners.stacked import Stacked
 
 
 def state_dict(model: nn.Module, owner: Owner) -> dict[str, Tensor]:
@@ -21,16 +22,33 @@ def state_dict(model: nn.Module, owner: Owner) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         for key in packed_weights(module):
             weight: Any = module._parameters[key]
-            full = f"{name}.{key}"
-            if weight._state.format != owner.format or owner.experts != (weight.dim() == 3):
+            full, stack = f"{name}.{key}", _stack(module, key)
+            fits = owner.experts == (weight.dim() == 3) or stack is not None
+            if weight._state.format != owner.format or not fits:
                 raise ValueError(
                     f"{full}: expected a weight that was loaded in {owner.title}, got one in "
                     f"{weight._state.format.upper()}"
                 )
             for item in [item for item in items if item == full or item.startswith(f"{full}.")]:
                 del items[item]
-            items |= owner.write(weight._state, getattr(module, "aside", None) or {}, full)
+            if stack is None:
+                items |= owner.write(weight._state, getattr(module, "aside", None) or {}, full)
+            else:
+                items |= stack.write(weight._state, owner, full)
     return items
+
+
+def stacked(model: nn.Module) -> set[str]:
+    """Names of the weights of experts that are saved as layers, as the file had them."""
+    return {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        for key in getattr(module, "stacks", None) or ()
+    }
+
+
+def _stack(module: Any, key: str) -> Stacked | None:
+    return (getattr(module, "stacks", None) or {}).get(key)
 
 
 def now_dense(model: nn.Module, loaded: Iterable[str]) -> list[str]:

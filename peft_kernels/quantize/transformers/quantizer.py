@@ -29,7 +29,7 @@ from ...nn import NF4Linear
 from ..architectures import is_linear
 from ..report import QuantizeReport, nbytes_of
 from ..targets import check_names, expert_targets, targets, warn_about_experts
-from . import layouts, owned
+from . import layouts, owned, stacking
 from .config import NF4Config
 from .conversion import Errors, Quantize, Read, packed_form
 from .mapped_files import MappedFiles
@@ -63,6 +63,7 @@ class NF4Quantizer(HfQuantizer):
         self.report = QuantizeReport()
         self.in_four_bits: set[str] = set()
         self.experts_in_four_bits: set[str] = set()
+        self.stacks: dict[str, stacking.Stack] = {}  # weights of experts that are layers in the file
         self.experts: dict[str, Any] = {}  # modules that will hold packed weights, by name
         self.gathered: list[tuple[Any, Any]] = []
         self.files = MappedFiles()
@@ -116,8 +117,12 @@ class NF4Quantizer(HfQuantizer):
         rest = self.quantization_config, self.errors, self.files
         renamings = [each for each in weight_conversions if isinstance(each, WeightRenaming)]
         experts = [apply_renamings(name, renamings) for name in sorted(self.experts_in_four_bits)]
+        stacked = {name for stack in self.stacks.values() for name in stack.names}
+        self.gathered = stacking.replaced(weight_conversions, self.stacks, *rest)
         others = layouts.to_read(
-            weight_conversions, {*self.in_four_bits, *experts}, packed_form(self.quantization_config)
+            [stands_for for _, stands_for in self.gathered],
+            {*self.in_four_bits, *experts} - stacked,
+            packed_form(self.quantization_config),
         )
         return [*others, *layouts.reading_experts(experts, *rest), layouts.reading(*rest, cut)]
 
@@ -155,8 +160,10 @@ class NF4Quantizer(HfQuantizer):
         names = config.modules_to_not_convert
         if self.pre_quantized:
             names = []  # the file determines which layers are in 4 bits
-            found = layouts.in_four_bits(checkpoint_files or (), config.owner)
+            stored = layouts.names_in(checkpoint_files or ())
+            found = layouts.in_four_bits(stored, config.owner)
             self.in_four_bits, self.experts_in_four_bits = found
+            self.stacks = stacking.stacks_of(model, stored, config.owner)
         elif names is not None and self.by_their_rules:
             patterns = [*names, *(model._keep_in_fp32_modules or ())]
             every = [name for name, module in model.named_modules() if is_linear(module)]
@@ -167,7 +174,7 @@ class NF4Quantizer(HfQuantizer):
         for name, linear in list(targets(model, skip, report.left, {*tied, *tied.values()})):
             model.set_submodule(name, NF4Linear.awaiting(linear, config.compute_dtype))
         sets = dict(expert_targets(model, skip, report.left, {*tied, *tied.values()}))
-        if config.experts or self.experts_in_four_bits:
+        if config.experts or self.experts_in_four_bits or self.stacks:
             self.experts = sets
         warn_about_experts(model, report.left, self.experts)
         self.report = report
@@ -177,7 +184,7 @@ class NF4Quantizer(HfQuantizer):
         self.errors, self.report, self.files = Errors(), QuantizeReport(), MappedFiles()
         errors.check()
         layouts.forget_loading(model, self.gathered)
-        self.gathered = []
+        self.gathered, self.stacks = [], {}
         for experts in self.experts.values():
             if packed_weights(experts):
                 adopt(experts, self.quantization_config.compute_dtype)
@@ -209,7 +216,7 @@ class NF4Quantizer(HfQuantizer):
         linear = {name.removesuffix(".weight") for name in packed if name.endswith(".weight")}
         owner = self.quantization_config.owner
         layouts.restore(model)
-        layouts.keep_own(model, packed)
+        layouts.keep_own(model, packed - owned.stacked(model))
         if packed:
             experts = len(linear) < len(packed)
             dense = names_of_dense(model, linear) if owner is None else owned.now_dense(model, self.loaded)

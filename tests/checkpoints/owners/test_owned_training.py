@@ -18,7 +18,7 @@ each_kind = pytest.mark.parametrize("kind", FOLDERS)
 
 
 def adapt(model: Any, dtype: torch.dtype | None) -> Any:
-    experts = model.config.model_type == "gpt_oss"
+    experts = any(name.endswith(".experts") for name, _ in model.named_modules())
     options: dict[str, Any] = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
     if experts:
         options["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
