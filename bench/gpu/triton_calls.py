@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peft_kernels.core.formats import FORMATS
+from peft_kernels.core.formats import FORMATS, WHOLE_ROWS
 from peft_kernels.triton_kernels.gated import ACTIVATIONS
 from peft_kernels.triton_kernels.linear.linear import table_for
 
@@ -52,6 +52,18 @@ def packed(format: str, n: int, k: int) -> tuple[Any, ...]:
     return codes, empty(blocks, dtype=torch.uint8), empty(256), None, layout
 
 
+def groups(format: str, n: int, k: int, count: int = 1, whole_rows: bool = False) -> tuple[Any, ...]:
+    """The op arguments of `count` weights in int4, with zero points where there is one, or in FP8."""
+    form = FORMATS[format]
+    blocksize = WHOLE_ROWS if whole_rows else form.default_blocksize
+    blocks, layout = count * form.scales((n, k), blocksize), form.layout(blocksize)
+    codes = empty(count * form.nbytes(n * k), dtype=torch.uint8)
+    if format == "fp8":
+        return codes, empty(blocks), None, None, layout
+    zeros = empty(blocks, dtype=torch.uint8) if count == 1 else None
+    return codes, empty(blocks, dtype=FP16 if count == 1 else BF16), None, zeros, layout
+
+
 def calls(dtypes: Sequence[torch.dtype], adapters_on_every_line: bool) -> Iterator[Call]:
     """Calls with activations of the dtypes; GEMMs, which have separate fp32 configs, also in fp32.
 
@@ -74,6 +86,8 @@ def calls(dtypes: Sequence[torch.dtype], adapters_on_every_line: bool) -> Iterat
         if first:
             yield from _lists(dtype)
             yield from _formats(dtype)
+        yield from _groups(dtype)
+    yield from _groups(FP32)
     yield from _products(FP32, nested=True)
     yield from _short_blocks(FP32)
     yield from _optimizers()
@@ -268,6 +282,18 @@ def _formats(dtype: torch.dtype) -> Iterator[Call]:
         yield Call("dora_norm", (*weight, empty(rank, WHOLE), empty(WHOLE, rank), 0.5))
     for rows in (16, 32, 65):
         yield from _experts_lora(of_experts(weight), WHOLE, WHOLE, EXPERTS * rows, dtype)
+
+
+def _groups(dtype: torch.dtype) -> Iterator[Call]:
+    """Formats that are dequantised: whole, in rows and columns, of odd sizes, of experts."""
+    for format, whole_rows in (("int4", False), ("fp8", False), ("fp8", True)):
+        weight, odd = groups(format, SIZE, SIZE, 1, whole_rows), groups(format, SIZE, ODD, 1, whole_rows)
+        experts = groups(format, WHOLE, WHOLE, EXPERTS, whole_rows)
+        yield Call("dequantize_nf4", (*odd, [SIZE, ODD], dtype))
+        yield Call("nf4_linear", (empty(FEW, SIZE, dtype=dtype), *weight, SIZE, None))
+        yield Call("nf4_linear_dx", (empty(FEW, SIZE, dtype=dtype), *weight, SIZE))
+        yield Call("dora_norm", (*weight, empty(RANK, SIZE), empty(SIZE, RANK), 0.5))
+        yield from _experts_lora(experts, WHOLE, WHOLE, EXPERTS * 65, dtype)
 
 
 def _short_blocks(dtype: torch.dtype) -> Iterator[Call]:

@@ -21,8 +21,8 @@ import torch
 
 from ..core import registry
 from ..core.backends.base import Cards, tensors, unserved_tensors
+from ..core.formats import FORMATS
 from ..core.op import OPS, Op
-from .core.layouts import READ
 
 MINIMUM = (8, 0)
 """Compute capability that Triton's code for NVIDIA cards needs."""
@@ -55,7 +55,7 @@ class TritonBackend:
     name = "triton"
     namespace = f"{registry.NAMESPACE}_triton"
     device_type = "cuda"
-    formats = READ
+    formats = FORMATS.keys()
 
     def __init__(self) -> None:
         self._library: torch.library.Library | None = None

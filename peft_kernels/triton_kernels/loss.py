@@ -24,7 +24,7 @@ from .core.launch import VARYING, bypasses_cache, config, launch
 from .gated import exact_exp, sigmoid
 from .linear.linear import checked_bias
 from .linear.linear_pieces import backward_by_pieces, dequantize_part, forward_by_pieces, pieces
-from .nf4.nf4 import Nf4, nf4
+from .nf4.nf4_weight import Nf4, nf4
 
 LOGIT_BYTES = 256 << 20
 """Of the logits that exist at a time, as in csrc/cuda/loss/cross_entropy_head.h."""
@@ -378,7 +378,7 @@ def _checked(args: Any) -> Head:
     shape = args.vocabulary, x.shape[1]
     bias = None if args.bias is None else checked_bias(args.bias, shape[:1], x.dtype)
     if base.absmax is not None:
-        return Head(nf4(base, shape[0] * shape[1]), bias, *shape)
+        return Head(nf4(base, *shape), bias, *shape)
     if base.weight.dtype != torch.float32:  # that is rounded
         check_dtype(base.weight, x.dtype, "weight")
     check_shape(base.weight, shape, "weight")

@@ -1,30 +1,34 @@
-"""The formats that kernels read, and their layouts. Without Triton: the back end names them before it imports
-it."""
+"""The layouts that kernels take, and which of them GEMMs read packed."""
 
 from __future__ import annotations
 
 from ...core.code_tables import BLOCKSIZES
-from ...core.formats import FORMATS, blocksize_of, codes_of
+from ...core.formats import FORMATS, blocksize_of, codes_of, has_bytes
 from .common import check
 
-READ = ("nf4", "fp4", "mxfp4", "nvfp4")
-"""Keys of `formats.FORMATS`. Weights of others are refused."""
+FUSED = ("nf4", "fp4", "mxfp4", "nvfp4")
+"""Keys of `formats.FORMATS` whose weights GEMMs read packed. Others are dequantised for torch's GEMM."""
+
+FUSED_CODES = tuple(sorted({FORMATS[name].codes for name in FUSED}))
+"""The codes of those weights: indices of `formats.CODE_VALUES`."""
 
 SMALLEST_BLOCKS = {
-    codes: min(size for name in READ if FORMATS[name].codes == codes for size in FORMATS[name].blocksizes)
-    for codes in sorted({FORMATS[name].codes for name in READ})
+    codes: min(size for one in FORMATS.values() if one.codes == codes for size in one.blocksizes)
+    for codes in sorted({one.codes for one in FORMATS.values() if one.bits == 4})
 }
-"""Of the codes that kernels read, by their index in `formats.CODE_VALUES`."""
+"""Of codes of 4 bits, by their index in `formats.CODE_VALUES`."""
 
 
 def check_layout(layout: int) -> None:
-    """Raises RuntimeError unless kernels read it."""
+    """Raises RuntimeError unless kernels take it."""
     codes, blocksize = codes_of(layout), blocksize_of(layout)
-    if codes not in SMALLEST_BLOCKS:
-        got = " or ".join(name for name, one in FORMATS.items() if one.codes == codes) or f"codes {codes}"
-        known = f"{', '.join(READ[:-1])} or {READ[-1]}"
-        check(False, "format", f"{known}, which back end triton has kernels for", got)
-    least = SMALLEST_BLOCKS[codes]
-    right = least <= blocksize <= BLOCKSIZES[-1] and blocksize & (blocksize - 1) == 0
-    expected = f"a power of two from {least} to {BLOCKSIZES[-1]}"
+    if has_bytes(layout):
+        expected, right = "128, or 0 for a scale per row", blocksize in FORMATS["fp8"].blocksizes
+    else:
+        *names, last = FORMATS
+        known = f"{', '.join(names)} or {last}, which back end triton has kernels for"
+        check(codes in SMALLEST_BLOCKS, "format", known, f"codes {codes}")
+        least = SMALLEST_BLOCKS[codes]
+        right = least <= blocksize <= BLOCKSIZES[-1] and blocksize & (blocksize - 1) == 0
+        expected = f"a power of two from {least} to {BLOCKSIZES[-1]}"
     check(right, "blocksize", expected, f"{blocksize} for codes {codes}")

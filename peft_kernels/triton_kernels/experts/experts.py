@@ -17,7 +17,8 @@ from ..core.lora_delta import DeltaArgs, check_factor
 from ..linear.linear import BACKWARD, FORWARD, Tiles, checked_bias, steps_of, table_for
 from ..linear.linear_kernels import BLOCK_D
 from ..lora.lora_gemms import FEW_ROWS, OVER_ROWS, SHRINK, SHRINK_FEW, rank_block
-from ..nf4.nf4 import SCALE_CODES, Nf4, Pointers, many_nf4
+from ..nf4.nf4_groups import dequantize_groups
+from ..nf4.nf4_weight import SCALE_CODES, Nf4, Pointers, many_nf4
 from .experts_kernels import Factor, Strides, experts_kernel, experts_over_rows_kernel, experts_shrink_kernel
 
 # Fewer entries than for one weight: the host does not know how many rows each expert has.
@@ -82,13 +83,17 @@ def weights_of(base: Base, x: Tensor, group: Group, n: int, k: int) -> Weights:
         check_dtype(base.weight, x.dtype, "weight")
         check_shape(base.weight, (experts, n, k), "weight")
         return Weights(Nf4(Pointers(base.weight.contiguous()), 0), Strides(numel))
-    pointers = many_nf4(base, numel, experts)
+    weights = many_nf4(base, n, k, experts)
+    if not weights.is_fused:
+        dense = x.new_empty(experts, n, k)
+        dequantize_groups(weights, k, range(n), range(k), dense)
+        return Weights(Nf4(Pointers(dense), 0), Strides(numel))
     blocks, groups = cdiv(numel, blocksize_of(base.layout)), 0
     if base.offset is not None:
         groups = cdiv(blocks, NESTED_BLOCKSIZE)
     elif base.absmax2 is not None and base.absmax2.numel() > SCALE_CODES:
         groups = SCALE_CODES
-    return Weights(Nf4(pointers, base.layout), Strides((numel + 1) // 2, blocks, groups))
+    return Weights(weights, Strides((numel + 1) // 2, blocks, groups))
 
 
 def grouped_gemm(

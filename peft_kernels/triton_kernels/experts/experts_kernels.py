@@ -17,7 +17,7 @@ from ..core.gemm import add_dot, dot, reduce_splits, store_tile
 from ..core.launch import VARYING
 from ..core.lora_delta import DeltaArgs
 from ..linear.linear_kernels import weight_tile
-from ..nf4.nf4 import Pointers
+from ..nf4.nf4_weight import Pointers
 
 
 class Strides(NamedTuple):

@@ -13,7 +13,7 @@ from ..core.dropout import mask_args
 from ..core.gemm import new_partials, split_k
 from ..core.launch import Config, cdiv, config, launch, target
 from ..core.lora_delta import Delta, delta_args
-from ..nf4.nf4 import RUNS, SHORT_RUN, Nf4, nf4
+from ..nf4.nf4_weight import RUNS, SHORT_RUN, Nf4, nf4
 from .linear_kernels import BLOCK_D, linear_kernel
 from .linear_pieces import backward_by_pieces, forward_by_pieces
 
@@ -69,9 +69,10 @@ def fused_gemm(
     delta: Delta | None = None,
 ) -> Tensor | None:
     """x [m, depth] times the weight [depth, features] if `backward`, else times the transposed weight
-    [features, depth], plus bias and delta. Contiguous. None when there are too many rows for a kernel."""
+    [features, depth], plus bias and delta. Contiguous. None without a kernel for so many
+    rows, or for the format."""
     m, depth = x.shape
-    tiles = tiles_for(table_for(x.dtype, backward), m)
+    tiles = tiles_for(table_for(x.dtype, backward), m) if weight.is_fused else None
     if tiles is None:
         return None
     out = x.new_empty(m, features)
@@ -125,7 +126,7 @@ def base_gemm(x: Tensor, weight: Nf4, features: int, backward: bool, bias: Tenso
 def nf4_linear(args: Any) -> Tensor:
     x, base, out_features, bias = args
     rows = as_rows(x, "x")
-    weight = nf4(base, out_features * rows.shape[1])
+    weight = nf4(base, out_features, rows.shape[1])
     if bias is not None:
         bias = checked_bias(bias, (out_features,), x.dtype)
     return base_gemm(rows, weight, out_features, False, bias).view(*x.shape[:-1], out_features)
@@ -134,7 +135,7 @@ def nf4_linear(args: Any) -> Tensor:
 def nf4_linear_dx(args: Any) -> Tensor:
     dy, base, in_features = args
     rows = as_rows(dy, "dy")
-    weight = nf4(base, rows.shape[1] * in_features)
+    weight = nf4(base, rows.shape[1], in_features)
     return base_gemm(rows, weight, in_features, True).view(*dy.shape[:-1], in_features)
 
 

@@ -16,7 +16,6 @@ from ..core.dropout import keep_mask
 from ..core.gemm import add_dot, dot, reduce_splits, store_tile, uses_wgmma
 from ..core.launch import VARYING
 from ..core.lora_delta import delta_tile
-from ..nf4.nf4 import SHORT_RUN
 from ..nf4.nf4_decode import (
     absmax_of,
     block_shift,
@@ -26,6 +25,7 @@ from ..nf4.nf4_decode import (
     load_elements,
     load_packed_absmax,
 )
+from ..nf4.nf4_weight import SHORT_RUN
 
 RANKS = tl.constexpr(16)  # ranks of an adapter per step
 SHORT = tl.constexpr(SHORT_RUN)  # too short for a product of its own

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core.launch import VARYING, cdiv, config, launch
-from ..nf4.nf4 import Nf4
 from ..nf4.nf4_decode import block_shift, decode, load_absmax, load_elements
+from ..nf4.nf4_groups import dequantize_groups
+from ..nf4.nf4_weight import Nf4
 
 MOST_BYTES = 128 << 20  # of a piece of a weight
 UNIT = 256  # rows or columns of the weight: whole tiles of torch's GEMM
@@ -59,9 +60,10 @@ def piece_kernel(
 
 def dequantize_part(weight: Nf4, k: int, rows: range, cols: range, out: Tensor) -> None:
     """Dequantises rows and columns of a weight [.., k] to out [rows, cols], of any row stride."""
+    if not weight.is_fused:
+        return dequantize_groups(weight, k, rows, cols, out[None])
     tiles = cdiv(len(rows), PIECE["BLOCK_ROWS"]) * cdiv(len(cols), PIECE["BLOCK_COLS"])
-    whole = (run for run in weight.runs if k % run == cols.start % run == weight.blocksize % run == 0)
-    constants = {"LAYOUT": weight.layout, "RUN": next(whole, 0)}
+    constants = {"LAYOUT": weight.layout, "RUN": weight.run_from(k, cols.start) or 0}
     args = rows.start, len(rows), cols.start, len(cols), k, out.stride(0)
     launch(piece_kernel, (tiles,), weight.pointers, out, *args, config=PIECE, **constants)
 

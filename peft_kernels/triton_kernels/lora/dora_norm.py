@@ -17,8 +17,9 @@ from ..core.gemm import add_dot, dot, split_k
 from ..core.launch import VARYING, cdiv, config, launch, power_of_2, targets_amd, targets_ptx
 from ..linear.linear import run_length
 from ..linear.linear_kernels import load_any
-from ..nf4.nf4 import Nf4, Pointers, nf4
+from ..linear.linear_pieces import dequantize_part, pieces
 from ..nf4.nf4_decode import SPLIT_SCALE, absmax_of, block_shift, decode_split, load_packed_absmax
+from ..nf4.nf4_weight import Nf4, Pointers, nf4
 
 HALVES = config(8, 2, BLOCK_K=4096)
 RUNS = config(4, 3, BLOCK_N=64)
@@ -192,8 +193,19 @@ def dora_norm(args: Any) -> Tensor:
         check_shape(base.weight, (n, k), "weight")
         weight = Nf4(Pointers(base.weight.contiguous()), base.layout)
     else:
-        weight = nf4(base, n * k)
+        weight = nf4(base, n, k)
     a, b = lora_a.float().contiguous(), lora_b.float().contiguous()
+    if weight.pointers.absmax is None or weight.is_fused:
+        return _norms(weight, a, b, scaling)
+    norms = a.new_empty(n)
+    for rows in pieces(n, k, a.element_size()):
+        piece, part = a.new_empty(len(rows), k), slice(rows.start, rows.stop)
+        dequantize_part(weight, k, rows, range(k), piece)
+        norms[part] = _norms(Nf4(Pointers(piece), 0), a, b[part], scaling)
+    return norms
+
+
+def _norms(weight: Nf4, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     squares = _squares(weight, a, b, scaling)
     delta = ((b @ (a @ a.t())) * b).sum(1)
     return (squares.sum(0) + scaling**2 * delta).clamp_min_(0).sqrt_()

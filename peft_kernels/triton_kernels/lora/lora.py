@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.common import check, check_dtype, check_lengths, check_shape, compute_type
 from ..core.lora_delta import Adapter, Delta, adapters_of, check_outputs
 from ..linear.linear import as_rows, base_gemm, checked_bias, fused_gemm
-from ..nf4.nf4 import Nf4, nf4
+from ..nf4.nf4_weight import Nf4, nf4
 from .lora_gemms import Gemm, over_rows, shrink, sum_with_deltas
 
 
@@ -36,7 +36,7 @@ def layers_of(args: Any, x: Tensor, out_features: Sequence[int]) -> list[Layer]:
             check_shape(base.weight, (n, k), "weight")
             layers.append(Layer(base.weight.contiguous(), n, k))
         else:
-            layers.append(Layer(nf4(base, n * k), n, k))
+            layers.append(Layer(nf4(base, n, k), n, k))
     return layers
 
 

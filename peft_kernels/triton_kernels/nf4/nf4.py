@@ -1,8 +1,9 @@
-"""Packed weights: their checks, dequantisation, and NF4's quantisation, bit-equal to the reference."""
+"""Dequantisation of packed weights, and NF4's quantisation, bit-equal to the reference."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from math import prod
+from typing import Any
 
 import torch
 import triton
@@ -16,12 +17,11 @@ from ...core.code_tables import (
     dynamic_map,
     dynamic_thresholds,
 )
-from ...core.formats import blocksize_of
-from ...core.op import Base
-from ..core.common import check, check_dtype, check_float, check_numel
+from ..core.common import check, check_dtype, check_float
 from ..core.launch import cdiv, config, launch
-from ..core.layouts import check_layout
 from .nf4_decode import block_shift, decode, load_absmax
+from .nf4_groups import dequantize_groups
+from .nf4_weight import Pointers, check_nested, nf4
 
 ELEMENTS = 4096  # per program: one block of the largest size
 QUANTIZE = config(8, 3)
@@ -29,77 +29,10 @@ DEQUANTIZE = config(4, 3)
 ABSMAX = config(4, 3)
 
 THRESHOLDS = tl.constexpr(NF4_THRESHOLDS)
-SCALE_CODES = 256
-RUNS = 64, 32
-SHORT_RUN = 16  # only where blocks are as short
 
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 ZERO_CODE = tl.constexpr(7)
 GROUP = tl.constexpr(NESTED_BLOCKSIZE)
-
-
-class Pointers(NamedTuple):
-    """The tensors of a weight, for kernels. A dense weight is `packed` alone."""
-
-    packed: Tensor | None  # uint8 [ceil(numel / 2)]
-    absmax: Tensor | None = None  # scales [blocks]: fp32, or uint8 codes of them
-    # With an offset double quantisation, fp32 [ceil(blocks / 256)]; else fp32 [256]: values of those codes.
-    absmax2: Tensor | None = None
-    offset: Tensor | None = None  # fp32, one element
-    dynamic_map: Tensor | None = None  # fp32 [256]: values of double-quantised codes
-
-
-class Nf4(NamedTuple):
-    """A packed weight, checked and contiguous."""
-
-    pointers: Pointers
-    layout: int
-
-    @property
-    def blocksize(self) -> int:
-        return blocksize_of(self.layout)
-
-    @property
-    def runs(self) -> tuple[int, ...]:
-        """Lengths of the runs that kernels read (linear_kernels.py), the longest first."""
-        return RUNS if self.blocksize > SHORT_RUN else (SHORT_RUN,)
-
-
-def nf4(base: Base, numel: int) -> Nf4:
-    """A packed weight of `numel` elements. Raises RuntimeError when its parts do not fit."""
-    return Nf4(many_nf4(base, numel, 1), base.layout)
-
-
-def many_nf4(base: Base, numel: int, count: int) -> Pointers:
-    """`count` packed weights of `numel` elements each. Raises RuntimeError when their parts do not fit."""
-    packed, absmax, absmax2, offset, layout = base
-    assert absmax is not None
-    check_layout(layout)
-    check_dtype(packed, torch.uint8, "packed")
-    size, blocks = count * ((numel + 1) // 2), cdiv(numel, blocksize_of(layout))
-    check(packed.numel() == size, "packed", f"{size} bytes", packed.numel())
-    check_dtype(absmax, torch.float32 if absmax2 is None else torch.uint8, "absmax")
-    check_numel(absmax, count * blocks, "absmax")
-    check(absmax2 is not None or offset is None, "absmax2, offset", "both or neither", "only offset")
-    values = None
-    if absmax2 is not None and offset is not None:
-        check_nested(absmax2, offset, blocks, count)
-        absmax2, offset, values = absmax2.contiguous(), offset.contiguous(), dynamic_map(packed.device)
-    elif absmax2 is not None:
-        check_dtype(absmax2, torch.float32, "absmax2")
-        expected = f"{SCALE_CODES} values of scale codes without an offset"
-        check(absmax2.numel() in (SCALE_CODES, count * SCALE_CODES), "absmax2", expected, absmax2.numel())
-        absmax2 = absmax2.contiguous()
-    return Pointers(packed.contiguous(), absmax.contiguous(), absmax2, offset, values)
-
-
-def check_nested(absmax2: Tensor, offset: Tensor, blocks: int, count: int = 1) -> None:
-    """Raises unless the second level of double quantisation fits `blocks` absmax values of each of `count`
-    weights."""
-    check_dtype(absmax2, torch.float32, "absmax2")
-    check_dtype(offset, torch.float32, "offset")
-    check_numel(absmax2, count * cdiv(blocks, NESTED_BLOCKSIZE), "absmax2")
-    check_numel(offset, count, "offset")
 
 
 @triton.jit
@@ -191,7 +124,11 @@ def quantize_nf4(args: Any) -> tuple[Tensor, Tensor]:
 def dequantize_nf4(args: Any) -> Tensor:
     packed = args.base.weight
     out = packed.new_empty(tuple(args.shape), dtype=args.dtype)
-    weight = nf4(args.base, out.numel())
+    rows, cols = prod(out.shape[:-1]), out.shape[-1] if out.dim() else 1
+    weight = nf4(args.base, rows, cols)
+    if not weight.is_fused:
+        dequantize_groups(weight, cols, range(rows), range(cols), out.view(1, rows, cols))
+        return out
     grid = (cdiv(out.numel(), ELEMENTS),)
     tensors = weight.pointers, out, out.numel(), packed.numel()
     blocks = {"LAYOUT": weight.layout, "BLOCKS": ELEMENTS // weight.blocksize}

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from ...core.formats import CODE_VALUES, FORMATS, LAYOUT_SHIFT
 from ..core.launch import targets_amd, targets_ptx
-from ..core.layouts import SMALLEST_BLOCKS
+from ..core.layouts import FUSED_CODES
 
-KINDS = tuple(SMALLEST_BLOCKS)
-"""The codes that kernels read: indices of CODE_VALUES."""
+KINDS = FUSED_CODES
 
 DECODE_SCALE = {
     FORMATS["nf4"].codes: {torch.float32: 1.0, torch.bfloat16: 1.436715, torch.float16: 1.36619},

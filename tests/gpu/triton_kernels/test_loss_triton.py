@@ -21,7 +21,7 @@ from bench.gpu import triton_calls
 from peft_kernels.core.op import Base
 from peft_kernels.triton_kernels import loss
 from peft_kernels.triton_kernels.core import launch
-from peft_kernels.triton_kernels.nf4.nf4 import nf4
+from peft_kernels.triton_kernels.nf4.nf4_weight import nf4
 
 pytestmark = pytest.mark.usefixtures("nan_outputs", "triton_alone")
 
@@ -140,7 +140,7 @@ def test_few_rows_do_not_dequantise_a_head_at_once() -> None:
     n, k = 128256, 4096
     x = triton_calls.empty(4, k, dtype=torch.bfloat16)
     with launch.recording(lambda *launched: None):
-        head = loss.Head(nf4(Base(*triton_calls.nf4(n, k)), n * k), None, n, k)
+        head = loss.Head(nf4(Base(*triton_calls.nf4(n, k)), n, k), None, n, k)
         sizes = [weight.nbytes for _, weight, _ in head.by_pieces(x, 2)]
     assert sum(sizes) == 2 * n * k and max(sizes) <= loss.LOGIT_BYTES
 

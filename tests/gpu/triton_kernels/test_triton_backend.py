@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import peft_kernels as pk
 from peft_kernels.core import dispatch
 from peft_kernels.core.backends import BACKENDS
-from peft_kernels.core.formats import FORMATS
+from peft_kernels.core.formats import FORMATS, LAYOUT_SHIFT
 from peft_kernels.triton_kernels import backend as triton
 from peft_kernels.triton_kernels.core import layouts
 
@@ -142,12 +142,21 @@ def test_layouts_of_its_formats() -> None:
             layouts.check_layout(FORMATS[name].layout(blocksize))
 
 
-@pytest.mark.parametrize("name", sorted({*FORMATS} - {*layouts.READ}))
-def test_other_formats_are_refused(name: str) -> None:
-    form = FORMATS[name]
-    refused = f"format: expected nf4, fp4, mxfp4 or nvfp4, which back end triton has kernels for, got {name}"
-    with pytest.raises(RuntimeError, match=f"^{refused}$"):
-        layouts.check_layout(form.layout(form.blocksizes[0]))
+def test_other_layouts_are_refused() -> None:
+    formats = "nf4, fp4, mxfp4, nvfp4, int4 or fp8"
+    refused = f"format: expected {formats}, which back end triton has kernels for, got codes "
+    for codes in (5, 1 << 20):
+        with pytest.raises(RuntimeError, match=f"^{refused}{codes}$"):
+            layouts.check_layout(codes << LAYOUT_SHIFT | 64)
+    for name, sizes, expected in (
+        ("nf4", (0, 16, 48, 8192), "a power of two from 32 to 4096"),
+        ("nvfp4", (0, 8, 48, 8192), "a power of two from 16 to 4096"),
+        ("int4", (0, 16, 48, 8192), "a power of two from 32 to 4096"),
+        ("fp8", (1, 64, 256), "128, or 0 for a scale per row"),
+    ):
+        for size in sizes:
+            with pytest.raises(RuntimeError, match=f"^blocksize: expected {expected}, got {size} for codes "):
+                layouts.check_layout(FORMATS[name].layout(size))
 
 
 CALL = """

@@ -22,6 +22,7 @@ KERNELS = {
     "rotary_kernel",
     "cross_entropy_kernel",
     "cross_entropy_backward_kernel",
+    "groups_kernel",
 }
 DEFINED = re.compile(r"(%[\w#]+)(?::\d+)? = ([\w.]+) (.*)")
 
@@ -32,7 +33,8 @@ def intermediate() -> dict[str, list[str]]:
     if reason := triton_code.unsupported(TARGET):
         pytest.skip(reason)
     found: dict[str, list[str]] = {}
-    given = [*triton_calls._blocks(BF16), *triton_calls._losses(BF16, True)]
+    parts = triton_calls._blocks(BF16), triton_calls._losses(BF16, True), triton_calls._groups(BF16)
+    given = [call for part in parts for call in part]
     for item in triton_code.launches(TARGET, given):
         if item.kernel.__name__ in KERNELS:
             with triton_code.compiling_for(TARGET):

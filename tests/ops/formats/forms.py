@@ -6,17 +6,9 @@ from typing import Any
 
 import testing
 from peft_kernels import NF4Weight
-from peft_kernels.core.backends import BACKENDS
 from peft_kernels.core.formats import FORMATS
 
-
-def is_taken(format: str) -> bool:
-    """Whether the back ends of this process take weights in a format: Triton, where it is interpreted, does
-    not take all."""
-    return all(format in BACKENDS[name.partition("-")[0]].formats for name in testing.backend_ids())
-
-
-ALL: dict[str, dict[str, Any]] = {
+FORMS: dict[str, dict[str, Any]] = {
     "fp4": {"format": "fp4", "bs": 64, "nested": False},
     "fp4-nested": {"format": "fp4", "bs": 32, "nested": True},
     "mxfp4": {"format": "mxfp4", "bs": 32, "nested": False},
@@ -29,7 +21,6 @@ ALL: dict[str, dict[str, Any]] = {
     "fp8-rows": {"format": "fp8", "bs": 0, "nested": False},
 }
 """`nested`: with double quantisation, or zero points."""
-FORMS = {name: form for name, form in ALL.items() if is_taken(form["format"])}
 ROWS = (*range(1, 10), 12, 16, 17, 70, 200)
 DEPTHS = (48, 96, 160, 192, 208, 1056)
 """Whole blocks, 192 also of FP4. 48 and 208 only in NVFP4, and in FP4, whose blocks may cross rows."""

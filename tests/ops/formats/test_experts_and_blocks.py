@@ -14,7 +14,7 @@ from experts_cases import (
     ends_of,
     experts_weight,
 )
-from forms import FORMS, cases, full, is_taken
+from forms import FORMS, cases, full
 from loss_cases import results_of
 from numbers_policy import DTYPES, case_id, dense64, each_dtype
 from torch import Tensor
@@ -62,7 +62,7 @@ def test_experts_lora_backward(backend: str, case: dict[str, Any]) -> None:
     check_experts_lora_linear_backward(full(case))
 
 
-MLPS = [mlp for mlp in (("mxfp4", "nvfp4", "fp4"), ("int4", "fp8", "fp8")) if all(map(is_taken, mlp))]
+MLPS = ("mxfp4", "nvfp4", "fp4"), ("int4", "fp8", "fp8")
 """Formats of gate, up and down."""
 SHAPES = (256, 128), (256, 128), (128, 256)
 
@@ -112,7 +112,7 @@ def has_blocks(format: str, k: int) -> bool:
 HEADS = testing.pairwise(
     size=((64, 5, 48), (64, 1030, 96), (7, 700, 160), (1, 513, 128), (70, 1500, 128), (300, 1030, 64)),
     dtype=DTYPES,
-    base=tuple(filter(is_taken, ("fp4", "mxfp4", "nvfp4", "int4", "fp8"))),
+    base=("fp4", "mxfp4", "nvfp4", "int4", "fp8"),
     bias=("none", "same"),
     options=("plain", "capped", "smoothed", "all"),
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from forms import is_taken
 from nf4_oracle import assert_same
 from numbers_policy import each_dtype
 from torch import Tensor
@@ -15,10 +14,7 @@ from peft_kernels.core.formats import FORMATS
 
 ops = torch.ops.peft_kernels
 
-pytestmark = [
-    pytest.mark.usefixtures("nan_outputs"),
-    pytest.mark.skipif(not is_taken("int4") or not is_taken("fp8"), reason="triton: refuses these formats"),
-]
+pytestmark = pytest.mark.usefixtures("nan_outputs")
 
 SCALE_BITS = (0, 1, 5, 0x03FF, 0x0400, 0x0401, 0x3C00, 0x3555, 0x7BFF, 0x8001, 0x83FF, 0xB555)
 """Of fp16: subnormals, the smallest and the largest normal number, negative ones. As bf16 normal numbers."""
