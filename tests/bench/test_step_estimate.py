@@ -61,7 +61,7 @@ def test_a_step() -> None:
 def test_the_page_on_gpus_has_these_figures() -> None:
     """Time and bytes of each part, and the launches of operations that the script counts."""
     page = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")
-    section = page.partition("### A whole step")[2].partition("###")[0]
+    section = page.partition("### A whole step")[2].partition("### Launches")[0]
     rows = {cells[0]: cells[1:] for line in section.splitlines() if (cells := _cells(line))}
     models = estimate.Stock(H100), estimate.Ours(H100)
     stock, ours = map(estimate.step, models)
