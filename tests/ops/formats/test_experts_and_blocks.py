@@ -104,7 +104,7 @@ def test_a_gated_mlp_of_several_formats(
         of_samples = ([s[i][name] for s in samples] for i in range(3))
         if name in ("y", "dx"):
             testing.assert_close(*(torch.cat(each) for each in of_samples), name)
-        else:  # the largest error of a product of single numbers is one of many: sums over rows have none such
+        else:  # of factors: alone, a product of single numbers may have any error
             testing.assert_close(*(torch.stack(each).double().sum(0) for each in of_samples), name)
 
 
