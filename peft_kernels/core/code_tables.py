@@ -36,8 +36,11 @@ FP4_CODE: tuple[float, ...] = tuple(sign * n / 12 for sign in (1, -1) for n in (
 E2M1_CODE: tuple[float, ...] = tuple(sign * x for sign in (1.0, -1.0) for x in (0, 0.5, 1, 1.5, 2, 3, 4, 6))
 """Values of the 4-bit elements of the OCP Microscaling formats (MX 1.0, section 5.3.3)."""
 
-INT4_CODE: tuple[float, ...] = tuple(float(code - 8) for code in range(16))
-"""Values of int4 whose zero point is 8."""
+ZERO_POINT = 8
+"""Zero point of int4 weights that have none of their own."""
+
+INT4_CODE: tuple[float, ...] = tuple(float(code - ZERO_POINT) for code in range(16))
+"""Values of int4 with that zero point."""
 
 NF4_THRESHOLDS: tuple[float, ...] = (
     -0.8480964303016663,

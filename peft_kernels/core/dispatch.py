@@ -91,12 +91,6 @@ def has_kernel(op: str, like: Tensor) -> bool:
     return found
 
 
-def format_reason(format: str, like: Tensor) -> str | None:
-    """Why the back end for tensors like this one takes no weights of a format, or None."""
-    backend = select("nf4_linear", (like,))
-    return None if format in backend.formats else f"back end {backend.name} has no kernels for {format}"
-
-
 def select(op: str, args: Sequence[Any]) -> Backend:
     """The back end for this call. Raises RuntimeError when a forced one cannot serve it."""
     name = forced()

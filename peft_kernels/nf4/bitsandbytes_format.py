@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import dispatch
 from ..core.code_tables import NESTED_BLOCKSIZE, WEIGHT_DTYPES, dynamic_map
 from ..core.formats import FORMATS, code_values
 from ..core.nf4_state import NF4State
@@ -206,10 +205,6 @@ def reason_unusable(params4bit: Any) -> str | None:
         )
     if quant_state.quant_type not in QUANT_TYPES:
         return f"quantisation type {quant_state.quant_type}, expected nf4 or fp4"
-    if quant_state.quant_type != "nf4":
-        reason = dispatch.format_reason(quant_state.quant_type, params4bit.data)
-        if reason is not None:
-            return reason
     if len(quant_state.shape) != 2:
         return f"shape {tuple(quant_state.shape)}, expected two dimensions"
     if quant_state.nested and quant_state.state2.blocksize != NESTED_BLOCKSIZE:

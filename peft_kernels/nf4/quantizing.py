@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.code_tables import ZERO_POINT
 from ..core.formats import FORMATS, WHOLE_ROWS, e4m3_values, e8m0_values
 from ..core.registry import public_ops as ops
-from ..ops.nf4 import ZERO_POINT
 
 Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """packed, absmax, absmax2 and offset of an `NF4State`."""

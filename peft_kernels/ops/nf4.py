@@ -10,16 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.code_tables import NESTED_BLOCKSIZE, dynamic_map, dynamic_thresholds, nf4_thresholds
+from ..core.code_tables import (
+    NESTED_BLOCKSIZE,
+    ZERO_POINT,
+    dynamic_map,
+    dynamic_thresholds,
+    nf4_thresholds,
+)
 from ..core.formats import WHOLE_ROWS, blocksize_of, code_values, has_bytes
 from ..core.op import Base, Op
 
 ZERO_CODE = 7
 """Code of 0.0, also used for blocks without a usable scale and to pad an odd tail."""
-
-
-ZERO_POINT = 8
-"""Zero point of int4 weights that have none of their own."""
 
 
 class QuantizeNF4(Op):

@@ -21,7 +21,6 @@ import torch
 
 from ..core import registry
 from ..core.backends.base import Cards, tensors, unserved_tensors
-from ..core.formats import FORMATS
 from ..core.op import OPS, Op
 
 MINIMUM = (8, 0)
@@ -55,7 +54,6 @@ class TritonBackend:
     name = "triton"
     namespace = f"{registry.NAMESPACE}_triton"
     device_type = "cuda"
-    formats = FORMATS.keys()
 
     def __init__(self) -> None:
         self._library: torch.library.Library | None = None

@@ -37,10 +37,6 @@ class Backend(Protocol):
     def has_kernel(self, op: str) -> bool:
         """Whether it has kernels for `op`, rather than a composition of other ops or plain torch."""
 
-    @property
-    def formats(self) -> Collection[str]:
-        """Keys of `formats.FORMATS` whose weights it takes."""
-
 
 def tensors(args: Sequence[Any]) -> Iterator[torch.Tensor]:
     """All tensors among an op's arguments, also those in lists."""

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from .. import registry
-from ..formats import FORMATS
 from ..op import OPS
 from .base import unserved_tensors
 
@@ -28,7 +27,6 @@ class CompiledBackend:
     namespace: str
     device_type: str
     library: str
-    formats = FORMATS.keys()
     not_built: str
     """Why the library may be missing, and what to do."""
 

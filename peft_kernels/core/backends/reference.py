@@ -8,14 +8,12 @@ from typing import Any
 import torch
 
 from .. import registry
-from ..formats import FORMATS
 
 
 class ReferenceBackend:
     name = "reference"
     namespace = f"{registry.NAMESPACE}_reference"
     device_type = None
-    formats = FORMATS.keys()
 
     def __init__(self) -> None:
         self._library: torch.library.Library | None = None

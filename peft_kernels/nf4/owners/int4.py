@@ -12,12 +12,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...core.code_tables import ZERO_POINT
 from ...core.formats import FORMATS, SCALE_DTYPES
 from ...core.nf4_state import NF4State
 from .int4_words import NATURAL, PER_WORD, Words
 from .owner import Owner, check_finite, expect_shape, kept, tensor_of
-
-_MIDDLE = 8  # the zero point of a weight without zero points
 
 
 class Int4(Owner):
@@ -75,7 +74,7 @@ class Int4(Owner):
         found = {stem + self.codes: self._codes.of_packed(state.packed), stem + self.scale: scales}
         offset = state.offset
         if offset is None and self.always_zeros:
-            offset = torch.full_like(state.absmax, _MIDDLE, dtype=torch.uint8)
+            offset = torch.full_like(state.absmax, ZERO_POINT, dtype=torch.uint8)
         if offset is not None:
             points = self._grouped(offset, out, groups, stem + self.zeros)
             if int(points.max()) > 15:
@@ -140,7 +139,7 @@ class Int4(Owner):
         if points.device.type != "meta":
             if int(codes[out:].count_nonzero()):
                 raise ValueError(f"{name}: expected zeros after the last of {out} zero points, got others")
-            if self.always_zeros and bool((points == _MIDDLE).all()):
+            if self.always_zeros and bool((points == ZERO_POINT).all()):
                 return None
         return points
 

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...core.code_tables import ZERO_POINT
 from ...core.formats import FORMATS
-from ...ops.nf4 import ZERO_POINT
 from ..core.launch import VARYING, cdiv, config, launch
 from .nf4_decode import block_shift, codes_of
 from .nf4_weight import Nf4
