@@ -1,10 +1,13 @@
-"""Measures the memory of training a small model, for the tests of `peft-kernels plan`."""
+"""Runs `peft-kernels plan`, and measures the memory of training a small model, for its tests."""
 
 from __future__ import annotations
 
+import json
 import weakref
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 import peft_kernels as pk
 import testing
 from peft_kernels.cli import memory
+from peft_kernels.cli.main import main
 from peft_kernels.cli.sizes import Model, Run
 
 SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3}
@@ -20,6 +24,17 @@ SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embe
 BATCH, SEQ, RANK = 2, 48, 8
 CPU_PARTS = ("qkv", "attention", "norms", "residuals", "loss")
 """Parts of `patch` that the plan leaves out: they are for CPUs."""
+
+
+def planned(capsys: pytest.CaptureFixture[str], path: Path | str, *options: str) -> Any:
+    """What `peft-kernels plan` prints as JSON."""
+    capsys.readouterr()
+    assert main(["plan", str(path), *options, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def nbytes(model: Any) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def loss_of(model: Any, batch: int = BATCH, seq: int = SEQ) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from plan_measures import (
     SIZES,
     enable_checkpointing,
     measured_activations,
+    planned,
     planned_to_measured_peak,
     relative_difference,
 )
@@ -106,11 +106,6 @@ def test_peak(checkpointing: bool) -> None:
     if checkpointing:
         enable_checkpointing(real)
     assert 0.9 < planned_to_measured_peak(real, model, run, checkpointing) < 1.2
-
-
-def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
-    assert main(["plan", *arguments, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
 
 
 @pytest.fixture

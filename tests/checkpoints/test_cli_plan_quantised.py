@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import moe_models as moe
 import pytest
 import torch
 from checkpoint_damage import change_json
-from plan_measures import SIZES
+from plan_measures import SIZES, nbytes, planned
 from transformers_models import Auto, loaded, read, read_config, transformers
 
 import peft_kernels as pk
@@ -32,16 +31,6 @@ def config(folder: Path, quantization: Any) -> Path:
     transformers.LlamaConfig(**SIZES).save_pretrained(folder)
     change_json(folder / "config.json", quantization_config=quantization)
     return folder / "config.json"
-
-
-def planned(capsys: Captured, path: Path, *options: str) -> Any:
-    capsys.readouterr()
-    assert main(["plan", str(path), *options, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def nbytes(model: Any) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("method", OTHERS)

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers_models import ids, llama, transformers
 
+import peft_kernels as pk
+
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 NVFP4 = ("compressed-tensors", "modelopt")
 FILE = "model.safetensors"
@@ -144,6 +146,31 @@ def assert_same_file(folder: Path, tensors: dict[str, Tensor]) -> None:
         assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape), name
         bits = (each.contiguous().view(-1).view(torch.uint8) for each in (found[name], value))
         assert torch.equal(*bits), name
+
+
+def with_adapters(model: Any, **config: Any) -> Any:
+    """A PEFT model whose LoRA adapters are not zero."""
+    import peft
+
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, **config))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapters_of(tuned):
+        parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+    return tuned
+
+
+def adapters_of(tuned: Any) -> list[Any]:
+    return [parameter for name, parameter in tuned.named_parameters() if "lora_" in name]
+
+
+def trained(
+    model: Any, patch: bool = False, steps: int = 5, lr: float = 3e-3, **config: Any
+) -> tuple[Any, list[float]]:
+    """A model with trained adapters, on all linear layers unless `config` says otherwise, and its losses."""
+    tuned = with_adapters(model, **{"target_modules": "all-linear"} | config)
+    if patch:
+        pk.patch(tuned)
+    return tuned, losses_of(tuned, torch.optim.AdamW(adapters_of(tuned), lr=lr), steps)
 
 
 def losses_of(model: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:

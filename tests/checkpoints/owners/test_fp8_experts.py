@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fp8_experts import DTYPES, EXPERTS, MODELS, in_file, make_moe, weights_of
-from owned_folders import assert_same_file, losses_of, stored
+from owned_folders import assert_same_file, stored, trained, with_adapters
 from packed_models import Made, config_of
 from safetensors import safe_open
 from transformers_models import Auto, ids, logits, read, read_config, transformers
@@ -144,24 +144,10 @@ def test_the_model_without_its_head(kind: str, made: Made, folder: Path, tmp_pat
 # Adapters
 
 
-def tuned(model: Any, **options: Any) -> Any:
-    peft = pytest.importorskip("peft", reason="adapters are PEFT's, and it is not installed")
-    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    config = peft.LoraConfig(r=4, target_modules=["o_proj"], target_parameters=targets, **options)
-    found = peft.get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in found.named_parameters():
-        if "lora_" in name:
-            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
-    return found
-
-
-def losses(model: Any, patch: bool = False) -> list[float]:
-    found = tuned(model)
-    if patch:
-        pk.patch(found)
-    adapters = [p for name, p in found.named_parameters() if "lora_" in name]
-    return losses_of(found, torch.optim.AdamW(adapters, lr=3e-3), 3)
+LORA: dict[str, Any] = {
+    "target_modules": ["o_proj"],
+    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
 
 
 @pytest.mark.parametrize("patch", [False, True])
@@ -169,22 +155,20 @@ def test_training_equals_the_dense_model(
     kind: str, patch: bool, made: Made, folder: Path, tmp_path: Path
 ) -> None:
     """Of transformers' reader, without and with the patch."""
-    expected = losses(theirs(folder, dtype=torch.float32))
-    model = read(folder, dtype=torch.float32)
-    found = losses(model, patch)
+    _, expected = trained(theirs(folder, dtype=torch.float32), steps=3, **LORA)
+    _, found = trained(read(folder, dtype=torch.float32), patch, steps=3, **LORA)
     assert found == pytest.approx(expected, rel=5e-6) and found[-1] < 0.99 * found[0]
 
 
 def test_saved_after_training(kind: str, made: Made, folder: Path, tmp_path: Path) -> None:
-    model = tuned(read(folder))
-    losses_of(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), 1)
+    model, _ = trained(read(folder), steps=1, **LORA)
     model.unload().save_pretrained(tmp_path)
     assert_same_file(tmp_path, as_saved(made, kind))
 
 
 def test_merged_experts_are_saved_dense(kind: str, made: Made, folder: Path, tmp_path: Path) -> None:
     """As layers again, so that other readers find them."""
-    model = tuned(read(folder)).merge_and_unload()
+    model = with_adapters(read(folder), **LORA).merge_and_unload()
     module = model.get_submodule(EXPERTS[kind])
     assert not isinstance(module, NF4Experts) and not hasattr(module, "stacks")
     model.save_pretrained(tmp_path)

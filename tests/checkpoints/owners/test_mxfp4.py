@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from moe_checkpoints import expert_modules
-from owned_folders import assert_same_file, gpt_oss, losses_of, stored
+from owned_folders import assert_same_file, gpt_oss, stored, trained
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers_models import Auto, ids, logits, read, transformers
 
-import peft_kernels as pk
 import testing
 from peft_kernels.integrations import transformers as integration
 from peft_kernels.quantize.model import report_of
@@ -163,24 +162,11 @@ def test_nothing_dense_is_made(tmp_path: Path) -> None:
 
 
 LORA: dict[str, Any] = {
-    "r": 4,
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     "task_type": "CAUSAL_LM",
 }
-
-
-def trained(model: Any, patch: bool = False, steps: int = 5, **lora: Any) -> tuple[Any, list[float]]:
-    """A model with trained adapters, and its losses."""
-    tuned = peft.get_peft_model(model, peft.LoraConfig(**LORA | lora))
-    generator = torch.Generator().manual_seed(1)
-    adapters = [p for name, p in tuned.named_parameters() if "lora_" in name]
-    for parameter in adapters:
-        parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
-    if patch:
-        pk.patch(tuned)
-    optimizer = torch.optim.AdamW(adapters, lr=1e-2)
-    return tuned, losses_of(tuned, optimizer, steps)
+TRAINED: dict[str, Any] = {"lr": 1e-2, **LORA}
 
 
 @pytest.mark.parametrize("patch", [False, True])
@@ -188,8 +174,8 @@ def test_training_equals_the_dense_model(
     patch: bool, folder: Path, tensors: dict[str, Tensor], tmp_path: Path
 ) -> None:
     """And the base is saved as it was, after training."""
-    _, expected = trained(twin(folder, torch.float32))
-    tuned, losses = trained(read(folder, dtype=torch.float32), patch)
+    _, expected = trained(twin(folder, torch.float32), **TRAINED)
+    tuned, losses = trained(read(folder, dtype=torch.float32), patch, **TRAINED)
     assert losses == pytest.approx(expected, rel=2e-6) and losses[-1] < 0.7 * losses[0]
     assert set(expert_modules(tuned)), "packed all the time"
     base = tuned.unload()
@@ -209,7 +195,7 @@ def test_round_trip(folder: Path, tensors: dict[str, Tensor], tmp_path: Path) ->
 
 
 def test_trainer(folder: Path, tmp_path: Path) -> None:
-    tuned = peft.get_peft_model(read(folder), peft.LoraConfig(**LORA))
+    tuned = peft.get_peft_model(read(folder), peft.LoraConfig(r=4, **LORA))
     options = {
         "report_to": [],
         "use_cpu": not torch.cuda.is_available(),
@@ -228,7 +214,7 @@ def test_trainer(folder: Path, tmp_path: Path) -> None:
 
 
 def test_all_merged_is_an_ordinary_checkpoint(folder: Path, tmp_path: Path) -> None:
-    merged = trained(read(folder), steps=2)[0].merge_and_unload()
+    merged = trained(read(folder), steps=2, **TRAINED)[0].merge_and_unload()
     merged.save_pretrained(tmp_path)
     assert stored(tmp_path) is None
     assert torch.equal(logits(Auto.from_pretrained(tmp_path)), logits(merged))
@@ -237,7 +223,7 @@ def test_all_merged_is_an_ordinary_checkpoint(folder: Path, tmp_path: Path) -> N
 def test_experts_of_one_layer_merged(folder: Path, tmp_path: Path) -> None:
     """They are saved dense, and the configuration tells readers."""
     names = ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"]
-    tuned, _ = trained(read(folder), steps=2, target_parameters=names)
+    tuned, _ = trained(read(folder), steps=2, **TRAINED | {"target_parameters": names})
     merged = tuned.merge_and_unload()
     assert set(expert_modules(merged)) == {"model.layers.1.mlp.experts"}
     merged.save_pretrained(tmp_path)
@@ -250,7 +236,9 @@ def test_experts_of_one_layer_merged(folder: Path, tmp_path: Path) -> None:
 
 
 def test_one_merged_weight_is_refused(folder: Path, tmp_path: Path) -> None:
-    tuned, _ = trained(read(folder), steps=1, target_parameters=["model.layers.1.mlp.experts.down_proj"])
+    tuned, _ = trained(
+        read(folder), steps=1, **TRAINED | {"target_parameters": ["model.layers.1.mlp.experts.down_proj"]}
+    )
     merged = tuned.merge_and_unload()
     expected = r"^model\.layers\.1\.mlp\.experts\.down_proj: expected both weights of experts packed or both"
     with pytest.raises(ValueError, match=expected):
@@ -258,7 +246,7 @@ def test_one_merged_weight_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_packed_again_after_a_merge(folder: Path, tmp_path: Path) -> None:
-    tuned, _ = trained(read(folder), steps=2)
+    tuned, _ = trained(read(folder), steps=2, **TRAINED)
     tuned.merge_adapter()
     for module in expert_modules(tuned).values():
         module.gate_up_proj.requantize_()

@@ -14,15 +14,14 @@ from owned_folders import (
     assert_same_file,
     dense_twin,
     dense_weight,
-    losses_of,
     nvfp4,
     nvfp4_config,
     stored,
+    trained,
 )
 from torch import Tensor
 from transformers_models import Auto, ids, logits, nf4_layers, read, transformers
 
-import peft_kernels as pk
 import testing
 from peft_kernels.integrations import transformers as integration
 from peft_kernels.nf4.owners import OWNERS
@@ -70,25 +69,14 @@ def test_logits(tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype, tm
     testing.assert_close(read(folder, dtype=dtype)(ids()).logits, plain(ids()).logits, truth)
 
 
-def losses(model: Any, patch: bool = False) -> tuple[Any, list[float]]:
-    tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
-    generator = torch.Generator().manual_seed(1)
-    adapters = [p for name, p in tuned.named_parameters() if "lora_" in name]
-    for parameter in adapters:
-        parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
-    if patch:
-        pk.patch(tuned)
-    return tuned, losses_of(tuned, torch.optim.AdamW(adapters, lr=3e-3), 5)
-
-
 @pytest.mark.parametrize("patch", [False, True])
 def test_training_equals_the_dense_model(
     patch: bool, tensors: dict[str, Tensor], folder: Path, tmp_path: Path
 ) -> None:
     """And the base is saved as it was, after training."""
     twin = dense_twin(folder, tensors, tmp_path / "twin", torch.float32)
-    _, expected = losses(Auto.from_pretrained(twin, dtype=torch.float32))
-    tuned, found = losses(read(folder, dtype=torch.float32), patch)
+    _, expected = trained(Auto.from_pretrained(twin, dtype=torch.float32))
+    tuned, found = trained(read(folder, dtype=torch.float32), patch)
     assert found == pytest.approx(expected, rel=5e-6) and found[-1] < 0.95 * found[0]
     tuned.unload().to(torch.bfloat16).save_pretrained(tmp_path / "saved")
     assert_same_file(tmp_path / "saved", tensors)

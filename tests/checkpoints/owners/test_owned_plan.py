@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from all_folders import FOLDERS
 from checkpoint_damage import change_json, change_tensors
 from owned_folders import FILE, NVFP4, gpt_oss, nvfp4, nvfp4_config
 from packed_models import KINDS, config_of, gptq
+from plan_measures import nbytes, planned
 from test_owned_refused import BROKEN, MXFP4, VARIANTS
 from transformers_models import qwen_moe, read, read_config
 
@@ -21,16 +20,6 @@ from peft_kernels.cli.main import main
 from peft_kernels.nf4.owners import OWNERS
 
 Captured = pytest.CaptureFixture[str]
-
-
-def planned(capsys: Captured, path: Path, *options: str) -> Any:
-    capsys.readouterr()
-    assert main(["plan", str(path), *options, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def nbytes(model: Any) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("kind", FOLDERS)

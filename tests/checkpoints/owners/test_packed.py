@@ -24,16 +24,6 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("packed") / "model"
-
-
-@pytest.fixture(scope="module")
-def made(kind: str, folder: Path) -> Made:
-    return make(folder, kind, num_hidden_layers=1)
-
-
-@pytest.fixture(scope="module")
 def model(made: Made, folder: Path) -> Any:
     return read(folder)
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from owned_folders import assert_same_file, losses_of, stored
-from packed_models import KINDS, Made, config_of, dense_twin, make
+from owned_folders import assert_same_file, stored, trained
+from packed_models import KINDS, Made, config_of, dense_twin
 from transformers_models import Auto, ids, logits, nf4_layers, read
 
-import peft_kernels as pk
 import testing
 
 peft = pytest.importorskip("peft", reason="adapters are PEFT's, and it is not installed")
@@ -24,16 +23,6 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 @pytest.fixture(scope="module", params=TRAINED)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def folder(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("packed") / "model"
-
-
-@pytest.fixture(scope="module")
-def made(kind: str, folder: Path) -> Made:
-    return make(folder, kind, num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -56,24 +45,13 @@ def test_values_in_every_dtype(made: Made, folder: Path) -> None:
             assert torch.equal(model.get_parameter(name)._state.dequantize(dtype), dense.to(dtype))
 
 
-def losses(model: Any, patch: bool = False) -> tuple[Any, list[float]]:
-    tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
-    generator = torch.Generator().manual_seed(1)
-    adapters = [p for name, p in tuned.named_parameters() if "lora_" in name]
-    for parameter in adapters:
-        parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
-    if patch:
-        pk.patch(tuned)
-    return tuned, losses_of(tuned, torch.optim.AdamW(adapters, lr=3e-3), 5)
-
-
 @pytest.mark.parametrize("patch", [False, True])
 def test_training_equals_the_dense_model(
     patch: bool, made: Made, folder: Path, twin: Path, tmp_path: Path
 ) -> None:
     """And the base is saved as it was, after training."""
-    _, expected = losses(Auto.from_pretrained(twin, dtype=torch.float32))
-    tuned, found = losses(read(folder, dtype=torch.float32), patch)
+    _, expected = trained(Auto.from_pretrained(twin, dtype=torch.float32))
+    tuned, found = trained(read(folder, dtype=torch.float32), patch)
     assert found == pytest.approx(expected, rel=5e-6) and found[-1] < 0.95 * found[0]
     tuned.unload().to(torch.bfloat16).save_pretrained(tmp_path / "saved")
     assert_same_file(tmp_path / "saved", made.tensors)
