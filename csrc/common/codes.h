@@ -49,8 +49,8 @@ inline constexpr float kFP4[16] = {0.0f,
 inline constexpr float kE2M1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
                                     -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 
-// int4, whose values are code - zero point. Zero points are up to 16 (GPTQ stores one less); there are tables
-// for all of five bits, so that no byte leads out of them.
+// int4, whose values are code - zero point. Zero points are at most 16. Kernels read five bits of a zero
+// point, and each of the 32 numbers has a table, so that no byte leads to a read out of bounds.
 inline constexpr int kZeroPoint = 8, kZeroPoints = 32;
 struct Int4Values {
   CodeValues at[kZeroPoints] = {};

@@ -2,17 +2,16 @@
 // without their scales, and multiplied by as many rows as sums fit; the sums of kByteBlock columns are then
 // scaled. Codes become pairs of bf16, which hold them exactly, where bytes can be permuted; else fp32.
 
-constexpr int64_t kByteBlock = 128;  // columns that share a scale, at most
-static_assert(kByteBlock == kE4M3Block, "");
-constexpr int64_t kByteStep = 64;   // columns decoded at once
-constexpr int64_t kByteRun = 1024;  // of one running sum, as in linear_gemv_dense.inl
+constexpr int64_t kByteBlock = kE4M3Block;  // columns that share a scale, at most
+constexpr int64_t kByteStep = 64;           // columns decoded at once
+constexpr int64_t kByteRun = 1024;          // of one running sum, as in linear_gemv_dense.inl
 // With more rows packing lhs pays.
 constexpr int64_t kFewByteRows = PEFT_KERNELS_PERMUTES_BYTES && !PEFT_KERNELS_TILES ? 32 : 16;
 
 template <class T>
 struct FloatBytes {
   using Lhs = T;
-  static constexpr float kFactor = 256.0f;  // of fp16 (nf4_dequantize.inl)
+  static constexpr float kFactor = kE4M3PerHalf;
   struct Values {
     Vec v[kByteStep / kLanes];
   };
@@ -53,8 +52,8 @@ inline bool byte_gemv_serves(const GemmParams& p) {
   return term.rhs.nf4 && !term.rhs.nf4->codes && term.depth > 0 && term.depth % kByteStep == 0;
 }
 
-// tile[r][c] += lhs[r] . row c of the weight, from column `first` on, `depth` of them. `scales`: of those
-// rows there, scales_ld apart, one for all columns or one for each kByteBlock.
+// tile[r][c] += lhs[r] . codes[c] over `depth` columns. scales[c]: of row c, the next kByteBlock columns'
+// scale `scale_step` further; 0: one for all. Prefetches as many codes from `ahead` on.
 template <class Bytes, int kRows, int kCols>
 void byte_tile(const Bytes& bytes, const typename Bytes::Lhs* lhs, int64_t lhs_ld, const uint8_t* codes,
                int64_t codes_ld, int64_t depth, const float* const (&scales)[kCols], int64_t scale_step,

@@ -48,7 +48,8 @@ inline void unpack_scales(const Codebook& book, const Nf4View& w, int64_t first,
 inline uint16_t half_of_e4m3(uint32_t code) {
   return static_cast<uint16_t>((code & 0x7f) << 7 | (code & 0x80) << 8);
 }
-inline Vec e4m3_factor(float scale) { return splat(scale * 256.0f); }
+constexpr float kE4M3PerHalf = 256.0f;  // a value, of that of its fp16
+inline Vec e4m3_factor(float scale) { return splat(scale * kE4M3PerHalf); }
 
 template <class Out>
 void decode_bytes(const uint8_t* codes, int64_t count, float scale, Out* out) {

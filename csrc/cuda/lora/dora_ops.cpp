@@ -46,9 +46,10 @@ Sums parts_of(const Tensor& sums) { return {sums.select(-1, 0), sums.slice(-1, 1
 
 Sums nf4_sums(const BaseWeight& base, const DoraNormArgs& args) {
   const int64_t n = base.out_features(), k = base.in_features(), ranks = args.a.size(0);
-  const RowSums params{has_view(base.nf4()) ? view_of(base.nf4()) : Nf4View{}, n, k,
-                       args.a.const_data_ptr<float>(), ranks};
-  if (has_view(base.nf4()) && has_row_sums(params)) {
+  const bool is_read = has_view(base.nf4());
+  const RowSums params{is_read ? view_of(base.nf4()) : Nf4View{}, n, k, args.a.const_data_ptr<float>(),
+                       ranks};
+  if (is_read && has_row_sums(params)) {
     const int splits = row_sums_splits(params, current_card());
     Tensor sums = at::empty({splits, n, 1 + ranks}, args.a.options());
     row_sums(params, splits, sums.mutable_data_ptr<float>(), current_stream());
