@@ -136,10 +136,10 @@ def test_the_order_on_cuda_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen() == "reference"
 
 
-def test_layouts_of_its_formats() -> None:
-    for name in triton.BACKEND.formats:
-        for blocksize in FORMATS[name].blocksizes:
-            layouts.check_layout(FORMATS[name].layout(blocksize))
+def test_layouts_of_every_format() -> None:
+    for form in FORMATS.values():
+        for blocksize in form.blocksizes:
+            layouts.check_layout(form.layout(blocksize))
 
 
 def test_other_layouts_are_refused() -> None:
