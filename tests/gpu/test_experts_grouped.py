@@ -183,14 +183,26 @@ def test_scales_of_every_expert(grouped: ModuleType, op: str, nested: bool, bloc
     check(op, layer(80, 208, torch.bfloat16, ENDS["some"], nested=nested, blocksize=blocksize)[op])
 
 
-@pytest.mark.parametrize("format", ["fp4", "mxfp4", "nvfp4"])
+FORMATS: dict[str, dict[str, Any]] = {
+    "fp4": {"format": "fp4", "blocksize": 64},
+    "mxfp4": {"format": "mxfp4", "blocksize": None},
+    "nvfp4": {"format": "nvfp4", "blocksize": None},
+    "int4": {"format": "int4", "blocksize": 64},
+    "int4-symmetric": {"format": "int4", "blocksize": 32, "nested": False},
+    "fp8": {"format": "fp8", "blocksize": 128},
+    "fp8-rows": {"format": "fp8", "blocksize": 0},
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("op", OPS)
-def test_formats(grouped: ModuleType, op: str, format: str) -> None:
-    """Scales are codes, with a table per expert; blocks are too short for kernels that decode in a GEMM."""
-    blocksize = 64 if format == "fp4" else None
-    arguments = layer(304, 320, torch.bfloat16, ENDS["some"], blocksize=blocksize, format=format)[op]
+def test_formats(grouped: ModuleType, op: str, form: str) -> None:
+    """Scales are codes, with a table per expert; blocks are too short for kernels that decode in a GEMM. Of
+    int4 and FP8 each expert is dequantised by itself; pieces begin in the middle of their groups' scales."""
+    arguments = layer(304, 320, torch.bfloat16, ENDS["some"], **FORMATS[form])[op]
     check(op, arguments)
-    assert "DequantizeAnyExperts" in launched(op, arguments)
+    kernel = "DequantizeGroups" if form.startswith(("int4", "fp8")) else "DequantizeAnyExperts"
+    assert kernel in launched(op, arguments)
     whole = call(op, arguments)
     grouped.set_experts_piece_bytes(1)
     assert all(torch.equal(got, want) for got, want in zip(call(op, arguments), whole, strict=True))

@@ -16,6 +16,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "int4": {"format": "int4", "bs": 32, "nested": True},
     "int4-symmetric": {"format": "int4", "bs": 64, "nested": False},
     "int4-64": {"format": "int4", "bs": 64, "nested": True},
+    "int4-128": {"format": "int4", "bs": 128, "nested": True},
     "int4-symmetric-128": {"format": "int4", "bs": 128, "nested": False},
     "fp8": {"format": "fp8", "bs": 128, "nested": False},
     "fp8-rows": {"format": "fp8", "bs": 0, "nested": False},

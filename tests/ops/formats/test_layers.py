@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from forms import DEPTHS, FORMS, ROWS, cases, fits, full, weight_of
 from lora_cases import check_lora_linear, check_lora_linear_backward, check_nf4_linear, check_nf4_linear_dx
 from lora_multi_cases import check_backward, check_forward
-from numbers_policy import DTYPES, case_id, dense64, same_with_any_threads
+from numbers_policy import DTYPES, case_id, dense64, each_dtype, same_with_any_threads, short
 from torch import Tensor
 
 import testing
+from peft_kernels.core.formats import FORMATS, e4m3_values, e8m0_values
 
 ops = torch.ops.peft_kernels
+CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.usefixtures("nan_outputs")
 
@@ -27,11 +30,12 @@ LINEAR = cases(
     bias=("none", "same", "fp32"),
     layout=("contiguous", "slice"),
 )
-# Few rows in bf16 over rows of whole blocks of 64 or 128, which some ISAs multiply in another way.
-SMALL = {"n": 33, "dtype": torch.bfloat16, "bias": "none", "layout": "contiguous"}
+# Few rows in bf16 over rows of whole blocks of 64 or 128, which some ISAs multiply in another way; and rows
+# that are longer than a running sum of theirs.
+SMALL = {"n": 101, "dtype": torch.bfloat16, "bias": "none", "layout": "contiguous"}
 LINEAR += [
     {"form": form, "m": m, "k": k, **SMALL}
-    for form, m, k in product(FORMS, (1, 3, 4, 9), (128, 192))
+    for form, m, k in [*product(FORMS, (1, 3, 4, 9), (128, 192)), *product(FORMS, (1, 9), (1152,))]
     if fits(form, k)
 ]
 LORA = cases(
@@ -74,6 +78,60 @@ def test_linear(backend: str, case: dict[str, Any]) -> None:
 @each(LINEAR)
 def test_linear_dx(backend: str, case: dict[str, Any]) -> None:
     check_nf4_linear_dx(full(case))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+@pytest.mark.parametrize("blocksize", [32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 5, 17])
+def test_every_zero_point(backend: str, rows: int, blocksize: int, dtype: torch.dtype) -> None:
+    """From 0 to 16; quantising makes few of them."""
+    n, k = 51, 384
+    blocks = n * k // blocksize
+    codes, zeros = ((torch.arange(size) * 37).to(torch.uint8) for size in (n * k // 2, blocks))
+    scales = testing.tensor(blocks, dtype=torch.float16, scale=k**-0.5)
+    base = codes, scales, None, zeros % 17, FORMATS["int4"].layout(blocksize)
+    dense = testing.reference_op("dequantize_nf4")(*base, [n, k], torch.float32)
+    x, dy = (testing.tensor(rows, size, dtype=dtype, seed=size) for size in (k, n))
+    y, dx = ops.nf4_linear(x, *base, n, None), ops.nf4_linear_dx(dy, *base, k)
+    testing.assert_close(y, x @ dense.to(dtype).t(), x.double() @ dense.double().t())
+    testing.assert_close(dx, dy @ dense.to(dtype), dy.double() @ dense.double())
+
+
+def check_values_alone(base: tuple[Any, ...], n: int, k: int, rows: int, dtype: torch.dtype) -> None:
+    """Rows of one 1 give values of the weight to the bit: in other sums small ones are lost."""
+    dense = testing.reference_op("dequantize_nf4")(*base, [n, k], dtype)
+    cols, features = torch.arange(rows) * 37 % k, torch.arange(rows) * 37 % n
+    x, dy = (F.one_hot(at, size).to(dtype) for at, size in ((cols, k), (features, n)))
+    assert torch.equal(ops.nf4_linear(x, *base, n, None), dense[:, cols].t())
+    assert torch.equal(ops.nf4_linear_dx(dy, *base, k), dense[features])
+
+
+@each_dtype
+@pytest.mark.parametrize("blocksize", [0, 128])
+@pytest.mark.parametrize("rows", [4, 16, 40])
+def test_every_code_of_fp8(backend: str, rows: int, blocksize: int, dtype: torch.dtype) -> None:
+    form, size = FORMATS["fp8"], 256
+    codes = (torch.arange(size)[:, None] + torch.arange(size)).to(torch.uint8)
+    codes[codes & 0x7F == 0x7F] = 3  # NaN
+    scales = testing.tensor(form.scales((size, size), blocksize))
+    base = codes.view(-1), scales, None, None, form.layout(blocksize)
+    check_values_alone(base, size, size, rows, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize("rows", [4, 40])
+def test_every_scale_code(backend: str, rows: int, format: str, dtype: torch.dtype) -> None:
+    """But for NaN, and with values that are normal numbers."""
+    (blocksize,), n, k = FORMATS[format].blocksizes, 64, 128
+    blocks = n * k // blocksize
+    scales = torch.arange(blocks) * 256 // blocks
+    scales[scales & 0x7F == 0x7F if format == "nvfp4" else scales == 0xFF] = 1
+    codes = torch.arange(n * k) % 3 + torch.where(scales < 2, 4, 1).repeat_interleave(blocksize)
+    packed = (codes[0::2] << 4 | codes[1::2]).to(torch.uint8)
+    values = e8m0_values(CPU) if format == "mxfp4" else e4m3_values(CPU) * 0.0137
+    base = packed, scales.to(torch.uint8), values, None, FORMATS[format].layout(blocksize)
+    check_values_alone(base, n, k, rows, dtype)
 
 
 @each(LORA)
