@@ -26,9 +26,9 @@ constexpr int64_t kDefaultShared = 48 << 10;  // of a block without opt-in
 constexpr unsigned kMaxThreads = 1024;
 
 struct Binary {
-  std::map<int, std::string_view> texts;      // by architecture
-  std::map<int, ptx::ModulePointer> modules;  // loaded on demand
-  std::map<int, ptx::ModulePointer> edited;   // likewise, of edited texts
+  std::map<Target, std::string_view> texts;
+  std::map<Target, ptx::ModulePointer> modules;  // loaded on demand
+  std::map<Target, ptx::ModulePointer> edited;   // likewise, of edited texts
 };
 
 // An integer from the environment.
@@ -74,9 +74,11 @@ struct Runtime {
   // The module that the card would use, or null if none fits.
   ptx::Module* module_of(const Function& function) const {
     Binary& binary = *function.binary;
-    auto text = binary.texts.upper_bound(compute_capability);
-    if (text == binary.texts.begin()) return nullptr;
-    --text;
+    auto text = binary.texts.upper_bound({compute_capability, true});
+    do {
+      if (text == binary.texts.begin()) return nullptr;
+      --text;
+    } while (text->first.alone && text->first.architecture != compute_capability);
     ptx::ModulePointer& module = (edit ? binary.edited : binary.modules)[text->first];
     if (module == nullptr)
       module = edit ? ptx::load(edit(std::string(text->second))) : ptx::load(text->second);
@@ -147,9 +149,9 @@ std::vector<Executed> executed() {
   std::vector<Executed> result;
   int index = 0;
   for (const Binary* binary : runtime().binaries) {
-    for (const auto& [architecture, module] : binary->modules) {
+    for (const auto& [target, module] : binary->modules) {
       std::set<std::string> ran;
-      Executed all{index, architecture, {}, {}};
+      Executed all{index, target.architecture, {}, {}};
       for (ptx::Executed& instruction : ptx::executed(*module)) {
         ran.insert(instruction.entry);
         all.instructions.push_back(std::move(instruction));

@@ -16,7 +16,8 @@
 
 namespace peft_kernels::cudart {
 
-// Sets the card. Of the PTX in a fat binary, that of the newest architecture not newer than the card is run.
+// Sets the card. Of the PTX in a fat binary, that of the newest architecture not newer than the card is run;
+// that of sm_90a only on 9.0.
 void set_card(int compute_capability, int64_t shared_bytes, int64_t reserved_bytes);
 // Applies `edit` to the PTX of fat binaries before running it; null: none.
 void set_edit(std::function<std::string(std::string)> edit);

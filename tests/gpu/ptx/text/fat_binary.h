@@ -7,6 +7,7 @@
 #include <map>
 #include <stdexcept>
 #include <string_view>
+#include <tuple>
 
 namespace peft_kernels::cudart {
 
@@ -17,8 +18,26 @@ struct FatBinaryWrapper {
   const void* unused;
 };
 
-// The texts by architecture (80 for compute_80), without trailing zeros.
-inline std::map<int, std::string_view> ptx_texts(const void* wrapper) {
+// For which cards a text is: of this architecture (80 for compute_80) and newer ones, or of this one alone
+// (compute_90a).
+struct Target {
+  int architecture;
+  bool alone;
+
+  bool operator<(const Target& other) const {
+    return std::tie(architecture, alone) < std::tie(other.architecture, other.alone);
+  }
+};
+
+inline bool is_for_one_architecture(std::string_view text) {
+  constexpr std::string_view kTarget = ".target sm_";
+  const size_t digits = text.find(kTarget);
+  const size_t end = text.find_first_not_of("0123456789", digits + kTarget.size());
+  return digits != std::string_view::npos && end != std::string_view::npos && text[end] == 'a';
+}
+
+// The texts, without trailing zeros.
+inline std::map<Target, std::string_view> ptx_texts(const void* wrapper) {
   struct Header {
     uint32_t magic;
     uint16_t version, header_bytes;
@@ -40,7 +59,7 @@ inline std::map<int, std::string_view> ptx_texts(const void* wrapper) {
   if (outer.magic != kWrapperMagic || header.magic != kMagic) {
     throw std::runtime_error("fat binary: unsupported layout");
   }
-  std::map<int, std::string_view> texts;
+  std::map<Target, std::string_view> texts;
   const char* at = outer.data + header.header_bytes;
   const char* const end = at + header.bytes;
   while (at < end) {
@@ -51,7 +70,8 @@ inline std::map<int, std::string_view> ptx_texts(const void* wrapper) {
       if (part.compressed_bytes != 0)
         throw std::runtime_error("fat binary: expected uncompressed PTX, compile with --no-compress");
       const std::string_view text(at, part.bytes);
-      texts[static_cast<int>(part.architecture)] = text.substr(0, text.find('\0'));
+      const std::string_view found = text.substr(0, text.find('\0'));
+      texts[{static_cast<int>(part.architecture), is_for_one_architecture(found)}] = found;
     }
     at += part.bytes;
   }
