@@ -2,6 +2,8 @@
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
+#include <cuda.h>
+#include <cuda_runtime_api.h>
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
@@ -49,6 +51,26 @@ struct Loaded {
     ptx::run(*module, entry, launch);
   }
 };
+
+// As a program encodes it. `type` and `swizzle` are the driver's numbers. Returns 128 bytes.
+pybind11::bytes encode_tensor_map(int type, uintptr_t address, std::array<cuuint64_t, 2> sizes,
+                                  cuuint64_t stride, std::array<cuuint32_t, 2> box, int swizzle) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  constexpr unsigned kVersion = 12000;
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kVersion,
+                                                             cudaEnableDefault, &result);
+  TORCH_CHECK(error == cudaSuccess && result == cudaDriverEntryPointSuccess, "no cuTensorMapEncodeTiled");
+  const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+  alignas(64) CUtensorMap map;
+  const cuuint32_t steps[] = {1, 1};
+  const CUresult done = encode(&map, static_cast<CUtensorMapDataType>(type), 2,
+                               reinterpret_cast<void*>(address), sizes.data(), &stride, box.data(), steps,
+                               CU_TENSOR_MAP_INTERLEAVE_NONE, static_cast<CUtensorMapSwizzle>(swizzle),
+                               CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  TORCH_CHECK(done == CUDA_SUCCESS, "cuTensorMapEncodeTiled: error ", static_cast<int>(done));
+  return {reinterpret_cast<const char*>(&map), sizeof(map)};
+}
 
 // Takes addresses, because no op covers every kind of part.
 void dequantize_part(uintptr_t packed, uintptr_t absmax, int block_shift, std::array<int64_t, 5> part,
@@ -162,6 +184,9 @@ void bind(pybind11::module_& m) {
   m.def(
       "load", [](const std::string& text) { return std::make_unique<Loaded>(Loaded{ptx::load(text)}); },
       "Load a Module from PTX text.");
+  m.def(
+      "encode_tensor_map", encode_tensor_map,
+      "A CUtensorMap, as bytes: data type, address, sizes (inner first), bytes between rows, box, swizzle.");
   m.def("set_guarded", set_guarded, "Whether accesses past the end of new CPU tensors are faults.");
   m.def("dequantize_part", dequantize_part,
         "Dequantise part of a weight: packed codes, absmax, log2 of the blocksize, (row_begin, row_end, "

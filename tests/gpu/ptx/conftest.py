@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -16,3 +17,12 @@ def machine() -> ModuleType:
     require("ptx")
     ptx.BACKEND.reset()
     return ptx.BACKEND.extension
+
+
+@pytest.fixture
+def hopper(machine: ModuleType) -> Iterator[ModuleType]:
+    """The machine as a card of compute capability 9.0."""
+    machine.set_card(90, ptx.FEW, ptx.SHARED[90])
+    yield machine
+    machine.set_seed(0)
+    ptx.BACKEND.reset()

@@ -32,6 +32,7 @@ void Memory::copy_async(Warp& warp, const uint64_t (&to)[kLanes], const uint64_t
     copy.read = static_cast<uint8_t>(read[lane]);
     copy.site = at.site;
     copy.group = warp.groups[static_cast<size_t>(lane)];
+    copy.number = warp.block->async != nullptr ? ++warp.block->async->copies : 0;
     copy.from = read[lane] != 0 ? sources[lane] : nullptr;
     std::memset(copy.data, 0, sizeof(copy.data));
     if (copy.from != nullptr) std::memcpy(copy.data, copy.from, copy.read);
@@ -46,15 +47,20 @@ void Memory::wait_for_copies(Warp& warp, int lane, int pending, const Instructio
   const int group = warp.groups[static_cast<size_t>(lane)] - pending;
   size_t landed = 0;
   while (landed < copies.size() && copies[landed].group < group) {
-    const Copy& copy = copies[landed++];
-    if (copy.from != nullptr && std::memcmp(copy.data, copy.from, copy.read) != 0) {
-      fail(warp, lane, copy.site,
-           "the source of an asynchronous copy changed before its wait (" + site_text(at.site) + ")");
-    }
-    std::memcpy(warp.block->storage + copy.to, copy.data, copy.bytes);
-    warp.block->shadow->written(copy.to, copy.bytes, as_access(warp, lane, copy.site));
+    land(warp, lane, copies[landed++], static_cast<uint16_t>(thread_of(warp, lane)), at.site);
   }
   copies.erase(copies.begin(), copies.begin() + static_cast<int64_t>(landed));
+}
+
+void Memory::land(Warp& warp, int lane, const Copy& copy, uint16_t actor, uint16_t waiting_site) {
+  if (copy.from != nullptr && std::memcmp(copy.data, copy.from, copy.read) != 0) {
+    fail(warp, lane, copy.site,
+         "the source of an asynchronous copy changed before its wait (" + site_text(waiting_site) + ")");
+  }
+  std::memcpy(warp.block->storage + copy.to, copy.data, copy.bytes);
+  SharedAccess access = as_access(warp, lane, copy.site);
+  access.thread = actor;
+  warp.block->shadow->written(copy.to, copy.bytes, access);
 }
 
 namespace {

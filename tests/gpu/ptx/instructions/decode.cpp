@@ -46,6 +46,11 @@ void for_registers(const Statement& statement, const Visit& visit) {
   for (const Operand& operand : statement.operands) for_registers(operand, visit);
 }
 
+bool uses_wgmma(const Body& body) {
+  return std::any_of(body.statements.begin(), body.statements.end(),
+                     [](const Statement& each) { return each.opcode.substr(0, 5) == "wgmma"; });
+}
+
 bool ends_block(std::string_view opcode) {
   return opcode == "bra" || opcode == "bra.uni" || opcode == "ret" || opcode == "exit";
 }
@@ -88,6 +93,8 @@ void Decoder::place_registers() {
     bool is_local = true;
   };
   std::vector<Life> lives(body_.registers.size());
+  // A register in flight must not share its place.
+  const bool own_places = uses_wgmma(body_);
   std::vector<size_t> blocks(body_.statements.size());
   std::vector<bool> block_starts(body_.statements.size() + 1);
   for (const Label& label : body_.labels) block_starts[label.statement] = true;
@@ -100,7 +107,7 @@ void Decoder::place_registers() {
         life.first = i;
         life.block = block;
       }
-      life.is_local = life.is_local && life.block == block;
+      life.is_local = life.is_local && life.block == block && !own_places;
       life.last = i;
     });
   }
@@ -135,6 +142,20 @@ void Decoder::place_registers() {
       }
     });
   }
+}
+
+// Of the current statement, for RegistersInFlight. wgmma does its own.
+void Decoder::note_registers() {
+  const std::string_view opcode = statement_->opcode;
+  Entry::Touched& touched = entry_.touched.emplace_back();
+  if (opcode.substr(0, 5) == "wgmma") return;
+  if (statement_->guard >= 0) touched.read.push_back(statement_->guard);
+  for (size_t k = 0; k < statement_->operands.size(); ++k) {
+    const Operand& operand = statement_->operands[k];
+    const bool is_result = k == 0 && operand.kind != Operand::Kind::kAddress && opcode.substr(0, 3) != "bar";
+    for_registers(operand, [&](int32_t reg) { (is_result ? touched.written : touched.read).push_back(reg); });
+  }
+  touched.is_move = opcode.substr(0, 4) == "mov." && touched.written.size() == 1 && touched.read.size() == 1;
 }
 
 void Decoder::fail(const std::string& what) const {
@@ -227,9 +248,11 @@ int32_t Decoder::address_of(std::string_view name, int bytes, int64_t added) {
 }
 
 uint32_t Decoder::label(std::string_view name) const {
-  const auto found = labels_.find(name);
-  if (found == labels_.end()) fail("unknown label");
-  return found->second;
+  for (int32_t scope = statement_->scope; scope >= 0; scope = body_.scopes[static_cast<size_t>(scope)]) {
+    const auto found = labels_.find({name, scope});
+    if (found != labels_.end()) return found->second;
+  }
+  fail("unknown label");
 }
 
 void Decoder::set_list(const std::vector<int32_t>& list) {
@@ -300,8 +323,9 @@ void Decoder::decode_one() {
     words.parts.push_back(rest.substr(0, end));
     rest.remove_prefix(std::min(end + 1, rest.size()));
   }
-  for (const auto family : {decode_move, decode_memory, decode_ordering, decode_copy, decode_exchange,
-                            decode_matrix, decode_control}) {
+  for (const auto family :
+       {decode_move, decode_memory, decode_ordering, decode_copy, decode_exchange, decode_matrix,
+        decode_control, decode_mbarrier, decode_bulk_copy, decode_warpgroup, decode_wgmma}) {
     if (family(*this, words)) return;
   }
   fail("unsupported instruction");
@@ -309,10 +333,13 @@ void Decoder::decode_one() {
 
 void Decoder::decode() {
   // Every statement becomes exactly one instruction.
-  for (const Label& label : body_.labels) labels_[label.name] = label.statement;
+  for (const Label& label : body_.labels) labels_[{label.name, label.scope}] = label.statement;
+  const bool tracks_registers = uses_wgmma(body_);
+  entry_.register_count = body_.registers.size();
   for (const Statement& statement : body_.statements) {
     statement_ = &statement;
     decode_one();
+    if (tracks_registers) note_registers();
     if (entry_.code.size() != static_cast<size_t>(&statement - body_.statements.data()) + 1) {
       fail("expected one instruction per statement");
     }
@@ -331,6 +358,7 @@ void decode(Module& module, Entry& entry) {
   fresh.header = entry.header;
   fresh.body = entry.body;
   fresh.max_threads = entry.max_threads;
+  fresh.min_blocks = entry.min_blocks;
   Decoder(module, fresh, body).decode();
   entry = std::move(fresh);
 }

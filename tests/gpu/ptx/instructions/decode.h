@@ -76,10 +76,12 @@ class Decoder {
   const Statement& statement() const { return *statement_; }
   const Operand& operand(size_t i) const;
   Entry& entry() { return entry_; }
+  bool is_kind(const Operand& operand, Operand::Kind kind) const { return operand.kind == kind; }
   Module& module() { return module_; }
 
  private:
   void place_registers();
+  void note_registers();
   void read_parameters();
   void decode_one();
   void fill_constants();
@@ -97,7 +99,7 @@ class Decoder {
   std::map<std::pair<int64_t, int>, int32_t> constants_;
   std::vector<std::pair<size_t, size_t>> lists_;  // index of an instruction, and start of its list
   std::unordered_map<std::string_view, int64_t> parameters_, shared_;
-  std::unordered_map<std::string_view, uint32_t> labels_;
+  std::map<std::pair<std::string_view, int32_t>, uint32_t> labels_;  // by name and scope
   uint32_t register_bytes_ = 0;
   int32_t constant_bytes_ = 0;
 };
@@ -106,12 +108,16 @@ class Decoder {
 void set_address(Decoder& decoder, Instruction& instruction, const Operand& operand);
 void read_addresses(const Warp& warp, const Instruction& instruction, uint64_t (&addresses)[kLanes]);
 
-bool decode_move(Decoder& decoder, const Decoder::Words& words);      // moves.cpp
-bool decode_memory(Decoder& decoder, const Decoder::Words& words);    // loads.cpp
-bool decode_ordering(Decoder& decoder, const Decoder::Words& words);  // ordering.cpp: atom, fence
-bool decode_copy(Decoder& decoder, const Decoder::Words& words);      // copies.cpp
-bool decode_exchange(Decoder& decoder, const Decoder::Words& words);  // exchanges.cpp
-bool decode_matrix(Decoder& decoder, const Decoder::Words& words);    // matrices.cpp
-bool decode_control(Decoder& decoder, const Decoder::Words& words);   // control.cpp
+bool decode_move(Decoder& decoder, const Decoder::Words& words);       // moves.cpp
+bool decode_memory(Decoder& decoder, const Decoder::Words& words);     // loads.cpp
+bool decode_ordering(Decoder& decoder, const Decoder::Words& words);   // ordering.cpp: atom, fence
+bool decode_copy(Decoder& decoder, const Decoder::Words& words);       // copies.cpp
+bool decode_exchange(Decoder& decoder, const Decoder::Words& words);   // exchanges.cpp
+bool decode_matrix(Decoder& decoder, const Decoder::Words& words);     // matrices.cpp
+bool decode_mbarrier(Decoder& decoder, const Decoder::Words& words);   // mbarriers.cpp
+bool decode_bulk_copy(Decoder& decoder, const Decoder::Words& words);  // bulk_copies.cpp
+bool decode_wgmma(Decoder& decoder, const Decoder::Words& words);      // wgmma.cpp
+bool decode_warpgroup(Decoder& decoder, const Decoder::Words& words);  // warpgroups.cpp
+bool decode_control(Decoder& decoder, const Decoder::Words& words);    // control.cpp
 
 }  // namespace ptx

@@ -116,7 +116,10 @@ Handler find_reduction(std::string_view name) {
 }
 
 // Orders earlier accesses of the warp's lanes.
-void sync_warp(Warp& warp, const Instruction&) { warp.epoch = warp.memory->advance(); }
+void sync_warp(Warp& warp, const Instruction&) {
+  warp.epoch = warp.memory->advance();
+  if (warp.block->async != nullptr) warp.memory->sync_lanes(warp);
+}
 
 void active_lanes(Warp& warp, const Instruction& i) {
   alignas(64) uint32_t result[kLanes];

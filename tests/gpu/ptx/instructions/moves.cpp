@@ -182,6 +182,16 @@ void convert_address(Warp& warp, const Instruction& i) {
   keep(warp, i.d, result);
 }
 
+// Of a parameter, whose address so far was its offset.
+void parameter_address(Warp& warp, const Instruction& i) {
+  const auto* a = warp.in<uint64_t>(i.a);
+  alignas(64) uint64_t result[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    result[lane] = a[lane] + reinterpret_cast<uint64_t>(grid.parameters.data());
+  }
+  keep(warp, i.d, result);
+}
+
 bool decode_cvta(Decoder& decoder, const Decoder::Words& words) {
   const bool to = words[1] == "to";
   const std::string_view space = words[to ? 2 : 1];
@@ -193,6 +203,8 @@ bool decode_cvta(Decoder& decoder, const Decoder::Words& words) {
                                                     : decoder.source(from, 8);
   if (space == "shared") {
     instruction.execute = to ? convert_address<true> : convert_address<false>;
+  } else if (space == "param" && !to) {
+    instruction.execute = parameter_address;
   } else if (space == "global" || space == "const") {
     instruction.execute = copy_of(8);
   } else {

@@ -17,24 +17,34 @@ namespace ptx {
 void Memory::release(Warp& warp, int lane, bool relaxed) {
   const ThreadOrder& order = warp.order[static_cast<size_t>(lane)];
   if (!relaxed) {
-    global_.release(warp, lane, tick_, tick_, warp.block->epoch);
+    const bool has_clock = warp.block->async != nullptr;
+    global_.release(warp, lane, tick_, tick_, warp.block->epoch, has_clock ? &clock_of(warp, lane) : nullptr);
   } else if (order.fenced != 0) {
-    global_.release(warp, lane, tick_, order.fenced, order.fence_epoch);
+    const bool has_clock = warp.block->async != nullptr;
+    global_.release(warp, lane, tick_, order.fenced, order.fence_epoch,
+                    has_clock ? &warp.block->async->fences[thread_of(warp, lane)] : nullptr);
   }
 }
 
 void Memory::acquire(Warp& warp, int lane, bool relaxed) {
   ThreadOrder& order = warp.order[static_cast<size_t>(lane)];
   order.read = tick_;
-  if (!relaxed) order.acquired = warp.block->threads_acquired = tick_;
+  if (relaxed) return;
+  order.acquired = warp.block->threads_acquired = tick_;
+  if (warp.block->async != nullptr) clock_of(warp, lane).acquired = tick_;
 }
 
 void Memory::fence(Warp& warp, int lane) {
   ThreadOrder& order = warp.order[static_cast<size_t>(lane)];
   order.fenced = advance();
   order.fence_epoch = warp.block->epoch;
+  if (warp.block->async != nullptr) warp.block->async->fences[thread_of(warp, lane)] = clock_of(warp, lane);
   if (order.read != 0) {
     order.acquired = std::max(order.acquired, order.read);
+    if (warp.block->async != nullptr) {
+      Clock& clock = clock_of(warp, lane);
+      clock.acquired = std::max(clock.acquired, order.read);
+    }
     warp.block->threads_acquired = std::max(warp.block->threads_acquired, order.read);
   }
 }

@@ -32,7 +32,8 @@ class GlobalShadow {
 
   void start_launch(uint32_t tick, int64_t blocks) {
     start_ = tick;
-    releases_.assign(static_cast<size_t>(blocks), {});
+    releases_.clear();
+    releases_.resize(static_cast<size_t>(blocks));
     // Records of earlier launches are ignored anyway; this only limits memory.
     constexpr size_t kMaxPages = 1024;
     if (pages_.size() > kMaxPages) {
@@ -77,8 +78,12 @@ class GlobalShadow {
   }
 
   // The thread releases what it knew at `known`; its block's last barrier was at `epoch`.
-  void release(const Warp& warp, int lane, uint32_t tick, uint32_t known, uint32_t epoch) {
-    releases_[static_cast<size_t>(warp.block->index)].push_back({tick, known, epoch, thread_of(warp, lane)});
+  // `clock`: what else it knew, null without AsyncBlock.
+  void release(const Warp& warp, int lane, uint32_t tick, uint32_t known, uint32_t epoch,
+               const Clock* clock) {
+    releases_[static_cast<size_t>(warp.block->index)].push_back(
+        {tick, known, epoch, thread_of(warp, lane),
+         clock != nullptr ? std::make_unique<Clock>(*clock) : nullptr});
   }
 
  private:
@@ -90,6 +95,7 @@ class GlobalShadow {
   struct Release {
     uint32_t tick, known, block_epoch;
     int thread;
+    std::unique_ptr<Clock> clock;
   };
   struct Recent {
     uint64_t number = 0;
@@ -117,14 +123,15 @@ class GlobalShadow {
   bool ordered(const Record& access, const Record& mine, const Warp& warp, int lane) const {
     if (access.block == mine.block) {
       return seen(access, mine.thread, warp.block->epoch) ||
-             (access.thread / kLanes == warp.index && access.tick < warp.epoch);
+             (access.thread / kLanes == warp.index && access.tick < warp.epoch) ||
+             (warp.block->async != nullptr && access.tick < clock_of(warp, lane).known(access.thread));
     }
-    const uint32_t acquired = std::max(warp.order[static_cast<size_t>(lane)].acquired, warp.block->acquired);
+    uint32_t acquired = std::max(warp.order[static_cast<size_t>(lane)].acquired, warp.block->acquired);
+    if (warp.block->async != nullptr) acquired = std::max(acquired, clock_of(warp, lane).acquired);
     for (const Release& release : releases_[static_cast<size_t>(access.block)]) {
-      if (access.tick < release.known && release.tick < acquired &&
-          seen(access, release.thread, release.block_epoch)) {
-        return true;
-      }
+      const bool knew = seen(access, release.thread, release.block_epoch) ||
+                        (release.clock != nullptr && access.tick < release.clock->known(access.thread));
+      if (access.tick < release.known && release.tick < acquired && knew) return true;
     }
     return false;
   }

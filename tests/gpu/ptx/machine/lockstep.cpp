@@ -112,6 +112,15 @@ bool Scheduler::finish(Warp& warp, const Instruction& i) {
          "returned, but " + std::to_string(block.waiting) + " threads wait at a barrier (" +
              site_text(entry_->code[block.barrier_pc].site) + ")");
   }
+  if (block.async != nullptr && block.exited == static_cast<int>(grid.threads)) {
+    block.async->has_returned = block.async->landings.empty();
+    if (!block.async->has_returned) {
+      const Landing& landing = block.async->landings.front();
+      fail(warp, lanes, i,
+           "the block returned while an asynchronous copy of thread " + std::to_string(landing.thread) +
+               " (" + site_text(landing.site) + ") is in flight");
+    }
+  }
   warp.lanes = 0;
   return choose(warp);
 }
@@ -152,9 +161,36 @@ bool Scheduler::meet(Warp& warp, const Instruction& i) {
     set_join(warp);
   }
   warp.active = here;
+  if (i.kind == Kind::kMeeting) return reach_meeting(warp, i);
   i.execute(warp, i);
-  ++warp.pc;
+  return pass(warp);
+}
+
+bool Scheduler::pass(Warp& warp) {
+  if (!warp.again) ++warp.pc;
+  warp.again = false;
   return warp.pc < warp.join || choose(warp);
+}
+
+// The handler, which runs for each warp that arrives, puts it into a meeting, and does what is to be done
+// when the last one has come.
+bool Scheduler::reach_meeting(Warp& warp, const Instruction& i) {
+  i.execute(warp, i);
+  Meeting* const meeting = warp.meeting;
+  if (meeting == nullptr) return pass(warp);
+  warp.meeting = nullptr;
+  if (meeting->arrived < meeting->count) {
+    meeting->asleep.push_back(&warp);
+    return false;
+  }
+  for (Warp* const each : meeting->asleep) {
+    ++each->pc;
+    ready_.push_back(each);
+  }
+  meeting->asleep.clear();
+  meeting->arrived = 0;
+  memory.progress();
+  return pass(warp);
 }
 
 bool Scheduler::reach_barrier(Warp& warp, const Instruction& i) {
@@ -179,6 +215,13 @@ bool Scheduler::reach_barrier(Warp& warp, const Instruction& i) {
   block.waiting = 0;
   block.epoch = memory.advance();
   block.acquired = block.threads_acquired;
+  if (block.async != nullptr) {
+    Clock all(grid.threads);
+    for (const auto& each : block.warps) {
+      for_lanes(each->at_barrier, [&](int lane) { memory.release_to(all, *each, lane); });
+    }
+    for (Clock& clock : block.async->clocks) clock.join(all);
+  }
   for (const auto& each : block.warps) {
     each->lanes = each->at_barrier;
     each->pc = block.barrier_pc + 1;
@@ -186,6 +229,28 @@ bool Scheduler::reach_barrier(Warp& warp, const Instruction& i) {
     if (each.get() != &warp) ready_.push_back(each.get());
   }
   return true;
+}
+
+// Keeps account of the registers of kernels with wgmma.
+void Scheduler::touch(Warp& warp, const Instruction& i) const {
+  RegistersInFlight& registers = warp.block->async->registers[static_cast<size_t>(warp.index)];
+  const Entry::Touched& touched = entry_->touched[warp.pc];
+  const auto check = [&](int32_t reg, const char* verb) {
+    if (!registers.is_in_flight(reg)) return;
+    const auto& state = registers.state(reg);
+    fail(warp, warp.lanes, i,
+         opcode_text(i) + " " + verb + " a register that wgmma (" + site_text(state.site) +
+             ") has in flight as " + (state.is_operand ? "its A" : "accumulator") +
+             ", with no wgmma.wait_group in between");
+  };
+  const bool moves_in_flight = touched.is_move && registers.is_in_flight(touched.read[0]);
+  if (!touched.is_move) {
+    for (const int32_t reg : touched.read) check(reg, "reads");
+  }
+  for (const int32_t reg : touched.written) {
+    if (!moves_in_flight) check(reg, "writes");
+    touched.is_move ? registers.move(reg, touched.read[0]) : registers.write(reg);
+  }
 }
 
 bool Scheduler::step(Warp& warp, int steps) {
@@ -205,8 +270,12 @@ bool Scheduler::step(Warp& warp, int steps) {
     }
     if (i.kind == Kind::kPlain || i.kind == Kind::kAtomic || active == 0) {
       warp.active = active;
-      if (active != 0) i.execute(warp, i);
-      ++warp.pc;
+      if (active != 0) {
+        if (!entry_->touched.empty()) touch(warp, i);
+        i.execute(warp, i);
+      }
+      if (!warp.again) ++warp.pc;
+      warp.again = false;
       if (i.kind == Kind::kAtomic && active != 0) {
         steps = 0;
         // Spinning lanes may be waiting for those behind them.
@@ -221,9 +290,10 @@ bool Scheduler::step(Warp& warp, int steps) {
       continue;
     }
     if (active != warp.lanes) split(warp, active);
-    const bool goes_on = i.kind == Kind::kCollective ? meet(warp, i)
-                         : i.kind == Kind::kBarrier  ? reach_barrier(warp, i)
-                                                     : finish(warp, i);
+    if (!entry_->touched.empty()) touch(warp, i);
+    const bool goes_on = i.kind == Kind::kCollective || i.kind == Kind::kMeeting ? meet(warp, i)
+                         : i.kind == Kind::kBarrier                              ? reach_barrier(warp, i)
+                                                                                 : finish(warp, i);
     if (!goes_on) return false;
   }
   return true;

@@ -12,8 +12,9 @@
 //   cases/         kernels that test_machine.py runs, some with planted faults
 // and, on top, bind.cpp for Python.
 //
-// Not modelled: what ptxas makes of the PTX, caches, and global memory out of bounds (which AddressSanitizer
-// detects, if the machine is compiled with it). Compile with -ffp-contract=off, and -march=native for speed.
+// Not modelled: what ptxas makes of the PTX, caches, clusters of several blocks, and global memory out of
+// bounds (which AddressSanitizer detects, if the machine is compiled with it). Compile with
+// -ffp-contract=off, and -march=native for speed.
 #pragma once
 
 #include <cstdint>

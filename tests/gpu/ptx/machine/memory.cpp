@@ -59,7 +59,17 @@ void Memory::start_block(Block& block) {
       copies.clear();
     }
   }
-  if (copies_left || block.shadow->has_parts()) block.shadow->clear();
+  const bool landings_left = block.async != nullptr && !block.async->has_returned;
+  if (copies_left || landings_left || block.shadow->has_parts()) block.shadow->clear();
+  block.async = nullptr;
+  block.shadow->track_no_readers();
+  if (!grid.entry->is_async) return;
+  constexpr uint32_t kRegisters = 64 << 10, kUnit = 8, kMost = 255;  // of a multiprocessor
+  const auto threads = static_cast<uint32_t>(std::max(grid.entry->max_threads, 1) * grid.entry->min_blocks);
+  block.async =
+      std::make_unique<AsyncBlock>(grid.threads, std::min(kRegisters / threads, kMost) / kUnit * kUnit);
+  block.shadow->track_readers(static_cast<uint32_t>(block.warps.size()));
+  for (auto& registers : block.async->registers) registers.start(grid.entry->register_count);
 }
 
 void Memory::check_aligned(const Warp& warp, const uint64_t (&addresses)[kLanes], int bytes, bool writes,
@@ -117,7 +127,7 @@ uint64_t Memory::from_shared(const Warp& warp, int, uint64_t address, const Inst
   return reinterpret_cast<uint64_t>(warp.block->window) + static_cast<uint64_t>(offset);
 }
 
-uint32_t Memory::shared_offset(const Warp& warp, int lane, uint64_t address, int bytes,
+uint32_t Memory::shared_offset(const Warp& warp, int lane, uint64_t address, int64_t bytes,
                                const Instruction& at) const {
   const int64_t offset = static_cast<int64_t>(address) - options().first_shared_address;
   if (offset < 0 || offset + bytes > grid.shared_bytes) {
@@ -133,14 +143,19 @@ void Memory::check(const SharedShadow::Conflict& conflict, const Warp& warp, int
   using Why = SharedShadow::Why;
   if (conflict.why == Why::kNone) return;
   const SharedShadow::Cell cell = conflict.cell;
-  const std::string actor =
-      cell.actor() >= SharedShadow::kWarp ? "other threads" : "thread " + std::to_string(cell.actor());
+  const std::string actor = Units::is_unit(cell.actor())          ? "an asynchronous operation"
+                            : cell.actor() >= SharedShadow::kWarp ? "other threads"
+                                                                  : "thread " + std::to_string(cell.actor());
   const std::string line = " (" + site_text(cell.site()) + ")";
   const std::string mine =
       (writes ? "writes byte " : "reads byte ") + std::to_string(conflict.byte) + " of shared memory";
   if (conflict.why == Why::kUnwritten) fail(warp, lane, at.site, mine + ", which was not written");
   if (cell.tick() == SharedShadow::kInFlight) {
     fail(warp, lane, at.site, mine + ", where an asynchronous copy by " + actor + line + " is in flight");
+  }
+  if (conflict.why == Why::kUnfenced) {
+    fail(warp, lane, at.site,
+         mine + ", which " + actor + " wrote" + line + " without a fence.proxy.async after it");
   }
   fail(warp, lane, at.site,
        "race: " + mine + ", which " + actor + (conflict.why == Why::kRead ? " read" : " wrote") + line +
@@ -157,6 +172,7 @@ void Memory::find_shared(Warp& warp, const uint64_t (&addresses)[kLanes], int by
   for_lanes(warp.active, [&](int lane) {
     const uint32_t offset = shared_offset(warp, lane, addresses[lane], bytes, at);
     mine.thread = static_cast<uint16_t>(thread_of(warp, lane));
+    set_clock(mine, warp, lane);
     const auto size = static_cast<uint32_t>(bytes);
     places[lane] = warp.block->storage + offset;
     if (values != nullptr) {

@@ -41,12 +41,38 @@ class Memory {
                   const uint32_t (&read)[kLanes], int bytes, const Instruction& at);
   void wait_for_copies(Warp& warp, int lane, int pending, const Instruction& at);
 
+  // mbarriers.cpp
+  void sync_lanes(Warp& warp);                          // orders accesses of the active lanes
+  void release_to(Clock& clock, Warp& warp, int lane);  // what the lane has done is now known to `clock`
+  Mbarrier& mbarrier_of(Warp& warp, int lane, uint64_t address, const Instruction& at);
+  void make_mbarrier(Warp& warp, int lane, uint64_t address, uint32_t count, const Instruction& at);
+  void arrive(Warp& warp, int lane, Mbarrier& barrier, uint32_t count, const Instruction& at);
+  void expect_bytes(const Warp& warp, int lane, Mbarrier& barrier, int64_t bytes, const Instruction& at);
+  void arrive_after_copies(Warp& warp, int lane, uint64_t address, bool is_counted, const Instruction& at);
+  uint32_t shared_place(const Warp& warp, int lane, uint64_t address, int64_t bytes,
+                        const Instruction& at) const {
+    return shared_offset(warp, lane, address, bytes, at);
+  }
+
+  // bulk_copies.cpp
+  void copy_bulk(Warp& warp, int lane, const struct BulkCopy& copy, const Instruction& at);
+
+  // wgmma.cpp: the warpgroup reads 16 bytes of shared memory.
+  void read_by_unit(const Warp& warp, const Clock& clock, uint32_t offset, int warpgroup,
+                    const Instruction& at);
+
   // ordering.cpp: the effect of atomics and fences on the order of a thread's accesses. Each atomic has its
   // own tick.
   void release(Warp& warp, int lane, bool relaxed);
   void acquire(Warp& warp, int lane, bool relaxed);
   void fence(Warp& warp, int lane);
   void count_atomic(const Warp& warp, const Instruction& at);
+  // `what`: returns what the lane waits for.
+  template <class What>
+  void count_poll(const Warp& warp, int lane, const What& what, const Instruction& at) {
+    constexpr int64_t kPatience = 100000;
+    if (++atomics_since_progress_ > kPatience) fail(warp, lane, at.site, "deadlock: waits for " + what());
+  }
 
   // Resets the deadlock detector: something happened that a thread could be waiting for.
   void progress() { atomics_since_progress_ = instructions_since_progress = 0; }
@@ -73,11 +99,20 @@ class Memory {
   // By default kernels may read unwritten memory, as long as they do not use it.
   SharedAccess as_access(const Warp& warp, int lane, uint16_t site) const {
     const uint32_t start = options().report_unwritten ? warp.block->start : 0;
-    return {tick_, start, warp.block->epoch, warp.epoch, site, static_cast<uint16_t>(thread_of(warp, lane))};
+    SharedAccess access{tick_,      start, warp.block->epoch,
+                        warp.epoch, site,  static_cast<uint16_t>(thread_of(warp, lane))};
+    set_clock(access, warp, lane);
+    return access;
   }
+  static void set_clock(SharedAccess& access, const Warp& warp, int lane) {
+    if (warp.block->async == nullptr) return;
+    access.clock = &clock_of(warp, lane);
+    access.began = warp.block->start;
+  }
+  void land(Warp& warp, int lane, const Copy& copy, uint16_t actor, uint16_t waiting_site);
   void check_aligned(const Warp& warp, const uint64_t (&addresses)[kLanes], int bytes, bool writes,
                      const Instruction& at) const;
-  uint32_t shared_offset(const Warp& warp, int lane, uint64_t address, int bytes,
+  uint32_t shared_offset(const Warp& warp, int lane, uint64_t address, int64_t bytes,
                          const Instruction& at) const;
   void check(const SharedShadow::Conflict& conflict, const Warp& warp, int lane, bool writes,
              const Instruction& at) const;

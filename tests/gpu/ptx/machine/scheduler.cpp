@@ -69,6 +69,7 @@ void Scheduler::start_block(Block& block, int64_t index) {
     warp->join = UINT32_MAX;
     warp->at_barrier = 0;
     warp->exited = ~warp->lanes;
+    warp->again = false;
     warp->parked.clear();
     ready_.push_back(warp.get());
   }
@@ -119,7 +120,9 @@ void Scheduler::fill_registers() {
 void Scheduler::run_all() {
   constexpr int64_t kPatience = int64_t{1} << 27;
   start_blocks();
-  while (!ready_.empty()) {
+  while (!ready_.empty() || land_one(1)) {
+    if (entry_->is_async) land_one(8);
+    if (ready_.empty()) continue;
     const size_t chosen = random() % ready_.size();
     Warp& warp = *ready_[chosen];
     const int steps = 1 + static_cast<int>(random() % 128);
@@ -134,6 +137,34 @@ void Scheduler::run_all() {
     ready_.pop_back();
     if (warp.block->exited == static_cast<int>(grid.threads)) start_blocks();
   }
+  explain_wait();
+}
+
+// Of the copies in flight, lets a random one land with a chance of 1 in `chance`.
+bool Scheduler::land_one(size_t chance) {
+  size_t in_flight = 0;
+  for (size_t i = 0; i < resident_; ++i) {
+    if (blocks_[i]->async != nullptr) in_flight += blocks_[i]->async->landings.size();
+  }
+  if (in_flight == 0 || random() % chance != 0) return false;
+  size_t chosen = random() % in_flight;
+  for (size_t i = 0; i < resident_; ++i) {
+    if (blocks_[i]->async == nullptr) continue;
+    auto& landings = blocks_[i]->async->landings;
+    if (chosen < landings.size()) {
+      const Landing landing = std::move(landings[chosen]);
+      landings.erase(landings.begin() + static_cast<int64_t>(chosen));
+      landing.land();
+      memory.progress();
+      return true;
+    }
+    chosen -= landings.size();
+  }
+  return false;
+}
+
+// Nothing can run: all blocks have returned, or wait for what never comes.
+void Scheduler::explain_wait() const {
   for (size_t i = 0; i < resident_; ++i) {
     const Block& block = *blocks_[i];
     if (block.index < 0 || block.exited == static_cast<int>(grid.threads)) continue;
@@ -141,6 +172,16 @@ void Scheduler::run_all() {
       for (const Parked& parked : warp->parked) {
         fail(*warp, parked.lanes, entry_->code[parked.pc], "waits for lanes that never arrive");
       }
+    }
+    if (block.async != nullptr) {
+      const auto explain = [](const Meeting& meeting) {
+        if (meeting.asleep.empty()) return;
+        fail(*meeting.asleep.front(), meeting.asleep.front()->lanes, *meeting.at,
+             "deadlock: waits for warps that never arrive, " + std::to_string(meeting.arrived) + " of " +
+                 std::to_string(meeting.count) + " threads have");
+      };
+      for (const Meeting& meeting : block.async->named) explain(meeting);
+      for (const Meeting& meeting : block.async->warpgroups) explain(meeting);
     }
     throw Fault(entry_->readable + ": all threads wait");
   }

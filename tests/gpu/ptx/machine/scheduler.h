@@ -35,6 +35,8 @@ class Scheduler {
   void start_block(Block& block, int64_t index);
   void start_blocks();
   void run_all();
+  bool land_one(size_t chance);
+  void explain_wait() const;
 
   // lockstep.cpp: these return whether the warp can continue.
   bool step(Warp& warp, int steps);
@@ -43,6 +45,9 @@ class Scheduler {
   bool finish(Warp& warp, const Instruction& i);
   bool meet(Warp& warp, const Instruction& i);
   bool reach_barrier(Warp& warp, const Instruction& i);
+  bool reach_meeting(Warp& warp, const Instruction& i);
+  bool pass(Warp& warp);
+  void touch(Warp& warp, const Instruction& i) const;
   void split(Warp& warp, uint32_t lanes);
   void set_join(Warp& warp) const;
 

@@ -5,11 +5,16 @@
 // block's last barrier are ordered before its threads' current ones; accesses of a warp's lanes before its
 // last bar.warp.sync are ordered for that warp. Ticks never repeat, so nothing has to be cleared between
 // blocks.
+//
+// Where threads have a Clock, that decides as well, and the last read of each warp is recorded, because one
+// reader may be ordered before a write and another not.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#include "clocks.h"
 
 namespace ptx {
 
@@ -19,6 +24,8 @@ struct SharedAccess {
   // For writes that may be repeated by others with the same value: what is written, and what is there.
   const char* value = nullptr;
   const char* there = nullptr;
+  const Clock* clock = nullptr;  // of the thread
+  uint32_t began = 0;            // with a clock: tick of the block's start
 };
 
 class SharedShadow {
@@ -39,7 +46,7 @@ class SharedShadow {
   // The tick of a pending asynchronous write.
   static constexpr uint32_t kInFlight = UINT32_MAX;
 
-  enum class Why : uint8_t { kNone, kWrote, kRead, kUnwritten };
+  enum class Why : uint8_t { kNone, kWrote, kRead, kUnwritten, kUnfenced };
   struct Conflict {
     Why why = Why::kNone;
     uint32_t byte = 0;
@@ -48,9 +55,16 @@ class SharedShadow {
 
   explicit SharedShadow(int64_t bytes) : words_(static_cast<size_t>((bytes + 3) / 4)) {}
 
+  // From now on, accesses have clocks.
+  void track_readers(uint32_t warps) {
+    readers_per_word_ = warps + Units::kWarpgroups;
+    readers_.assign(words_.size() * readers_per_word_, {});
+  }
+  void track_no_readers() { readers_.clear(); }
+
   // Records a read, or returns the conflict.
   Conflict read(uint32_t offset, uint32_t bytes, const SharedAccess& access) {
-    const uint64_t epoch = uint64_t{access.block_epoch} << 32;
+    const uint64_t epoch = first_relevant(access);
     if (bytes < 4) return read_local_rows(offset, bytes, access);
     for (uint32_t at = offset; at < offset + bytes; at += 4) {
       Word& word = words_[at / 4];
@@ -61,7 +75,24 @@ class SharedShadow {
       }
       if (word.write.tick() < access.block_start) return {Why::kUnwritten, at, word.write};
       if (word.write.bits >= epoch && !ordered(word.write, access)) return {Why::kWrote, at, word.write};
-      word.read = add_reader(word.read, access);
+      note_reader(word.read, at, access);
+    }
+    return {};
+  }
+
+  // Records a read by a warpgroup's unit, whose threads have `access.clock` in common, or returns the
+  // conflict.
+  Conflict read_by_unit(uint32_t offset, uint32_t bytes, const SharedAccess& access, int warpgroup) {
+    for (uint32_t at = offset; at < offset + bytes; ++at) {
+      const bool parted = words_[at / 4].write.tick() == kParted;
+      const Cell write = parted ? parts_[at].write : words_[at / 4].write;
+      const Why why = unit_conflict(write, access);
+      if (why != Why::kNone) return {why, at, write};
+      if (!parted) at |= 3;
+    }
+    for (uint32_t at = offset; at < offset + bytes; at += 4) {
+      reader(at, readers_per_word_ - Units::kWarpgroups + static_cast<uint32_t>(warpgroup)) =
+          Cell::of(access.now, access.site, Units::warpgroup(warpgroup));
     }
     return {};
   }
@@ -69,7 +100,7 @@ class SharedShadow {
   // Records a write, or returns the conflict. `lands_later`: by an asynchronous copy; written() is called
   // when it has landed.
   Conflict write(uint32_t offset, uint32_t bytes, const SharedAccess& access, bool lands_later = false) {
-    const uint64_t epoch = uint64_t{access.block_epoch} << 32;
+    const uint64_t epoch = first_relevant(access);
     const Cell mine = Cell::of(lands_later ? kInFlight : access.now, access.site, access.thread);
     if (bytes < 4) return write_part(offset, bytes, access, mine);
     for (uint32_t at = offset; at < offset + bytes; at += 4) {
@@ -83,7 +114,8 @@ class SharedShadow {
           !is_same(word.write, access, at - offset, 4)) {
         return {Why::kWrote, at, word.write};
       }
-      if (word.read.bits >= epoch && !ordered(word.read, access)) return {Why::kRead, at, word.read};
+      const Cell other = unordered_reader(word.read, epoch, at, access);
+      if (other.bits != 0) return {Why::kRead, at, other};
       word.write = mine;
     }
     return {};
@@ -111,10 +143,49 @@ class SharedShadow {
   // The tick of a word whose bytes are recorded separately.
   static constexpr uint32_t kParted = UINT32_MAX - 1;
 
+  // Records from this on may be unordered. Those of units are not ordered by barriers of the block alone.
+  static uint64_t first_relevant(const SharedAccess& access) {
+    return uint64_t{access.clock != nullptr ? access.began : access.block_epoch} << 32;
+  }
   static bool ordered(Cell cell, const SharedAccess& access) {
-    if (cell.tick() < access.block_epoch) return true;
     if (cell.tick() == kInFlight) return false;
-    return cell.actor() == access.thread || (cell.tick() < access.warp_epoch && in_warp(cell, access));
+    if (cell.tick() < access.began) return true;
+    if (cell.tick() < access.block_epoch && !Units::is_unit(cell.actor())) return true;
+    if (cell.actor() == access.thread || (cell.tick() < access.warp_epoch && in_warp(cell, access)))
+      return true;
+    return access.clock != nullptr && known(cell, *access.clock);
+  }
+  static bool known(Cell cell, const Clock& clock) {
+    if (cell.actor() < kWarp) return cell.tick() < clock.known(cell.actor());
+    if (cell.actor() >= kReaders) return false;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const auto thread = static_cast<uint16_t>((cell.actor() - kWarp) * kLanes + lane);
+      if (cell.tick() >= clock.known(thread)) return false;
+    }
+    return true;
+  }
+  static Why unit_conflict(Cell write, const SharedAccess& access) {
+    if (write.tick() < access.block_start) return Why::kUnwritten;
+    if (write.tick() < access.began) return Why::kNone;
+    if (write.tick() == kInFlight || write.tick() >= access.clock->known(write.actor())) return Why::kWrote;
+    if (Units::is_async(write.actor()) || write.tick() < access.clock->fenced(write.actor()))
+      return Why::kNone;
+    return Why::kUnfenced;
+  }
+
+  Cell& reader(uint32_t offset, uint32_t index) { return readers_[offset / 4 * readers_per_word_ + index]; }
+  void note_reader(Cell& any, uint32_t offset, const SharedAccess& access) {
+    Cell& mine = access.clock == nullptr ? any : reader(offset, access.thread / kLanes);
+    mine = add_reader(mine, access);
+  }
+  Cell unordered_reader(Cell any, uint64_t epoch, uint32_t offset, const SharedAccess& access) {
+    if (access.clock == nullptr) return any.bits >= epoch && !ordered(any, access) ? any : Cell{};
+    for (uint32_t i = 0; i < readers_per_word_; ++i) {
+      Cell& each = reader(offset, i);
+      if (each.bits >= epoch && !ordered(each, access)) return each;
+      each = {};
+    }
+    return {};
   }
   // Whether the write repeats the earlier value.
   static bool is_same(Cell earlier, const SharedAccess& access, uint32_t from, uint32_t bytes) {
@@ -147,7 +218,7 @@ class SharedShadow {
       Word& part = parts_[at];
       if (part.write.tick() < access.block_start) return {Why::kUnwritten, at, part.write};
       if (!ordered(part.write, access)) return {Why::kWrote, at, part.write};
-      part.read = add_reader(part.read, access);
+      note_reader(part.read, at, access);
     }
     return {};
   }
@@ -160,7 +231,8 @@ class SharedShadow {
       if (!ordered(part.write, access) && !is_same(part.write, access, from + at - offset, 1)) {
         return {Why::kWrote, at, part.write};
       }
-      if (!ordered(part.read, access)) return {Why::kRead, at, part.read};
+      const Cell other = unordered_reader(part.read, first_relevant(access), at, access);
+      if (other.bits != 0) return {Why::kRead, at, other};
       part.write = mine;
     }
     return {};
@@ -168,6 +240,9 @@ class SharedShadow {
 
   std::vector<Word> words_;
   std::vector<Word> parts_;  // per byte; empty while no word is split
+  // With clocks: the last reads of each word, by warp and by warpgroup's unit.
+  std::vector<Cell> readers_;
+  uint32_t readers_per_word_ = 0;
 };
 
 }  // namespace ptx

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../text/instruction.h"
+#include "async_block.h"
 #include "shared_shadow.h"
 
 namespace ptx {
@@ -44,6 +45,7 @@ struct Copy {
   uint8_t bytes, read;
   uint16_t site;
   int group;
+  uint32_t number;  // in the block
   const char* from;
   char data[16];  // of `from` when the copy started
 };
@@ -75,8 +77,10 @@ struct Warp {
   uint32_t pc, lanes;  // currently running
   uint32_t join;       // smallest pc of other runnable lanes
   uint32_t at_barrier, exited;
-  bool fair;  // yields to other lanes, which may be what it waits for
+  bool fair;   // yields to other lanes, which may be what it waits for
+  bool again;  // set by a handler: the instruction has to wait, and is repeated
   std::vector<Parked> parked;
+  Meeting* meeting = nullptr;  // set by the handler of a kMeeting: the one to sleep at
 
   // ---- For memory -------------------------------------------------------------------------------------
   uint32_t epoch;  // tick of the last bar.warp.sync
@@ -95,6 +99,7 @@ struct Block {
   uint32_t barrier_pc;
   std::vector<std::unique_ptr<Warp>> warps;
   std::unique_ptr<SharedShadow> shadow;
+  std::unique_ptr<AsyncBlock> async;  // null if the kernel does without
 };
 
 // The configuration of the current launch.
@@ -113,6 +118,10 @@ struct Grid {
 extern Grid grid;
 
 inline int thread_of(const Warp& warp, int lane) { return warp.index * kLanes + lane; }
+// With AsyncBlock alone.
+inline Clock& clock_of(const Warp& warp, int lane) {
+  return warp.block->async->clocks[static_cast<size_t>(thread_of(warp, lane))];
+}
 std::string lane_list(uint32_t lanes);
 std::string site_text(uint16_t site);
 

@@ -22,7 +22,9 @@ class BodyReader {
     scopes_.emplace_back();
     while (!scanner_.done()) {
       if (scanner_.take('{')) {
+        body_.scopes.push_back(scopes_.back().number);
         scopes_.emplace_back();
+        scopes_.back().number = static_cast<int32_t>(body_.scopes.size()) - 1;
       } else if (scanner_.take('}')) {
         if (scopes_.size() == 1) fail_to_read(scanner_.rest(), "a } too many");
         scopes_.pop_back();
@@ -35,6 +37,7 @@ class BodyReader {
 
  private:
   struct Scope {
+    int32_t number = 0;  // in Body::scopes
     std::unordered_map<std::string_view, int32_t> names;
     struct Range {
       int32_t first, count;
@@ -58,7 +61,7 @@ class BodyReader {
     } else if (word[0] == '.') {
       fail_to_read(word, "unsupported directive");
     } else if (scanner_.take(':')) {
-      body_.labels.push_back({word, static_cast<uint32_t>(body_.statements.size())});
+      body_.labels.push_back({word, static_cast<uint32_t>(body_.statements.size()), scopes_.back().number});
     } else {
       read_statement(begin, word);
     }
@@ -113,6 +116,7 @@ class BodyReader {
   void read_statement(size_t begin, std::string_view opcode = {}) {
     Statement statement;
     statement.site = site_;
+    statement.scope = scopes_.back().number;
     if (scanner_.take('@')) {
       statement.negated = scanner_.take('!');
       const std::string_view name = scanner_.word();
@@ -158,6 +162,7 @@ class BodyReader {
         operand.kind = Operand::Kind::kAddress;
         operand.reg = -1;
       }
+      if (scanner_.take(',')) operand.list = read_single().list;
       scanner_.expect(']');
       return operand;
     }

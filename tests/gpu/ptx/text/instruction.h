@@ -20,6 +20,7 @@ enum class Kind : uint8_t {
   kAtomic,      // others may be waiting for it: a good time to switch
   kCollective,  // runs when all lanes of the mask have arrived
   kBarrier,     // of the block
+  kMeeting,     // runs when all warps of a Meeting have arrived, which sleep until then
   kBranch,
   kExit
 };
@@ -58,6 +59,7 @@ struct Entry {
   std::string name, readable;
   std::string_view header, body;
   int max_threads = 1024;
+  int min_blocks = 1;  // of a multiprocessor
   struct Parameter {
     int64_t offset, bytes;
   };
@@ -73,6 +75,16 @@ struct Entry {
   std::vector<std::byte> constants;
   std::vector<SharedAddress> shared_addresses;
   int64_t register_bytes = 0;  // of a warp
+
+  // Whether the block's warps are ordered by more than barriers of the whole block (AsyncBlock).
+  bool is_async = false;
+  // Registers by number, of kernels with wgmma: those that each instruction writes and reads.
+  struct Touched {
+    std::vector<int32_t> written, read;
+    bool is_move = false;
+  };
+  std::vector<Touched> touched;
+  size_t register_count = 0;
 };
 
 }  // namespace ptx

@@ -49,6 +49,7 @@ Module::Module(std::string_view text) : text_(text) {
     } else if (word == ".target") {
       const std::string name(scanner.word());
       target = std::atoi(name.c_str() + std::min(name.size(), name.find('_') + 1));
+      is_for_one_architecture = !name.empty() && name.back() == 'a';
       while (scanner.take(',')) scanner.word();
     } else if (word == ".file") {
       scanner.line();
@@ -116,6 +117,8 @@ void Module::read_entry(Scanner& scanner) {
       scanner.take(scanner.rest().front());
     } else if (word == ".maxntid") {
       entry->max_threads = static_cast<int>(scanner.number());
+    } else if (word == ".minnctapersm") {
+      entry->min_blocks = static_cast<int>(scanner.number());
     }
   }
   entry->header = scanner.from(begin);

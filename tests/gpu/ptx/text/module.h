@@ -30,6 +30,7 @@ class Module {
   const Global* find(std::string_view name) const;
 
   int target = 0;
+  bool is_for_one_architecture = false;  // sm_90a
   Lines lines;
   std::vector<std::byte> constants;  // what ld.const reads
   std::vector<std::byte> globals;

@@ -15,13 +15,14 @@ struct Operand {
   int32_t reg = -1;           // a register, or that of an address
   int64_t value = 0;          // bits of an immediate; offset of a name or address
   std::string_view name;      // of a variable, label or special register
-  std::vector<Operand> list;  // {a, b} or a|b
+  std::vector<Operand> list;  // {a, b} or a|b; of an address, its coordinates
 };
 
 struct Statement {
   int32_t guard = -1;  // a register
   bool negated = false;
   uint16_t site = 0;
+  int32_t scope = 0;  // Body::scopes
   std::string_view opcode, text;
   std::vector<Operand> operands;
 };
@@ -33,6 +34,7 @@ struct Register {
 struct Label {
   std::string_view name;
   uint32_t statement;
+  int32_t scope;
 };
 
 // A variable in shared memory.
@@ -45,6 +47,7 @@ struct Body {
   std::vector<Statement> statements;
   std::vector<Register> registers;
   std::vector<Label> labels;
+  std::vector<int32_t> scopes = {-1};  // the enclosing scope of each {}; the first is the body
   std::vector<Variable> shared;
   int64_t shared_bytes = 0;
 };
