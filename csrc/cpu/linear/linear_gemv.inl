@@ -8,7 +8,7 @@
 //   lane l, shift j:  element kSteps * l + (j ^ 1)        (the high nibble of a byte is the even element)
 //
 // The absmax is applied after the eight multiplications of a 32-bit lane, whose elements are in one block.
-// Zero points are subtracted there too, times the sum of the lane's elements of lhs.
+// Zero points are subtracted at the end, times the sums of lhs over blocks: a vector has kLanes blocks.
 
 constexpr int64_t kChunk = 8 * kLanes;     // elements
 constexpr int64_t kGemvMaxWeightRows = 4;  // rows of the weight that share the loads of lhs
@@ -40,14 +40,14 @@ struct GemvLayout {
   int64_t chunks;        // per row, the last one padded
   int64_t lhs_values;    // of one rearranged row of lhs
   int64_t scale_floats;  // of one weight row
-  int64_t sum_floats;    // of one row of lhs: sums of the elements that one lane multiplies
+  int64_t sum_floats;    // with zero points, of one row of lhs: its sums over blocks, then zeros
 };
 
 inline GemvLayout gemv_layout(const GemmTerm& term) {
   const int64_t chunks = (term.depth + kChunk - 1) / kChunk;
   const int64_t blocksize = int64_t{1} << term.rhs.nf4->block_shift;
   return {chunks, chunks * kChunk, round_up(chunks * kChunk / min64(nf4::kMinBlocksize, blocksize), 16),
-          term.rhs.nf4->zero_points ? chunks * kLanes : 0};
+          term.rhs.nf4->zero_points ? round_up(term.depth / blocksize, kLanes) : 0};
 }
 
 // Scratch: the decoding table of scales that are codes, the rearranged lhs, the scales of a few rows; with
@@ -101,13 +101,30 @@ inline bool gemv_serves(const GemmParams& p) {
   return GemvScratch::bytes(gemv_layout(term), p.m) <= kGemvScratchBytes;
 }
 
+// The sums of row m of lhs over blocks, then zeros up to `padded`.
+inline void gemv_block_sums(const GemmTerm& term, int64_t m, int64_t padded, float* out) {
+  constexpr int64_t kPart = nf4::kMinBlocksize;
+  const int64_t blocksize = int64_t{1} << term.rhs.nf4->block_shift;
+  const int64_t blocks = term.depth / blocksize, parts = blocksize / kPart;
+  int64_t first = m * term.lhs_ld;
+  for (int64_t b = 0; b < blocks; ++b) {
+    double sum = 0.0;  // its error is that of all columns, which the mean of a row's logits shows
+    for (int64_t i = 0; i < parts; ++i, first += kPart) {
+      float values[kPart];
+      widen_run(term.lhs, term.lhs_dtype, first, kPart, 1.0f, values);
+      for (const float value : values) sum += value;
+    }
+    out[b] = static_cast<float>(sum);
+  }
+  for (int64_t b = blocks; b < padded; ++b) out[b] = 0.0f;
+}
+
 template <class Gemv>
 void gemv_arrange_lhs(const GemmTerm& term, const Rect& rect, void* scratch) {
   const GemvLayout layout = gemv_layout(term);
   const GemvScratch to(layout, rect.m1 - rect.m0, scratch);
   if (term.rhs.nf4->q8) *to.book = Codebook(term.rhs.nf4->scale_values);
   auto* arranged = static_cast<typename Gemv::Lhs*>(to.lhs);
-  float* sums = to.sums;
   constexpr int kStepLanes = kChunk / Gemv::kSteps;
   for (int64_t m = rect.m0; m < rect.m1; ++m) {
     for (int64_t first = 0; first < layout.lhs_values; first += kChunk, arranged += kChunk) {
@@ -119,11 +136,9 @@ void gemv_arrange_lhs(const GemmTerm& term, const Rect& rect, void* scratch) {
           shifted[j * kStepLanes + l] = natural[Gemv::kSteps * l + (j ^ 1)];
       }
       narrow_run(shifted, kChunk, arranged);
-      for (int l = 0; layout.sum_floats && l < kLanes; ++l) {
-        double sum = 0.0;  // its error is that of all columns, which the mean of a row's logits shows
-        for (int i = 8 * l; i < 8 * l + 8; ++i) sum += natural[i];
-        *sums++ = static_cast<float>(sum);
-      }
+    }
+    if (layout.sum_floats) {
+      gemv_block_sums(term, m, layout.sum_floats, to.sums + (m - rect.m0) * layout.sum_floats);
     }
   }
 }
@@ -174,16 +189,6 @@ void gemv_tile(const Nf4View& w, const uint8_t* packed, int64_t depth, const Gem
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) sums[r][i] = fma(partial[r][i], scale, sums[r][i]);
     }
-    if constexpr (kShifted) {
-#pragma GCC unroll 4
-      for (int i = 0; i < kWeightRows; ++i) {
-        const Vec shift = spread_scales<kBlocks>(shifts + i * layout.scale_floats + block);
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          sums[r][i] = fma(load(lhs_sums + r * layout.sum_floats + chunk * kLanes), shift, sums[r][i]);
-        }
-      }
-    }
   };
   const int64_t whole = depth / kChunk;
   // The next rows are contiguous with these. Prefetch them in order: a few rows read side by side are too
@@ -201,6 +206,16 @@ void gemv_tile(const Nf4View& w, const uint8_t* packed, int64_t depth, const Gem
       memcpy(bytes[i], packed + i * row_bytes + whole * kChunk / 2, row_bytes - whole * kChunk / 2);
     }
     add_chunk(whole, bytes[0], kChunk / 2);
+  }
+  for (int64_t b = 0; kShifted && b < layout.sum_floats; b += kLanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kWeightRows; ++i) {
+      const Vec shift = load(shifts + i * layout.scale_floats + b);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        sums[r][i] = fma(load(lhs_sums + r * layout.sum_floats + b), shift, sums[r][i]);
+      }
+    }
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
