@@ -5,7 +5,9 @@ constexpr int64_t kNnTileRows = 512;  // rows of lhs per decoded panel
 constexpr int64_t kNnStrips = 2;      // strips decoded together
 constexpr int64_t kNnDepth = 256;     // rows of rhs decoded together
 constexpr int64_t kNnTileLd = kNnStrips * kStrip;
-constexpr int64_t kNnTileFloats = kNnTileRows * kNnTileLd;
+// A micro-kernel of whole tiles writes as many rows after the last one of a term.
+constexpr int64_t kNnRowsAfter = OuterBF16::kWholeTiles ? OuterBF16::kTileRows - 1 : 0;
+constexpr int64_t kNnTileFloats = (kNnTileRows + kNnRowsAfter) * kNnTileLd;
 // The same for a single strip, where a longer depth reads rows of lhs contiguously.
 constexpr int64_t kNnNarrowFloats = 3 * kNnDepth;
 constexpr int64_t kNnPanelFloats = max64(kNnDepth * kNnStrips, kNnNarrowFloats) * kStrip;
@@ -148,7 +150,7 @@ void gemm_nn(const GemmParams& p, const Rect& rect, void* scratch) {
   float* tile = static_cast<float*>(scratch);
   float* panel = tile + kNnTileFloats;
   float* lhs = panel + kNnPanelFloats;
-  float* masked = lhs + kNnLhsFloats;  // the result of a term with dropout, before it is masked
+  float* masked = lhs + kNnLhsFloats;  // the result of a term with dropout, before it is masked; kept rows
   const bool is_one = is_one_term(p, rect);
   const auto add_term = [&](int64_t t, int64_t m0, int64_t rows, int64_t n0, int64_t cols, bool adds,
                             float* sums) {
@@ -186,7 +188,12 @@ void gemm_nn(const GemmParams& p, const Rect& rect, void* scratch) {
         if (begin >= end) continue;
         float* sums = tile + (begin - m0) * kNnTileLd;
         if (term.mask.threshold == 0) {
+          // Rows after the term's belong to other terms: put them back.
+          float* after = tile + (end - m0) * kNnTileLd;
+          const size_t kept = min64(kNnRowsAfter, m0 + rows - end) * kNnTileLd * sizeof(float);
+          memcpy(masked, after, kept);
           add_term(t, begin, end - begin, n0, cols, true, sums);
+          memcpy(after, masked, kept);
           continue;
         }
         if (term.depth == 0) continue;
