@@ -74,12 +74,13 @@ def test_trainer(stock: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 def test_generate_after_training(stock: Any, autocast: bool) -> None:
     model, report = patched_copy(stock)
-    for each in (model, stock):
+    truth = in_fp64(stock)
+    for each in (model, stock, truth):
         train(each, plain_loss, 2, lr=1e-3)
         each.eval()
 
     def scores(model: Any) -> tuple[Tensor, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and model is not truth):
             out = model.generate(
                 input_ids=ids(2, length=5), max_new_tokens=4, do_sample=False, output_scores=True,
                 return_dict_in_generate=True,
@@ -91,5 +92,8 @@ def test_generate_after_training(stock: Any, autocast: bool) -> None:
     assert calls.counts["gated_mlp"] == 2 * (sequences.shape[1] - 5), calls.counts
     expected, stock_first = scores(stock)
     assert sequences.shape[0] == expected.shape[0] == 4
-    assert testing.relative_error(first, stock_first) < 0.02
+    exact = scores(truth)[1]
+    ours, theirs = (testing.relative_error(each, exact) for each in (first, stock_first))
+    # In evaluation bitsandbytes rounds its scales.
+    assert theirs < 0.05 and ours <= 2 * theirs + 1e-3, f"{ours:.3g} from the truth, stock {theirs:.3g}"
     assert_fused(model, report, blocks=2)

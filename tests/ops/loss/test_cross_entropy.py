@@ -18,6 +18,9 @@ import testing
 SIZES = ((64, 5, 33), (64, 1, 32), (7, 700, 7), (1, 513, 96), (70, 1500, 64), (300, 1030, 64), (0, 40, 32))
 """Rows, vocabulary, hidden size: about the borders of pieces, of parts and of tasks."""
 
+SLOW = ("ptx", "triton")
+"""Back ends that run in an interpreter."""
+
 pytestmark = pytest.mark.usefixtures("nan_outputs")
 
 CASES = testing.pairwise(
@@ -37,7 +40,7 @@ def test_loss_and_gradient_of_a_frozen_head(backend: str, case: dict[str, Any]) 
     if backend == "ptx" and case["base"] != "dense" and rows * vocabulary > 10_000:
         pytest.skip("ptx: made of products that have their tests")
     # Errors of few rows say little. Interpreted, a row takes a third of a second; each takes the same path.
-    least = 25 if backend in ("ptx", "triton") else 100
+    least = 25 if backend in SLOW else 100
     samples = [results_of(case, seed) for seed in range(1 if rows == 0 else -(-least // rows))]
     for name in samples[0]:
         got, plain, truth = (torch.cat([s[name][i] for s in samples]) for i in range(3))
@@ -54,14 +57,25 @@ def test_loss_and_gradient_of_a_frozen_head(backend: str, case: dict[str, Any]) 
 def test_gradients_of_a_head_that_is_trained(
     backend: str, dtype: torch.dtype, kind: str, options: str
 ) -> None:
+    # The greatest error of one sample says little.
+    samples = [head_gradients(dtype, kind, options, seed) for seed in range(2 if backend in SLOW else 4)]
+    for name in samples[0]:
+        got, plain, truth = (torch.cat([s[name][i] for s in samples]) for i in range(3))
+        testing.assert_close(got, plain, truth, name)
+
+
+def head_gradients(
+    dtype: torch.dtype, kind: str, options: str, seed: int
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Gradients of what is trained: the kernel's, plain torch's and those in fp64."""
     rows, vocabulary, features, r = 24, 600, 64, 4
-    leaves: dict[str, Tensor] = {"hidden": testing.tensor(rows, features, dtype=dtype)}
+    leaves: dict[str, Tensor] = {"hidden": testing.tensor(rows, features, dtype=dtype, seed=seed)}
     frozen = weight_of("nested" if "nf4" in kind else "dense", vocabulary, features, dtype)
     leaves["weight"] = frozen
-    leaves["bias"] = testing.tensor(vocabulary, dtype=dtype, seed=3)
+    leaves["bias"] = testing.tensor(vocabulary, dtype=dtype, seed=seed + 3)
     if kind in ("adapter", "all", "adapter-nf4"):
-        leaves["lora_a"] = testing.tensor(r, features, seed=4, scale=features**-0.5)
-        leaves["lora_b"] = testing.tensor(vocabulary, r, seed=5)
+        leaves["lora_a"] = testing.tensor(r, features, seed=seed + 4, scale=features**-0.5)
+        leaves["lora_b"] = testing.tensor(vocabulary, r, seed=seed + 5)
     trained = {
         "dense": ("hidden", "weight"),
         "bias": ("bias",),
@@ -70,7 +84,7 @@ def test_gradients_of_a_head_that_is_trained(
     }.get(kind, ("hidden", "lora_a", "lora_b"))
     for name in trained:
         leaves[name] = leaves[name].requires_grad_()
-    labels, dy = labels_of(rows, vocabulary), testing.tensor(rows, seed=9)
+    labels, dy = labels_of(rows, vocabulary), testing.tensor(rows, seed=seed + 9)
 
     def gradients(cast: torch.dtype | None) -> list[Tensor]:
         values = {
@@ -95,9 +109,9 @@ def test_gradients_of_a_head_that_is_trained(
 
     with pk.use_backend("reference"):
         plain = gradients(None)
-    for name, got, near, truth in zip(trained, gradients(None), plain, gradients(torch.float64), strict=True):
-        assert got.dtype == leaves[name].dtype, name
-        testing.assert_close(got, near, truth, name)
+    got, truth = gradients(None), gradients(torch.float64)
+    assert all(g.dtype == leaves[name].dtype for name, g in zip(trained, got, strict=True))
+    return dict(zip(trained, zip(got, plain, truth, strict=True), strict=True))
 
 
 @each_dtype
@@ -121,15 +135,15 @@ def test_near_certainty(backend: str, dtype: torch.dtype, rows: int) -> None:
     assert got[3].all()
     if backend == "reference":
         return  # in plain torch p - 1 is a difference of rounded numbers
-    if backend in ("ptx", "triton") and dtype == torch.float16:
+    if backend in SLOW and dtype == torch.float16:
         return  # gradients of logits are rounded to fp16, where those below 6e-5 have fewer bits
     scale = truth[5].norm(dim=1)
     assert ((got[5].double() - truth[5]).norm(dim=1) <= 8 * torch.finfo(dtype).eps * scale + 1e-6).all()
 
 
 def test_great_logits_come_last(backend: str) -> None:
-    """The greatest logit comes last, far above the others."""
-    w = torch.linspace(-1, 1, 1500)[:, None] * torch.ones(1, 32)
+    """The greatest logit comes last, far above the others. Logits are exact in any order of the sum."""
+    w = torch.linspace(-1, 1, 1500).mul(1024).round()[:, None] / 1024 * torch.ones(1, 32)
     x = torch.ones(3, 32) * torch.tensor([[8.0], [-8.0], [0.0]])
     for label in (0, 700, 1499):
         labels = torch.full((3,), label)
