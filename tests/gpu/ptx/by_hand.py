@@ -58,9 +58,15 @@ def run(
 
 
 def run_block(
-    machine: ModuleType, body: str, threads: int, given: torch.Tensor, outs: int, maps: Sequence[bytes] = ()
+    machine: ModuleType,
+    body: str,
+    threads: int,
+    given: torch.Tensor,
+    outs: int,
+    maps: Sequence[bytes] = (),
+    blocks: int = 1,
 ) -> torch.Tensor:
-    """Runs `body` as a kernel of one block for sm_90a and returns `outs` words, as int32.
+    """Runs `body` as a kernel for sm_90a and returns `outs` words, as int32.
 
     It finds the address of `given` in %rd1, that of the result in %rd2, the thread in %r1, its lane in %r2,
     its warp in %r3, the addresses of 16 KiB of shared memory `room` in %r4 and of 16 mbarriers in %r5, and
@@ -93,7 +99,7 @@ def run_block(
 }}
 """
     parameters = [struct.pack("q", tensor.data_ptr()) for tensor in (given, out)] + [*maps]
-    machine.load(text).run("kernel", (1, 1, 1), threads, 0, parameters)
+    machine.load(text).run("kernel", (blocks, 1, 1), threads, 0, parameters)
     return out
 
 

@@ -49,6 +49,15 @@ def test_phases_by_hand(hopper: ModuleType) -> None:
     assert run_block(hopper, PHASES, 32, NOTHING, 12).tolist() == expected
 
 
+def test_generic_addresses(hopper: ModuleType) -> None:
+    """Without a space the address is generic."""
+    body = PHASES.replace(".shared::cta.b64", ".b64").replace("[%r5", "[%rd9")
+    convert = "cvt.u64.u32 %rd8, %r5; cvta.shared.u64 %rd9, %rd8;"
+    assert torch.equal(
+        run_block(hopper, convert + body, 32, NOTHING, 12), run_block(hopper, PHASES, 32, NOTHING, 12)
+    )
+
+
 @pytest.mark.parametrize(
     "edit,error",
     [

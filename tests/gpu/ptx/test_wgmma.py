@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from ptx.by_hand import RACE, SEEDS, edited, report, run_block
+from ptx.by_hand import RACE, SEEDS, edited, report, run_block, wait
 from ptx.wgmma_by_hand import (
     BARRIER,
     COMMIT,
@@ -193,6 +193,36 @@ def test_broken(hopper: ModuleType, name: str) -> None:
     edits, error = BREAKS[name]
     for line in report(hopper, edited(BODY, *edits), 128, some()[0], 64 * N).splitlines():
         assert re.search(error, line), line
+
+
+COPIES = "".join(
+    f"add.u32 %r9, %r6, {512 * i}; add.s64 %rd7, %rd3, {512 * i}; cp.async.ca.shared.global [%r9], [%rd7], 4;"
+    for i in range(ROOM // 512)
+)
+COPIES_DONE = "cp.async.wait_all;"
+ARRIVE = "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%r5];"
+INIT = "setp.eq.u32 %p1, %r1, 0; @%p1 mbarrier.init.shared::cta.b64 [%r5], 128; bar.sync 0;"
+BY_COPIES = edited(BODY, (FILL, COPIES + COPIES_DONE))
+BY_ARRIVALS = edited(
+    BODY, (FILL + FENCE_PROXY + BARRIER, INIT + COPIES + ARRIVE + wait("%r5", "0", 0) + FENCE_PROXY)
+)
+
+
+@pytest.mark.parametrize("body", [BY_COPIES, BY_ARRIVALS], ids=["waits", "arrives"])
+def test_b_by_cp_async(hopper: ModuleType, body: str) -> None:
+    """Copies of the generic proxy: a fence is needed between them and wgmma, by who has waited for them."""
+    words, expected = some()
+    for seed in SEEDS:
+        hopper.set_seed(seed)
+        assert torch.equal(results(run_block(hopper, body, 128, words, 64 * N), N), expected)
+    for line in report(hopper, edited(body, (FENCE_PROXY, "")), 128, words, 64 * N).splitlines():
+        assert re.search("wrote .* without a fence.proxy.async", line), line
+
+
+def test_fence_before_the_copies_land(hopper: ModuleType) -> None:
+    body = edited(BY_COPIES, (FENCE_PROXY, ""), (COPIES_DONE, FENCE_PROXY + COPIES_DONE))
+    for line in report(hopper, body, 128, some()[0], 64 * N).splitlines():
+        assert re.search("wrote .* without a fence.proxy.async", line), line
 
 
 @pytest.mark.parametrize(
