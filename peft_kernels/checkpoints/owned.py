@@ -56,7 +56,7 @@ def read_owned(checkpoint: Checkpoint, weight: str, names: list[str], headers: b
             tensors[part] = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         else:
             tensors[part] = entry.read()
-    with _checkpoint_errors():
+    with checkpoint_errors():
         return owner.read(tensors, weight)[0]
 
 
@@ -64,22 +64,23 @@ def owned_stacks(checkpoint: Checkpoint, model: Any) -> dict[str, Stack]:
     """Packed layers that are experts in the model, by the name of their weight there. Raises CheckpointError
     for a tensor that is missing among them, or is damaged."""
     owner = owner_in(checkpoint.config)
-    if owner is None or not owner.merges:
+    if owner is None or owner.experts:
         return {}
     from ..quantize.transformers.stacking import stacks_of
 
-    with _checkpoint_errors():
+    with checkpoint_errors():
         return stacks_of(model, checkpoint.entries, owner)
 
 
 def joined_stack(stack: Stack, name: str, layers: Mapping[str, NF4State]) -> NF4State:
     """One weight of experts, of its layers by name. Raises CheckpointError for layers that do not fit."""
-    with _checkpoint_errors():
+    with checkpoint_errors():
         return joined(stack.of(layers), len(stack.weights), name)
 
 
 @contextlib.contextmanager
-def _checkpoint_errors() -> Iterator[None]:
+def checkpoint_errors() -> Iterator[None]:
+    """Turns errors of owners' formats into CheckpointErrors."""
     try:
         yield
     except ValueError as error:

@@ -64,7 +64,7 @@ def base_of(path: Path, model: Any) -> Base:
     owner = config.owner
     base = Base(config.format.upper() if owner is None else owner.title)
     base.form = {name: getattr(config, name) for name in ("format", "blocksize", "double_quant")}
-    base.experts = config.experts if owner is None else owner.experts or owner.merges
+    base.experts = config.experts or owner is not None
     base.linears = owner is None or not owner.experts
     if owner is not None:
         base.form["blocksize"] = _blocksize(owner.format, stored)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from all_folders import FOLDERS
+from all_folders import EXPERTS, FOLDERS
 from checkpoint_damage import DAMAGE, WILD
 from fuzz_checks import check_sentence, check_values, fill
 from safetensors import SafetensorError
@@ -44,9 +44,12 @@ def folders(parent: Path, only: Container[str] | None = None) -> list[Folder]:
     for made in FOLDERS.values():
         options = TINY | ({"num_local_experts": 2, "head_dim": 16} if OWNERS[made.owner].experts else {})
         write.setdefault(f"of {made.owner}", functools.partial(made.write, **options))
-    # Parts of experts' weights have rows of whole blocks.
-    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_experts": 2}
-    write["of experts"] = functools.partial(FOLDERS["experts in fp8"].write, **TINY | sizes)
+    for kind, form in EXPERTS.items():
+        # Of FP8, parts of experts' weights have rows of whole blocks.
+        sizes = {"hidden_size": 128, "intermediate_size": 128} if form == "fp8" else {}
+        write[kind] = functools.partial(
+            FOLDERS[kind].write, **TINY | {"num_experts": 2, "head_dim": 16} | sizes
+        )
     llama(**TINY).to(torch.bfloat16).save_pretrained(parent / "dense")
     for format in FORMATS:
         write[format] = lambda path, format=format: _quantised(parent / "dense", path, format)  # type: ignore[misc]

@@ -14,6 +14,7 @@ import fuzz_folders
 import pytest
 import torch
 import transformers
+from all_folders import EXPERTS
 from checkpoint_damage import DAMAGE, STATE, WILD
 from fuzz_checkpoints import EVERY, run
 from fuzz_checks import check_sentence
@@ -81,7 +82,7 @@ def test_fuzzer(tmp_path: Path) -> None:
 
 def test_every_format_has_a_folder(tmp_path: Path) -> None:
     names = {folder.name for folder in fuzz_folders.folders(tmp_path)}
-    assert names == {*FORMATS, *(f"of {owner}" for owner in OWNERS), "of experts"}
+    assert names == {*FORMATS, *(f"of {owner}" for owner in OWNERS), *EXPERTS}
 
 
 LAYERS = [number for number in range(1000) if number % EVERY != EVERY - 1]

@@ -58,6 +58,7 @@ class CompressedTensorsInt4(CompressedTensors, Int4):
     }  # fmt: skip
     codes, scale, zeros, index = "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"
     parts = (codes, scale, zeros)
+    optional = (zeros,)
     marks = (codes, scale, zeros)
     beside = (_SHAPE, index, "input_scale", "input_zero_point", "input_global_scale")
     always_zeros = False

@@ -22,7 +22,7 @@ _SCALES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Fp8(Owner):
-    format, codes, any_code, merges = "fp8", "weight", False, True
+    format, codes, any_code = "fp8", "weight", False
     scale: ClassVar[str]
     """The part that the scales have."""
     blocks_alone: ClassVar[bool] = False

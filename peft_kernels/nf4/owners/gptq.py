@@ -38,10 +38,10 @@ class Gptq(Int4):
         return super().read(tensors, weight)
 
     def configuration(self, config: Config, dense: list[str]) -> dict[str, Any]:
-        """Readers skip modules that match a key of `dynamic` after `-:`."""
+        """Readers skip modules that match a key of `dynamic` after `-:`, and those in them: of experts."""
         new = dict(config)
         if dense:
-            skipped: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in dense}
+            skipped: dict[str, Any] = {rf"-:^{re.escape(name)}(\.|$)": {} for name in dense}
             new["dynamic"] = {**(config.get("dynamic") or {}), **skipped}
         return new
 

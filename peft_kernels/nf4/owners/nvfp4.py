@@ -62,7 +62,7 @@ class Nvfp4(Grouped):
         assert state.packed is not None and state.absmax is not None and state.absmax2 is not None
         stem, whole = self.stem(weight), aside.get(self.whole)
         if whole is None or not self._means(whole, state.absmax2):  # packed again since
-            whole = self.whole_of(state.absmax2[_ONE].cpu())
+            whole = self.whole_of(state.absmax2[_ONE].to("cpu", copy=True))
             if not self._means(whole, state.absmax2):
                 raise ValueError(
                     f"{stem + self.whole}: expected the scale of the file, got a weight that was packed "

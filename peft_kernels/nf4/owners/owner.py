@@ -36,15 +36,16 @@ class Owner(ABC):
     title: ClassVar[str]
     """The format in messages."""
     experts: ClassVar[bool] = False
-    """Whether weights are those of experts, (experts, out, in), or of linear layers, (out, in)."""
-    merges: ClassVar[bool] = False
-    """Whether linear layers may be those of experts that transformers merges into one weight."""
+    """Whether weights are those of experts, (experts, out, in), or of linear layers, (out, in), which may be
+    those of experts that transformers merges into one weight."""
     codes: ClassVar[str]
     """The one of `parts` that the codes have."""
     any_code: ClassVar[bool] = True
     """Whether every byte is a valid code, so that checks need not read them."""
     parts: ClassVar[tuple[str, ...]]
-    """Of the names of a weight's tensors. Some may be optional."""
+    """Of the names of a weight's tensors."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Those of `parts` that a weight may lack."""
     marks: ClassVar[tuple[str, ...]]
     """Those of `parts` that only packed weights have."""
     beside: ClassVar[tuple[str, ...]] = ()

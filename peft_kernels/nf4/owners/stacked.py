@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...core.code_tables import ZERO_POINT
 from ...core.formats import FORMATS
 from ...core.nf4_state import NF4State
 from .owner import Owner
+from .scale_tables import joined_tables, own_table
 
 
 @dataclass
@@ -26,7 +28,7 @@ class Stacked:
     rows: list[int]
     """Output features of these layers."""
     asides: list[list[dict[str, Tensor]]]
-    """What `Owner.read` put aside of each expert's layers."""
+    """What `Owner.read` put aside of each expert's layers; tensors that are equal may be the same."""
 
     def write(self, state: NF4State, owner: Owner, weight: str) -> dict[str, Tensor]:
         """The tensors of all layers by name. Raises ValueError as `Owner.write`."""
@@ -34,15 +36,16 @@ class Stacked:
         for e, (parts, asides) in enumerate(zip(apart(state, self.rows), self.asides, strict=True)):
             for source, part, aside in zip(self.sources, parts, asides, strict=True):
                 name = weight.removesuffix(self.target) + source.replace("*", str(e))
-                items |= owner.write(part, aside, name)
+                own = {part_name: tensor.clone() for part_name, tensor in aside.items()}
+                items |= owner.write(part, own, name)
         return items
 
 
 def joined(experts: Iterable[list[NF4State]], count: int, name: str) -> NF4State:
     """One weight (count, out, in) of each expert's layers, whose rows follow each other.
 
-    Raises ValueError if experts have layers of different shapes or blocks, or blocks would have rows of two
-    layers.
+    Raises ValueError if experts have layers of different shapes, blocks or dtypes of scales, or blocks would
+    have rows of two layers.
     """
     whole, first = None, list[NF4State]()
     for e, parts in enumerate(experts):
@@ -50,43 +53,59 @@ def joined(experts: Iterable[list[NF4State]], count: int, name: str) -> NF4State
             first = parts
             _check_rows(parts, name)
             whole = _empty(parts, count, name)
-        assert whole.packed is not None and whole.absmax is not None
-        row = scale = 0
         for part, other in zip(parts, first, strict=True):
-            assert part.packed is not None and part.absmax is not None
-            if (part.shape, part.blocksize) != (other.shape, other.blocksize):
-                expected, got = (f"shape {one.shape} in {_blocks(one)}" for one in (other, part))
+            if part.shape != other.shape or _form(part) != _form(other):
+                expected, got = (f"shape {one.shape} in {_form(one)}" for one in (other, part))
                 raise ValueError(f"{part.name}: expected {expected}, as {other.name} has it, got {got}")
-            rows, scales = part.shape[0], part.absmax.numel()
-            whole.packed[e, row : row + rows] = part.packed
-            whole.absmax[e, scale : scale + scales] = part.absmax
-            row, scale = row + rows, scale + scales
+        _fill(whole, e, parts)
     assert whole is not None
     return whole
 
 
 def apart(state: NF4State, rows: list[int]) -> Iterator[list[NF4State]]:
-    """The layers of each expert, in the weight's memory."""
+    """The layers of each expert, in the weight's memory, except for scales that another table had."""
+    form = FORMATS[state.format]
     for e in range(state.shape[0]):
-        one, parts, row, scale = state.expert(e), [], 0, 0
+        one, parts, row, scale = state.expert(e), list[NF4State](), 0, 0
         assert one.packed is not None and one.absmax is not None
         for count in rows:
             shape = count, one.shape[1]
-            scales = FORMATS[one.format].scales(shape, one.blocksize)
-            packed, absmax = one.packed[row : row + count], one.absmax[scale : scale + scales]
-            parts.append(dataclasses.replace(one, shape=shape, packed=packed, absmax=absmax))
-            row, scale = row + count, scale + scales
+            end = scale + form.scales(shape, one.blocksize)
+            offset = None if one.offset is None else one.offset[scale:end]
+            packed, absmax = one.packed[row : row + count], one.absmax[scale:end]
+            part = dataclasses.replace(one, shape=shape, packed=packed, absmax=absmax, offset=offset)
+            parts.append(own_table(part) if form.by_code else part)
+            row, scale = row + count, end
         yield parts
+
+
+def _fill(whole: NF4State, expert: int, parts: list[NF4State]) -> None:
+    assert whole.packed is not None and whole.absmax is not None
+    scales = [part.absmax for part in parts if part.absmax is not None]
+    if whole.absmax2 is not None:
+        scales, whole.absmax2[expert] = joined_tables(parts)
+    row = begin = 0
+    for part, new in zip(parts, scales, strict=True):
+        assert part.packed is not None
+        end = begin + new.numel()
+        whole.packed[expert, row : row + part.shape[0]] = part.packed
+        whole.absmax[expert, begin:end] = new
+        if part.offset is not None:
+            if whole.offset is None:  # those of layers that need none are all alike
+                whole.offset = torch.full_like(whole.absmax, ZERO_POINT, dtype=torch.uint8)
+                whole.double_quant = True
+            whole.offset[expert, begin:end] = part.offset
+        row, begin = row + part.shape[0], end
 
 
 def _check_rows(parts: list[NF4State], name: str) -> None:
     first = parts[0]
     for part in parts[1:]:
-        if (part.shape[1], part.blocksize) != (first.shape[1], first.blocksize):
-            expected, got = (f"{one.shape[1]} input features in {_blocks(one)}" for one in (first, part))
+        if part.shape[1] != first.shape[1] or _form(part) != _form(first):
+            expected, got = (f"{one.shape[1]} input features in {_form(one)}" for one in (first, part))
             raise ValueError(f"{part.name}: expected {expected}, as {first.name} has it, got {got}")
     for part in parts[:-1]:
-        if part.blocksize and part.shape[0] % part.blocksize:
+        if FORMATS[part.format].bits == 8 and part.blocksize and part.shape[0] % part.blocksize:
             raise ValueError(
                 f"{part.name}: expected a multiple of {part.blocksize} output features, since {name} has its "
                 f"rows and others, got {part.shape[0]}"
@@ -94,18 +113,24 @@ def _check_rows(parts: list[NF4State], name: str) -> None:
 
 
 def _empty(parts: list[NF4State], count: int, name: str) -> NF4State:
-    some = parts[0].packed
-    assert some is not None
+    some = parts[0]
+    assert some.packed is not None and some.absmax is not None
     out = sum(part.shape[0] for part in parts)
     scales = sum(part.absmax.numel() for part in parts if part.absmax is not None)
     return dataclasses.replace(
-        parts[0],
-        shape=(count, out, parts[0].shape[1]),
-        packed=some.new_empty((count, out, *some.shape[1:])),
-        absmax=torch.empty((count, scales), dtype=torch.float32, device=some.device),
+        some,
+        shape=(count, out, some.shape[1]),
+        packed=some.packed.new_empty((count, out, *some.packed.shape[1:])),
+        absmax=some.absmax.new_empty((count, scales)),
+        absmax2=None if some.absmax2 is None else some.absmax2.new_empty((count, *some.absmax2.shape)),
+        offset=None,
+        double_quant=False,
         name=name,
     )
 
 
-def _blocks(state: NF4State) -> str:
-    return f"blocks of {state.blocksize}" if state.blocksize else "whole rows"
+def _form(state: NF4State) -> str:
+    """What layers must have in common, for comparisons and messages."""
+    blocks = f"blocks of {state.blocksize}" if state.blocksize else "whole rows"
+    half = FORMATS[state.format].scale == "half"
+    return f"{blocks} with scales in {state.absmax.dtype}" if half and state.absmax is not None else blocks

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -51,7 +52,7 @@ def stacks_of(model: Any, names: Iterable[str], owner: Owner | None) -> dict[str
 
     Raises ValueError for a tensor that is missing among them.
     """
-    if owner is None or not owner.merges:
+    if owner is None or owner.experts:
         return {}
     there = dict.fromkeys(names)
     transforms = get_model_conversion_mapping(model)
@@ -61,7 +62,7 @@ def stacks_of(model: Any, names: Iterable[str], owner: Owner | None) -> dict[str
     about = model.base_model_prefix, model.state_dict()
     packed = owner.weights(there)
     found: dict[str, dict[tuple[str, int], str]] = {}
-    for weight in {**packed, **{name: [] for name in there if name.endswith(owner.codes)}}:
+    for weight in {**packed, **{name: [] for name in there if name.endswith(".weight")}}:
         if sources and _NUMBER.search(weight) is not None:
             target, source = rename_source_key(weight, renamings, takers, *about)
             if source in sources:
@@ -87,10 +88,14 @@ def stackable(conversion: Any) -> bool:
 
 def _collect(stack: Stack, layers: dict[tuple[str, int], str], there: dict[str, None], owner: Owner) -> None:
     """Collects the layers, by source and number, of all experts. Raises ValueError for the first tensor that
-    is missing; other parts than `owner.parts` only if other experts have them."""
-    optional: dict[str, dict[str, None]] = {source: {} for source in stack.sources}
+    is missing: optional ones if any other layer has them, and parts beside if that of another expert has."""
+    parts = [part for part in owner.parts if part not in owner.optional]
+    parts += [
+        part for part in owner.optional if any(owner.stem(name) + part in there for name in layers.values())
+    ]
+    beside: dict[str, dict[str, None]] = {source: {} for source in stack.sources}
     for (source, _), name in layers.items():
-        optional[source] |= {part: None for part in owner.beside if owner.stem(name) + part in there}
+        beside[source] |= {part: None for part in owner.beside if owner.stem(name) + part in there}
     (source, _), some = next(iter(layers.items()))
     before = some.removesuffix(source.rpartition("*")[2]).rpartition(".")[0]
     for e in range(1 + max(number for _, number in layers)):
@@ -98,7 +103,7 @@ def _collect(stack: Stack, layers: dict[tuple[str, int], str], there: dict[str, 
         for source in stack.sources:
             after = source.rpartition("*")[2]
             names.append(layers.get((source, e), f"{before}.{e}{after}"))
-            for part in (*owner.parts, *optional[source]):
+            for part in (*parts, *beside[source]):
                 if owner.stem(names[-1]) + part not in there:
                     raise missing(owner.stem(names[-1]) + part)
         stack.weights.append(names)
@@ -148,9 +153,11 @@ class ReadStacked(Read):
             raise self._packed(key, layer)
         stack = self.stacks.get(key)
         if stack is None:  # no layer has the tensors that mark packed ones
-            (source, part), *_ = lists
+            (source, _), *_ = lists
             first = key.removesuffix(target) + source.replace("*", "0")
-            raise missing(owner.stem(first) + next(each for each in owner.parts if each != part))
+            raise missing(
+                owner.stem(first) + next(each for each in owner.parts if (source, each) not in lists)
+            )
         layout = Stacked(target, stack.sources, [], [])
         state = joined(self._read(stack, lists, layout, owner), len(stack.weights), key)
         expect_shape(key, tuple(getattr(layer, name).shape), state.shape)
@@ -162,19 +169,26 @@ class ReadStacked(Read):
     ) -> Iterator[list[NF4State]]:
         """Yields the layers of one expert at a time, and releases the memory of earlier ones."""
         for e, weights in enumerate(stack.weights):
-            found, asides = [], []
+            found, asides = [], list[dict[str, Tensor]]()
             used: list[Tensor] = []
             for source, weight in zip(stack.sources, weights, strict=True):
                 tensors = {part: each[e] for (other, part), each in lists.items() if other == source}
                 state, aside = owner.read(tensors, weight)
                 found.append(state)
-                asides.append(aside)
+                first = layout.asides[0][len(asides)] if layout.asides else {}
+                asides.append({part: _same(tensor, first.get(part)) for part, tensor in aside.items()})
                 used += tensors.values()
             layout.asides.append(asides)
             layout.rows = layout.rows or [state.shape[0] for state in found]
             yield found
             for tensor in used:
                 self.files.release(tensor)
+
+
+def _same(tensor: Tensor, first: Tensor | None) -> Tensor:
+    """What the first expert's layer has, if it is equal, so that indices of groups are kept once."""
+    alike = first is not None and first.dtype == tensor.dtype and not (first.is_meta or tensor.is_meta)
+    return first if alike and first is not None and torch.equal(first, tensor) else tensor
 
 
 def replaced(
@@ -189,11 +203,11 @@ def replaced(
     pairs = []
     for conversion in conversions:
         new, owner = conversion, config.owner
-        if owner is not None and owner.merges and stackable(conversion):
+        if owner is not None and not owner.experts and stackable(conversion):
             items = {
                 source.removesuffix("weight") + part: (source, part)
                 for source in conversion.source_patterns
-                for part in (*owner.parts, *owner.beside)
+                for part in dict.fromkeys(("weight", *owner.parts, *owner.beside))
             }
             operation = ReadStacked(config, errors, files, list(conversion.operations), items, stacks)
             new = conversion.copy(list(items), conversion.target_patterns, operations=[operation])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fp8_experts import make_moe
+from experts_folders import FORMS, make_moe
 from owned_folders import NVFP4, gpt_oss, nvfp4
 from packed_models import KINDS, make
 
@@ -26,12 +27,21 @@ def _packed(kind: str) -> Made:
     return Made(lambda folder, **options: make(folder, kind, **options), KINDS[kind].owner)
 
 
-def _experts(folder: Path, **options: Any) -> Any:
+def _experts(folder: Path, form: str = "", **options: Any) -> Any:
     sizes = {"moe_intermediate_size": options["intermediate_size"]} if "intermediate_size" in options else {}
-    return make_moe(folder, "qwen", **options | sizes)
+    return make_moe(folder, "qwen", form, **options | sizes)
+
+
+def _owner(form: str) -> str:
+    return KINDS[form].owner if form in KINDS else form.removeprefix("nvfp4 of ")
 
 
 FOLDERS: dict[str, Made] = {"mxfp4": Made(gpt_oss, "mxfp4")}
 FOLDERS |= {f"nvfp4 of {owner}": _nvfp4(owner) for owner in NVFP4}
 FOLDERS |= {kind: _packed(kind) for kind in KINDS}
-FOLDERS["experts in fp8"] = Made(_experts, "fp8")
+EXPERTS = {f"experts in {form}": form for form in ("fp8", *FORMS)}
+"""The formats of mixtures whose experts are layers in the file."""
+FOLDERS |= {
+    name: Made(functools.partial(_experts, form="" if form == "fp8" else form), _owner(form))
+    for name, form in EXPERTS.items()
+}

@@ -85,18 +85,21 @@ def nvfp4(folder: Path, owner: str, activations: bool = False, **options: Any) -
         if not name.endswith("proj.weight"):
             tensors[name] = value
             continue
-        out, into = value.shape
-        codes = torch.randint(0, 256, (out, into // 2), dtype=torch.uint8)
-        scales = (torch.rand(out, into // 16) * 400).to(torch.float8_e4m3fn)
-        whole = 0.0003 + 0.0002 * torch.rand(1)
-        module = name.removesuffix(".weight")
-        if owner == "modelopt":
-            tensors |= {name: codes, f"{name}_scale": scales, f"{name}_scale_2": whole.reshape(())}
-            tensors |= {f"{module}.input_scale": torch.rand(())} if activations else {}
-        else:
-            tensors |= {f"{name}_packed": codes, f"{name}_scale": scales, f"{name}_global_scale": 1 / whole}
-            tensors |= {f"{module}.input_global_scale": torch.rand(1)} if activations else {}
+        stem = name.removesuffix("weight")
+        tensors |= {stem + part: each for part, each in nvfp4_parts(*value.shape, owner, activations).items()}
     return _written(folder, tensors, nvfp4_config(owner, activations))
+
+
+def nvfp4_parts(out: int, into: int, owner: str, activations: bool = False) -> dict[str, Tensor]:
+    """A random NVFP4 weight, by the last part of the tensors' names."""
+    codes = torch.randint(0, 256, (out, into // 2), dtype=torch.uint8)
+    scales = (torch.rand(out, into // 16) * 400).to(torch.float8_e4m3fn)
+    whole = 0.0003 + 0.0002 * torch.rand(1)
+    if owner == "modelopt":
+        found = {"weight": codes, "weight_scale": scales, "weight_scale_2": whole.reshape(())}
+        return found | ({"input_scale": torch.rand(())} if activations else {})
+    found = {"weight_packed": codes, "weight_scale": scales, "weight_global_scale": 1 / whole}
+    return found | ({"input_global_scale": torch.rand(1)} if activations else {})
 
 
 def _written(folder: Path, tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fp8_experts import DTYPES, EXPERTS, MODELS, in_file, make_moe, weights_of
+from experts_folders import DTYPES, EXPERTS, MODELS, in_file, make_moe, weights_of
 from owned_folders import assert_same_file, stored, trained, with_adapters
 from packed_models import Made, config_of
 from safetensors import safe_open

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_damage import change_tensors
-from fp8_experts import EXPERTS, in_file, make_moe
+from experts_folders import EXPERTS, in_file, make_moe
 from owned_folders import FILE
 from torch import Tensor
 from transformers_models import read

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from all_folders import FOLDERS
+from all_folders import EXPERTS, FOLDERS
 from flow_models import adapted
 from packed_models import KINDS, awq, gptq, packed_int4
 from packed_training import assert_only_packed_bytes, assert_trains_as_dense
@@ -45,7 +45,8 @@ LONG: dict[str, Any] = {
 
 @each_kind
 def test_packed_bytes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kind in LONG:
-        monkeypatch.setitem(KINDS, kind, dataclasses.replace(KINDS[kind], pack=LONG[kind]))
+    form = EXPERTS.get(kind, kind)
+    if form in LONG:
+        monkeypatch.setitem(KINDS, form, dataclasses.replace(KINDS[form], pack=LONG[form]))
     FOLDERS[kind].write(tmp_path, hidden_size=512, intermediate_size=512, num_hidden_layers=1)
     assert_only_packed_bytes(read(tmp_path, dtype="auto"), tmp_path, adapt)
