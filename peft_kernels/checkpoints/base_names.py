@@ -15,6 +15,7 @@ from .checks import nf4_weights
 from .experts_tensors import ExpertsWeight, find
 from .folder import Checkpoint
 from .names import Names
+from .owned_entries import as_dense
 from .rows import read_layout
 
 
@@ -27,10 +28,12 @@ class Kind:
 
 
 class BaseNames:
-    """Names in a model's folder. Reads no values.
+    """Names in a model's folder. Reads no values but single numbers.
 
     Attributes
     ----------
+    checkpoint : Checkpoint
+        Without packed weights in owners' formats: these are as the dense ones that they stand for.
     files : dict
         Names in the files of tensors that are stored unconverted; for packed weights, of the codes.
     packed : dict
@@ -42,13 +45,14 @@ class BaseNames:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.packed = checkpoint, nf4_weights(checkpoint.entries)
         self._model: Any = None
         try:
             self._model, why_not = on_meta(checkpoint), ""
         except Exception as error:  # transformers raises anything on a configuration that it does not know
             why_not = " ".join(str(error).split())[:100] or type(error).__name__
         self.known = self._model is not None
+        checkpoint = self.checkpoint = as_dense(checkpoint, self._model)
+        self.packed = nf4_weights(checkpoint.entries)
         items = {item for weight, names in self.packed.items() for item in names if item != weight}
         self.files: dict[str, str] = {}
         self.embeddings: set[str] = set()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..nf4.owners import owner_of
 from .checks import quantised_otherwise
 from .destination import check_destination, check_space, locked, other_files, publish, write_other_files
 from .folder import CONFIG, Checkpoint
@@ -21,8 +22,11 @@ from .lora_folder import LoraFolder
 from .merge_plan import Plan, plan_merge
 from .mergeable import WITH_PEFT, check_mergeable
 from .merged_file import Rounding, compose
+from .owned import owner_in
 
-FORMATS = ("dense", "nf4")
+FORMATS = ("dense", "packed", "nf4")
+_QUANTISED = ("hf_quant_config.json", "quant_config.json", "quantize_config.json")
+"""Files of owners that say how a folder is quantised."""
 
 
 @dataclass
@@ -33,18 +37,24 @@ class Merge:
     adapter: Path
     destination: Path
     plan: Plan
-    base_is_packed: bool
-    dense: bool
-    """Whether the result is dense."""
+    title: str
+    """The format of a packed base in messages; else ""."""
+    form: str
     bytes_before: int
     bytes_after: int = 0
     """Bytes of all tensors; an upper bound before they are written."""
     copied: list[str] = field(default_factory=list)
     """Other files of the base, which are copied."""
     left_out: list[str] = field(default_factory=list)
-    """Files and folders of the base with other weights, which are not copied."""
+    """Files and folders of the base with other weights, or about its format where the result is dense, which
+    are not copied."""
     rounding: Rounding = field(default_factory=Rounding)
     """Rounding error of repacked weights."""
+
+    @property
+    def dense(self) -> bool:
+        """Whether the result is dense."""
+        return self.form == "dense"
 
 
 def merge_checkpoint(
@@ -64,15 +74,16 @@ def merge_checkpoint(
     Parameters
     ----------
     base : path
-        A folder with config.json and .safetensors files: dense, in bitsandbytes' NF4, or with experts packed
-        by this package; not changed.
+        A folder with config.json and .safetensors files: dense, packed by this package or in bitsandbytes'
+        NF4, or in another library's format (`nf4.owners`); not changed.
     adapter : path
         A folder that PEFT's `save_pretrained` wrote.
     destination : path
         Must not exist.
     form : str
-        "dense": an NF4 base becomes dense, in its nominal dtype. "nf4": it stays NF4 with the same blocks;
-        changed weights are repacked, which may lose most of what was trained.
+        "dense": a packed base becomes dense, in its nominal dtype; in another library's format, in that of
+        config.json. "packed": it stays in its format with the same blocks; changed weights are repacked,
+        which may lose most of what was trained. "nf4": the same, for a base in NF4.
     partial : bool
         Accept a base with missing tensors, or ones of other shapes than the architecture's.
     started, progress : callable
@@ -82,24 +93,31 @@ def merge_checkpoint(
     ------
     CheckpointError
         Either folder is damaged; the adapter cannot be merged, or not into this base; the base is quantised
-        by another method; "nf4" for a dense base; the destination exists; too little disk space; NaN or Inf
-        in a merged or copied tensor.
+        by another method; "packed" for a dense base, or a format that cannot hold new scales; the destination
+        exists; too little disk space; NaN or Inf in a merged or copied tensor.
     """
     base, adapter, destination = Path(base), Path(adapter), Path(destination)
     if form not in FORMATS:
         raise CheckpointError(f"form: expected one of {', '.join(FORMATS)}, got {shown(form)}")
     check_destination(destination)
     checkpoint = Checkpoint.open(base)
-    _check_base(checkpoint)
+    title = _check_base(checkpoint)
     plan = plan_merge(checkpoint, LoraFolder.open(adapter, check_mergeable, WITH_PEFT), partial)
-    if form == "nf4" and not plan.packed:
+    if form == "nf4" and title:
+        raise CheckpointError(f"form: expected dense or packed, for a base in {title}, got nf4")
+    title = title or "NF4" * bool(plan.packed)
+    if form != "dense" and not title:
+        kind = "NF4" if form == "nf4" else "a packed form"
         raise CheckpointError(
-            f"{base}: expected a base in NF4 to merge into NF4, got a dense one: quantise the result"
+            f"{base}: expected a base in {kind} to merge into {kind}, got a dense one: quantise the result"
         )
     before = sum(entry.nbytes for entry in checkpoint.entries.values())
-    merge = Merge(base, adapter, destination, plan, bool(plan.packed), form == "dense", before)
-    files = compose(checkpoint, plan, merge.dense, merge.rounding)
+    merge = Merge(base, adapter, destination, plan, title, form, before)
+    files = compose(plan, merge.dense, merge.rounding)
     merge.copied, merge.left_out = other_files(base, checkpoint)
+    if merge.dense:
+        merge.left_out += [name for name in merge.copied if name in _QUANTISED]
+        merge.copied = [name for name in merge.copied if name not in _QUANTISED]
     merge.bytes_after = sum(file.size for file in files)
     with _new_folder(destination) as model:
         check_space(model, merge.bytes_after + sum((base / name).stat().st_size for name in merge.copied))
@@ -111,15 +129,27 @@ def merge_checkpoint(
     return merge
 
 
-def _check_base(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError unless it is a model, dense or in NF4."""
+def _check_base(checkpoint: Checkpoint) -> str:
+    """The title of the owner's format; "" for a dense model or one packed here. Raises CheckpointError unless
+    it is one of these."""
     if not checkpoint.path.is_dir() or not (checkpoint.path / CONFIG).exists():
         raise CheckpointError(f"{checkpoint.path}: expected a model's folder with a config.json, got none")
-    method = quantised_otherwise(checkpoint.config)
-    if method:
+    owner, method = owner_in(checkpoint.config), quantised_otherwise(checkpoint.config)
+    if method and owner is None:
         raise CheckpointError(
-            f"{checkpoint.path}: expected a dense base or one in NF4, got one quantised by {method}"
+            f"{checkpoint.path}: expected a base that is dense or in a format that is read packed, got one "
+            f"quantised by {method}{_variant(checkpoint.config)}"
         )
+    return "" if owner is None else owner.title
+
+
+def _variant(config: dict[str, Any]) -> str:
+    """Why a variant of an owner's format is not read."""
+    try:
+        owner_of(config["quantization_config"])
+    except (ValueError, AttributeError) as error:
+        return f" ({shown(str(error))})"
+    return ""
 
 
 def _config(config: dict[str, Any], merge: Merge) -> dict[str, Any]:

@@ -20,6 +20,8 @@ _BASE_LAYER = ".base_layer"
 
 @dataclass
 class Plan:
+    base: Checkpoint
+    """As `BaseNames.checkpoint`."""
     source: str
     """How the base's tensors were determined."""
     packed: dict[str, list[str]]
@@ -42,7 +44,7 @@ def plan_merge(checkpoint: Checkpoint, folder: LoraFolder, partial: bool = False
     if faults:
         more = f"; {len(faults) - 1} more such faults" if len(faults) > 1 else ""
         raise CheckpointError(f"{faults[0]}{more} (--partial merges into what is there)")
-    plan = Plan(base.source, base.packed, transposed=base.transposed)
+    plan = Plan(base.checkpoint, base.source, base.packed, transposed=base.transposed)
     _Planner(base, folder, plan).run()
     return plan
 

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import sqrt
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
+from ..core.formats import FORMATS
 from ..core.nf4_state import NF4State
 from ..nf4 import packed_format
+from ..nf4.owners.stacked import joined
 from ..nf4.weight import NF4Weight
 from .changes import Change, Experts, ReadPart
 from .checks import finite_pieces, read_nf4
@@ -20,6 +23,8 @@ from .folder import Checkpoint
 from .header import CheckpointError, Entry, shown
 from .lora_folder import read_finite
 from .merge_plan import Plan
+from .owned import checkpoint_errors
+from .owned_entries import PackedEntry
 from .rows import read_layout
 from .writer import Layout, ShardWriter, file_size
 
@@ -35,6 +40,8 @@ class Rounding:
     """Sum of squared rounding errors."""
     change: float = 0.0
     """Sum of squared changes by merging."""
+    bits: int = 4
+    """Of a code."""
 
     def add(self, before: Tensor, merged: Tensor, packed: Tensor) -> None:
         self.error += _distance(packed, merged)
@@ -51,7 +58,7 @@ class MergedFile:
     checkpoint: Checkpoint
     name: str
     entries: list[Entry]
-    """Tensors of the base, without packed weights."""
+    """Tensors of the base, without packed weights of ours."""
     packed: dict[str, list[str]]
     """Packed weights and their items."""
     added: dict[str, tuple[Entry, Change | None]]
@@ -72,7 +79,8 @@ class MergedFile:
     def layout(self) -> Layout:
         found: dict[str, tuple[torch.dtype, tuple[int, ...]] | None] = {}
         for entry in self.entries:
-            found[entry.name] = (entry.dtype, entry.shape)
+            kept = entry.items if self._stays_packed(entry) else (entry,)
+            found |= {each.name: (each.dtype, each.shape) for each in kept}
         for name, (entry, _) in self.added.items():
             found[name] = (entry.dtype, entry.shape)
         for name, items in self.packed.items():
@@ -91,7 +99,9 @@ class MergedFile:
         with ShardWriter(path, self.layout, self.metadata) as writer:
             for entry in self.entries:
                 change = self.plan.changes.get(entry.name)
-                if change is None:
+                if self._stays_packed(entry):
+                    self._write_owned(writer, entry, change)
+                elif change is None:
                     writer.copy(entry.name, finite_pieces(entry))
                 elif isinstance(change, Experts):
                     for expert in range(entry.shape[0]):
@@ -100,7 +110,7 @@ class MergedFile:
                         writer.write_row(entry.name, self._merged(row.read(), rows, entry.name))
                 else:
                     writer.write(entry.name, self._merged(entry.read(), change, entry.name))
-                progress(entry.name, entry.nbytes)
+                progress(entry.name, sum(item.nbytes for item in getattr(entry, "items", (entry,))))
             for name, (entry, change) in self.added.items():
                 dense = entry.read()
                 writer.write(name, dense if change is None else self._merged(dense, change, name))
@@ -114,7 +124,37 @@ class MergedFile:
             raise CheckpointError(f"{shown(name)}: expected finite values after merging, got NaN or Inf")
         return merged
 
-    # Packed weights.
+    # Packed weights in owners' formats.
+
+    def _stays_packed(self, entry: Entry) -> TypeGuard[PackedEntry]:
+        return isinstance(entry, PackedEntry) and not self.dense
+
+    def _write_owned(self, writer: ShardWriter, entry: PackedEntry, change: Change | Experts | None) -> None:
+        if change is None:
+            for item in entry.items:
+                writer.copy(item.name, finite_pieces(item))
+            return
+        state, aside = entry.state()
+        name, dtype, turned = entry.name, entry.dtype, entry.transposed
+        if isinstance(change, Experts):
+            rows = (change.of_expert(e, 0, entry.shape[1]) for e in range(change.experts))
+            parts = (
+                self._repacked(name, state.expert(e), dtype, one, turned)._state for e, one in enumerate(rows)
+            )
+            state = joined(([part] for part in parts), change.experts, entry.name)
+        else:
+            state = self._repacked(name, state, dtype, change, turned)._state
+        with checkpoint_errors():
+            written = entry.owner.write(state, aside, entry.name)
+        names = [item.name for item in entry.items]
+        if written.keys() != {*names}:
+            raise CheckpointError(
+                f"{entry.name}: expected the tensors {', '.join(sorted(written))}, got {', '.join(names)}"
+            )
+        for name, tensor in written.items():
+            writer.write(name, tensor)
+
+    # Packed weights of ours.
 
     def _write_packed(self, writer: ShardWriter, name: str, items: list[str]) -> None:
         change = self.plan.changes.get(name)
@@ -175,13 +215,24 @@ class MergedFile:
             weight = self._merged(weight, change, name)
         return weight.t() if name in self.plan.transposed else weight
 
-    def _repacked(self, name: str, state: NF4State, dtype: torch.dtype, change: Change) -> NF4Weight:
+    def _repacked(
+        self, name: str, state: NF4State, dtype: torch.dtype, change: Change, transposed: bool = False
+    ) -> NF4Weight:
+        """The merged weight, packed as it was. `transposed` is whether the change is for (in, out)."""
         before = state.dequantize(dtype)
-        merged = self._merged(before.clone(), change, name)
-        packed = NF4Weight.quantize(
-            merged, state.blocksize, state.double_quant, name=name, format=state.format
-        )
-        self.rounding.add(before, merged, packed.dequantize())
+        weight = before.mT.contiguous() if transposed else before.clone()
+        merged = self._merged(weight, change, name)
+        merged = merged.mT.contiguous() if transposed else merged
+        with checkpoint_errors():
+            packed = NF4Weight.quantize(
+                _for_scales(merged, state),
+                state.blocksize,
+                state.double_quant,
+                name=name,
+                format=state.format,
+            )
+        self.rounding.bits = FORMATS[state.format].bits
+        self.rounding.add(before, merged, packed._state.dequantize(dtype))
         return packed
 
     def _shape(self, name: str, state: NF4State) -> tuple[int, ...]:
@@ -189,14 +240,21 @@ class MergedFile:
         return (*experts, columns, rows) if name in self.plan.transposed else (*experts, rows, columns)
 
 
+def _for_scales(weight: Tensor, state: NF4State) -> Tensor:
+    """The weight in a dtype of which int4's scales get the dtype that they have in `state`."""
+    if FORMATS[state.format].scale != "half" or state.absmax is None:
+        return weight
+    return weight.half() if state.absmax.dtype == torch.float16 else weight.float()
+
+
 def _distance(a: Tensor, b: Tensor) -> float:
     return float(torch.linalg.vector_norm(a.float() - b.float(), dtype=torch.float64)) ** 2
 
 
-def compose(checkpoint: Checkpoint, plan: Plan, dense: bool, rounding: Rounding) -> list[MergedFile]:
+def compose(plan: Plan, dense: bool, rounding: Rounding) -> list[MergedFile]:
     """One file per file of the base, of the same name. Items of a packed weight go to the file of its
     codes."""
-    items = {item for names in plan.packed.values() for item in names}
+    checkpoint, items = plan.base, {item for names in plan.packed.values() for item in names}
     # Caches the matrices of two adapters: files alternate between the parts of one expert.
     read = lru_cache(maxsize=4)(partial(read_finite, dtype=torch.float32))
     found = []

@@ -1,8 +1,9 @@
 """Merges a LoRA adapter of PEFT into its base, tensor by tensor.
 
-OUT is bit-identical to merge_and_unload and save_pretrained of the dense model. BASE may be dense or NF4. NF4
-becomes dense unless --format nf4 repacks it, which can lose most of what was trained. OUT appears when it is
-complete; after an error nothing is left.
+OUT is bit-identical to merge_and_unload and save_pretrained of the dense model. BASE may be dense, in NF4, or
+in another format that is read packed (GPTQ, AWQ, FP8, MXFP4, NVFP4). It becomes dense unless --format packed
+repacks it, which can lose most of what was trained. OUT appears when it is complete; after an error nothing
+is left.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=FORMATS,
         default="dense",
-        help="format of weights that are NF4 in BASE: dense, or nf4, which rounds to 4 bits (dense)",
+        help="format of weights that are packed in BASE: dense, or packed, which rounds them; nf4 is packed "
+        "for a BASE in NF4 (dense)",
     )
     parser.add_argument("--partial", action="store_true", help="accept a BASE that lacks tensors")
 
@@ -31,12 +33,16 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
     def started(merge: Merge) -> None:
         changed = counted(len(merge.plan.changes), "tensor")
         out.say(f"{changed} of the base change, according to {merge.plan.source}")
-        if merge.base_is_packed and merge.dense:
-            out.say("NF4 becomes dense: repacking (--format nf4) can lose most of what was trained")
+        if merge.title and merge.dense:
+            form = "nf4" if merge.title == "NF4" else "packed"
+            out.say(
+                f"{merge.title} becomes dense: repacking (--format {form}) can lose most of what was trained"
+            )
         if merge.plan.untied:
             out.say("embeddings and head are no longer tied: the adapter replaces one of them", "yellow")
         if merge.left_out:
-            out.say(f"not copied, because they contain other weights: {', '.join(merge.left_out)}")
+            left = ", ".join(merge.left_out)
+            out.say(f"not copied, because they have other weights, or say how BASE is packed: {left}")
 
     # Approximates the total, which is known only after the headers are read.
     total = sum(file.stat().st_size for file in arguments.base.glob("*.safetensors"))
@@ -53,15 +59,16 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
     share = done.rounding.share
     if share is not None:
         out.say(
-            f"rounding to 4 bits changed the merged weights by {share:.2f} times as much as the adapter "
-            "(from 1 on, little of the training is left)",
+            f"rounding to {done.rounding.bits} bits changed the merged weights by {share:.2f} times as much "
+            "as the adapter (from 1 on, little of the training is left)",
             "yellow",
         )
     out.written(done)
     out.result(
         {
             "destination": str(done.destination),
-            "format": "dense" if done.dense else "nf4",
+            "format": done.form,
+            "base": done.title or "dense",
             "bytes_before": done.bytes_before,
             "bytes_after": done.bytes_after,
             "changed": sorted(done.plan.changes),

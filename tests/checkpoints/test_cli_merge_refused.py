@@ -200,7 +200,8 @@ REFUSED: dict[str, tuple[Callable[[Folders], Any], str]] = {
     ),
     "gptq": (
         base_config(quantization_config={"quant_method": "gptq"}),
-        r"expected a dense base or one in NF4, got one quantised by gptq",
+        r"expected a base that is dense or in a format that is read packed, got one quantised by gptq "
+        r"\(bits: expected 4, for GPTQ, got None\)",
     ),
     "int8": (
         base_config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
@@ -270,12 +271,14 @@ def test_output_options(folders: Folders, tmp_path: Path, capsys: Any) -> None:
     paths = [str(folders.base), str(folders.adapter)]
     assert main(["merge", *paths, str(tmp_path / "out"), "--format", "nf4"]) == 1
     assert "expected a base in NF4 to merge into NF4, got a dense one" in capsys.readouterr().err
+    assert main(["merge", *paths, str(tmp_path / "out"), "--format", "packed"]) == 1
+    assert "expected a base in a packed form to merge into a packed form, got a" in capsys.readouterr().err
     (tmp_path / "out").mkdir()
     assert main(["merge", *paths, str(tmp_path / "out")]) == 1
     assert "expected a path where nothing is yet" in capsys.readouterr().err
     assert main(["merge", *paths, str(tmp_path / "no" / "out")]) == 1
     assert "expected a folder to write into" in capsys.readouterr().err
-    with pytest.raises(CheckpointError, match="form: expected one of dense, nf4, got int8"):
+    with pytest.raises(CheckpointError, match="form: expected one of dense, packed, nf4, got int8"):
         merge_checkpoint(folders.base, folders.adapter, tmp_path / "new", "int8")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "out"}
 

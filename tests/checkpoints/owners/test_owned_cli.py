@@ -136,10 +136,7 @@ def test_inspect_of_a_dense_folder_that_says_packed(tmp_path: Path, capsys: Capt
     assert expected in report["faults"]
 
 
-def test_quantize_and_merge_are_refused(tmp_path: Path, capsys: Captured) -> None:
+def test_quantize_is_refused(tmp_path: Path, capsys: Captured) -> None:
     gpt_oss(tmp_path / "model")
     assert main(["quantize", str(tmp_path / "model"), str(tmp_path / "new")]) == 1
     assert "expected a dense model, got one that is packed already (MXFP4)" in capsys.readouterr().err
-    (tmp_path / "adapter").mkdir()
-    assert main(["merge", str(tmp_path / "model"), str(tmp_path / "adapter"), str(tmp_path / "new")]) == 1
-    assert "expected a dense base or one in NF4, got one quantised by MXFP4" in capsys.readouterr().err
