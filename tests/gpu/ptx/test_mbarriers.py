@@ -152,6 +152,29 @@ def test_broken_ring(hopper: ModuleType, name: str) -> None:
         assert any(error in line for error in expected), line
 
 
+# Thread 0 completes phase 0, writes, and arrives once of twice: waiting for phase 0 does not order the write.
+HALF = f"""
+setp.eq.u32 %p1, %r1, 0; setp.ne.u32 %p2, %r1, 32;
+@%p1 mbarrier.init.shared::cta.b64 [%r5], 2;
+@%p1 mbarrier.arrive.shared::cta.b64 _, [%r5], 2;
+bar.sync 0;
+@%p1 st.shared.u32 [%r4], %r1;
+@%p1 mbarrier.arrive.shared::cta.b64 _, [%r5], 1;
+@%p2 bra END;
+{wait("%r5", "0", 1)}
+ld.shared.u32 %r10, [%r4]; st.global.u32 [%rd2], %r10;
+END:
+"""
+
+
+def test_a_phase_covers_arrivals_of_its_own(hopper: ModuleType) -> None:
+    whole = edited(HALF, ("[%r5], 1;", "[%r5], 2;"), (wait("%r5", "0", 1), wait("%r5", "1", 1)))
+    for seed in SEEDS:
+        hopper.set_seed(seed)
+        run_block(hopper, whole, 64, NOTHING, 1)
+    assert all(RACE in line for line in report(hopper, HALF, 64).splitlines())
+
+
 # Thread i copies word i by cp.async and arrives when it has landed; all wait, and read the next word.
 COPIES = f"""
 setp.eq.u32 %p1, %r1, 0;

@@ -225,6 +225,23 @@ def test_fence_before_the_copies_land(hopper: ModuleType) -> None:
         assert re.search("wrote .* without a fence.proxy.async", line), line
 
 
+FIRST_PRODUCT = multiply(N, "bf16", REGISTERS_OF_A, "%rd11", "p, 1, 1, 0") + COMMIT
+
+
+def test_a_wait_covers_its_groups_alone(hopper: ModuleType) -> None:
+    """Of two groups that read 4 KiB each, the first is waited for, and a thread writes where it was read."""
+    second = descriptor("%rd12", 4096, LAYOUTS["128"]) + FIRST_PRODUCT.replace("%rd11", "%rd12")
+    wait_one = "wgmma.wait_group.sync.aligned 1;"
+    body = edited(BODY, (FIRST_PRODUCT, FIRST_PRODUCT + second + wait_one + BARRIER + SHARED_WRITE))
+    words, expected = some()
+    for seed in SEEDS:
+        hopper.set_seed(seed)
+        assert torch.equal(results(run_block(hopper, body, 128, words, 64 * N), N), expected)
+    later = edited(body, (SHARED_WRITE, SHARED_WRITE.replace("[%r6]", "[%r6+4096]")))
+    for line in report(hopper, later, 128, words, 64 * N).splitlines():
+        assert re.search("race: writes byte 4[0-9]{3}", line), line
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
