@@ -47,7 +47,7 @@ $(VENV)/.packages-%: $(VENV)/.packages
 
 # ---- Kernels --------------------------------------------------------------------------------------------------------
 
-SOURCES := Makefile setup.py tools/precompiled.py tools/cuda_toolkit.py \
+SOURCES := Makefile setup.py tools/precompiled.py tools/cuda_toolkit.py tools/hopper.py \
   $(shell find peft_kernels/ops peft_kernels/core/op.py -name '*.py') $(CPP)
 LOG = build/$(patsubst .%,%,$(@F))$(4).log
 # Not by pip, which would recompile everything each time. --force links; ninja compiles what changed. Its command lines,

@@ -37,6 +37,7 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 sys.path.append(str(ROOT / "tools"))
 from cuda_toolkit import Toolkit  # noqa: E402
+from hopper import HOPPER_KERNELS, HOPPER_MACRO, with_hopper  # noqa: E402
 
 PACKAGE = ROOT / "peft_kernels"
 # Read as a single file: importing the package would import torch.
@@ -61,7 +62,7 @@ CPU_SOURCES = [name for name in sources("csrc/cpu", ".cpp") if name not in (*X86
 EMULATED_SOURCES = ["tests/ops/cpu/amx/amx_emulated.cpp", "tests/ops/cpu/threads/checks.cpp"]
 
 # Kernels and host code are apart: kernels include nothing of torch, whose headers take nvcc minutes.
-CUDA_KERNELS = sources("csrc/cuda", ".cu")
+CUDA_KERNELS = [name for name in sources("csrc/cuda", ".cu") if name not in HOPPER_KERNELS]
 LAUNCH = "csrc/cuda/core/launch.cpp"
 # Counters and queries of the device are for a real card, and left out of the PTX library.
 CUDA_STARTS = ["csrc/cuda/core/card.cpp", "csrc/cuda/core/counters.cpp", LAUNCH]
@@ -268,15 +269,15 @@ def ptx_extension(toolkit: Toolkit) -> Any:
     ]
     architectures = [f"{a}{b}" for a, b in ARCHITECTURES["ALL"] if (a, b) in toolkit.compiles()]
     code = [f"-gencode=arch=compute_{a},code=compute_{a}" for a in architectures]
-    return cpp_extension.CppExtension(
+    extension = cpp_extension.CppExtension(
         name="peft_kernels._C_ptx",
         sources=wrapped("ptx", named) + machine,
-        depends=CUDA_OPS + CUDA_KERNELS + headers("csrc/common", "csrc/cuda", PTX_FOLDER),
+        depends=CUDA_OPS + CUDA_KERNELS + HOPPER_KERNELS + headers("csrc/common", "csrc/cuda", PTX_FOLDER),
         include_dirs=[
             *(generated_headers(), str(ROOT / PTX_FOLDER), str(ROOT / "csrc/cuda")),
             str(Path(toolkit.home, "include")),
         ],
-        define_macros=[("PEFT_KERNELS_PTX", None)],
+        define_macros=[("PEFT_KERNELS_PTX", None), *([HOPPER_MACRO] if (9, 0) in toolkit.compiles() else [])],
         extra_compile_args={
             "cxx": [*HOST_FLAGS, "-march=native", "-Wno-unknown-pragmas", *sanitize_flags()],
             # The fat binary holds the PTX uncompressed, with source lines.
@@ -284,6 +285,10 @@ def ptx_extension(toolkit: Toolkit) -> Any:
         },
         extra_link_args=sanitize_flags(),
     )
+    if HOPPER_MACRO in extension.define_macros:
+        flags = "--no-compress", "-lineinfo", "-gencode=arch=compute_90a,code=compute_90a"
+        extension.hopper_flags = flags
+    return extension
 
 
 def architectures_to_build(toolkit: Toolkit) -> tuple[list[str], list[str]]:
@@ -303,14 +308,18 @@ def cuda_extension(toolkit: Toolkit, architectures: list[str]) -> Any:
     from torch.utils import cpp_extension
 
     cpp_extension.CUDA_HOME = toolkit.home
-    return cpp_extension.CUDAExtension(
+    has_hopper = any(word.startswith("9.0") for word in architectures)
+    if not has_hopper and (9, 0) not in toolkit.compiles():
+        print("CUDA back end: without LinearWgmma, because nvcc does not compile for 9.0", file=sys.stderr)
+    extension = cpp_extension.CUDAExtension(
         name="peft_kernels._C_cuda",
         sources=CUDA_KERNELS + CUDA_OPS + CUDA_STARTS,
-        depends=headers("csrc/common", "csrc/cuda"),
+        depends=HOPPER_KERNELS + headers("csrc/common", "csrc/cuda"),
         include_dirs=[generated_headers()],
         define_macros=[
             # Semicolons would end a shell's command, commas a macro's value for nvcc.
             ("PEFT_KERNELS_CUDA_ARCHITECTURES", ":".join(architectures)),
+            *([HOPPER_MACRO] if has_hopper else []),
         ],
         extra_compile_args={
             "cxx": HOST_FLAGS,
@@ -321,6 +330,9 @@ def cuda_extension(toolkit: Toolkit, architectures: list[str]) -> Any:
             ],
         },
     )
+    if has_hopper:  # machine code alone: no other card may get this PTX
+        extension.hopper_flags = "-Xfatbin", "-compress-all", "-gencode=arch=compute_90a,code=sm_90a"
+    return extension
 
 
 def left_out(what: str, problem: str, wanted: bool | None) -> None:
@@ -352,6 +364,7 @@ def extensions() -> tuple[list[Any], dict[str, Any]]:
         found.append(cpu_extension(emulate and IS_X86))
     if ptx or cuda is not False:
         toolkit = Toolkit()
+        BuildExtension = with_hopper(BuildExtension, toolkit)
     if ptx:
         if toolkit.problem is not None:
             left_out("library of CUDA kernels for tests", toolkit.problem, wanted=True)

@@ -127,6 +127,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       "How a grouped GEMM with `rows` rows of all experts and its gradient are computed on the current "
       "device: see ExpertsWay in experts.h.");
+  m.def("set_wgmma", &cuda::set_wgmma, arg("takes"),
+        "Set whether GEMMs of compute capability 9.0 take LinearWgmma from 64 rows on, which no card has "
+        "measured "
+        "yet. Returns the previous value, initially False.");
   m.def(
       "experts_plan_for",
       [](int64_t rows, int64_t experts, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype,

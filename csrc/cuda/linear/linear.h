@@ -162,10 +162,50 @@ struct TileShape {
   Load load(const Cut& cut) const;
 };
 
+// LinearWgmma, for compute capability 9.0.
+struct WgmmaShape {
+  static constexpr int kFeatures = 128;  // of a tile: two warpgroups of 64
+  static constexpr int kDepth = kGroup;  // of a stage: terms of the sums
+  static constexpr int kWeightBytes = kFeatures * kDepth / 2, kScaleBytes = kFeatures * 4;  // of a stage
+
+  int tokens;  // of a tile: 64, 128 or 256
+  bool is_dx;
+
+  constexpr int x_bytes() const { return tokens * kDepth * 2; }  // of a stage
+  constexpr int stages() const { return tokens == 256 ? 4 : tokens == 128 ? 6 : 8; }
+  // Addresses in shared memory, wherever a block's own starts. Between the system's part and the table of
+  // pairs are codes, scales, barriers and one stage of x; behind the table are the other stages.
+  constexpr int weights() const { return kMostReserved; }
+  constexpr int scales() const { return weights() + stages() * kWeightBytes; }
+  constexpr int map() const { return scales() + stages() * kScaleBytes; }
+  constexpr int barriers() const { return map() + nf4::kDynamicCodes * 4; }
+  constexpr int last() const { return barriers() + 2 * stages() * 8; }
+  constexpr int first_x() const { return kWideTableAddress - x_bytes(); }
+  constexpr int other_x() const { return kBehindWideTable; }
+  constexpr int end() const { return other_x() + (stages() - 1) * x_bytes(); }
+  constexpr bool fits() const { return last() + 4 <= first_x(); }
+  // Estimated cost of a stage in clocks. The matrix units need 4 per token; with few tokens shared memory,
+  // which lookups in the table share with x, and the issue of instructions take longer. Combining the partial
+  // sums of a shared tile passes them through the L2 cache twice.
+  constexpr int64_t stage_cost() const { return tokens == 64 ? 336 : tokens == 128 ? 544 : 1024; }
+  static constexpr int64_t kSharingStages = 16;
+
+  int64_t tiles(int64_t m, int64_t n, int64_t k) const;
+  int64_t tile_stages(int64_t n, int64_t k) const { return ceil_div(is_dx ? n : k, int64_t{kDepth}); }
+  // The stages of a block: whole tiles, or the same number for all blocks.
+  struct Share {
+    int64_t stages, cost;
+  };
+  Share share(int64_t m, int64_t n, int64_t k, const Card& card) const;
+  Cut cut(int64_t m, int64_t n, int64_t k, const Card& card) const;
+  Load load(const Cut& cut) const;
+};
+static_assert(WgmmaShape{64}.fits() && WgmmaShape{128}.fits() && WgmmaShape{256}.fits());
+
 // The kernel and partition of a GEMM, or none; depends on the shape, the card and its crossovers alone.
 struct LinearPlan {
   const char* name = "pieces";  // of the kernel; "pieces": none, the caller dequantises piece by piece
-  std::variant<SmallShape, TileShape, DxShape> shape{};
+  std::variant<SmallShape, TileShape, DxShape, WgmmaShape> shape{};
   Cut cut{};
 
   bool has_kernel() const { return cut.blocks != 0; }
@@ -180,13 +220,20 @@ LinearPlan plan_fused_dx(DType dtype, int64_t m, int64_t n, int64_t k, int block
 LinearPlan plan_linear(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
 LinearPlan plan_linear_dx(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
 
+// Whether plans take LinearWgmma from 64 tokens on, where the card and the build have it: not yet, because no
+// card has measured it. The default is false. Returns the previous value.
+bool set_wgmma(bool takes);
+// LinearWgmma's plan, or none. For arguments that plan_fused() or plan_fused_dx() accepts.
+LinearPlan plan_wgmma(bool is_dx, int64_t m, int64_t n, int64_t k, const Card& card);
+
 // Without a kernel: how many of a weight's `count` rows or columns, of `length` elements each, to dequantise
 // at a time for torch's matmul. A multiple of 256; may exceed `count`.
 int64_t piece_of(int64_t count, int64_t length, int64_t element_size, int64_t most_bytes = 128 << 20);
 
-// One file per kernel: linear_small.cu, linear_tiles.cu, linear_dx.cu.
+// One file per kernel: linear_small.cu, linear_tiles.cu, linear_dx.cu, linear_wgmma.cu.
 void start_kernel(const SmallShape& shape, const Cut& cut, const LinearParams& params, Context& context);
 void start_kernel(const TileShape& shape, const Cut& cut, const LinearParams& params, Context& context);
 void start_kernel(const DxShape& shape, const Cut& cut, const LinearParams& params, Context& context);
+void start_kernel(const WgmmaShape& shape, const Cut& cut, const LinearParams& params, Context& context);
 
 }  // namespace peft_kernels::cuda

@@ -184,12 +184,14 @@ LinearPlan choose(const Rule (&rules)[kRules], int64_t m, int64_t n, int64_t k, 
 
 LinearPlan plan_fused(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
   if (!takes(dtype, m, n, k, block_shift, card)) return {};
+  if (const LinearPlan plan = plan_wgmma(false, m, n, k, card); plan.has_kernel()) return plan;
   return choose(kLinearRules, m, n, k, card);
 }
 
 LinearPlan plan_fused_dx(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
   // Rows of dY are copied in vectors of 16 bytes.
   if (!takes(dtype, m, n, k, block_shift, card) || n % 8 != 0) return {};
+  if (const LinearPlan plan = plan_wgmma(true, m, n, k, card); plan.has_kernel()) return plan;
   return choose(kDxRules, m, n, k, card);
 }
 

@@ -79,8 +79,8 @@ def chosen(
             continue
         if suffix:
             sentences.append(
-                f"{number}{suffix} is compiled as {number}, which the same cards run: the kernels use "
-                "nothing that only some of a generation have"
+                f"{number}{suffix} is compiled as {number}, which the same cards run: the one "
+                "file that needs sm_90a is compiled for it with 9.0"
             )
         if capability not in compiles:
             earlier = [one for one in compiles if MINIMUM <= one < capability]
