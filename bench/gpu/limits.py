@@ -10,11 +10,12 @@ from .roofline import BY_ARCHITECTURE, NF4_BYTES, REGISTERS, RESERVED_SHARED
 from .sass import ARCHITECTURES, Instruction, Kernel, count
 
 MATRIX, MATRIX_16, MATRIX_TF32 = r"HMMA", r"HMMA\.16816", r"HMMA\.1688\.F32\.TF32"
+WARPGROUP = r"HGMMA"
 WIDE_STORE = r"STG?\.E\.(EF\.|NA\.)*128"
 LOCAL = r"(LDL|STL)\b"
 MATRIX_WEIGHTS, TF32_WEIGHTS, STORE_BYTES = 8, 4, 16
 """Per lane of one instruction: a matrix instruction multiplies 16 x 16 weights by 8 tokens, or 16 x 8 of tf32
-in the same time."""
+in the same time; one of a warpgroup 64 x 16 weights by all tokens."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Rule:
     """Tokens (or ranks of an adapter) that a warp multiplies each weight by; 0: no GEMM with weights."""
     tf32_products: int = 0
     """tf32 products that make up one fp32 product; 0: operands are 16-bit."""
+    warpgroup: bool = False
+    """Whether the matrix instructions are those of a warpgroup."""
     written: int = 0
     """Bytes written per weight; 0: weights are not written out."""
     read: float = NF4_BYTES
@@ -43,6 +46,8 @@ class Rule:
         """Pattern of the instructions that do the kernel's work."""
         if self.written:
             return WIDE_STORE
+        if self.warpgroup:
+            return WARPGROUP
         return MATRIX_TF32 if self.tf32_products else MATRIX_16 if self.tokens else MATRIX
 
     def per_weight(self, path: Sequence[Instruction]) -> float | None:
@@ -51,7 +56,7 @@ class Rule:
         weights = done * STORE_BYTES / self.written if self.written else 0
         if self.tokens:
             one = TF32_WEIGHTS / self.tf32_products if self.tf32_products else MATRIX_WEIGHTS
-            weights = done * one / (self.tokens / 8)
+            weights = done * one / (1 if self.warpgroup else self.tokens / 8)
         return len(path) / weights if weights else None
 
 
@@ -87,6 +92,11 @@ RULES: Sequence[Rule] = (
     Rule(r"LinearDx<bf16, NarrowTable, 4>", 3.7, tokens=32),
     Rule(r"LinearDx<fp16, NarrowTable, 4>", 3.9, tokens=32),
     Rule(r"LinearDx<\w+, NarrowTable, 8>", 4.5, tokens=64, architectures=WIDE),
+    *(
+        Rule(rf"LinearWgmma{dx}<\w+, {tokens}>", limit, tokens, warpgroup=True, architectures=(90,))
+        for dx, limit in (("", 3.3), ("Dx", 4.5))
+        for tokens in (64, 128, 256)
+    ),
     Rule(r"ExpertsTiles<\w+, WideTable>", 4.8, tokens=64, architectures=WIDE),
     Rule(r"ExpertsTiles<\w+, NarrowTable>", 5.8, tokens=64, architectures=NARROW),
     Rule(r"ExpertsDx<bf16, 4>", 3.7, tokens=32),
@@ -155,6 +165,8 @@ def check(kernel: Kernel) -> Finding:
         faults.append(f"spills {kernel.spill_bytes} bytes")
     if local := count(kernel.instructions, LOCAL):
         faults.append(f"{local} accesses to local memory")
+    if kernel.is_serialised:
+        faults.append("serialises its instructions of a warpgroup")
     if not (warps := resident_warps(kernel)):
         faults.append(f"does not fit: {kernel.registers} registers, {kernel.shared} bytes shared")
     rule = rule_for(kernel)
@@ -163,6 +175,8 @@ def check(kernel: Kernel) -> Finding:
     shortest, longest = (kernel.main_path(rule.work, longest) for longest in (False, True))
     if not count(longest, rule.work):
         faults.append(f"has no {rule.work}")
+    if rule.warpgroup and count(kernel.instructions, MATRIX):
+        faults.append("has matrix instructions of single warps")
     least, most = rule.per_weight(shortest), rule.per_weight(longest)
     if rule.limit is not None and most is not None and most > rule.limit:
         faults.append(f"{most:.2f} instructions per weight, at most {rule.limit:g} allowed")

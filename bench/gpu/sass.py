@@ -26,6 +26,8 @@ CACHE = ROOT / "build" / "sass"
 SAME_PTX = {80: (80, 86, 89, 90), 100: (100, 120)}
 """Architectures for which nvcc writes the same PTX, by the first of them (tests/gpu/ptx/test_texts.py)."""
 ARCHITECTURES = tuple(sorted(a for same in SAME_PTX.values() for a in same))
+HOPPER = ("linear_wgmma",)
+"""Files with instructions of sm_90a, which is all that they are compiled for."""
 FLAGS = ("-std=c++17", "-O3", "-Xptxas=-v")
 JOBS = 2
 
@@ -73,6 +75,11 @@ def sources(folder: Path = SOURCES) -> list[Path]:
     return sorted(folder.rglob("*.cu"))
 
 
+def architectures_of(file: Path) -> Sequence[int]:
+    """The architectures that a file is compiled for."""
+    return (90,) if file.stem in HOPPER else ARCHITECTURES
+
+
 def compile_all(
     tools: Tools,
     files: Sequence[Path],
@@ -80,7 +87,8 @@ def compile_all(
     include: Path = SOURCES,
     cache: Path = CACHE,
 ) -> list[Cubin]:
-    """One cubin per file and architecture. RuntimeError with nvcc's message when one does not compile.
+    """One cubin per file and architecture that it is for. RuntimeError with nvcc's message when one does not
+    compile.
 
     Cached under a hash of the file, everything it includes from this repository, the flags and the compiler.
     """
@@ -106,21 +114,26 @@ def compile_all(
             unfinished.replace(path)
         return path, log.read_text(encoding="utf-8")
 
-    def write_ptx(job: tuple[Path, int]) -> Path:
+    def write_ptx(job: tuple[Path, str]) -> Path:
         file, one = job
-        text = built_ptx.text(file, one, _files(file, include))
+        text = built_ptx.text(file, int(one), _files(file, include)) if one.isdigit() else None
         return build(file, file, f"compute{one}.ptx", f"-arch=compute_{one}", "-ptx", text=text)[0]
 
     def assemble(job: tuple[Path, int]) -> Cubin:
         file, architecture = job
-        text = texts[file, first[architecture]]
-        name = f"sm{architecture}.cubin"
-        return Cubin(file, architecture, *build(text, file, name, f"-arch=sm_{architecture}", "-cubin"))
+        text, suffix = texts[file, ptx_of(*job)], "a" if file.stem in HOPPER else ""
+        name = f"sm{architecture}{suffix}"
+        flag = f"-arch=sm_{architecture}{suffix}"
+        return Cubin(file, architecture, *build(text, file, f"{name}.cubin", flag, "-cubin"))
 
+    def ptx_of(file: Path, architecture: int) -> str:
+        return f"{architecture}a" if file.stem in HOPPER else str(first[architecture])
+
+    wanted = [(file, a) for file in files for a in architectures if a in architectures_of(file)]
     with ThreadPoolExecutor(JOBS) as pool:
-        to_write = [(file, one) for file in files for one in {first[a]: None for a in architectures}]
+        to_write = list(dict.fromkeys((file, ptx_of(file, a)) for file, a in wanted))
         texts = dict(zip(to_write, pool.map(write_ptx, to_write), strict=True))
-        return list(pool.map(assemble, [(file, a) for file in files for a in architectures]))
+        return list(pool.map(assemble, wanted))
 
 
 def _texts(file: Path, include: Path) -> Iterator[str]:
@@ -191,6 +204,8 @@ class Kernel:
     shared: int = 0
     """Bytes per block that the kernel declares."""
     spill_bytes: int = 0
+    is_serialised: bool = False
+    """Whether ptxas waits for each instruction of a warpgroup."""
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     """Index of the instruction that follows each label."""
@@ -314,6 +329,8 @@ def parse(cubin: Cubin, text: str) -> list[Kernel]:
 def _read_log(log: str, kernels: dict[str, Kernel]) -> None:
     kernel = None
     for line in log.splitlines():
+        if found := re.search(r"wgmma\.mma_async instructions are serialized.*'(\w+)'", line):
+            kernels[found.group(1)].is_serialised = True
         if found := re.search(r"Compiling entry function '(\S+)'", line):
             kernel = kernels.get(found.group(1))
         if kernel is None:

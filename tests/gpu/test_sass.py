@@ -33,8 +33,11 @@ def kernels() -> Sequence[Kernel]:
 
 
 @needs_tools
-@pytest.mark.parametrize("architecture", sass.ARCHITECTURES, ids=lambda a: f"sm{a}")
-@pytest.mark.parametrize("file", [path.stem for path in sass.sources()])
+@pytest.mark.parametrize(
+    "file,architecture",
+    [(path.stem, a) for path in sass.sources() for a in sass.architectures_of(path)],
+    ids=lambda value: f"sm{value}" if isinstance(value, int) else value,
+)
 def test_kernels_stay_within_their_limits(file: str, architecture: int) -> None:
     found = [k for k in kernels() if k.source.stem == file and k.architecture == architecture]
     assert found
