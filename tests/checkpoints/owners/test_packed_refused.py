@@ -250,9 +250,9 @@ def test_damaged_files(what: str, tmp_path: Path) -> None:
         read(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["gptq", "packed"])
-def test_experts_in_separate_tensors(kind: str, tmp_path: Path) -> None:
-    """transformers merges them, which packed ones in int4 cannot be."""
+@pytest.mark.parametrize(("kind", "codes"), [("gptq", "qweight"), ("packed", "weight_packed")])
+def test_one_packed_layer_among_dense_experts(kind: str, codes: str, tmp_path: Path) -> None:
+    """transformers merges all of them into one weight."""
     qwen_moe().save_pretrained(tmp_path)
     change_json(tmp_path / "config.json", quantization_config=config_of(kind))
     name = "model.layers.0.mlp.experts.1.up_proj"
@@ -262,8 +262,8 @@ def test_experts_in_separate_tensors(kind: str, tmp_path: Path) -> None:
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
 
     change_tensors(tmp_path / FILE, pack)
-    title = OWNERS[KINDS[kind].owner].title
-    expected = rf"^{name}\.weight: expected a dense weight, which this model converts to .*, got {title};"
+    first = "model.layers.0.mlp.experts.0.gate_proj"
+    expected = rf"^{first}\.{codes}: expected this tensor of a packed weight, got none$"
     with pytest.raises(ValueError, match=expected):
         read(tmp_path)
 
