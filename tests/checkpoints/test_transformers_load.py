@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from checkpoint_damage import change_json
+from checkpoint_damage import change_json, change_tensors
 from torch import nn
 from transformers_models import (
     MODELS,
@@ -23,6 +23,8 @@ from transformers_models import (
     loaded,
     logits,
     nf4_layers,
+    qwen_moe,
+    read,
     saved,
     transformers,
 )
@@ -233,6 +235,18 @@ def test_non_finite_weight(bad: float, tmp_path: Path) -> None:
     name = r"model\.layers\.1\.self_attn\.k_proj\.weight"
     with pytest.raises(ValueError, match=rf"^{name}: expected finite values, got 1 NaN or Inf among 2048$"):
         loaded(tmp_path)
+
+
+def test_packed_layers_that_the_model_merges(tmp_path: Path) -> None:
+    """bitsandbytes packs layers of experts that transformers merges since."""
+    qwen_moe().save_pretrained(tmp_path)
+    method = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    change_json(tmp_path / "config.json", quantization_config=method)
+    name = "model.layers.0.mlp.experts.1.up_proj.weight"
+    mark = {f"{name}.quant_state.bitsandbytes__nf4": torch.zeros(8, dtype=torch.uint8)}
+    change_tensors(tmp_path / "model.safetensors", lambda tensors: tensors.update(mark))
+    with pytest.raises(ValueError, match=f"^{name}: expected a dense weight, which this model converts to"):
+        read(tmp_path)
 
 
 def test_weight_of_another_shape(tmp_path: Path) -> None:
