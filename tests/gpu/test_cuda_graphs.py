@@ -191,6 +191,7 @@ IN_CAPTURES = {
     "cudaGetLastError": "a query",
     "cudaGetErrorString": "a query",
     "cudaGetErrorName": "a query",
+    "cudaGetDriverEntryPointByVersion": "a query",
     "cudaFuncSetAttribute": "acts on a kernel, not on a stream",
     "cudaMalloc": "only in counters.cpp, in relaxed mode",
     "cudaThreadExchangeStreamCaptureMode": "for cudaMalloc",
