@@ -63,7 +63,7 @@ def test_the_kernels_are_correct(extension: ModuleType, case: dict[str, Any]) ->
 def test_more_adapters_than_a_launch_takes(extension: ModuleType, adapters: int, groups: str) -> None:
     """And than rows, of which some adapters have none."""
     judge(case_of(ranks=(4, 8, 3) * 23 + (8,) * (adapters - 69) if adapters > 69 else (4,) * adapters,
-                  groups=groups, m=69, k=24), least=4)  # fmt: skip
+                  groups=groups, m=69, k=24), by_value=True)  # fmt: skip
 
 
 def test_more_rows_than_are_sorted_at_a_time(extension: ModuleType) -> None:
