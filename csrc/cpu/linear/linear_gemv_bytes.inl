@@ -1,12 +1,16 @@
-// GEMV with a weight in E4M3: one to kFewByteRows rows of lhs, read in place. Codes are decoded in registers,
-// without their scales, and multiplied by as many rows as sums fit; the sums of kByteBlock columns are then
-// scaled. Codes become pairs of bf16, which hold them exactly, where bytes can be permuted; else fp32.
+// GEMV with a weight in E4M3: a few rows of lhs, read in place. Codes are decoded in registers, without their
+// scales, and multiplied by as many rows as sums fit; the sums of kByteBlock columns are then scaled. Codes
+// become pairs of bf16, which hold them exactly, where bytes can be permuted; else fp32.
 
 constexpr int64_t kByteBlock = kE4M3Block;  // columns that share a scale, at most
 constexpr int64_t kByteStep = 64;           // columns decoded at once
 constexpr int64_t kByteRun = 1024;          // of one running sum, as in linear_gemv_dense.inl
-// With more rows packing lhs pays.
-constexpr int64_t kFewByteRows = PEFT_KERNELS_PERMUTES_BYTES && !PEFT_KERNELS_TILES ? 32 : 16;
+
+// With more rows packing lhs pays: bf16 on AMX soon, where tiles multiply 16 rows in the time of six here.
+inline int64_t few_byte_rows(const GemmTerm& term) {
+  if (PEFT_KERNELS_TILES) return has_bf16_values(term) ? 6 : 16;
+  return PEFT_KERNELS_PERMUTES_BYTES ? 32 : 16;
+}
 
 template <class T>
 struct FloatBytes {
@@ -47,9 +51,10 @@ using PairBytes = FloatBytes<BF16>;
 
 // Whether this kernel computes a GEMM. The rows of the whole GEMM decide, as in linear_gemv.inl.
 inline bool byte_gemv_serves(const GemmParams& p) {
-  if (p.term_count == 0 || p.m > kFewByteRows) return false;
+  if (p.term_count == 0) return false;
   const GemmTerm& term = p.terms[0];
-  return term.rhs.nf4 && !term.rhs.nf4->codes && term.depth > 0 && term.depth % kByteStep == 0;
+  return term.rhs.nf4 && !term.rhs.nf4->codes && term.depth > 0 && term.depth % kByteStep == 0 &&
+         p.m <= few_byte_rows(term);
 }
 
 // tile[r][c] += lhs[r] . codes[c] over `depth` columns. scales[c]: of row c, the next kByteBlock columns'
