@@ -6,7 +6,7 @@ constexpr int64_t kByteBlock = kE4M3Block;  // columns that share a scale, at mo
 constexpr int64_t kByteStep = 64;           // columns decoded at once
 constexpr int64_t kByteRun = 1024;          // of one running sum, as in linear_gemv_dense.inl
 
-// With more rows packing lhs pays: bf16 on AMX soon, where tiles multiply 16 rows in the time of six here.
+// More rows are faster packed: bf16 on AMX from seven on, since a tile multiplies 16 in the time of six here.
 inline int64_t few_byte_rows(const GemmTerm& term) {
   if (PEFT_KERNELS_TILES) return has_bf16_values(term) ? 6 : 16;
   return PEFT_KERNELS_PERMUTES_BYTES ? 32 : 16;

@@ -150,7 +150,7 @@ void gemm_nn(const GemmParams& p, const Rect& rect, void* scratch) {
   float* tile = static_cast<float*>(scratch);
   float* panel = tile + kNnTileFloats;
   float* lhs = panel + kNnPanelFloats;
-  float* masked = lhs + kNnLhsFloats;  // the result of a term with dropout, before it is masked; kept rows
+  float* masked = lhs + kNnLhsFloats;  // of a term with dropout, before the mask; or rows to put back
   const bool is_one = is_one_term(p, rect);
   const auto add_term = [&](int64_t t, int64_t m0, int64_t rows, int64_t n0, int64_t cols, bool adds,
                             float* sums) {
@@ -188,7 +188,7 @@ void gemm_nn(const GemmParams& p, const Rect& rect, void* scratch) {
         if (begin >= end) continue;
         float* sums = tile + (begin - m0) * kNnTileLd;
         if (term.mask.threshold == 0) {
-          // Rows after the term's belong to other terms: put them back.
+          // Whole tiles also write the rows after a term's last one, which are other terms': put them back.
           float* after = tile + (end - m0) * kNnTileLd;
           const size_t kept = min64(kNnRowsAfter, m0 + rows - end) * kNnTileLd * sizeof(float);
           memcpy(masked, after, kept);

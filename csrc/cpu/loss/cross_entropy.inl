@@ -8,7 +8,7 @@ inline float* softmax_row(const T* logits, int64_t cols, float* copy) {
 }
 inline float* softmax_row(float* logits, int64_t, float*) { return logits; }
 
-// Within 0.64 epsilon of the value 1: a polynomial near 0, where 1 - 2 / (1 + e^2u) would cancel.
+// The error is at most 0.64 epsilon. Near 0 a polynomial, since 1 - 2 / (1 + e^2u) cancels there.
 inline Vec hyperbolic_tangent(Vec u) {
   constexpr float kEdge = 0.625f;
   const Vec one = splat(1.0f), square = mul(u, u), magnitude = max(u, negate(u));

@@ -210,7 +210,8 @@ BY_ARRIVALS = edited(
 
 @pytest.mark.parametrize("body", [BY_COPIES, BY_ARRIVALS], ids=["waits", "arrives"])
 def test_b_by_cp_async(hopper: ModuleType, body: str) -> None:
-    """Copies of the generic proxy: a fence is needed between them and wgmma, by who has waited for them."""
+    """cp.async writes through the generic proxy: the thread that waited for its copies needs a fence before
+    wgmma reads them."""
     words, expected = some()
     for seed in SEEDS:
         hopper.set_seed(seed)
