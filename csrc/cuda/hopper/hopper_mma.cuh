@@ -52,6 +52,7 @@ template <class T, int kTokens>
 DEVICE void multiply_async(float (&d)[kTokens / 2], const uint32_t (&a)[4], uint64_t b);
 
 // clang-format off
+// Registers cannot be indexed in assembly, so they are all named.
 #define PK_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define PK_16(i) PK_4(i), PK_4(i + 4), PK_4(i + 8), PK_4(i + 12)
 #define PK_32(i) PK_16(i), PK_16(i + 16)
@@ -59,56 +60,30 @@ DEVICE void multiply_async(float (&d)[kTokens / 2], const uint32_t (&a)[4], uint
 #define PK_NAMES_64 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-template <>
-DEVICE void multiply_async<bf16, 64>(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" PK_NAMES_64 "}, "
-               "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
-               : PK_32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-template <>
-DEVICE void multiply_async<fp16, 64>(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" PK_NAMES_64 "}, "
-               "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
-               : PK_32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-#define PK_NAMES_128 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+#define PK_NAMES_128 PK_NAMES_64 ", " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-template <>
-DEVICE void multiply_async<bf16, 128>(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" PK_NAMES_128 "}, "
-               "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
-               : PK_64(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-template <>
-DEVICE void multiply_async<fp16, 128>(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" PK_NAMES_128 "}, "
-               "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
-               : PK_64(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-#define PK_NAMES_256 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+#define PK_NAMES_256 PK_NAMES_128 ", " \
   "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
   "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-template <>
-DEVICE void multiply_async<bf16, 256>(float (&d)[128], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" PK_NAMES_256 "}, "
-               "{%128, %129, %130, %131}, %132, 1, 1, 1, 0;"
-               : PK_64(0), PK_64(64) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-template <>
-DEVICE void multiply_async<fp16, 256>(float (&d)[128], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" PK_NAMES_256 "}, "
-               "{%128, %129, %130, %131}, %132, 1, 1, 1, 0;"
-               : PK_64(0), PK_64(64) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
+// `operands` names a and b; the last arguments are the sums.
+#define PK_MULTIPLY(T, type, tokens, operands, ...) \
+  template <> \
+  DEVICE void multiply_async<T, tokens>(float (&d)[tokens / 2], const uint32_t (&a)[4], uint64_t b) { \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #tokens "k16.f32." type "." type \
+                 " {" PK_NAMES_##tokens "}, " operands ", 1, 1, 1, 0;" \
+                 : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
+  }
+#define PK_MULTIPLY_BOTH(tokens, operands, ...) \
+  PK_MULTIPLY(bf16, "bf16", tokens, operands, __VA_ARGS__) \
+  PK_MULTIPLY(fp16, "f16", tokens, operands, __VA_ARGS__)
+PK_MULTIPLY_BOTH(64, "{%32, %33, %34, %35}, %36", PK_32(0))
+PK_MULTIPLY_BOTH(128, "{%64, %65, %66, %67}, %68", PK_64(0))
+PK_MULTIPLY_BOTH(256, "{%128, %129, %130, %131}, %132", PK_64(0), PK_64(64))
+#undef PK_MULTIPLY_BOTH
+#undef PK_MULTIPLY
 #undef PK_NAMES_64
 #undef PK_NAMES_128
 #undef PK_NAMES_256
