@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from experts_folders import DTYPES, EXPERTS, MODELS, in_file, make_moe, weights_of
+from experts_folders import DTYPES, EXPERTS, MODELS, check_dequantize, in_file, make_moe, weights_of
 from owned_folders import assert_same_file, stored, trained, with_adapters
 from packed_models import Made, config_of
 from safetensors import safe_open
@@ -216,11 +216,7 @@ def test_packed_again(kind: str, made: Made, folder: Path, tmp_path: Path) -> No
 
 
 def test_dequantize(kind: str, made: Made, folder: Path) -> None:
-    model = read(folder)
-    model.dequantize()
-    assert not any(isinstance(p, pk.NF4Weight) for p in model.parameters())
-    for name, dense in weights_of(made, kind).items():
-        assert torch.equal(model.get_parameter(name), dense.bfloat16())
+    check_dequantize(folder, made, kind)
 
 
 FORMS = ("fp8 static", "fp8 rows", "fp8 tensor", "fp8 blocks", "fp8 modelopt")

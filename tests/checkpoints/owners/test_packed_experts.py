@@ -13,6 +13,7 @@ from checkpoint_damage import change_tensors, write
 from experts_folders import (
     EXPERTS,
     FORMS,
+    check_dequantize,
     dense_experts,
     in_file,
     make_moe,
@@ -253,11 +254,7 @@ def test_packed_again(kind: str, form: str, made: Made, folder: Path, tmp_path: 
 
 
 def test_dequantize(kind: str, made: Made, folder: Path) -> None:
-    model = read(folder)
-    model.dequantize()
-    assert not any(isinstance(p, pk.NF4Weight) for p in model.parameters())
-    for name, dense in weights_of(made, kind).items():
-        assert torch.equal(model.get_parameter(name), dense.bfloat16())
+    check_dequantize(folder, made, kind)
 
 
 @pytest.mark.parametrize("which", [(0, 0), (2, 1), (3, 2)])
