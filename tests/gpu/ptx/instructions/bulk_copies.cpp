@@ -209,8 +209,7 @@ bool decode_bulk_copy(Decoder& decoder, const Decoder::Words& words) {
     instruction.execute = copy_linear;
   }
   decoder.set_list(list);
-  decoder.entry().is_async = true;
-  decoder.emit(instruction);
+  decoder.emit_async(instruction);
   return true;
 }
 

@@ -273,6 +273,11 @@ void Decoder::emit(const Instruction& instruction) {
   entry_.texts.push_back(statement_->text);
 }
 
+void Decoder::emit_async(const Instruction& instruction) {
+  entry_.is_async = true;
+  emit(instruction);
+}
+
 bool Decoder::decode_from_part(const Opcode& opcode) {
   if (statement_->opcode.substr(0, 4) != "cvt." || opcode.operands.size() != 2) return false;
   const Operand& from = operand(1);

@@ -71,7 +71,8 @@ class Decoder {
   uint32_t label(std::string_view name) const;
   void set_list(const std::vector<int32_t>& list);  // of the next emitted instruction
   void emit(const Instruction& instruction);
-  Instruction begin() const;  // with the guard and site of the current statement
+  void emit_async(const Instruction& instruction);  // its kernel's threads get clocks
+  Instruction begin() const;                        // with the guard and site of the current statement
 
   const Statement& statement() const { return *statement_; }
   const Operand& operand(size_t i) const;

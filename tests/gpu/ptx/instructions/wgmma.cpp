@@ -315,8 +315,7 @@ bool decode_wgmma(Decoder& decoder, const Decoder::Words& words) {
   } else {
     return false;
   }
-  decoder.entry().is_async = true;
-  decoder.emit(instruction);
+  decoder.emit_async(instruction);
   return true;
 }
 
