@@ -1,5 +1,6 @@
-"""Times NF4 GEMMs fused and by dequantise + cuBLAS on this GPU, those of experts by torch's grouped GEMM, and
-writes up to how many rows of activations the first is faster, as a file for PEFT_KERNELS_CROSSOVERS.
+"""Times NF4 GEMMs fused, on compute capability 9.0 by wgmma too, and by dequantise + cuBLAS on this GPU, and
+those of experts by torch's grouped GEMM. Writes for how many rows of activations each is fastest, as a file
+for PEFT_KERNELS_CROSSOVERS.
 
     python bench/gpu/crossovers.py crossovers.json
     python bench/gpu/crossovers.py --rehearse crossovers.json   # small shapes on the stub device, no GPU
@@ -26,7 +27,7 @@ from bench.gpu.device_cases import SHAPES
 from bench.lib import report
 from peft_kernels.core.backends import cuda
 from peft_kernels.core.backends.crossover_timing import Cell, crossovers, time_cells, time_experts
-from peft_kernels.core.backends.crossovers import ANY, Card, Limits, Rows, Table, conditions, write
+from peft_kernels.core.backends.crossovers import ANY, NO_ROWS, Card, Limits, Rows, Table, conditions, write
 
 ROWS = (64, 96, 128, 192, 256, 384, 512, 768, 1024)
 EXPERTS_SHAPES = ((1536, 2048), (2048, 768))
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def timed() -> tuple[Card, list[Cell], list[Cell]]:
     card = cuda.BACKEND.card(0)
-    cells = cuda.BACKEND.time_both_ways(0, card, SHAPES, ROWS)
+    cells = cuda.BACKEND.time_linear(0, card, SHAPES, ROWS, has_wgmma=cuda.BACKEND.has_wgmma(0))
     return card, cells, cuda.BACKEND.time_experts(0, card, EXPERTS_SHAPES, EXPERTS_ROWS)
 
 
@@ -81,20 +82,25 @@ def render(title: str, cells: Sequence[Cell], rows: Sequence[Rows]) -> str:
     times: dict[tuple[str, str], list[str]] = {}
     for cell in cells:
         name = f"{cell.out_features}x{cell.in_features}", "dx" if cell.is_backward else "forward"
-        times.setdefault(name, []).append(f"{cell.fused * 1e6:.0f} / {cell.dequantised * 1e6:.0f}")
+        ways = cell.fused, cell.wgmma, cell.dequantised
+        times.setdefault(name, []).append(" / ".join(f"{way * 1e6:.0f}" for way in ways if way is not None))
     columns = ["weight", "", *(f"M={m}" for m in sorted({cell.rows for cell in cells}))]
     lines = [[*name, *values] for name, values in times.items()]
     limits = [
-        ["any" if row.weights == ANY else f"{row.weights:,}", str(row.forward), str(row.backward)]
+        [
+            "any" if row.weights == ANY else f"{row.weights:,}", str(row.forward), str(row.backward),
+            *("-" if found == NO_ROWS else f"{found.least} to {found.most}" for found in row[3:]),
+        ]
         for row in rows
-    ]
+    ]  # fmt: skip
+    wgmma = " / by wgmma" if any(cell.wgmma is not None for cell in cells) else ""
     return "\n".join(
         (
-            f"{title}: us fused / by dequantise + cuBLAS",
+            f"{title}: us fused{wgmma} / by dequantise + cuBLAS",
             report.table(columns, lines),
             "",
-            "fused up to so many rows",
-            report.table(("weights up to", "forward", "dx"), limits),
+            "fused up to so many rows; by wgmma",
+            report.table(("weights up to", "forward", "dx", "wgmma", "wgmma dx"), limits),
         )
     )
 

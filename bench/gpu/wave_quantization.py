@@ -90,7 +90,7 @@ def cells(plans: Any, gpu: Gpu) -> list[Cell]:
         for is_dx in (False, True):
             for m in ROWS:
                 problem = m, n, k, 64, "bfloat16", gpu.architecture, gpu.sms, gpu.block_shared
-                kernels = plans.plan_for(*problem, ignore_crossovers=True)
+                kernels = plans.plan_for(*problem, kernels="mma.sync")
                 cuts = plans.cuts_for(*problem)
                 found.append(Cell(gpu, n, k, m, is_dx, kernels[is_dx], cuts[is_dx]))
     return found

@@ -6,7 +6,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <cstdint>
 #include <map>
 #include <stdexcept>
@@ -45,16 +44,26 @@ DType dtype_named(const std::string& name) {
   throw pybind11::value_error("dtype: expected float32, bfloat16 or float16, got " + name);
 }
 
+cuda::Kernels kernels_named(const std::string& name) {
+  if (name == "by table") return cuda::Kernels::kByTable;
+  if (name == "mma.sync") return cuda::Kernels::kMmaSync;
+  if (name == "wgmma") return cuda::Kernels::kWgmma;
+  throw pybind11::value_error("kernels: expected 'by table', 'mma.sync' or 'wgmma', got '" + name + "'");
+}
+
+using Plans = std::pair<cuda::LinearPlan, cuda::LinearPlan>;
 using Paths = std::pair<std::string, std::string>;
 
-Paths plan(int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype,
-           const cuda::Card& card, bool ignore_crossovers = false) {
-  const int shift = block_shift_of(blocksize);
-  const DType type = dtype_named(dtype);
-  const auto forward = ignore_crossovers ? cuda::plan_fused : cuda::plan_linear;
-  const auto backward = ignore_crossovers ? cuda::plan_fused_dx : cuda::plan_linear_dx;
-  return {forward(type, m, n, k, shift, card).name, backward(type, m, n, k, shift, card).name};
+// Forward and backward.
+Plans plans(int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype,
+            const cuda::Card& card, const std::string& kernels) {
+  const auto planned = [&](bool is_dx) {
+    return cuda::plan_linear(is_dx, dtype_named(dtype), m, n, k, block_shift_of(blocksize), card,
+                             kernels_named(kernels));
+  };
+  return {planned(false), planned(true)};
 }
+Paths names(const Plans& plans) { return {plans.first.name, plans.second.name}; }
 
 std::string name_of(cuda::ExpertsWay way) {
   switch (way) {
@@ -76,11 +85,19 @@ Paths experts_plan(int64_t rows, int64_t experts, int64_t n, int64_t k, int64_t 
   return {way(false), way(true)};
 }
 
-using Rows = std::vector<std::array<int64_t, 3>>;
+// crossovers.Rows of Python.
+using Range = std::pair<int64_t, int64_t>;
+using Rows = std::vector<std::tuple<int64_t, int64_t, int64_t, Range, Range>>;
 
 std::vector<cuda::Crossover> crossovers_of(const Rows& rows) {
   std::vector<cuda::Crossover> list;
-  for (const auto& [weights, forward, backward] : rows) list.push_back({weights, forward, backward});
+  for (const auto& [weights, forward, backward, forward_wgmma, backward_wgmma] : rows) {
+    list.push_back({weights,
+                    forward,
+                    backward,
+                    {forward_wgmma.first, forward_wgmma.second},
+                    {backward_wgmma.first, backward_wgmma.second}});
+  }
   return list;
 }
 
@@ -107,19 +124,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "plan",
       [](int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype) {
-        return plan(m, n, k, blocksize, dtype, cuda::current_card());
+        return names(plans(m, n, k, blocksize, dtype, cuda::current_card(), "by table"));
       },
       "The kernels that [m, k] x [n, k]^T and its gradient use on the current device.");
   m.def(
       "plan_for",
       [](int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype, int compute_capability,
-         int sms, int64_t shared_bytes, int64_t reserved_bytes, bool ignore_crossovers) {
-        return plan(m, n, k, blocksize, dtype, {compute_capability, sms, shared_bytes, reserved_bytes},
-                    ignore_crossovers);
+         int sms, int64_t shared_bytes, int64_t reserved_bytes, const std::string& kernels) {
+        const cuda::Card card{compute_capability, sms, shared_bytes, reserved_bytes};
+        return names(plans(m, n, k, blocksize, dtype, card, kernels));
       },
-      "The same for any card; ignore_crossovers: the fused kernels, for any number of rows.", arg("m"),
-      arg("n"), arg("k"), arg("blocksize"), arg("dtype"), arg("compute_capability"), arg("sms"),
-      arg("shared_bytes"), arg("reserved_bytes") = kReserved, arg("ignore_crossovers") = false);
+      "The same for any card. kernels: 'by table', or 'mma.sync' or 'wgmma' for any number of rows.",
+      arg("m"), arg("n"), arg("k"), arg("blocksize"), arg("dtype"), arg("compute_capability"), arg("sms"),
+      arg("shared_bytes"), arg("reserved_bytes") = kReserved, arg("kernels") = "by table");
   m.def(
       "experts_plan",
       [](int64_t rows, int64_t experts, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype) {
@@ -127,10 +144,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       "How a grouped GEMM with `rows` rows of all experts and its gradient are computed on the current "
       "device: see ExpertsWay in experts.h.");
-  m.def("set_wgmma", &cuda::set_wgmma, arg("takes"),
-        "Set whether GEMMs of compute capability 9.0 take LinearWgmma from 64 rows on, which no card has "
-        "measured "
-        "yet. Returns the previous value, initially False.");
   m.def(
       "experts_plan_for",
       [](int64_t rows, int64_t experts, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype,
@@ -144,24 +157,22 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "cuts_for",
       [](int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype, int compute_capability,
-         int sms, int64_t shared_bytes, int64_t reserved_bytes) {
+         int sms, int64_t shared_bytes, int64_t reserved_bytes, const std::string& kernels) {
         const cuda::Card card{compute_capability, sms, shared_bytes, reserved_bytes};
-        const int shift = block_shift_of(blocksize);
-        const DType type = dtype_named(dtype);
-        return std::pair{describe(cuda::plan_fused(type, m, n, k, shift, card)),
-                         describe(cuda::plan_fused_dx(type, m, n, k, shift, card))};
+        const auto [forward, backward] = plans(m, n, k, blocksize, dtype, card, kernels);
+        return std::pair{describe(forward), describe(backward)};
       },
-      "How each of these is partitioned, without crossovers, and the load of the busiest worker: see Cut "
-      "and Load in linear.h. Empty where there is no kernel.",
+      "How each of these is partitioned, and the load of the busiest worker: see Cut and Load in linear.h. "
+      "Empty where there is no kernel.",
       arg("m"), arg("n"), arg("k"), arg("blocksize"), arg("dtype"), arg("compute_capability"), arg("sms"),
-      arg("shared_bytes"), arg("reserved_bytes") = kReserved);
+      arg("shared_bytes"), arg("reserved_bytes") = kReserved, arg("kernels") = "mma.sync");
   m.def(
       "set_limits",
       [](int compute_capability, int sms, const Rows& linear, const Rows& experts) {
         cuda::set_crossovers(cuda::Gemms::kLinear, compute_capability, sms, crossovers_of(linear));
         cuda::set_crossovers(cuda::Gemms::kExperts, compute_capability, sms, crossovers_of(experts));
       },
-      "Sets (weights, forward, backward) of cards: see crossovers.h.", arg("compute_capability"), arg("sms"),
+      "Sets crossovers.Rows of cards: see crossovers.h.", arg("compute_capability"), arg("sms"),
       arg("linear"), arg("experts") = Rows{});
   m.def(
       "piece_of",

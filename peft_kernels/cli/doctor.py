@@ -81,11 +81,8 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
             problems.append(str(error))
     if limits:
         out.table(
-            ("card", "GEMMs", "weights up to>", "fused rows>", "backward>", ""),
-            [
-                ["any" if n is None else f"{n:,}" if isinstance(n, int) else n for n in row.values()]
-                for row in limits
-            ],
+            ("card", "GEMMs", "weights up to>", "fused rows>", "backward>", "by wgmma>", "backward>", ""),
+            [[_cell(value) for value in row.values()] for row in limits],
         )
     for problem in problems:
         out.say(f"problem: {problem}", "red")
@@ -105,22 +102,34 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
     return not problems
 
 
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{value[0]:,} to {_cell(value[1])}" if value else "-"
+    return "any" if value is None else f"{value:,}" if isinstance(value, int) else value
+
+
 def _crossovers() -> list[dict[str, Any]]:
-    """Up to how many rows NF4 GEMMs are fused, for each card and size of weight: of a layer with one weight,
-    or of an expert on average."""
+    """Up to how many rows NF4 GEMMs are fused and for which by wgmma, for each card and size of weight: of a
+    layer with one weight, or of an expert on average."""
     return [
         {
             "card": card,
             "gemms": {"rows": "of one weight", "experts": "of experts"}[name],
-            "weights": None if row.weights == crossovers.ANY else row.weights,
+            "weights": _any_is_none(row.weights),
             "forward": row.forward,
             "backward": row.backward,
+            "forward_wgmma": [*map(_any_is_none, row.forward_wgmma)] if row.forward_wgmma.most else [],
+            "backward_wgmma": [*map(_any_is_none, row.backward_wgmma)] if row.backward_wgmma.most else [],
             "source": table.source,
         }
         for card, table in cuda.BACKEND.all_crossovers().items()
         for name, rows in table.limits._asdict().items()
         for row in rows
     ]
+
+
+def _any_is_none(number: int) -> int | None:
+    return None if number == crossovers.ANY else number
 
 
 def self_test(backend: Backend, until: float) -> list[Check]:

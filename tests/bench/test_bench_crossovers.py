@@ -11,7 +11,7 @@ from bench.gpu import crossovers as script
 from bench.gpu.device_cases import SHAPES
 from peft_kernels.core.backends import crossovers, cuda
 from peft_kernels.core.backends.crossover_timing import Cell, Shape
-from peft_kernels.core.backends.crossovers import ANY, Card
+from peft_kernels.core.backends.crossovers import ANY, NO_ROWS, Card
 
 CARD = Card("NVIDIA H100 80GB HBM3", "9.0", 132, "a driver", "0123")
 
@@ -23,7 +23,7 @@ def test_a_rehearsal_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (table.card, table.source) == ("stub device", "measured")
     assert [[row.weights for row in rows] for rows in table.limits] == [[14188, ANY]] * 2
     said = capsys.readouterr().out
-    assert "stub device: us fused / by dequantise + cuBLAS" in said and said.count("128x192") == 4
+    assert "stub device: us fused / by wgmma / by dequantise + cuBLAS" in said and said.count("128x192") == 4
     assert "stub device, rows and weights of an expert: us fused" in said
 
 
@@ -33,16 +33,19 @@ def test_a_card_is_timed(
     """On all projections and rows; the file can be pinned."""
     asked = []
 
-    def timed(index: int, card: Card, shapes: tuple[Shape, ...], rows: tuple[int, ...]) -> list[Cell]:
+    def timed(
+        index: int, card: Card, shapes: tuple[Shape, ...], rows: tuple[int, ...], has_wgmma: bool = False
+    ) -> list[Cell]:
         asked.append((index, card, shapes, rows))
         return [
-            Cell(*shape, m, way, m * 1e-7 * (1 + way), 2.5e-5)
+            Cell(*shape, m, way, m * 1e-7 * (1 + way), 2.5e-5, 2.2e-5 if has_wgmma else None)
             for shape in shapes for m in rows for way in (False, True)
         ]  # fmt: skip
 
     monkeypatch.setattr(cuda.BACKEND, "probe", lambda: None)
     monkeypatch.setattr(cuda.BACKEND, "card", lambda index: CARD)
-    monkeypatch.setattr(cuda.BACKEND, "time_both_ways", timed)
+    monkeypatch.setattr(cuda.BACKEND, "time_linear", timed)
+    monkeypatch.setattr(cuda.BACKEND, "has_wgmma", lambda index: True)
     monkeypatch.setattr(cuda.BACKEND, "time_experts", timed)
     path = tmp_path / "crossovers.json"
     assert script.main([str(path)]) == 0
@@ -54,7 +57,9 @@ def test_a_card_is_timed(
     table = crossovers.choose(CARD, None)
     assert table is not None and table.measured_with["driver"] == "a driver"
     assert [len(rows) for rows in table.limits] == [3, 2]
-    assert {row[1:] for rows in table.limits for row in rows} == {(192, 96), (192, 64)}
+    # 22 us where the others take 10 to 19, and 25 with more rows.
+    assert {row[1:] for row in table.limits.rows} == {(192, 96, (193, 1024), (97, 1024))}
+    assert {row[1:] for row in table.limits.experts} == {(192, 64, NO_ROWS, NO_ROWS)}
     said = capsys.readouterr().out
     assert all(words in said for words in ("1024x4096", "M=1024", " 6 / 25 ", "31,387,297"))
 

@@ -17,7 +17,7 @@ import testing
 from peft_kernels.cli import doctor, info
 from peft_kernels.cli.main import main
 from peft_kernels.core.backends import BACKENDS
-from peft_kernels.core.backends.crossovers import ANY, Limits, Rows, Table
+from peft_kernels.core.backends.crossovers import ANY, Limits, RowRange, Rows, Table
 
 needs_cpu = pytest.mark.skipif(
     testing.unavailable("cpu") is not None, reason=f"back end cpu: {testing.unavailable('cpu')}"
@@ -121,7 +121,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("card")
 def test_crossovers_are_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = (Rows(8_000_000, 384, 320), Rows(ANY, 256, 1024))
+    rows = (Rows(8_000_000, 384, 320, RowRange(65, 3072), RowRange(64, ANY)), Rows(ANY, 256, 1024))
     experts = (Rows(ANY, 416, 352),)
     tables = {
         "cuda:0 A": Table("9.0", Limits(rows, experts)),
@@ -129,22 +129,22 @@ def test_crossovers_are_shown(capsys: pytest.CaptureFixture[str], monkeypatch: p
     }
     monkeypatch.setattr(BACKENDS["cuda"], "all_crossovers", lambda: tables)
     code, report = diagnosed(capsys)
-    names = "card", "gemms", "weights", "forward", "backward", "source"
+    names = "card", "gemms", "weights", "forward", "backward", "forward_wgmma", "backward_wgmma", "source"
     assert code == 0 and report["crossovers"] == [
         dict(zip(names, values, strict=True))
         for values in (
-            ("cuda:0 A", "of one weight", 8_000_000, 384, 320, "estimated"),
-            ("cuda:0 A", "of one weight", None, 256, 1024, "estimated"),
-            ("cuda:0 A", "of experts", None, 416, 352, "estimated"),
-            ("cuda:1 B", "of one weight", None, 256, 1024, "measured"),
+            ("cuda:0 A", "of one weight", 8_000_000, 384, 320, [65, 3072], [64, None], "estimated"),
+            ("cuda:0 A", "of one weight", None, 256, 1024, [], [], "estimated"),
+            ("cuda:0 A", "of experts", None, 416, 352, [], [], "estimated"),
+            ("cuda:1 B", "of one weight", None, 256, 1024, [], [], "measured"),
         )
     ]
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     for line in (
-        "cuda:0 A  of one weight      8,000,000         384       320  estimated",
-        "cuda:0 A  of experts               any         416       352  estimated",
-        "cuda:1 B  of one weight            any         256     1,024  measured",
+        "cuda:0 A  of one weight      8,000,000         384       320  65 to 3,072  64 to any  estimated",
+        "cuda:0 A  of experts               any         416       352            -          -  estimated",
+        "cuda:1 B  of one weight            any         256     1,024            -          -  measured",
     ):
         assert line in text
 

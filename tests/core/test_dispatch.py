@@ -231,7 +231,7 @@ class FakeCards:
         monkeypatch.setattr(cuda.BACKEND, "_refusal", None)
         monkeypatch.setattr(cuda.BACKEND, "_cards", cuda.BACKEND._unprobed_cards())
         monkeypatch.setattr(cuda.BACKEND, "_extension", SimpleNamespace(architectures=lambda: "8.0:9.0"))
-        monkeypatch.setattr(cuda.BACKEND, "crossovers_of", lambda index, may_measure: None)
+        monkeypatch.setattr(cuda.BACKEND, "crossovers_of", lambda index, may_run: None)
 
 
 @pytest.mark.usefixtures("automatic")

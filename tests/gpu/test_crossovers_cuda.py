@@ -16,8 +16,8 @@ from test_experts_cuda import layer
 
 import ptx_backend as ptx
 from peft_kernels.core.backends import crossovers, cuda
-from peft_kernels.core.backends.crossover_timing import time_cells
-from peft_kernels.core.backends.crossovers import ANY, Card, Limits, Rows, read
+from peft_kernels.core.backends.crossover_timing import MANY_ROWS, time_cells
+from peft_kernels.core.backends.crossovers import ANY, Card, Limits, RowRange, Rows, read
 
 ESTIMATES = {
     crossovers._number(table.compute_capability): table.limits
@@ -53,7 +53,7 @@ def limits(extension: ModuleType, card: Sequence[int], n: int, k: int) -> tuple[
 
 
 def set_rows(extension: ModuleType, card: Sequence[int], rows: int) -> None:
-    extension.set_limits(card[0], card[1], [(ANY, rows, rows)])
+    extension.set_limits(card[0], card[1], [Rows(ANY, rows, rows)])
 
 
 @pytest.mark.parametrize("name", ALL_CARDS)
@@ -66,13 +66,33 @@ def test_plans_follow_the_estimates(extension: ModuleType, name: str) -> None:
 
 def test_a_table_applies_to_cards_with_its_multiprocessors(extension: ModuleType) -> None:
     estimates = limits(extension, H100, 4096, 4096)
-    extension.set_limits(90, 132, [(1 << 20, 100, 70), (ANY, 1000, 0)])
+    extension.set_limits(90, 132, [Rows(1 << 20, 100, 70), Rows(ANY, 1000, 0)])
     assert limits(extension, H100, 1024, 1024) == (100, 70)
     assert limits(extension, H100, 1032, 1024) == (1000, 0)
     assert limits(extension, (90, 114, 227 << 10), 4096, 4096) == estimates
     assert limits(extension, (100, 132, 227 << 10), 4096, 4096) == (192, 192)
     extension.set_limits(90, 132, [])
     assert limits(extension, H100, 4096, 4096) == estimates
+
+
+def test_wgmma_is_taken_where_the_table_says(extension: ModuleType) -> None:
+    """It goes before the limit of the others, which apply where no kernel with wgmma fits."""
+    small = Rows(1 << 20, 100, 70, RowRange(64, 99), RowRange(65, ANY))
+    extension.set_limits(90, 132, [small, Rows(ANY, 256, 256)])
+
+    def kinds(m: int, n: int, k: int, card: Sequence[int] = H100) -> list[str]:
+        names = extension.plan_for(m, n, k, 64, "bfloat16", *card)
+        return ["wgmma" if "wgmma" in name else "pieces" if name == "pieces" else "mma" for name in names]
+
+    assert kinds(63, 1024, 1024) == ["mma", "mma"]
+    assert kinds(64, 1024, 1024) == ["wgmma", "mma"]
+    assert kinds(65, 1024, 1024) == kinds(99, 1024, 1024) == ["wgmma", "wgmma"]
+    assert kinds(100, 1024, 1024) == ["mma", "wgmma"]
+    assert kinds(101, 1024, 1024) == ["pieces", "wgmma"]
+    assert kinds(100_000, 1024, 1024) == ["pieces", "wgmma"]
+    assert kinds(128, 1024, 2048) == ["mma", "mma"]
+    narrow = (90, 132, 99 << 10)
+    assert kinds(99, 1024, 1024, narrow) == ["mma", "pieces"]
 
 
 def test_an_unknown_card_is_as_the_one_before(extension: ModuleType) -> None:
@@ -90,8 +110,8 @@ def test_more_rows_than_indices_have_are_not_fused(extension: ModuleType) -> Non
         (1 << 31, 256, 64, False),
         (1 << 40, 256, 64, False),
     ):
-        for ignored in (False, True):
-            plans = extension.plan_for(m, n, k, 64, "bfloat16", *H100, ignore_crossovers=ignored)
+        for kernels in ("by table", "mma.sync", "wgmma"):
+            plans = extension.plan_for(m, n, k, 64, "bfloat16", *H100, kernels=kernels)
             assert [plan != "pieces" for plan in plans] == [fused, fused], (m, n, k)
 
 
@@ -101,7 +121,7 @@ def test_how_a_gemm_is_cut_does_not_depend_on_the_crossover(extension: ModuleTyp
     assert "pieces" not in names and all(cuts)
     set_rows(extension, H100, 0)
     assert extension.plan_for(*problem) == ("pieces", "pieces")
-    assert extension.plan_for(*problem, ignore_crossovers=True) == names
+    assert extension.plan_for(*problem, kernels="mma.sync") == names
     assert extension.cuts_for(*problem) == cuts
 
 
@@ -155,13 +175,25 @@ def test_each_way_is_timed() -> None:
         cells = time_cells(library, ops, card, device, 3 * 64 * 64, clock, shapes, rows)
         assert limits(library, H100, 4096, 4096)[0] == ESTIMATES[90].rows[-1].forward, "left as it was set"
     assert [cell[:4] for cell in cells] == [
-        (*shape, m, way) for shape in shapes for m in rows for way in (False, True)
+        (*shape, m, way) for shape in shapes for m in (*rows, *MANY_ROWS) for way in (False, True)
     ]
-    assert {cell.fused for cell in cells} == {cell.dequantised for cell in cells} == {1.0}
-    for cell, fused, dequantised in zip(cells, seen[::2], seen[1::2], strict=True):
-        (kernel,), (other,) = fused, dequantised
+    assert {time for cell in cells for time in (cell.fused, cell.dequantised, cell.wgmma)} == {1.0}
+    for cell, fused, dequantised, wgmma in zip(cells, seen[::3], seen[1::3], seen[2::3], strict=True):
+        (kernel,), (other,), (third,) = fused, dequantised, wgmma
         assert ("LinearDx" if cell.is_backward else "LinearTiles") in kernel, kernel
         assert "Dequantize" in other, other
+        assert ("LinearWgmmaDx" if cell.is_backward else "LinearWgmma<") in third, third
+
+
+@pytest.mark.parametrize("card,has_wgmma", [(A100, True), (H100, False)])
+def test_wgmma_is_not_timed_where_it_is_not_used(card: tuple[int, int, int], has_wgmma: bool) -> None:
+    require("ptx")
+    with stub_device(card):
+        library, ops, device = ptx.BACKEND.extension, torch.ops.peft_kernels_ptx, torch.device("cpu")
+        name = Card("a card", f"{card[0] / 10}", card[1])
+        problem = library, ops, name, device, 0, lambda run: 1.0, [(64, 128)], [64]
+        cells = time_cells(*problem, has_wgmma=has_wgmma)
+    assert [(cell.rows, cell.wgmma) for cell in cells] == [(64, None)] * 2
 
 
 def test_a_table_of_python_is_a_table_of_the_library(extension: ModuleType) -> None:
@@ -174,5 +206,5 @@ def test_a_table_of_python_is_a_table_of_the_library(extension: ModuleType) -> N
 def test_a_card_can_be_timed() -> None:
     require("cuda")
     card = cuda.BACKEND.card(0)
-    cells = cuda.BACKEND.time_both_ways(0, card, [(256, 128)], [64, 128])
+    cells = cuda.BACKEND.time_linear(0, card, [(256, 128)], [64, 128], has_wgmma=False)
     assert all(0 < seconds < 1 for cell in cells for seconds in (cell.fused, cell.dequantised))

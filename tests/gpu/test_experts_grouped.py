@@ -47,7 +47,7 @@ def _as_it_was() -> Iterator[None]:
 def grouped(extension: ModuleType) -> ModuleType:
     """On a card with a grouped GEMM, for any number of rows."""
     extension.set_card(*CARD)
-    extension.set_limits(*CARD[:2], [], [(ANY, 0, 0)])
+    extension.set_limits(*CARD[:2], [], [Rows(ANY, 0, 0)])
     return extension
 
 
@@ -108,7 +108,7 @@ def test_plans_follow_the_estimates(extension: ModuleType, capability: str) -> N
 
 
 def test_a_table_of_a_card_has_its_own_experts(extension: ModuleType) -> None:
-    extension.set_limits(90, 132, [(ANY, 7, 8)], [(1 << 20, 100, 70), (ANY, 20, 2000)])
+    extension.set_limits(90, 132, [Rows(ANY, 7, 8)], [Rows(1 << 20, 100, 70), Rows(ANY, 20, 2000)])
     for rows, size, expected in (
         (800, 1024, ("fused", "grouped")),
         (801, 1024, ("grouped", "grouped")),
@@ -118,7 +118,7 @@ def test_a_table_of_a_card_has_its_own_experts(extension: ModuleType) -> None:
     ):
         assert ways(extension, H100, rows, size, 1024) == expected, (rows, size)
     # A table without experts, of an earlier version: the estimates.
-    extension.set_limits(90, 132, [(ANY, 7, 8)])
+    extension.set_limits(90, 132, [Rows(ANY, 7, 8)])
     assert ways(extension, H100, 8 * 480, 1024, 1024) == ("fused", "fused")
     assert ways(extension, H100, 8 * 480 + 1, 1024, 1024) == ("grouped", "grouped")
 
@@ -303,7 +303,7 @@ def test_both_ways_agree(grouped: ModuleType) -> None:
     """Within the policy for either, on shapes that both support."""
     cases = layer(64, 128, torch.bfloat16, ENDS["some"])
     for limit in (0, ANY):
-        grouped.set_limits(*CARD[:2], [], [(ANY, limit, limit)])
+        grouped.set_limits(*CARD[:2], [], [Rows(ANY, limit, limit)])
         grouped.reset_bank_counts()
         for op, arguments in cases.items():
             check(op, arguments)

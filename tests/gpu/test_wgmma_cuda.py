@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from test_cuda_paths import FEW, lines_of, sizes
 
 import ptx_backend as ptx
 import testing
+from peft_kernels.core.backends import crossovers, wgmma_check
+from peft_kernels.core.backends.crossovers import Card
 
 H100 = (90, 132, 227 << 10)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -22,14 +25,16 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 @pytest.fixture
 def wgmma(extension: ModuleType) -> Iterator[ModuleType]:
-    """Plans take LinearWgmma, on a small card."""
+    """The tables of all cards have LinearWgmma for any rows. On a small card."""
     extension.set_card(90, FEW, H100[2])
-    before = extension.set_wgmma(True)
-    yield extension
-    extension.set_wgmma(before)
+    with crossovers.forced(extension, Card("all", "9.0", 0), wgmma_check.WGMMA):
+        yield extension
+    crossovers.set_estimates(extension)
 
 
-def test_nothing_takes_it_unasked(extension: ModuleType) -> None:
+def test_nothing_takes_it_before_it_is_checked(extension: ModuleType) -> None:
+    """Not with the estimates that a library is loaded with."""
+    assert crossovers.estimate(Card("", "9.0", 132)).limits.has_wgmma
     assert not any("wgmma" in name for m in (64, 256, 2048) for name in plan(extension, m, 4096, 4096))
 
 
@@ -42,18 +47,17 @@ def plan(
     dtype: str = "bfloat16",
     card: tuple[int, ...] = H100,
 ) -> tuple[str, str]:
-    forward, backward = extension.plan_for(m, n, k, bs, dtype, *card, ignore_crossovers=True)
+    forward, backward = extension.plan_for(m, n, k, bs, dtype, *card)
     return forward, backward
 
 
 def test_where_plans_take_it(wgmma: ModuleType) -> None:
-    taken = {plan(wgmma, m, 14336, 4096) for m in (64, 65, 128, 256, 512, 2048, 8192)}
+    taken = {plan(wgmma, m, 14336, 4096) for m in (1, 64, 65, 128, 256, 512, 2048, 8192)}
     assert all("wgmma" in name for names in taken for name in names), taken
     assert plan(wgmma, 64, 4096, 4096) == ("wgmma64", "dx_wgmma64")
     assert plan(wgmma, 8192, 4096, 4096) == ("wgmma256", "dx_wgmma256")
-    # Few rows, other cards, and what other kernels do not take either.
+    # Other cards, and what other kernels do not take either.
     for others in (
-        plan(wgmma, 63, 4096, 4096),
         *(plan(wgmma, 256, 4096, 4096, card=(c, 132, 227 << 10)) for c in (80, 100, 120)),
         plan(wgmma, 256, 4096, 4096, card=(90, 132, 99 << 10)),
         plan(wgmma, 256, 4096, 4096, dtype="float32"),
@@ -65,6 +69,8 @@ def test_where_plans_take_it(wgmma: ModuleType) -> None:
 
 
 SIZES = (
+    (1, 136, 128),
+    (33, 72, 192),
     (64, 128, 64),
     (65, 33, 128),
     (70, 200, 640),
@@ -115,7 +121,7 @@ def test_tiles_that_blocks_share(
     wgmma: ModuleType, sms: int, m: int, n: int, k: int, dtype: torch.dtype
 ) -> None:
     wgmma.set_card(90, sms, H100[2])
-    cuts = wgmma.cuts_for(m, n, k, 64, str(dtype)[6:], 90, sms, H100[2])
+    cuts = wgmma.cuts_for(m, n, k, 64, str(dtype)[6:], 90, sms, H100[2], kernels="wgmma")
     assert cuts[0]["workspace_bytes"] > 0
     case = sizes(m, n, k, dtype, m) | {"bs": 64}
     check_nf4_linear(case)
@@ -129,8 +135,8 @@ def test_large_tiles_that_blocks_share(wgmma: ModuleType, dtype: torch.dtype) ->
     m, n, k = 256, 320, 12800
     for direction, (rows, columns) in enumerate([(n, k), (k, n)]):
         args = (m, rows, columns, 64, str(dtype)[6:], 90, FEW, H100[2])
-        assert wgmma.plan_for(*args, ignore_crossovers=True)[direction].endswith("wgmma256")
-        assert wgmma.cuts_for(*args)[direction]["workspace_bytes"] > 0
+        assert wgmma.plan_for(*args)[direction].endswith("wgmma256")
+        assert wgmma.cuts_for(*args, kernels="wgmma")[direction]["workspace_bytes"] > 0
         case = sizes(m, rows, columns, dtype, 1) | {"bs": 64}
         (check_nf4_linear, check_nf4_linear_dx)[direction](case)
 
@@ -237,3 +243,77 @@ def test_planted_faults_are_found(wgmma: ModuleType, fault: str) -> None:
         wgmma.set_seed(1)
     assert edited, "the text has nothing to break"
     assert found
+
+
+# ---- The check of a device before its first use ---------------------------------------------------------
+
+
+def checked(extension: ModuleType, sms: int = 1) -> str | None:
+    ops, device = torch.ops.peft_kernels_ptx, torch.device("cpu")
+    extension.set_card(90, sms, H100[2])
+    return wgmma_check.fault(extension, ops, Card("a card", "9.0", sms), device, lambda: None)
+
+
+@pytest.mark.parametrize("sms", [1, FEW])
+def test_a_device_passes(extension: ModuleType, sms: int) -> None:
+    assert checked(extension, sms) is None
+    assert not any("wgmma" in name for name in extension.plan(64, 4096, 4096, 64, "bfloat16")), "left on"
+
+
+@pytest.mark.parametrize("sms", [1, FEW, 78, 114, 132, 144])
+def test_every_kernel_is_checked(wgmma: ModuleType, sms: int) -> None:
+    card, taken, shared = (90, sms, H100[2]), set(), 0
+    for rows, features, terms, _ in wgmma_check.problems(Card("a card", "9.0", sms)):
+        for direction, shape in enumerate([(features, terms), (terms, features)]):
+            taken.add(plan(wgmma, rows, *shape, card=card)[direction])
+            cuts = wgmma.cuts_for(rows, *shape, 64, "bfloat16", *card, kernels="wgmma")
+            shared += cuts[direction]["workspace_bytes"] > 0
+    assert taken == {f"{dx}wgmma{tokens}" for dx in ("", "dx_") for tokens in (64, 128, 256)}
+    assert shared >= 2 or sms == 1, "no tile is shared by blocks"
+
+
+def test_a_card_without_the_kernel_has_nothing_to_check(extension: ModuleType) -> None:
+    extension.set_card(80, 1, H100[2])
+    ops, device = torch.ops.peft_kernels_ptx, torch.device("cpu")
+    assert wgmma_check.fault(extension, ops, Card("a card", "8.0", 1), device, lambda: None) is None
+
+
+# One run need not show a race between blocks.
+@pytest.mark.parametrize("fault", sorted(FAULTS.keys() - {"parts-not-awaited"}))
+def test_the_check_finds_planted_faults(extension: ModuleType, fault: str) -> None:
+    """Or the machine does, as a card would: by a failed launch."""
+    assert checked(extension) is None
+    extension.set_edit(lambda text: FAULTS[fault](text) if "wgmma" in text else text)
+    try:
+        assert checked(extension) is not None
+    except RuntimeError:
+        pass
+    finally:
+        extension.set_edit(None)
+
+
+@pytest.mark.parametrize("kernel", ["LinearWgmma", "LinearWgmmaDx"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("tokens", [64, 128, 256])
+def test_the_check_names_the_kernel_that_is_wrong(
+    extension: ModuleType, monkeypatch: pytest.MonkeyPatch, kernel: str, dtype: torch.dtype, tokens: int
+) -> None:
+    """One element of one result is wrong."""
+    name = f"{'dx_' * kernel.endswith('Dx')}wgmma{tokens}"
+    real, wrong = wgmma_check._gemm, []
+
+    def gemm(ops: Any, problem: wgmma_check.Problem, n: int, k: int, is_dx: bool, *rest: Any) -> Any:
+        run = real(ops, problem, n, k, is_dx, *rest)
+        planned = extension.plan_for(problem.rows, n, k, 64, "bfloat16", 90, 1, H100[2], kernels="wgmma")
+
+        def spoiled() -> torch.Tensor:
+            y = run()
+            if planned[is_dx] == name and rest[0] == dtype and not wrong:
+                wrong.append(y[-1, -1].add_(0.1 * y.float().pow(2).mean().sqrt()))
+            return y
+
+        return spoiled
+
+    monkeypatch.setattr(wgmma_check, "_gemm", gemm)
+    found = checked(extension)
+    assert found is not None and found.startswith(f"{name} in {str(dtype)[6:]}, "), found

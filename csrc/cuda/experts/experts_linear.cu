@@ -12,7 +12,8 @@ TileShape shape_for(const Card& card) { return {TileShape::kWarps, has_wide_tabl
 int experts_tile_rows(DType dtype, int64_t experts, int64_t rows, int64_t n, int64_t k, int block_shift,
                       const Card& card) {
   // Any number of rows will do: the conditions on one expert do not depend on it.
-  if (!plan_fused(dtype, TileShape::kTokens, n, k, block_shift, card).has_kernel()) return 0;
+  if (!plan_linear(false, dtype, TileShape::kTokens, n, k, block_shift, card, Kernels::kMmaSync).has_kernel())
+    return 0;
   const TileShape shape = shape_for(card);
   const int64_t tiles = ceil_div(n, shape.rows()) * ExpertRows::most_tiles(experts, rows, TileShape::kTokens);
   return counts_fit(tiles * ceil_div(k, shape.depth()), experts, n, k, card) ? TileShape::kTokens : 0;

@@ -22,7 +22,8 @@ void run(const ExpertsParams& params, const ShareParams& work, const Cut& cut, c
 int experts_dx_tile_rows(DType dtype, int64_t experts, int64_t rows, int64_t n, int64_t k, int block_shift,
                          const Card& card) {
   const DxShape shape = shape_for(experts, rows, card);
-  if (!plan_fused_dx(dtype, shape.tokens(), n, k, block_shift, card).has_kernel()) return 0;
+  if (!plan_linear(true, dtype, shape.tokens(), n, k, block_shift, card, Kernels::kMmaSync).has_kernel())
+    return 0;
   const int64_t tiles =
       ceil_div(k, DxShape::kColumns) * ExpertRows::most_tiles(experts, rows, shape.tokens());
   return counts_fit(tiles * 2 * ceil_div(n, DxShape::kRows), experts, n, k, card) ? shape.tokens() : 0;

@@ -1,5 +1,5 @@
-// Up to how many rows of activations an NF4 GEMM is fused. With more, it is faster to dequantise the weight
-// and let cuBLAS, or torch's grouped GEMM, multiply. The numbers are data:
+// Up to how many rows of activations an NF4 GEMM is fused, and for which by wgmma. With more, it is faster to
+// dequantise the weight and let cuBLAS, or torch's grouped GEMM, multiply. The numbers are data:
 // peft_kernels/core/backends/crossovers.json, or measured.
 #pragma once
 
@@ -16,9 +16,17 @@ enum class Gemms { kLinear, kExperts };
 
 struct Crossover {
   static constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
+  // Of rows; none by default.
+  struct Range {
+    int64_t least = 1, most = 0;
+
+    bool has(int64_t rows) const { return least <= rows && rows <= most; }
+  };
 
   int64_t weights = kAny;  // for weights of at most so many elements
   int64_t forward = kAny, backward = kAny;
+  // Rows for which kernels with wgmma are taken, where they fit; goes before the limits above.
+  Range forward_wgmma{}, backward_wgmma{};
 };
 
 // Of the cards of a compute capability that have `sms` multiprocessors or, with 0, of all those that have

@@ -213,17 +213,12 @@ struct LinearPlan {
   // `params` must have the shape that was planned.
   void start(const LinearParams& params, Context& context) const;
 };
-// Whatever the crossovers:
-LinearPlan plan_fused(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
-LinearPlan plan_fused_dx(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
-// Up to the crossover (crossovers.h):
-LinearPlan plan_linear(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
-LinearPlan plan_linear_dx(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
-
-// Whether plans take LinearWgmma from 64 tokens on, where the card and the build have it: not yet, because no
-// card has measured it. The default is false. Returns the previous value.
-bool set_wgmma(bool takes);
-// LinearWgmma's plan, or none. For arguments that plan_fused() or plan_fused_dx() accepts.
+// kByTable: by the rows and the crossovers of the card (crossovers.h); the others: whatever those say.
+enum class Kernels { kByTable, kMmaSync, kWgmma };
+LinearPlan plan_linear(bool is_dx, DType dtype, int64_t m, int64_t n, int64_t k, int block_shift,
+                       const Card& card, Kernels kernels = Kernels::kByTable);
+// LinearWgmma's plan, or none where the build or the card lacks it. For arguments that LinearTiles or
+// LinearDx accepts.
 LinearPlan plan_wgmma(bool is_dx, int64_t m, int64_t n, int64_t k, const Card& card);
 
 // Without a kernel: how many of a weight's `count` rows or columns, of `length` elements each, to dequantise

@@ -24,9 +24,8 @@ void by_row_pieces(const BaseWeight& base, const at::TensorOptions& options, Row
 BaseGemm::BaseGemm(const Tensor& rows, const BaseWeight& base, bool is_dx)
     : rows_(rows), base_(base), is_dx_(is_dx) {
   if (base.is_dense() || !has_view(base.nf4()) || !are_aligned({base.nf4().packed()})) return;
-  plan_ =
-      (is_dx ? plan_linear_dx : plan_linear)(dtype_of(rows, "rows"), rows.size(0), base.out_features(),
-                                             base.in_features(), base.nf4().block_shift(), current_card());
+  plan_ = plan_linear(is_dx, dtype_of(rows, "rows"), rows.size(0), base.out_features(), base.in_features(),
+                      base.nf4().block_shift(), current_card());
 }
 
 Tensor BaseGemm::run(const OptionalTensor& bias, const Slab& slab) const {

@@ -59,11 +59,11 @@ constexpr Rule kDxRules[] = {
 
 constexpr int64_t kMost = int64_t{1} << 30;  // of 32-bit indices
 
-// Whether groups have whole scales, with 32-bit indices.
-bool takes(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
-  return dtype != DType::kF32 && card.compute_capability >= 80 && m > 0 && n > 0 && k > 0 &&
-         k % kGroup == 0 && (1 << block_shift) % kGroup == 0 && k % (1 << block_shift) == 0 && m < kMost &&
-         n < kMost && k < kMost && n * k / kGroup < int64_t{1} << 32;
+// Whether groups have whole scales, with 32-bit indices, and rows of dY can be copied in vectors of 16 bytes.
+bool takes(bool is_dx, DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
+  return (!is_dx || n % 8 == 0) && dtype != DType::kF32 && card.compute_capability >= 80 && m > 0 && n > 0 &&
+         k > 0 && k % kGroup == 0 && (1 << block_shift) % kGroup == 0 && k % (1 << block_shift) == 0 &&
+         m < kMost && n < kMost && k < kMost && n * k / kGroup < int64_t{1} << 32;
 }
 
 // Places x, the larger array, and the fixed-size data; returns the bytes available for x.
@@ -182,29 +182,18 @@ LinearPlan choose(const Rule (&rules)[kRules], int64_t m, int64_t n, int64_t k, 
 
 }  // namespace
 
-LinearPlan plan_fused(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
-  if (!takes(dtype, m, n, k, block_shift, card)) return {};
-  if (const LinearPlan plan = plan_wgmma(false, m, n, k, card); plan.has_kernel()) return plan;
-  return choose(kLinearRules, m, n, k, card);
-}
-
-LinearPlan plan_fused_dx(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
-  // Rows of dY are copied in vectors of 16 bytes.
-  if (!takes(dtype, m, n, k, block_shift, card) || n % 8 != 0) return {};
-  if (const LinearPlan plan = plan_wgmma(true, m, n, k, card); plan.has_kernel()) return plan;
-  return choose(kDxRules, m, n, k, card);
-}
-
-LinearPlan plan_linear(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
-  return m <= crossover_for(Gemms::kLinear, card, n * k).forward
-             ? plan_fused(dtype, m, n, k, block_shift, card)
-             : LinearPlan{};
-}
-
-LinearPlan plan_linear_dx(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
-  return m <= crossover_for(Gemms::kLinear, card, n * k).backward
-             ? plan_fused_dx(dtype, m, n, k, block_shift, card)
-             : LinearPlan{};
+LinearPlan plan_linear(bool is_dx, DType dtype, int64_t m, int64_t n, int64_t k, int block_shift,
+                       const Card& card, Kernels kernels) {
+  if (!takes(is_dx, dtype, m, n, k, block_shift, card)) return {};
+  const Crossover crossover = crossover_for(Gemms::kLinear, card, n * k);
+  const bool is_by_table = kernels == Kernels::kByTable;
+  const Crossover::Range& range = is_dx ? crossover.backward_wgmma : crossover.forward_wgmma;
+  if (is_by_table ? range.has(m) : kernels == Kernels::kWgmma) {
+    const LinearPlan plan = plan_wgmma(is_dx, m, n, k, card);
+    if (plan.has_kernel() || !is_by_table) return plan;
+  }
+  if (is_by_table && m > (is_dx ? crossover.backward : crossover.forward)) return {};
+  return is_dx ? choose(kDxRules, m, n, k, card) : choose(kLinearRules, m, n, k, card);
 }
 
 // As few equal pieces as allowed: each needs two launches, and a large one fills the card.

@@ -1,14 +1,11 @@
 // Plans LinearWgmma, the GEMM for compute capability 9.0.
 #include <algorithm>
-#include <atomic>
 #include <stdexcept>
 
 #include "linear.h"
 
 namespace peft_kernels::cuda {
 namespace {
-
-std::atomic<bool> takes_wgmma{false};
 
 // Whether this library has the kernel: a build without code for 9.0 does not.
 #ifdef PEFT_KERNELS_WGMMA
@@ -17,16 +14,12 @@ constexpr bool kIsBuilt = true;
 constexpr bool kIsBuilt = false;
 #endif
 
-constexpr int64_t kLeastTokens = 64;
 constexpr int kTokens[] = {64, 128, 256};
 
 }  // namespace
 
-bool set_wgmma(bool takes) { return takes_wgmma.exchange(takes); }
-
 LinearPlan plan_wgmma(bool is_dx, int64_t m, int64_t n, int64_t k, const Card& card) {
-  if (!kIsBuilt || !takes_wgmma || card.compute_capability != 90 || m < kLeastTokens || !has_wide_table(card))
-    return {};
+  if (!kIsBuilt || card.compute_capability != 90 || !has_wide_table(card)) return {};
   constexpr const char* kNames[][3] = {{"wgmma64", "wgmma128", "wgmma256"},
                                        {"dx_wgmma64", "dx_wgmma128", "dx_wgmma256"}};
   LinearPlan best;

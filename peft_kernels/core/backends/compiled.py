@@ -45,12 +45,12 @@ class CompiledBackend:
                 self._extension = self._open()
             except (ImportError, OSError, ValueError) as error:
                 self._refusal = f"{self.library} does not load: {error}"
-            except AttributeError:  # it lacks a function
+            except (AttributeError, TypeError):  # it lacks a function, or has another of that name
                 self._refusal = f"{self.library} {_STALE}"
 
     def _open(self) -> Any:
         """Loads the library, which registers its kernels. Raises ImportError, OSError or ValueError, or
-        AttributeError if it lacks a function."""
+        AttributeError or TypeError if it is of other sources."""
         return importlib.import_module(self.library)
 
     def probe(self) -> str | None:

@@ -1,25 +1,27 @@
-"""Times NF4 GEMMs fused and by dequantise + cuBLAS or, of experts, torch's grouped GEMM, and finds from how
-many rows on the second is faster."""
+"""Times NF4 GEMMs fused, by wgmma where a card has it, and by dequantise + cuBLAS or, of experts, torch's
+grouped GEMM, and finds for how many rows each is fastest."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .crossovers import ANY, Card, Limits, Rows, set_limits
+from .crossovers import ANY, NO_ROWS, Card, RowRange, Rows, forced
+from .wgmma_check import MMA_SYNC, WGMMA
 
 Shape = tuple[int, int]
 SHAPES: tuple[Shape, ...] = ((1024, 4096), (4096, 4096), (14336, 4096))
 """Weights of an 8B model, from the smallest to the largest."""
 FEW_ROWS = (96, 192, 384, 768)
+MANY_ROWS = (2048, 4096, 8192)
+"""More of them, where a card has wgmma."""
 EXPERTS_SHAPES: tuple[Shape, ...] = ((1536, 2048),)
 EXPERTS = 32
 LEAST = 32
@@ -44,6 +46,8 @@ class Cell(NamedTuple):
     is_backward: bool
     fused: float
     dequantised: float
+    wgmma: float | None = None
+    """None: no such kernel."""
 
     @property
     def weights(self) -> int:
@@ -59,6 +63,7 @@ def time_cells(
     clock: Clock,
     shapes: Sequence[Shape] = SHAPES,
     rows: Sequence[int] = FEW_ROWS,
+    has_wgmma: bool = True,
 ) -> list[Cell]:
     """Times all shapes with all numbers of rows, forward and backward.
 
@@ -70,17 +75,24 @@ def time_cells(
         Its namespace of torch.ops.
     cache_bytes : int
         The size of the device's L2 cache: copies of a weight that do not fit take turns.
+    has_wgmma : bool
+        Whether LinearWgmma may be timed, with MANY_ROWS too.
     """
     cells = []
     random = torch.Generator(device).manual_seed(0)  # cards draw less power, and run faster, with constants
     with torch.no_grad():
         for shape in shapes:
             weights = _weights(shape, random, cache_bytes)
-            for m, is_backward in itertools.product(rows, (False, True)):
+            with forced(library, card, WGMMA):
+                takes_wgmma = has_wgmma and "wgmma" in library.plan(rows[0], *shape, BLOCKSIZE, "bfloat16")[0]
+            all_rows = (*rows, *MANY_ROWS) if takes_wgmma else rows
+            ways = (MMA_SYNC, DEQUANTISED, WGMMA)[: 2 + takes_wgmma]
+            for m, is_backward in itertools.product(all_rows, (False, True)):
                 size = m, shape[not is_backward]
                 x = torch.randn(size, generator=random, dtype=torch.bfloat16, device=device)
                 turn = partial(_turn, ops, x, weights, shape, is_backward)
-                cells.append(_cell(library, card, clock, shape, m, is_backward, turn, len(weights)))
+                seconds = _times(library, card, clock, ways, turn, len(weights))
+                cells.append(Cell(*shape, m, is_backward, *seconds))
     return cells
 
 
@@ -100,7 +112,7 @@ def time_experts(
     random = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for shape in shapes:
-            with _forced(library, card, 0):
+            with forced(library, card, DEQUANTISED):
                 if "grouped" not in library.experts_plan(experts, experts, *shape, BLOCKSIZE, "bfloat16"):
                     continue
             weights = _weights(shape, random, 0, experts)
@@ -109,37 +121,23 @@ def time_experts(
                 x = torch.randn(size, generator=random, dtype=torch.bfloat16, device=device)
                 ends = torch.arange(1, experts + 1, dtype=torch.int32, device=device) * m
                 turn = partial(_experts_turn, ops, x, ends, weights, shape, is_backward)
-                cells.append(_cell(library, card, clock, shape, m, is_backward, turn, len(weights)))
+                seconds = _times(library, card, clock, (MMA_SYNC, DEQUANTISED), turn, len(weights))
+                cells.append(Cell(*shape, m, is_backward, *seconds))
     return cells
 
 
-def _cell(
-    library: Any,
-    card: Card,
-    clock: Clock,
-    shape: Shape,
-    rows: int,
-    is_backward: bool,
-    turn: Callable[[], object],
-    gemms: int,
-) -> Cell:
-    """Times a turn of so many GEMMs both ways."""
+DEQUANTISED = Rows(ANY, 0, 0)
+
+
+def _times(
+    library: Any, card: Card, clock: Clock, ways: Sequence[Rows], turn: Callable[[], object], gemms: int
+) -> list[float]:
+    """Times a turn of so many GEMMs each way."""
     seconds = []
-    for limit in (ANY, 0):
-        with _forced(library, card, limit):
+    for way in ways:
+        with forced(library, card, way):
             seconds.append(clock(turn) / gemms)
-    return Cell(*shape, rows, is_backward, *seconds)
-
-
-@contextmanager
-def _forced(library: Any, card: Card, rows: int) -> Iterator[None]:
-    """Fuses GEMMs of at most so many rows."""
-    limit = (Rows(ANY, rows, rows),)
-    set_limits(library, card, Limits(limit, limit))
-    try:
-        yield
-    finally:
-        set_limits(library, card, Limits(()))
+    return seconds
 
 
 def _weights(
@@ -207,11 +205,12 @@ def crossovers(cells: Iterable[Cell]) -> tuple[Rows, ...]:
         return ()
     sizes = list(by_size)
     ends = [math.isqrt(size * larger) for size, larger in itertools.pairwise(sizes)] + [ANY]
-    limits = [
-        [crossover(cell for cell in group if cell.is_backward == way) for way in (False, True)]
-        for group in by_size.values()
-    ]
-    return tuple(Rows(end, *pair) for end, pair in zip(ends, limits, strict=True))
+    found = []
+    for end, group in zip(ends, by_size.values(), strict=True):
+        ways = [[cell for cell in group if cell.is_backward == is_backward] for is_backward in (False, True)]
+        forward, backward = map(crossover, ways)
+        found.append(Rows(end, forward, backward, *map(wgmma_rows, ways, (forward, backward))))
+    return tuple(found)
 
 
 def crossover(cells: Iterable[Cell]) -> int:
@@ -227,4 +226,29 @@ def crossover(cells: Iterable[Cell]) -> int:
         return LEAST
     if number == len(rows):
         return rows[-1]
-    return max(math.isqrt(rows[number - 1] * rows[number]) // STEP * STEP, rows[number - 1])
+    return _halfway(rows[number - 1], rows[number])
+
+
+def wgmma_rows(cells: Iterable[Cell], fused: int) -> RowRange:
+    """The rows for which to use wgmma, so that the GEMMs take the least time where others are fused up to
+    `fused` rows. It ends at multiples of STEP halfway between numbers that were timed, and at none that was
+    not reached."""
+    by_rows: dict[int, float] = {}
+    for cell in cells:
+        if cell.wgmma is None:
+            return NO_ROWS
+        other = cell.fused if cell.rows <= fused else cell.dequantised
+        by_rows[cell.rows] = by_rows.get(cell.rows, 0.0) + math.log(cell.wgmma / other)
+    rows = sorted(by_rows)
+    excess = [0.0, *itertools.accumulate(by_rows[m] for m in rows)]
+    pairs = itertools.combinations(range(len(excess)), 2)
+    first, end = min(pairs, key=lambda pair: excess[pair[1]] - excess[pair[0]], default=(0, 0))
+    if excess[end] >= excess[first]:
+        return NO_ROWS
+    least = rows[first] if first == 0 else _halfway(rows[first - 1], rows[first]) + 1
+    most = rows[-1] if end == len(rows) else _halfway(rows[end - 1], rows[end])
+    return RowRange(least, most)
+
+
+def _halfway(rows: int, more: int) -> int:
+    return max(math.isqrt(rows * more) // STEP * STEP, rows)

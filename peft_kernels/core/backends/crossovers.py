@@ -1,14 +1,19 @@
-"""Up to how many rows of activations back end `cuda` fuses an NF4 GEMM, by card and size of the weight. With
-more rows the weight is dequantised for cuBLAS. The same for experts, by the mean of their rows: with more,
-their weights are dequantised for torch's grouped GEMM, on cards for which that has a kernel.
+"""Up to how many rows of activations back end `cuda` fuses an NF4 GEMM, by card and size of the weight, and
+for which rows it does so with `wgmma`, which compute capability 9.0 has. With more rows the weight is
+dequantised for cuBLAS. The same for experts, by the mean of their rows: with more, their weights are
+dequantised for torch's grouped GEMM, on cards for which that has a kernel.
 
 `crossovers.json` has estimates by compute capability, and tables of cards on which both ways were timed
 (bench/gpu/crossovers.py). PEFT_KERNELS_CROSSOVERS selects:
 
 - unset: the table of the card, otherwise that of its compute capability.
 - "estimated": the table of its compute capability.
+- "no-wgmma": as unset, without wgmma.
 - "measured": the table of the card, otherwise one that is timed at its first use and cached.
 - a path: the table of the card in that file.
+
+A table without ranges for wgmma, as files of earlier versions are, does not use it. No device does before it
+has passed wgmma_check.py.
 
 The choice changes the last bits of results, so all processes of a job must make the same. No choice depends
 on another process: with several, "measured" is as unset.
@@ -21,16 +26,16 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 ENVIRONMENT_VARIABLE = "PEFT_KERNELS_CROSSOVERS"
-ESTIMATED, MEASURED = "estimated", "measured"
+ESTIMATED, MEASURED, NO_WGMMA = "estimated", "measured", "no-wgmma"
 PACKAGED = Path(__file__).with_suffix(".json")
 ANY = 2**62
 """More weights and rows than there are."""
@@ -38,12 +43,32 @@ ANY = 2**62
 logger = logging.getLogger("peft_kernels")
 
 
+class RowRange(NamedTuple):
+    """Numbers of rows from `least` to `most`; none by default."""
+
+    least: int = 1
+    most: int = 0
+
+
+NO_ROWS, ALL_ROWS = RowRange(), RowRange(1, ANY)
+
+
 class Rows(NamedTuple):
-    """The most rows of activations that are fused, for weights of at most `weights` elements."""
+    """The most rows of activations that are fused, for weights of at most `weights` elements, and the rows
+    for which wgmma is used, which go before these limits."""
 
     weights: int
     forward: int
     backward: int
+    forward_wgmma: RowRange = NO_ROWS
+    backward_wgmma: RowRange = NO_ROWS
+
+    @property
+    def has_wgmma(self) -> bool:
+        return (self.forward_wgmma, self.backward_wgmma) != (NO_ROWS, NO_ROWS)
+
+    def without_wgmma(self) -> Rows:
+        return self._replace(forward_wgmma=NO_ROWS, backward_wgmma=NO_ROWS)
 
 
 class Limits(NamedTuple):
@@ -53,6 +78,13 @@ class Limits(NamedTuple):
     """Of GEMMs with one weight."""
     experts: tuple[Rows, ...] = ()
     """Of grouped GEMMs: of an expert, whose rows are the mean. Empty: the estimate, if there is one."""
+
+    @property
+    def has_wgmma(self) -> bool:
+        return any(row.has_wgmma for rows in self for row in rows)
+
+    def without_wgmma(self) -> Limits:
+        return Limits(*(tuple(row.without_wgmma() for row in rows) for rows in self))
 
 
 class Card(NamedTuple):
@@ -79,6 +111,9 @@ class Table:
     def source(self) -> str:
         return MEASURED if self.card else ESTIMATED
 
+    def without_wgmma(self) -> Table:
+        return replace(self, limits=self.limits.without_wgmma())
+
 
 def read(path: Path) -> list[Table]:
     """The tables of a file. Raises OSError, or ValueError when it is none of tables."""
@@ -100,14 +135,45 @@ def _table(entry: dict[str, Any]) -> Table:
 def _rows(entries: list[dict[str, Any]]) -> tuple[Rows, ...]:
     rows = []
     for row in entries:
-        weights = ANY if row["weights"] is None else row["weights"]
-        rows.append(Rows(weights, row["forward"], row["backward"]))
+        ranges = (_range(row[name]) if name in row else NO_ROWS for name in WGMMA)
+        rows.append(Rows(_number_or_any(row["weights"]), row["forward"], row["backward"], *ranges))
     sizes = [row.weights for row in rows]
-    if not all(type(n) is int and 0 <= n <= ANY for row in rows for n in row):
+    if not all(type(n) is int and 0 <= n <= ANY for row in rows for n in row[:3]):
         raise ValueError(f"expected whole numbers, got {rows}")
     if sizes != sorted(set(sizes)) or sizes[-1:] != [ANY]:
         raise ValueError(f"expected ascending weights that end with null, got {sizes}")
     return tuple(rows)
+
+
+WGMMA = "forward_wgmma", "backward_wgmma"
+
+
+def _range(entry: list[Any]) -> RowRange:
+    least, most = entry
+    found = RowRange(least, _number_or_any(most))
+    if not all(type(n) is int for n in found) or not 0 < found.least <= found.most <= ANY:
+        raise ValueError(f"expected the least and the most rows, or null for any, got {entry}")
+    return found
+
+
+def _number_or_any(number: Any) -> Any:
+    return ANY if number is None else number
+
+
+def _row_entry(row: Rows) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "weights": _any_is_none(row.weights),
+        "forward": row.forward,
+        "backward": row.backward,
+    }
+    for name in WGMMA:
+        if (found := getattr(row, name)) != NO_ROWS:
+            entry[name] = [found.least, _any_is_none(found.most)]
+    return entry
+
+
+def _any_is_none(number: int) -> int | None:
+    return None if number == ANY else number
 
 
 def write(path: Path, tables: Iterable[Table]) -> None:
@@ -119,9 +185,7 @@ def write(path: Path, tables: Iterable[Table]) -> None:
             entry |= {"card": table.card, "measured_with": table.measured_with}
         for name, rows in table.limits._asdict().items():
             if rows:
-                entry[name] = [
-                    row._asdict() | {"weights": None if row.weights == ANY else row.weights} for row in rows
-                ]
+                entry[name] = [_row_entry(row) for row in rows]
         entries.append(entry)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -136,15 +200,26 @@ def write(path: Path, tables: Iterable[Table]) -> None:
 
 
 def set_estimates(extension: Any) -> None:
-    """Gives a compiled library the estimates for all cards."""
+    """Gives a compiled library the estimates for all cards, without wgmma, which no device has checked."""
     for table in read(PACKAGED):
         if not table.card:
-            extension.set_limits(_number(table.compute_capability), 0, *table.limits)
+            limits = table.limits.without_wgmma()
+            extension.set_limits(_number(table.compute_capability), 0, *limits)
 
 
 def set_limits(extension: Any, card: Card, limits: Limits) -> None:
     """Sets what a compiled library uses for all cards like this one; where it is empty, the estimates."""
     extension.set_limits(_number(card.compute_capability), card.multiprocessors, *limits)
+
+
+@contextmanager
+def forced(extension: Any, card: Card, row: Rows) -> Iterator[None]:
+    """Sets the same for weights of any size inside, and the estimates afterwards."""
+    set_limits(extension, card, Limits((row,), (row,)))
+    try:
+        yield
+    finally:
+        set_limits(extension, card, Limits(()))
 
 
 def choose(card: Card, measure: Callable[[], Limits] | None) -> Table | None:
@@ -154,7 +229,7 @@ def choose(card: Card, measure: Callable[[], Limits] | None) -> Table | None:
     ----------
     card : Card
     measure : callable
-        Times both ways on the card; may raise RuntimeError. None where nothing can be timed now.
+        Times GEMMs on the card; may raise RuntimeError. None where nothing can be timed now.
 
     Returns
     -------
@@ -167,11 +242,12 @@ def choose(card: Card, measure: Callable[[], Limits] | None) -> Table | None:
         The file that PEFT_KERNELS_CROSSOVERS names cannot be used.
     """
     wanted = os.environ.get(ENVIRONMENT_VARIABLE, "")
-    if wanted not in ("", ESTIMATED, MEASURED):
+    if wanted not in ("", ESTIMATED, MEASURED, NO_WGMMA):
         return _pinned(card, Path(wanted))
     own = None if wanted == ESTIMATED else _of_card(card, read(PACKAGED))
     if own is not None or wanted != MEASURED:
-        return own or estimate(card)
+        found = own or estimate(card)
+        return found.without_wgmma() if wanted == NO_WGMMA else found
     if _has_several_processes():
         logger.warning(
             "%s=%s: in a job of several processes nothing is measured, and the estimates are used. To use a "
@@ -197,8 +273,8 @@ def _pinned(card: Card, path: Path) -> Table:
         found, reason = None, str(error)
     if found is None:
         raise ValueError(
-            f"{ENVIRONMENT_VARIABLE}: expected {ESTIMATED}, {MEASURED} or a file with a table for this card: "
-            f"{reason}"
+            f"{ENVIRONMENT_VARIABLE}: expected {ESTIMATED}, {MEASURED}, {NO_WGMMA} or a file with a table "
+            f"for this card: {reason}"
         )
     return found
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
+import time
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,10 +14,14 @@ from typing import Any
 import torch
 
 from .. import registry
-from . import crossover_timing, crossovers
+from . import crossover_timing, crossovers, wgmma_check
 from .architectures import unserved
 from .base import Cards, tensors
 from .compiled import CompiledBackend
+
+logger = logging.getLogger("peft_kernels")
+WGMMA_SECONDS = 20.0
+"""The check of LinearWgmma takes milliseconds, with what other processes run on the device in between."""
 
 
 class CudaBackend(CompiledBackend):
@@ -34,6 +40,8 @@ class CudaBackend(CompiledBackend):
         super().__init__()
         self._cards = self._unprobed_cards()
         self._crossovers: dict[int, crossovers.Table] = {}
+        self._in_force: set[int] = set()
+        self._wgmma_faults: dict[crossovers.Card, str | None] = {}
         self._choosing = threading.Lock()
 
     def _open(self) -> Any:
@@ -54,8 +62,8 @@ class CudaBackend(CompiledBackend):
     def supports(self, op: str, args: Sequence[Any]) -> str | None:
         reason = super().supports(op, args) or self._cards.refusal_of_tensors(op, args)
         if reason is None:
-            for index in {tensor.device.index for tensor in tensors(args)} - self._crossovers.keys():
-                self.crossovers_of(index, may_measure=True)
+            for index in {tensor.device.index for tensor in tensors(args)} - self._in_force:
+                self.crossovers_of(index, may_run=True)
         return reason
 
     def architectures(self) -> list[str]:
@@ -103,20 +111,78 @@ class CudaBackend(CompiledBackend):
         name = str(dtype).removeprefix("torch.")
         return self.extension.experts_plan(rows, experts, n, k, blocksize, name)
 
-    def crossovers_of(self, index: int, may_measure: bool = False) -> crossovers.Table | None:
-        """Up to how many rows NF4 GEMMs are fused on a device; chosen and set at the first call. None while
-        it is to be measured and was not: the estimates apply. Raises ValueError where
-        PEFT_KERNELS_CROSSOVERS names a file that cannot be used."""
+    def crossovers_of(self, index: int, may_run: bool = False) -> crossovers.Table | None:
+        """Up to how many rows NF4 GEMMs are fused on a device; chosen and set at the first call.
+
+        Parameters
+        ----------
+        may_run : bool
+            Whether this call may measure and check kernels on the device, where that is possible now.
+
+        Returns
+        -------
+        Table or None
+            None while the table is to be measured and was not: the estimates apply. While LinearWgmma is to
+            be checked and was not, GEMMs do not use it, whatever the table says.
+
+        Raises
+        ------
+        ValueError
+            The file that PEFT_KERNELS_CROSSOVERS names cannot be used.
+        """
         with self._choosing:
-            if index not in self._crossovers:
-                card = self.card(index)
-                measure = partial(self._measure, index, card) if may_measure and _can_measure() else None
-                table = crossovers.choose(card, measure)
-                if table is None:
-                    return None
-                crossovers.set_limits(self.extension, card, table.limits)
-                self._crossovers[index] = table
+            if index not in self._in_force:
+                return self._choose(index, may_run and _can_run())
             return self._crossovers[index]
+
+    def _choose(self, index: int, can_run: bool) -> crossovers.Table | None:
+        card, table = self.card(index), self._crossovers.get(index)
+        if table is None:
+            table = crossovers.choose(card, partial(self._measure, index, card) if can_run else None)
+        if table is None:
+            return None
+        self._crossovers[index] = table
+        if table.limits.has_wgmma and not can_run and card not in self._wgmma_faults:
+            crossovers.set_limits(self.extension, card, table.limits.without_wgmma())
+            return table
+        if table.limits.has_wgmma and self._wgmma_fault(index, card) is not None:
+            self._crossovers[index] = table = table.without_wgmma()
+        crossovers.set_limits(self.extension, card, table.limits)
+        self._in_force.add(index)
+        return table
+
+    def has_wgmma(self, index: int) -> bool:
+        """Whether LinearWgmma may be used on a device; checks it there at the first call."""
+        with self._choosing:
+            return self._wgmma_fault(index, self.card(index)) is None
+
+    def _wgmma_fault(self, index: int, card: crossovers.Card) -> str | None:
+        """Why LinearWgmma must not be used on a kind of card, found at the first call on one of them."""
+        if card not in self._wgmma_faults:
+            self._wgmma_faults[card] = fault = self._check_wgmma(index, card)
+            if fault is not None:
+                logger.warning(
+                    "LinearWgmma is not used on %s, where it failed its check; other kernels are. Please "
+                    "report this: %s",
+                    card.name, fault,
+                )  # fmt: skip
+        return self._wgmma_faults[card]
+
+    def _check_wgmma(self, index: int, card: crossovers.Card) -> str | None:
+        ops, device = getattr(torch.ops, self.namespace), torch.device("cuda", index)
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()  # errors of earlier kernels are not of this one
+            try:
+                # A stream of its own has counters of its own, which a wrong kernel may leave as they are.
+                with torch.cuda.stream(torch.cuda.Stream(device)):
+                    return wgmma_check.fault(self.extension, ops, card, device, _finish)
+            except RuntimeError as error:
+                fault = str(error)
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                raise RuntimeError(f"{_LOST}: {fault}") from error
+            return fault
 
     def all_crossovers(self) -> dict[str, crossovers.Table]:
         """What now applies to each device that can serve, by "cuda:0" and the name."""
@@ -127,20 +193,22 @@ class CudaBackend(CompiledBackend):
             for i in usable
         }
 
-    def time_both_ways(
+    def time_linear(
         self,
         index: int,
         card: crossovers.Card,
         shapes: Sequence[crossover_timing.Shape] = crossover_timing.SHAPES,
         rows: Sequence[int] = crossover_timing.FEW_ROWS,
+        has_wgmma: bool = True,
     ) -> list[crossover_timing.Cell]:
-        """Times NF4 GEMMs fused and not, on the current stream of a device, which it waits for."""
+        """Times NF4 GEMMs fused, by LinearWgmma and dequantised, on the current stream of a device, which it
+        waits for."""
         cache_bytes = torch.cuda.get_device_properties(index).L2_cache_size
         ops, device = getattr(torch.ops, self.namespace), torch.device("cuda", index)
         clock = crossover_timing.device_clock
         with torch.cuda.device(device):
             return crossover_timing.time_cells(
-                self.extension, ops, card, device, cache_bytes, clock, shapes, rows
+                self.extension, ops, card, device, cache_bytes, clock, shapes, rows, has_wgmma
             )
 
     def time_experts(
@@ -166,14 +234,33 @@ class CudaBackend(CompiledBackend):
         return hashlib.sha256(Path(self.extension.__file__).read_bytes()).hexdigest()[:16]
 
     def _measure(self, index: int, card: crossovers.Card) -> crossovers.Limits:
-        cells, of_experts = self.time_both_ways(index, card), self.time_experts(index, card)
+        has_wgmma = self._wgmma_fault(index, card) is None
+        cells = self.time_linear(index, card, has_wgmma=has_wgmma)
+        of_experts = self.time_experts(index, card)
         return crossovers.Limits(crossover_timing.crossovers(cells), crossover_timing.crossovers(of_experts))
 
     def _unprobed_cards(self) -> Cards:
         return Cards(lambda i: unserved(torch.cuda.get_device_capability(i), self.architectures()))
 
 
-def _can_measure() -> bool:
+_LOST = (
+    "LinearWgmma has stopped the device while it was checked. Set "
+    f"{crossovers.ENVIRONMENT_VARIABLE}={crossovers.NO_WGMMA} to run without it, and please report it"
+)
+
+
+def _finish() -> None:
+    """Waits for the current stream, but not for ever."""
+    event = torch.cuda.Event()
+    event.record()
+    end = time.monotonic() + WGMMA_SECONDS
+    while not event.query():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{_LOST}: it does not end")
+        time.sleep(1e-5)
+
+
+def _can_run() -> bool:
     """Whether GEMMs of our own can run now: not where a graph is captured, or something sees every op."""
     return not (
         torch.cuda.is_current_stream_capturing()

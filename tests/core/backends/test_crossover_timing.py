@@ -8,8 +8,15 @@ import pytest
 import torch
 
 from peft_kernels.core.backends import crossover_timing
-from peft_kernels.core.backends.crossover_timing import BLOCKSIZE, Cell, crossover, device_clock, time_cells
-from peft_kernels.core.backends.crossovers import ANY, Card, Rows
+from peft_kernels.core.backends.crossover_timing import (
+    BLOCKSIZE,
+    Cell,
+    crossover,
+    device_clock,
+    time_cells,
+    wgmma_rows,
+)
+from peft_kernels.core.backends.crossovers import ANY, NO_ROWS, Card, RowRange, Rows
 
 
 def cells(*times: tuple[int, float, float], shape: tuple[int, int] = (64, 64)) -> list[Cell]:
@@ -40,6 +47,31 @@ def test_weights_of_one_size_are_taken_together() -> None:
     small = [cell._replace(fused=9.0) for cell in cells((64, 1.0, 2.0), (128, 1.0, 2.0), shape=(32, 64))]
     small += [cell._replace(is_backward=True, fused=1.0) for cell in small]
     assert crossover_timing.crossovers([*both, *small]) == (Rows(4096, 32, 128), Rows(ANY, 128, 128))
+
+
+@pytest.mark.parametrize(
+    "times,rows",
+    [
+        # Rows, with the others, with wgmma: better in the middle, everywhere, nowhere.
+        ([(64, 1.0, 1.1), (128, 2.0, 1.5), (256, 3.0, 2.0), (512, 4.0, 5.0)], RowRange(65, 352)),
+        ([(64, 1.0, 0.9), (128, 2.0, 1.5), (256, 3.0, 2.0), (512, 4.0, 3.9)], RowRange(64, 512)),
+        ([(64, 1.0, 1.1), (128, 2.0, 2.1)], NO_ROWS),
+        ([(64, 1.0, 1.0), (128, 2.0, 2.0)], NO_ROWS),
+        # A cell that noise turned round does not decide; one that is alone does not either.
+        ([(64, 1.0, 0.5), (128, 2.0, 2.1), (256, 3.0, 2.0), (512, 4.0, 5.0)], RowRange(64, 352)),
+        ([(64, 1.0, 0.9), (128, 1.0, 1.9), (256, 3.0, 1.0), (512, 4.0, 5.0)], RowRange(161, 352)),
+    ],
+)
+def test_wgmma_is_used_where_that_takes_the_least_time(
+    times: list[tuple[int, float, float]], rows: RowRange
+) -> None:
+    found = [Cell(64, 64, m, False, other, 99.0, wgmma) for m, other, wgmma in times]
+    assert wgmma_rows(found, 512) == wgmma_rows(found[::-1], 512) == rows
+    # Beyond the rows that are fused otherwise, dequantising is what it is compared with.
+    found = [cell._replace(fused=0.01, dequantised=cell.fused) for cell in found]
+    assert wgmma_rows(found, 32) == rows
+    assert wgmma_rows([cell._replace(wgmma=None) for cell in found], 32) == NO_ROWS
+    assert wgmma_rows([], 32) == NO_ROWS
 
 
 def test_the_clock_leaves_out_the_first_call_and_what_python_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +116,9 @@ def test_copies_of_a_weight_take_turns() -> None:
         def set_limits(self, *args: object) -> None:
             pass
 
+        def plan(self, *args: object) -> tuple[str, str]:
+            return "tiles256", "dx64"
+
     class Ops:
         def __init__(self) -> None:
             self.codes: list[int] = []
@@ -112,7 +147,7 @@ def test_copies_of_a_weight_take_turns() -> None:
 def test_random_numbers_of_the_user_stay_as_they_are() -> None:
     class Nothing:
         def __getattr__(self, name: str) -> Callable[..., None]:
-            return lambda *args: None
+            return lambda *args: ("tiles256", "dx64")
 
     before = torch.get_rng_state()
     time_cells(

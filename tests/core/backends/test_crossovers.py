@@ -5,19 +5,31 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from peft_kernels.core.backends import crossover_timing, crossovers, cuda
-from peft_kernels.core.backends.crossovers import ANY, Card, Limits, Rows, Table, choose, read, write
+from peft_kernels.core.backends import crossovers
+from peft_kernels.core.backends.crossovers import (
+    ANY,
+    Card,
+    Limits,
+    RowRange,
+    Rows,
+    Table,
+    choose,
+    read,
+    write,
+)
 
 H100 = Card("NVIDIA H100 80GB HBM3", "9.0", 132, "a driver", "0123")
 MEASURED = Limits((Rows(1000, 96, 64), Rows(ANY, 320, 128)), (Rows(ANY, 416, 352),))
 PINNED = Limits((Rows(ANY, 7, 8),))
+WGMMA = Limits(
+    (Rows(1000, 96, 64, RowRange(97, ANY)), Rows(ANY, 320, 128, RowRange(64, 512), RowRange(65, 4096)))
+)
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +118,7 @@ def test_a_packaged_measured_table_goes_first(packaged: Any, wanted: Any) -> Non
 
 
 def test_a_file_is_read_as_written(tmp_path: Path) -> None:
-    tables = [*read(crossovers.PACKAGED), table(MEASURED)]
+    tables = [*read(crossovers.PACKAGED), table(MEASURED), table(WGMMA)]
     write(tmp_path / "some" / "folder" / "file.json", tables)
     assert read(tmp_path / "some" / "folder" / "file.json") == tables
     assert [path.name for path in (tmp_path / "some" / "folder").iterdir()] == ["file.json"]
@@ -150,6 +162,12 @@ BROKEN = {
     "a truth": json.dumps({"tables": [GOOD | {"rows": [{"weights": None, "forward": True, "backward": 8}]}]}),
     "no last": json.dumps({"tables": [GOOD | {"rows": [{"weights": 9, "forward": 7, "backward": 8}]}]}),
     "twice": json.dumps({"tables": [GOOD | {"rows": [ROW, ROW]}]}),
+    "a range of three": json.dumps({"tables": [GOOD | {"rows": [ROW | {"forward_wgmma": [1, 2, 3]}]}]}),
+    "a range without rows": json.dumps({"tables": [GOOD | {"rows": [ROW | {"backward_wgmma": [65, 64]}]}]}),
+    "a range without a start": json.dumps(
+        {"tables": [GOOD | {"rows": [ROW | {"forward_wgmma": [None, 9]}]}]}
+    ),
+    "a range from zero": json.dumps({"tables": [GOOD | {"rows": [ROW | {"forward_wgmma": [0, 9]}]}]}),
     "no capability": json.dumps({"tables": [GOOD | {"compute_capability": "90"}]}),
     "a number": json.dumps({"tables": [GOOD | {"compute_capability": 9.0}]}),
     "not text": b"\xff\xfe{}",
@@ -194,6 +212,26 @@ def test_a_pin_without_the_card_is_an_error(tmp_path: Path, wanted: Any) -> None
     wanted(tmp_path / "other.json")
     with pytest.raises(ValueError, match=r"other\.json has no table for NVIDIA H100"):
         choose(H100, must_not_measure)
+
+
+def test_a_file_of_an_earlier_version_keeps_wgmma_off(tmp_path: Path, wanted: Any) -> None:
+    """It was measured without wgmma, and says nothing of it."""
+    assert estimate("9.0").has_wgmma
+    (tmp_path / "old.json").write_text(json.dumps({"tables": [GOOD]}))
+    wanted(tmp_path / "old.json")
+    found = choose(H100, must_not_measure)
+    assert found is not None and not found.limits.has_wgmma and found.limits == PINNED
+
+
+def test_wgmma_can_be_kept_off(wanted: Any, packaged: Any) -> None:
+    """On a card with estimates, and on one with a measured table."""
+    wanted("no-wgmma")
+    found = choose(H100, must_not_measure)
+    assert found is not None and found.source == "estimated"
+    assert found.limits == estimate("9.0").without_wgmma() and not found.limits.has_wgmma
+    packaged(WGMMA)
+    found = choose(H100, must_not_measure)
+    assert found is not None and found.source == "measured" and found.limits == WGMMA.without_wgmma()
 
 
 # The cache.
@@ -276,125 +314,3 @@ def test_a_job_of_several_processes_measures_nothing(
     wanted(tmp_path / "pinned.json")
     found = choose(H100, must_not_measure)
     assert found is not None and found.limits == PINNED
-
-
-# The back end.
-
-
-class Extension:
-    """A compiled library that remembers the crossovers."""
-
-    __file__ = __file__
-
-    def __init__(self) -> None:
-        self.table: dict[tuple[int, int], Any] = {}
-
-    def set_limits(self, capability: int, sms: int, rows: Any, experts: Any) -> None:
-        self.table[capability, sms] = Limits(rows, experts)
-
-    def architectures(self) -> str:
-        return "9.0"
-
-
-class Properties:
-    name, major, minor, multi_processor_count, L2_cache_size = H100.name, 9, 0, 132, 50 << 20
-
-
-@pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> cuda.CudaBackend:
-    """The CUDA back end with a card; GEMMs are faster fused up to 256 rows."""
-    made: Any = cuda.CudaBackend()
-    made._extension = Extension()
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(made, "_measure", lambda index, card: MEASURED)
-    monkeypatch.setattr(made._cards, "_judge", lambda index: None)
-    return made
-
-
-class OnCard(torch.Tensor):
-    """Says that it is on a card."""
-
-    device = torch.device("cuda", 0)  # type: ignore[assignment]
-
-
-def test_the_first_call_on_a_card_sets_its_table(backend: Any, wanted: Any) -> None:
-    wanted("measured")
-    x = torch.ones(2, 3).as_subclass(OnCard)
-    assert backend.crossovers_of(0) is None and backend.extension.table == {}
-    assert backend.supports("nf4_linear", (x,)) is None
-    assert backend.extension.table == {(90, 132): MEASURED}
-    assert backend.crossovers_of(0).source == "measured"
-    backend._measure = must_not_measure
-    assert backend.supports("nf4_linear", (x,)) is None
-
-
-@pytest.mark.parametrize("when", ["capture", "dispatch mode", "transform"])
-def test_nothing_is_measured_in_the_middle_of_things(
-    when: str, backend: Any, wanted: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    wanted("measured")
-    x = torch.ones(2, 3).as_subclass(OnCard)
-
-    def call(t: torch.Tensor) -> torch.Tensor:
-        assert backend.supports("nf4_linear", (x,)) is None
-        return t
-
-    if when == "capture":
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-            call(x)
-    elif when == "dispatch mode":
-        with FlopCounterMode(display=False):
-            call(x)
-    else:
-        torch.func.vmap(call)(torch.ones(2))
-    assert backend.extension.table == {}
-    call(x)
-    assert backend.extension.table == {(90, 132): MEASURED}
-
-
-def test_the_tables_that_apply_are_listed(backend: Any, wanted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Estimates until a card is measured. Listing measures nothing."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: H100.name)
-    backend._cards._judge = lambda index: "is too old" if index == 1 else None
-    wanted("measured")
-    assert [t.source for t in backend.all_crossovers().values()] == ["estimated"] * 2
-    backend.crossovers_of(0, may_measure=True)
-    found = backend.all_crossovers()
-    assert list(found) == [f"cuda:{i} {H100.name}" for i in (0, 2)]
-    assert [t.source for t in found.values()] == ["measured"] * 2, "the second from the cache"
-
-
-def test_a_card_is_what_torch_says_and_the_library_that_is_loaded(
-    backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuda, "_driver", lambda: "a driver")
-    seen = set()
-    for content in (b"one library", b"another"):
-        (tmp_path / "library.so").write_bytes(content)
-        monkeypatch.setattr(Extension, "__file__", str(tmp_path / "library.so"))
-        backend.__dict__.pop("_library_hash", None)
-        card = backend.card(0)
-        assert card[:4] == H100[:4]
-        seen.add(card.library)
-    assert len(seen) == 2
-
-
-def test_both_ways_are_timed_on_the_device(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    device, asked = torch.device("cuda", 3), []
-    monkeypatch.setattr(torch.cuda, "device", lambda entered: nullcontext(asked.append(entered)))
-    monkeypatch.setattr(crossover_timing, "time_cells", lambda *args: asked.extend(args) or [])
-    assert backend.time_both_ways(3, H100) == []
-    ops, timing = torch.ops.peft_kernels_cuda, crossover_timing
-    expected = (ops, H100, device, 50 << 20, timing.device_clock, timing.SHAPES, timing.FEW_ROWS)
-    assert asked == [device, backend.extension, *expected]
-
-
-def test_a_bad_pin_stops_the_first_call(backend: Any, wanted: Any) -> None:
-    wanted("nowhere.json")
-    with pytest.raises(ValueError, match=r"PEFT_KERNELS_CROSSOVERS: .*nowhere\.json"):
-        backend.supports("nf4_linear", (torch.ones(2, 3).as_subclass(OnCard),))
