@@ -1,6 +1,6 @@
 """Lays the package out for Hugging Face's `kernels`, and builds the CPU variant for the installed torch.
 
-    python tools/hub_layout.py build/hub            # build.toml, csrc/, torch-ext/
+    python tools/hub_layout.py build/hub            # build.toml, csrc/, torch-ext/, tests/
     python tools/hub_layout.py build/hub --build    # and build/torchXY-cxx11-cpu-.../, for get_local_kernel
 
 The variant is compiled from what build.toml says and nothing else, as kernel-builder would. Its library
@@ -37,6 +37,8 @@ VERSION = 1
 """Of the kernel on the Hub; increases when the public API changes."""
 HEADERS = ("csrc/common", "csrc/cpu")
 GENERATED = "csrc/generated"
+TESTS = "tests/docs/test_hub_kernel.py"
+"""What kernel-builder runs, by the marker kernels_ci."""
 BUILD_TOML = """[general]
 name = "{name}"
 version = {version}
@@ -71,6 +73,8 @@ def lay_out(out: Path) -> None:
     (out / GENERATED / "generated.h").write_text(GENERATED_H.format(setup["spec_hash"]()))
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / PACKAGE, out / "torch-ext" / PACKAGE, ignore=ignored)
+    (out / "tests").mkdir()
+    shutil.copy(ROOT / TESTS, out / "tests" / f"test_{PACKAGE}.py")
     # kernel-builder gives each build a name, as a macro, and its package the same.
     flags = [*setup["HOST_FLAGS"], "-fopenmp", "-DPEFT_KERNELS_PACKAGE=TORCH_EXTENSION_NAME"]
     ops = [path for path in sources if path.endswith("_ops.cpp")]

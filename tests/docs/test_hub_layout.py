@@ -6,9 +6,12 @@ Compiling takes minutes, so all but one test run only in `make hub`.
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -72,6 +75,25 @@ def test_kernels_loads_it_beside_the_package(python: Python, layout: Path, befor
     code = f"before = {before}; import sys; sys.argv = ['', {str(layout)!r}]{USE}"
     out = python(code, ROOT, HF_HUB_OFFLINE="1").stdout
     assert "\ncpu        usable: C++, instruction set " in out
+
+
+@needs_compiler
+@needs_kernels
+@pytest.mark.slow
+def test_kernel_builders_tests_pass_within_a_minute(layout: Path) -> None:
+    """The command of kernel-builder's `ci-test`. Its pyproject.toml has the marker, that of this repository
+    must not matter."""
+    command = [sys.executable, "-m", "pytest", "tests", "-m", "kernels_ci", "-p", "no:cacheprovider"]
+    command += ["-q", "-c", os.devnull, "--rootdir", "."]
+    environment = os.environ | {"PYTHONPATH": str(variant(layout))}
+    begin = time.monotonic()
+    done = subprocess.run(
+        command, cwd=layout, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    seconds = time.monotonic() - begin
+    assert done.returncode == 0 and " skipped" not in done.stdout, done.stdout
+    assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 40
+    assert seconds < 60
 
 
 @needs_compiler
