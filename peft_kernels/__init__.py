@@ -33,7 +33,7 @@ from .triton_kernels.backend import BACKEND as _TRITON
 
 dispatch.install(backends.cuda.BACKEND, _TRITON, backends.cpu.BACKEND, backends.reference.BACKEND)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdaptedLinear",
