@@ -147,12 +147,15 @@ triton: $(VENV)/.built $(VENV)/.packages-test ## Run the Triton kernels' tests i
 # (tests/gpu/ptx/test_texts.py). Tests of autograd and of refused arguments do not depend on the back end.
 PTX := $(filter-out %_refused.py %/test_gradients.py,$(ON_CARDS)) \
   $(patsubst %,tests/gpu/test_%_cuda.py,experts bottleneck multi_bottleneck cross_entropy rms_norm rotary) tests/gpu/test_experts_grouped.py
+# Then as 9.0, where all GEMMs with NF4 weights run by wgmma, for any number of rows.
 ptx: $(VENV)/.built-gpu $(VENV)/.packages-test ## Run the CUDA kernels' tests on what nvcc makes for other cards (needs nvcc)
 ifeq ($(NVCC),)
 	@echo "ptx: no nvcc, nothing to run"
 else
 	PEFT_KERNELS_PTX_ARCH=100 PEFT_KERNELS_PTX_TRUNCATE=1 \
 	  $(BIN)/python -m pytest -q -n 2 -k ptx $(PTX) $(ARGS)
+	PEFT_KERNELS_PTX_ARCH=90a \
+	  $(BIN)/python -m pytest -q -n 2 -k ptx $(filter tests/ops/linear/% tests/ops/lora/%,$(PTX)) $(ARGS)
 endif
 
 # Compiled for compute capability 8.0, which takes minutes the first time.

@@ -280,18 +280,28 @@ if wants speed; then
   if [ "$REHEARSE" = 1 ] && ! "$PYTHON" -c 'import peft_kernels._C_ptx' &> /dev/null; then
     skip crossovers "the stub device is not built"
   elif [ "$REHEARSE" = 1 ] || usable cuda; then
-    part crossovers 40 "$PYTHON" bench/gpu/crossovers.py $([ "$REHEARSE" = 1 ] && echo --rehearse) \
+    part crossovers 45 "$PYTHON" bench/gpu/crossovers.py $([ "$REHEARSE" = 1 ] && echo --rehearse) \
       "$RESULTS/crossovers.json"
     cat "$RESULTS/crossovers.log" 2> /dev/null
     [ ! -e "$RESULTS/crossovers.json" ] || cp "$RESULTS/crossovers.json" "$OUT"
   else
     skip crossovers "only back end cuda has them"
   fi
+  # A rehearsal runs them as PTX, where that is built.
+  BY="cuda --min-time 0.1 --repeats 5" ONLY='^wgmma'
+  [ "$REHEARSE" = 1 ] && BY="ptx --min-time 0 --repeats 1" ONLY='^wgmma-.*72x64-m64'
+  WGMMA=(env PEFT_KERNELS_PTX_ARCH=90 "$PYTHON" bench/gpu/run.py --backend $BY --only "$ONLY")
+  if { [ "$REHEARSE" = 1 ] || usable cuda; } && [ -n "$("${WGMMA[@]}" --list 2> /dev/null)" ]; then
+    part wgmma 60 "${WGMMA[@]}" --seconds "{seconds}" --output "$RESULTS/wgmma"
+    cat "$RESULTS/wgmma/table.txt" 2> /dev/null
+  else
+    skip wgmma "there is no LinearWgmma, which needs compute capability 9.0"
+  fi
   QUICK=$([ "$REHEARSE" = 1 ] && echo "--min-time 0 --repeats 1 --only 72x64")
-  part speed 270 "$PYTHON" bench/gpu/run.py --backend "$BACKEND" --seconds "{seconds}" \
+  part speed 215 "$PYTHON" bench/gpu/run.py --backend "$BACKEND" --seconds "{seconds}" --only '^(?!wgmma)' \
     --output "$RESULTS/speed" $QUICK${QUICK:+|^step-}
   cat "$RESULTS/speed/table.txt" 2> /dev/null
-  part speed-eager 50 "$PYTHON" bench/gpu/run.py --backend "$BACKEND" --eager --seconds "{seconds}" \
+  part speed-eager 40 "$PYTHON" bench/gpu/run.py --backend "$BACKEND" --eager --seconds "{seconds}" \
     --only '^(adamw|step-layer|(forward|qlora)-.*-m(1|2048)-)' --output "$RESULTS/speed-eager" $QUICK
 fi
 

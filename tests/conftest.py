@@ -7,6 +7,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,10 +54,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test on every back end, forced; skips those that this machine lacks, with the reason."""
     request.node.user_properties.append(("backend", request.param))
     require(request.param)
-    if request.param == "ptx":
+    is_ptx = request.param == "ptx"
+    if is_ptx:
         # Three orders of threads, distributed over the cases; each case always has the same one.
         ptx.BACKEND.extension.set_seed(zlib.crc32(request.node.nodeid.encode()) % 3)
-    with testing.running_on(request.param):
+    with testing.running_on(request.param), ptx.BACKEND.asserting_wgmma() if is_ptx else nullcontext():
         yield request.param
 
 

@@ -47,6 +47,8 @@ CHECKED_ROWS = 256
 """Rows of a GEMM that are checked: fp64 is slow on most cards."""
 CUBLAS, UNFUSED = "cuBLAS bf16", "dequantise + cuBLAS"
 CUBLAS_FROZEN = "cuBLAS bf16 (no LoRA)"
+WGMMA, WGMMA_DX = "wgmma", "wgmma-dx"
+TITLES = cases.TITLES | {WGMMA: "LinearWgmma, forward", WGMMA_DX: "LinearWgmma, backward to x"}
 BESIDE = ("triton", "reference")
 """Back ends that also compete in GEMMs, unless they are ours."""
 
@@ -105,7 +107,7 @@ class Suite:
             found = entries(weights, *([] if m is None else [m]))
             return contenders(found, cache=self.layers(group, shape))
 
-        return Case(group, *shape, m, DTYPE, build, title=cases.TITLES[group])
+        return Case(group, *shape, m, DTYPE, build, title=TITLES[group])
 
     def weights(self, shape: Shape) -> DeviceWeights:
         """Only those of the last shape are kept in memory."""
@@ -237,6 +239,6 @@ def roofline(case: Case, gpu: Gpu) -> float | None:
         return gpu.dequantize(case.out_features, case.in_features)
     if case.group in optimizers.TITLES:
         return case.out_features * case.in_features * optimizers.STEP_BYTES / gpu.bandwidth
-    if case.group in (FORWARD, DX) and case.m is not None:
+    if case.group in (FORWARD, DX, WGMMA, WGMMA_DX) and case.m is not None:
         return gpu.linear(case.out_features, case.in_features, case.m)
     return None

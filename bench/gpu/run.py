@@ -3,6 +3,7 @@
     python bench/gpu/run.py --output gpu-output
     python bench/gpu/run.py --only '^forward-4096x4096'
     python bench/gpu/run.py --only '^step-'      # the parts of a training step
+    python bench/gpu/run.py --only ^wgmma        # LinearWgmma beside the kernels for mma.sync, on an H100
     python bench/gpu/run.py --eager --only m1-   # with the cost of Python and launches
     python bench/gpu/run.py --check              # small shapes, checked and not timed: for sanitizers
     python bench/gpu/run.py --backend cpu        # small shapes on the CPU, to test the suite (or ptx)
@@ -32,7 +33,7 @@ import torch
 import bench  # noqa: F401  (for the path of `testing`)
 import peft_kernels as pk
 import testing
-from bench.gpu import device_cases, events
+from bench.gpu import device_cases, events, wgmma_cases
 from bench.gpu.device_cases import Suite
 from bench.gpu.roofline import Gpu
 from bench.lib import harness, machine, report, session
@@ -51,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     tiny = options.check or device == "cpu"
     gpu = measured_card(device, with_peaks=not (options.check or options.list))
-    cases = [case for case in Suite(device, tiny, gpu.l2).cases() if re.search(options.only, case.name)]
+    suite = Suite(device, tiny, gpu.l2)
+    cases = suite.cases() + (wgmma_cases.cases(suite) if wgmma_cases.has_wgmma(options.backend) else [])
+    cases = [case for case in cases if re.search(options.only, case.name)]
     if options.list:
         print("\n".join(case.name for case in cases))
         return 0

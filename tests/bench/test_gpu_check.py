@@ -99,7 +99,7 @@ def machine(tmp_path: Path, stubs: Stub) -> Stub:
     def python(fails: str = "nothing", run: str = "") -> Path:
         answers = (
             f'case "$*" in *get_device_capability*) echo 9.0;; *\'"include"\'*) echo "{tmp_path}/include";;'
-            f" *'\"amd\" if'*) echo nvidia;; esac"
+            f" *'\"amd\" if'*) echo nvidia;; *--only\\ ^wgmma\\ --list*) echo wgmma-64x64-m64-bf16;; esac"
         )
         return stubs("python-stub", fails, f"{answers}\n{run}")
 
@@ -145,7 +145,7 @@ def test_a_rehearsal_goes_through_all_parts(tmp_path: Path) -> None:
     out = tmp_path / "out"
     status, said = gpu_check(out, REHEARSE="1", OMP_NUM_THREADS="1")
     assert status == 0, said
-    stub = ["crossovers"] if run.refusal("ptx") is None else []
+    stub = ["crossovers", "wgmma"] if run.refusal("ptx") is None else []
     assert parts(out) == ["environment", "check", "tests-cpu", "tests-on-card", *stub, "speed", "speed-eager"]
     files = ["crossovers.json"] if stub else []
     assert sorted(path.name for path in out.iterdir()) == [*files, "results.tar.gz", "summary.txt"]
@@ -153,6 +153,10 @@ def test_a_rehearsal_goes_through_all_parts(tmp_path: Path) -> None:
     if stub:
         assert found["crossovers.json"] == (out / "crossovers.json").read_text()
         assert len(crossovers.read(out / "crossovers.json")) == 1
+        cells = [json.loads(line) for line in found["wgmma/results.jsonl"].splitlines()]
+        assert [cell["group"] for cell in cells] == ["wgmma", "wgmma-dx"]
+        contenders = {"ours", "ours by mma.sync", "cuBLAS bf16", "dequantise + cuBLAS"}
+        assert all(contenders <= cell["times_ms"].keys() for cell in cells), cells
     assert found["summary.txt"] == (out / "summary.txt").read_text()
     assert {f"{name}.log" for name in parts(out)} < found.keys()
     lines = found["speed/results.jsonl"].splitlines()
@@ -167,7 +171,7 @@ def test_a_rehearsal_goes_through_all_parts(tmp_path: Path) -> None:
 # On a machine with a GPU.
 
 TESTS = ["primitives", "check", "tests-cuda", "tests-triton", "tests-on-card"]
-SPEED = ["crossovers", "speed", "speed-eager"]
+SPEED = ["crossovers", "wgmma", "speed", "speed-eager"]
 SANITIZERS = ["memcheck", "racecheck"]
 
 
@@ -193,7 +197,10 @@ def test_parts_in_their_order(
         assert re.search(r"-m pytest .* -n 6 --dist loadfile .* -k cuda\n", recorded)
         assert "--tool memcheck --kernel-regex kns=peft_kernels" in recorded
     if "speed" in expected:
-        assert re.search(r"bench/gpu/run.py --backend cuda --seconds \d+ --output", recorded)
+        assert re.search(
+            r"bench/gpu/run.py --backend cuda --seconds \d+ --only \^\(\?!wgmma\) --out", recorded
+        )
+        assert re.search(r"run.py --backend cuda --min-time .* --only \^wgmma --seconds \d+ --out", recorded)
         assert re.search(r"bench/gpu/crossovers.py \S+/crossovers.json\n", recorded)
 
 
@@ -343,7 +350,7 @@ def test_on_an_amd_card_triton_is_tested(tmp_path: Path, machine: Stub) -> None:
     status, said = gpu_check(tmp_path, python=python)
     assert status == 0, said
     assert "build: skipped, an AMD card, which back end triton serves" in said
-    assert parts(tmp_path) == ["environment", "check", "tests-triton", "tests-on-card", *SPEED[1:]]
+    assert parts(tmp_path) == ["environment", "check", "tests-triton", "tests-on-card", *SPEED[2:]]
     assert "crossovers: skipped, only back end cuda has them" in said
 
 

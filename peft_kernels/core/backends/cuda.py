@@ -6,7 +6,8 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,18 @@ class CudaBackend(CompiledBackend):
             except RuntimeError as error:
                 raise RuntimeError(f"{_LOST}: {fault}") from error
             return fault
+
+    @contextmanager
+    def with_kernels(self, row: crossovers.Rows) -> Iterator[None]:
+        """Inside, GEMMs on the current device use the kernels of `row` instead of those of its table."""
+        index = torch.cuda.current_device()
+        self.crossovers_of(index, may_run=True)  # or the first call inside would set the table
+        try:
+            with crossovers.forced(self.extension, self.card(index), row):
+                yield
+        finally:
+            self._in_force.discard(index)
+            self.crossovers_of(index)
 
     def all_crossovers(self) -> dict[str, crossovers.Table]:
         """What now applies to each device that can serve, by "cuda:0" and the name."""

@@ -309,3 +309,18 @@ def test_wgmma_is_timed_where_it_is_right(
     assert call(backend).rows == (expected.without_wgmma() if fault else expected,)
     assert asked == [(1, not fault)] and checks.calls == 1
     assert crossovers.choose(backend.card(0), None).limits.has_wgmma == (not fault), "cached"
+
+
+@pytest.mark.parametrize("fault", [None, "it is wrong"])
+def test_kernels_can_be_forced(
+    fault: str | None, backend: Any, checks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that failed the check, to measure them. Afterwards the table of the card applies."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    checks.result = fault
+    for row in (wgmma_check.WGMMA, wgmma_check.MMA_SYNC):
+        with backend.with_kernels(row):
+            assert call(backend).rows == (row,)
+        table = estimate().without_wgmma() if fault else estimate()
+        assert call(backend) == table
+    assert checks.calls == 1
