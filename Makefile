@@ -17,7 +17,7 @@ CPP  := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-all demo test test-all test-isa test-gpu test-flows test-dist test-tools triton triton-ptx ptx \
-  fuzz sanitize asan tsan peft-tests package hub bench docs lint format clean
+  fuzz sanitize asan tsan peft-tests package wheels hub bench docs lint format clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -201,6 +201,10 @@ peft-tests: $(VENV)/.built $(VENV)/.packages-test ## Run PEFT's own tests with e
 # With the system's Python: it needs nothing of .venv, so it can run while that is set up.
 package: ## Build the source distribution and a wheel and install both in empty environments (needs pip's index)
 	$(PYTHON) tools/package_check.py $(ARGS)
+
+# Headers of every supported torch come from its wheels, half a GB each, and are kept in ~/.cache/peft_kernels.
+wheels: $(VENV)/.packages ## Build the binary wheel for CPUs, for every supported torch, into dist/ (needs pip's index)
+	$(BIN)/python tools/wheels.py $(ARGS)
 
 hub: $(VENV)/.built $(VENV)/.packages-test $(VENV)/.packages-hub ## Lay the CPU kernels out for Hugging Face's `kernels`, build and load them (needs pip's index)
 	$(BIN)/python tools/hub_layout.py build/hub --build

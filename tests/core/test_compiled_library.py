@@ -102,6 +102,61 @@ def test_a_library_for_another_torch_is_not_loaded(python: Python, compiled: Pat
     assert re.search(rf"^cpu +not usable: {message}", out, re.M)
 
 
+def in_wheel(compiled: Path, version: str, source: Path) -> Path:
+    """A library in the copy of the package as a wheel has it for a version of torch."""
+    path = compiled / "peft_kernels" / f"_C.torch{version}.so"
+    shutil.copy(source, path)
+    return path
+
+
+MINOR = ".".join(torch.__version__.split(".")[:2])
+
+
+@needs_cpu
+def test_a_wheel_loads_the_library_for_this_torch(python: Python, compiled: Path) -> None:
+    """Beside others, which are not libraries here."""
+    fitting = in_wheel(compiled, MINOR, library())
+    for version in ("2.8", "9.10"):
+        in_wheel(compiled, version, Path(__file__))
+    shutil.copy(Path(__file__), fitting.with_name("_C_cuda.torch2.9.so"))
+    out = python(f"{LIBRARY}; print(library.__file__)", compiled).stdout
+    assert Path(out.strip()) == fitting
+    assert re.search(r"^cpu +usable: C\+\+", python(USE, compiled).stdout, re.M)
+
+
+@needs_cpu
+def test_a_wheel_without_a_library_for_this_torch_says_which_it_has(python: Python, compiled: Path) -> None:
+    """A library for another torch must not be loaded, whatever it contains."""
+    for version in ("2.10", "2.8", "9.9"):
+        in_wheel(compiled, version, library())
+    out = python(USE, compiled).stdout
+    message = (
+        rf"this wheel has kernels for torch 2\.8, 2\.10, 9\.9, this is torch {re.escape(torch.__version__)}: "
+        r"install one of these, or build from source"
+    )
+    assert re.search(rf"^cpu +not usable: {message}", out, re.M)
+    assert re.search(rf"^refused: back end cpu cannot be used here: {message}", out, re.M)
+    assert (
+        "2.8, 2.10, 9.9" in python("from peft_kernels.cli.main import main; main(['info'])", compiled).stdout
+    )
+
+
+@needs_cpu
+def test_a_misnamed_library_of_a_wheel_is_not_loaded(python: Python, compiled: Path) -> None:
+    foreign = changed(compiled, f"PEFT_KERNELS_TORCH={torch.__version__};", "PEFT_KERNELS_TORCH=2.0.1;")
+    path = in_wheel(compiled, MINOR, foreign)
+    foreign.unlink()
+    message = rf"{re.escape(str(path))} was built with torch 2\.0\.1, this is torch"
+    assert re.search(rf"^cpu +not usable: {message}", python(USE, compiled).stdout, re.M)
+
+
+def test_an_empty_library_is_not_loaded(python: Python, compiled: Path) -> None:
+    """As an interrupted copy leaves it."""
+    (compiled / "peft_kernels" / f"_C.torch{MINOR}.so").touch()
+    out = python(USE, compiled).stdout
+    assert re.search(r"^cpu +not usable: peft_kernels\._C does not load: .*empty", out, re.M)
+
+
 @needs_cpu
 def test_a_broken_library_reports_the_loader_error(python: Python, compiled: Path) -> None:
     """A file with the right hash that is not a library."""

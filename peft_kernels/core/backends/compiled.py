@@ -7,6 +7,7 @@ import importlib.util
 import mmap
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .base import unserved_tensors
 
 _HASH = re.compile(rb"PEFT_KERNELS_SPEC_HASH=([0-9a-f]{64})")
 _TORCH = re.compile(rb"PEFT_KERNELS_TORCH=([^;]{1,40});")
+_PACKAGE = Path(__file__).parents[2]
 _STALE = "was built from other sources than this package: rebuild it (pip install .)"
 
 
@@ -39,14 +41,30 @@ class CompiledBackend:
         if self._ops is not None:
             return
         self._ops = registry.install(self.namespace)
-        self._refusal = self._refusal_to_load()
-        if self._refusal is None:
-            try:
+        try:
+            self._refusal = self._refusal_to_load()
+            if self._refusal is None:
                 self._extension = self._open()
-            except (ImportError, OSError, ValueError) as error:
-                self._refusal = f"{self.library} does not load: {error}"
-            except (AttributeError, TypeError):  # it lacks a function, or has another of that name
-                self._refusal = f"{self.library} {_STALE}"
+        except (ImportError, OSError, ValueError) as error:
+            self._refusal = f"{self.library} does not load: {error}"
+        except (AttributeError, TypeError):  # it lacks a function, or has another of that name
+            self._refusal = f"{self.library} {_STALE}"
+
+    @property
+    def file(self) -> Path | None:
+        """The library: in a wheel the one for this minor version of torch, otherwise the one built at
+        installation."""
+        if (fitting := self._in_wheel().get(_minor(torch.__version__))) is not None:
+            return fitting
+        found = importlib.util.find_spec(self.library)
+        return None if found is None or found.origin is None else Path(found.origin)
+
+    def _in_wheel(self) -> dict[str, Path]:
+        """The libraries of a wheel by minor version of torch, in ascending order."""
+        pattern = re.compile(re.escape(self.library.rpartition(".")[2]) + r"\.torch(\d+)\.(\d+)\.so")
+        found = [(match, file) for file in _PACKAGE.iterdir() if (match := pattern.fullmatch(file.name))]
+        found.sort(key=lambda pair: (int(pair[0][1]), int(pair[0][2])))
+        return {f"{match[1]}.{match[2]}": file for match, file in found}
 
     def _open(self) -> Any:
         """Loads the library, which registers its kernels. Raises ImportError, OSError or ValueError, or
@@ -79,23 +97,31 @@ class CompiledBackend:
         A library built for other schemas would abort the process when it registers its kernels, and one built
         for another torch may crash.
         """
-        found = importlib.util.find_spec(self.library)
-        if found is None or found.origin is None:
+        if self.file is None:
+            if versions := ", ".join(self._in_wheel()):
+                return (
+                    f"this wheel has kernels for torch {versions}, this is torch {torch.__version__}: "
+                    "install one of these, or build from source (pip install .)"
+                )
             return self.not_built
         with (
-            open(found.origin, "rb") as file,
+            self.file.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
         ):
             schemas, built_with = (_group(pattern.search(content)) for pattern in (_HASH, _TORCH))
         if schemas != registry.spec_hash():
-            return f"{found.origin} {_STALE}"
+            return f"{self.file} {_STALE}"
         # torch's C++ ABI changes with every minor version.
-        if built_with is None or built_with.split(".")[:2] != torch.__version__.split(".")[:2]:
+        if built_with is None or _minor(built_with) != _minor(torch.__version__):
             return (
-                f"{found.origin} was built with torch {built_with}, this is torch {torch.__version__}: "
+                f"{self.file} was built with torch {built_with}, this is torch {torch.__version__}: "
                 "rebuild it (pip install --no-deps --force-reinstall .)"
             )
         return None
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
 
 
 def _group(match: re.Match[bytes] | None) -> str | None:

@@ -6,7 +6,6 @@ a hash of bits) are ops too.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,9 +40,7 @@ class CpuBackend(CompiledBackend):
     not_built = "not built (no C++ compiler at installation, or PEFT_KERNELS_CPU=0): reinstall with g++"
 
     def _open(self) -> Library:
-        found = importlib.util.find_spec(self.library)
-        assert found is not None and found.origin is not None  # checked before
-        library = Library(found.origin, self.namespace)
+        library = Library(str(self.file), self.namespace)
         library.set_isa_from_environment()
         return library
 
