@@ -12,11 +12,12 @@ import pytest
 import torch
 from lora_cases import check_lora_linear, check_lora_linear_backward, check_nf4_linear, check_nf4_linear_dx
 from numbers_policy import short
+from skips import require
 from test_cuda_paths import FEW, lines_of, sizes
 
 import ptx_backend as ptx
 import testing
-from peft_kernels.core.backends import crossovers, wgmma_check
+from peft_kernels.core.backends import crossovers, cuda, wgmma_check
 from peft_kernels.core.backends.crossovers import Card
 
 H100 = (90, 132, 227 << 10)
@@ -141,6 +142,28 @@ def test_large_tiles_that_blocks_share(wgmma: ModuleType, dtype: torch.dtype) ->
         (check_nf4_linear, check_nf4_linear_dx)[direction](case)
 
 
+LARGE = (70, 4096, 4096), (300, 1032, 4096), (1000, 1032, 640)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("name", ["cuda", "ptx"])
+def test_every_size_on_a_card(name: str, dtype: torch.dtype) -> None:
+    """As PTX with some of the sizes, so that the test is known to be right."""
+    require(name)
+    backend: Any = {"cuda": cuda, "ptx": ptx}[name].BACKEND
+    if name == "ptx":
+        backend.extension.set_card(90, FEW, H100[2])
+    with testing.running_on({"cuda": "cuda_copied"}.get(name, name)), backend.with_kernels(wgmma_check.WGMMA):
+        for i, (m, n, k) in enumerate(SIZES[:4] if name == "ptx" else SIZES + LARGE):
+            case = sizes(m, n, k, dtype, i)
+            if "wgmma" not in backend.extension.plan(m, n, k, case["bs"], str(dtype)[6:])[0]:
+                pytest.skip("no card of compute capability 9.0, or a build without LinearWgmma")
+            check_nf4_linear(case)
+            check_nf4_linear_dx(case)
+            check_lora_linear(case)
+            check_lora_linear_backward(case)
+
+
 def three_products(dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
     """Of a tile that blocks share, and of dx with 64 and 128 rows a tile."""
     weight, of_dx = testing.nf4_weight(136, 3840, 64, True), testing.nf4_weight(520, 192)
@@ -258,6 +281,11 @@ def checked(extension: ModuleType, sms: int = 1) -> str | None:
 def test_a_device_passes(extension: ModuleType, sms: int) -> None:
     assert checked(extension, sms) is None
     assert not any("wgmma" in name for name in extension.plan(64, 4096, 4096, 64, "bfloat16")), "left on"
+
+
+def test_the_card_here_passes() -> None:
+    require("cuda")
+    assert cuda.BACKEND.has_wgmma(0), "see the warning"
 
 
 @pytest.mark.parametrize("sms", [1, FEW, 78, 114, 132, 144])
