@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -17,6 +19,7 @@ from peft_kernels.core.backends.crossover_timing import SHAPES
 
 H100 = reached(BY_ARCHITECTURE[90])
 LARGE = 14336, 4096
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,15 @@ def test_times_by_hand(plans: ModuleType) -> None:
     assert dequantised(H100, n, k, 2048) - dense(H100, n, k, 2048) == pytest.approx(extra)
 
 
+def test_stages_cost_what_the_plan_says() -> None:
+    source = (ROOT / "csrc" / "cuda" / "linear" / "linear.h").read_text(encoding="utf-8")
+    few, more, most = script.STAGE_CLOCKS.values()
+    assert (
+        f"stage_cost() const {{ return tokens == 64 ? {few} : tokens == 128 ? {more} : {most}; }}" in source
+    )
+    assert f"kSharingStages = {script.SHARED_STAGES['wgmma']};" in source
+
+
 def test_the_table_is_shown(plans: ModuleType) -> None:
     outcome = Case(BY_ARCHITECTURE[90]).run()
     assert "58,720,256 weights: wgmma for 64 to 1760 rows, dx for 64 to 1760 rows" in outcome.line()
@@ -81,3 +93,30 @@ def test_without_a_library_the_reason_is_reported(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(script, "planner", lambda: "not built")
     outcome = Case(BY_ARCHITECTURE[90]).run()
     assert "not built" in outcome.line() and "not built" in report.render([outcome])
+
+
+def test_the_page_on_gpus_has_these_figures(plans: ModuleType) -> None:
+    """The times of the largest weight, and the rows of the packaged table."""
+    page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    section = page.partition("### wgmma on H100")[2].partition("### A plan")[0]
+    rows = {cells[0]: cells[1:] for line in section.splitlines() if (cells := _cells(line))}
+    times: dict[str, Callable[[int], float]] = {
+        "kernel for `mma.sync`": lambda m: fused(plans, H100, *LARGE, m, False, "mma.sync"),
+        "`LinearWgmma`": lambda m: fused(plans, H100, *LARGE, m, False, "wgmma"),
+        "dequantise + cuBLAS": lambda m: dequantised(H100, *LARGE, m),
+        "cuBLAS, dense bf16 weight": lambda m: dense(H100, *LARGE, m),
+    }
+    columns = [int(m) for m in rows["us, y = x W^T, 14336x4096"]]
+    for name, seconds in times.items():
+        shown = [cell.replace(",", "") for cell in rows[name]]
+        assert shown == [report.three_digits(1e6 * seconds(m)) for m in columns], name
+    sizes = {"weights up to 8 million": 1, "weights up to 34 million": 2**24, "larger weights": 2**30}
+    for words, size in sizes.items():
+        shown = [
+            script.shown(found).removeprefix("for ").removesuffix(" rows") for found in packaged(size)[3:]
+        ]
+        assert f"| {words:<48} | {shown[0].replace('no', 'none'):<10} | {shown[1]:<10} |" in page
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("| ") else []
