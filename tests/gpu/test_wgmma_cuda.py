@@ -322,11 +322,16 @@ def test_the_check_finds_planted_faults(extension: ModuleType, fault: str) -> No
 
 @pytest.mark.parametrize("kernel", ["LinearWgmma", "LinearWgmmaDx"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-@pytest.mark.parametrize("tokens", [64, 128, 256])
+@pytest.mark.parametrize("tokens,error", [(64, 0.1), (128, -0.1), (256, torch.nan)])
 def test_the_check_names_the_kernel_that_is_wrong(
-    extension: ModuleType, monkeypatch: pytest.MonkeyPatch, kernel: str, dtype: torch.dtype, tokens: int
+    extension: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    kernel: str,
+    dtype: torch.dtype,
+    tokens: int,
+    error: float,
 ) -> None:
-    """One element of one result is wrong."""
+    """One element of one result is wrong, or missing."""
     name = f"{'dx_' * kernel.endswith('Dx')}wgmma{tokens}"
     real, wrong = wgmma_check._gemm, []
 
@@ -337,7 +342,7 @@ def test_the_check_names_the_kernel_that_is_wrong(
         def spoiled() -> torch.Tensor:
             y = run()
             if planned[is_dx] == name and rest[0] == dtype and not wrong:
-                wrong.append(y[-1, -1].add_(0.1 * y.float().pow(2).mean().sqrt()))
+                wrong.append(y[-1, -1].add_(error * y.float().pow(2).mean().sqrt()))
             return y
 
         return spoiled
