@@ -330,6 +330,25 @@ def test_falling_back_to_plain_torch_is_logged(
     ]
 
 
+@pytest.mark.usefixtures("automatic")
+def test_without_the_cuda_library_triton_serves_cards(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """So is a wheel for the CPU on a machine with a card and without nvcc."""
+    FakeCards(monkeypatch, (9, 0))
+    missing = cuda.CudaBackend()
+    monkeypatch.setattr(missing, "library", "peft_kernels._C_absent")
+    monkeypatch.setattr(registry, "install", lambda namespace: object())
+    missing.load()
+    assert missing.probe() == missing.not_built
+    monkeypatch.setattr(cuda.BACKEND, "_refusal", missing.probe())
+    monkeypatch.setattr(triton.BACKEND, "probe", lambda: None)
+    monkeypatch.setattr(triton.BACKEND, "supports", lambda op, args: None)
+    x = testing.tensor(3, 64).as_subclass(OnCard)
+    assert served_by("dropout", x, 0.5, x) == served_by("gated_activation", x, x, "silu") == "triton"
+    assert caplog.messages == []
+
+
 @needs_cpu
 def test_forbidden_amx_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """If a sandbox forbids arch_prctl, the next lower ISA is used, and explain() says why."""

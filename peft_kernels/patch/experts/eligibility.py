@@ -83,7 +83,7 @@ def _wrapper_reason(wrapper: Any, experts: Any) -> str:
 
 def never_reason(base: Any) -> str:
     """Why no adapter on the parameters of this module can ever run fused."""
-    if not all(hasattr(base, name) for name in ("has_gate", "has_bias", "has_post_expert_norm")):
+    if not all(hasattr(base, name) for name in ("has_gate", "has_bias", "is_transposed")):
         return f"no fused forward over the parameters of a {type(base).__name__}"
     return ""
 
