@@ -79,6 +79,8 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
             limits = _crossovers()
         except ValueError as error:  # a file that cannot be used
             problems.append(str(error))
+        for card, fault in cuda.BACKEND.wgmma_faults().items():
+            problems.append(f"LinearWgmma is not used on {card}, please report this: {fault}")
     if limits:
         out.table(
             ("card", "GEMMs", "weights up to>", "fused rows>", "backward>", "by wgmma>", "backward>", ""),

@@ -150,6 +150,18 @@ def test_crossovers_are_shown(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 
 @pytest.mark.usefixtures("card")
+def test_a_card_that_failed_a_check_is_a_problem(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BACKENDS["cuda"], "all_crossovers", dict)
+    monkeypatch.setattr(BACKENDS["cuda"], "wgmma_faults", lambda: {"A": "wgmma64 differs by 3"})
+    code, report = diagnosed(capsys)
+    assert code == 1 and report["problems"] == [
+        "LinearWgmma is not used on A, please report this: wgmma64 differs by 3"
+    ]
+
+
+@pytest.mark.usefixtures("card")
 def test_a_bad_file_of_crossovers_is_a_problem(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,6 +157,10 @@ class CudaBackend(CompiledBackend):
         with self._choosing:
             return self._wgmma_fault(index, self.card(index)) is None
 
+    def wgmma_faults(self) -> dict[str, str]:
+        """What the checks of LinearWgmma found so far, by the name of the card."""
+        return {card.name: fault for card, fault in self._wgmma_faults.items() if fault is not None}
+
     def _wgmma_fault(self, index: int, card: crossovers.Card) -> str | None:
         """Why LinearWgmma must not be used on a kind of card, found at the first call on one of them."""
         if card not in self._wgmma_faults:

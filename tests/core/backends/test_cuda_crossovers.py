@@ -198,6 +198,7 @@ def test_a_card_is_checked_before_it_uses_wgmma(backend: Any, checks: Any) -> No
     assert backend.crossovers_of(0).limits == estimate()
     assert backend.extension.table == {(90, 132): estimate().without_wgmma()} and checks.calls == 0
     assert call(backend) == call(backend) == estimate() and checks.calls == 1
+    assert backend.wgmma_faults() == {}
     assert backend.crossovers_of(1, may_run=True).limits == estimate() and checks.calls == 1
     assert backend.extension.table == {(90, 132): estimate()}
 
@@ -213,6 +214,7 @@ def test_a_card_that_fails_does_without(backend: Any, checks: Any, caplog: pytes
         "Please report this: wgmma64 in bfloat16, 64 rows: differs by 3"
     ]
     assert not backend.crossovers_of(0).limits.has_wgmma, "doctor shows what applies"
+    assert backend.wgmma_faults() == {H100.name: checks.result}
 
 
 def test_a_launch_that_fails_is_a_fault(backend: Any, checks: Any, caplog: pytest.LogCaptureFixture) -> None:
