@@ -148,7 +148,7 @@ def _weights(
     count = min(max(2 * cache_bytes // (elements // 2), 2), COPIES)
     size = count, elements // 2
     codes = torch.randint(256, size, generator=random, dtype=torch.uint8, device=random.device)
-    scales = torch.ones(count, elements // BLOCKSIZE, device=random.device)
+    scales = torch.ones(count, elements // BLOCKSIZE, dtype=torch.float32, device=random.device)
     return list(zip(codes, scales, strict=True))
 
 

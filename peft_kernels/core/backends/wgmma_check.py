@@ -91,8 +91,8 @@ def _gemm(
     if problem.is_nested:
         scales = (
             integers(blocks),
-            torch.full((-(-blocks // 256),), 0.5, device=random.device),
-            torch.ones((), device=random.device),
+            torch.full((-(-blocks // 256),), 0.5, dtype=torch.float32, device=random.device),
+            torch.ones((), dtype=torch.float32, device=random.device),
         )
     base = codes, *scales, BLOCKSIZE
     a, b, bias = normal(RANK, k, scale=k**-0.5), normal(n, RANK), normal(n)

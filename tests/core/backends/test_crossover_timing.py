@@ -109,7 +109,7 @@ def test_the_clock_leaves_out_the_first_call_and_what_python_takes(monkeypatch: 
     assert device_clock(run) == pytest.approx(3e-3)
 
 
-def test_copies_of_a_weight_take_turns() -> None:
+def test_copies_of_a_weight_take_turns(request: pytest.FixtureRequest) -> None:
     """As many as twice the cache holds, two at least; every call has its own codes."""
 
     class Library:
@@ -127,6 +127,7 @@ def test_copies_of_a_weight_take_turns() -> None:
             self, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, *rest: object
         ) -> None:
             assert codes.shape == (64 * 128 // 2,) and scales.shape == (64 * 128 // BLOCKSIZE,)
+            assert scales.dtype == torch.float32
             assert codes.unique().numel() > 200, "constants take less power"
             self.codes.append(codes.data_ptr())
 
@@ -137,6 +138,9 @@ def test_copies_of_a_weight_take_turns() -> None:
         run()
         return 6.0
 
+    before = torch.get_default_dtype()
+    request.addfinalizer(lambda: torch.set_default_dtype(before))
+    torch.set_default_dtype(torch.bfloat16)
     for cache, copies in ((0, 2), (5 * 4096, 10), (1 << 30, 32)):
         ops, card = Ops(), Card("", "9.0", 1)
         cells = time_cells(Library(), ops, card, torch.device("cpu"), cache, clock, [(64, 128)], [96])
