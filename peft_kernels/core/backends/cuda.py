@@ -181,6 +181,8 @@ class CudaBackend(CompiledBackend):
                 # A stream of its own has counters of its own, which a wrong kernel may leave as they are.
                 with torch.cuda.stream(torch.cuda.Stream(device)):
                     return wgmma_check.fault(self.extension, ops, card, device, _finish)
+            except torch.OutOfMemoryError:
+                raise  # this says nothing of the kernel
             except RuntimeError as error:
                 fault = str(error)
             try:

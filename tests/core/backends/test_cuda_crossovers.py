@@ -224,6 +224,14 @@ def test_a_launch_that_fails_is_a_fault(backend: Any, checks: Any, caplog: pytes
     assert "LinearWgmma: launch failed" in caplog.text
 
 
+def test_too_little_memory_is_no_fault(backend: Any, checks: Any) -> None:
+    checks.result = torch.OutOfMemoryError("no memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        call(backend)
+    checks.result = None
+    assert call(backend) == estimate() and checks.calls == 2
+
+
 def test_a_card_that_is_lost_is_an_error(backend: Any, checks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """No other kernel could run. The sentence says how to do without."""
     waits = iter([None, RuntimeError("an illegal instruction was encountered")])
