@@ -17,7 +17,7 @@ CPP  := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-all demo test test-all test-isa test-gpu test-flows test-dist test-tools triton triton-ptx ptx \
-  fuzz sanitize asan tsan peft-tests package wheels hub bench docs lint format clean
+  fuzz sanitize asan tsan peft-tests upgrades release-check package wheels hub bench docs lint format clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -194,9 +194,17 @@ asan tsan: $(VENV)/.packages-test
 	  $(SANITIZED) $(ARGS)
 
 # The oldest supported PEFT, and the newest.
-PEFT_VERSIONS ?= 0.17.0 newest
+PEFT_VERSIONS ?= 0.19.0 newest
 peft-tests: $(VENV)/.built $(VENV)/.packages-test ## Run PEFT's own tests with every model patched, its oldest and newest version (needs pip's index)
 	$(BIN)/python tools/peft_tests.py $(PEFT_VERSIONS:%=--peft %) $(ARGS)
+
+# About ten minutes. ARGS='--only oldest -k trl': one end, and some of the tests.
+upgrades: $(VENV)/.built $(VENV)/.packages-test ## Run the flows with the oldest supported and the newest transformers, PEFT, TRL, accelerate and bitsandbytes (needs pip's index)
+	$(BIN)/python tools/upgrades.py $(ARGS)
+
+# More than an hour; ARGS=--quick takes seconds, ARGS=--list says what there is.
+release-check: $(VENV)/.built $(VENV)/.packages-test ## Check that this commit can be released
+	$(BIN)/python tools/release_check.py $(ARGS)
 
 # With the system's Python: it needs nothing of .venv, so it can run while that is set up.
 package: ## Build the source distribution and a wheel and install both in empty environments (needs pip's index)

@@ -62,6 +62,14 @@ def load(path: Path = FILE) -> Figures:
     return Figures(**json.loads(path.read_text(encoding="utf-8")))
 
 
+def lacking(root: Path = ROOT) -> dict[str, list[str]]:
+    """The passages that pages lack, by page."""
+    figures = load(root / FILE.relative_to(ROOT))
+    texts = {page: (root / page).read_text(encoding="utf-8") for page in figures.passages}
+    found = {page: figures.without_passages(page, text)[1] for page, text in texts.items()}
+    return {page: passages for page, passages in found.items() if passages}
+
+
 def update(new: dict[str, str], root: Path = ROOT) -> list[str]:
     """Changes the file and the pages. Returns the pages that changed."""
     figures, changed = load(root / FILE.relative_to(ROOT)), []

@@ -7,7 +7,7 @@ environment.
 
     python tools/peft_tests.py                          # all files that test LoRA without the hub
     python tools/peft_tests.py test_mixed.py -k forward --sdist peft-0.21.2.tar.gz
-    python tools/peft_tests.py --peft 0.17.0 --peft newest
+    python tools/peft_tests.py --peft 0.19.0 --peft newest
 """
 
 from __future__ import annotations
@@ -75,17 +75,6 @@ NEEDED |= {"attr": "attrs", "importlib_metadata": "importlib_metadata", "zipp": 
 """Imports of the test modules beyond PEFT's and TRL's requirements: module and package name."""
 
 NEWEST = "newest"
-OLD = {
-    (0, 17): (
-        "transformers==4.57.6",
-        "huggingface_hub<1",
-        "tokenizers<0.23",
-        "datasets==4.1.1",
-        "diffusers==0.35.2",
-    )
-}
-"""Older requirements of PEFT up to a version: 0.17 imports a class that transformers 5 does not have."""
-
 CONFTEST = '''"""Written by peft_tests.py. Tests that need the hub fail at once, without retries."""
 
 import contextlib
@@ -220,13 +209,10 @@ def resolve(wanted: str) -> str:
 
 
 def installed(version: str, folder: Path) -> Path:
-    """A folder for PYTHONPATH with this PEFT and its older requirements."""
+    """A folder for PYTHONPATH with this PEFT."""
     if not (folder / f"peft-{version}.dist-info").exists():
-        release = tuple(int(part) for part in version.split(".")[:2])
-        others = [package for newest, needed in OLD.items() if release <= newest for package in needed]
-        names = ", ".join([f"peft {version}", *others])
-        print(f"installing into {folder}: {names}", flush=True)
-        pip("install", "--upgrade", "--no-deps", "--target", str(folder), *others, f"peft=={version}")
+        print(f"installing into {folder}: peft {version}", flush=True)
+        pip("install", "--upgrade", "--no-deps", "--target", str(folder), f"peft=={version}")
     return folder
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 try:
     import tomllib
@@ -16,9 +17,15 @@ except ImportError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
 def main() -> None:
-    extras = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
-    print(" ".join(sorted(set(requirements(extras, sys.argv[1:])))))
+    print(" ".join(sorted(set(requirements(project()["optional-dependencies"], sys.argv[1:])))))
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def requirements(extras: dict[str, list[str]], names: Iterable[str]) -> Iterator[str]:

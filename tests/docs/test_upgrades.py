@@ -1,0 +1,157 @@
+"""tools/upgrades.py without the package index: its reading of reports, its comparison, and when it runs
+tests again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from tool_modules import tool_module
+
+
+@pytest.fixture
+def tool() -> ModuleType:
+    return tool_module("upgrades")
+
+
+TESTS = """
+import pytest
+def test_passes(): pass
+def test_fails(): assert 1 == 2, "why\\nand more"
+@pytest.mark.skip(reason="no card")
+def test_skipped(): pass
+@pytest.fixture
+def broken(): raise ValueError("of the fixture")
+def test_errs(broken): pass
+"""
+
+
+def test_outcomes_are_those_of_pytest(tool: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(TESTS)
+    (tmp_path / "test_import.py").write_text("from json import nothing")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-c",
+        "/dev/null",
+        "--rootdir",
+        ".",
+        "--junitxml=out.xml",
+    ]
+    command += ["--continue-on-collection-errors", "-p", "no:cacheprovider"]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    found = dict(tool.outcomes(tmp_path / "out.xml"))
+    assert found.pop("test_it::test_passes") == ("passed", "")
+    assert found.pop("test_it::test_fails") == ("failed", "AssertionError: why")
+    assert found.pop("test_it::test_skipped") == ("skipped", "no card")
+    assert found.pop("test_it::test_errs")[0] == "failed"
+    (broken,) = found.values()
+    assert broken.outcome == "failed"
+    assert broken.message.startswith("ImportError: cannot import name 'nothing' from 'json'")
+
+
+def test_oldest_are_the_lower_bounds_and_newest_include_pre_releases(tool: ModuleType) -> None:
+    oldest = tool.packages("oldest")
+    assert [word.partition("==")[0] for word in oldest] == list(tool.LIBRARIES)
+    assert all(word.partition("==")[2] for word in oldest)
+    assert tool.packages("newest") == ["--pre", "--upgrade", *tool.LIBRARIES]
+
+
+def made(tool: ModuleType, **tests: str) -> Any:
+    return tool.Run(
+        {"peft": "1"}, {n: tool.Outcome(w.split(":")[0], w.partition(":")[2]) for n, w in tests.items()}
+    )
+
+
+def test_only_what_passes_with_the_pinned_versions_counts(
+    tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pinned = made(tool, a="passed", b="passed", c="skipped:no card", d="passed")
+    same = made(tool, a="passed", b="passed", c="failed:as before", d="passed")
+    assert tool.report({"pinned": pinned, "oldest": same}) == 0
+    worse = made(
+        tool, a="failed:why", b="skipped:too old", c="skipped:no card", d="failed:why", e="failed:new"
+    )
+    assert tool.report({"pinned": pinned, "oldest": worse}) == 1
+    said = capsys.readouterr().out.split("== ")
+    assert "fail with the oldest versions alone: 3\nwhy\n    a and 1 more\nnew\n    e\n" in said[-2]
+    assert "skipped with the oldest versions alone: 1\ntoo old\n    b\n" in said[-1]
+
+
+def test_failure_with_the_pinned_versions_is_a_failure(
+    tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tool.report({"pinned": made(tool, a="failed:why")}) == 1
+    assert "fail with the pinned versions: 1\nwhy\n    a\n" in capsys.readouterr().out
+
+
+REPORT = '<testsuites><testsuite><testcase classname="m" name="t"/></testsuite></testsuites>'
+
+
+def test_run_is_repeated_when_something_changed(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Path] = []
+
+    def pytest_of(python: Path, options: Namespace, report: Path) -> None:
+        ran.append(report)
+        report.write_text(REPORT)
+
+    state = {"versions": {"peft": "1"}, "sources": "s"}
+    monkeypatch.setattr(tool, "pytest", pytest_of)
+    monkeypatch.setattr(tool, "versions", lambda python: state["versions"])
+    monkeypatch.setattr(tool, "sources", lambda: state["sources"])
+
+    def runs(*words: str) -> int:
+        found = tool.run(Path("python"), tool.arguments(["--cache", str(tmp_path), *words]))
+        assert found.tests == {"m::t": ("passed", "")} and found.versions == state["versions"]
+        return len(ran)
+
+    assert runs() == 1 and runs() == 1
+    assert runs("-k", "trl") == 2 and runs("tests/flows/trainer") == 3
+    state["versions"] = {"peft": "2"}
+    assert runs() == 4
+    state["sources"] = "t"
+    assert runs() == 5 and runs() == 5
+
+
+def test_sources_are_those_of_the_working_tree(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    for name in tool.SOURCES:
+        (tmp_path / name).write_text(name)
+    before = tool.sources()
+    (tmp_path / tool.SOURCES[0]).write_text("other")
+    assert before != tool.sources()
+    (tmp_path / tool.SOURCES[0]).write_text(tool.SOURCES[0])
+    assert before == tool.sources()
+
+
+def test_environment_keeps_the_torch_below_it(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip gets a constraint on torch, and the environment imports packages of this one."""
+    installed, real = [], subprocess.run
+
+    def run(command: Any, **options: Any) -> Any:
+        if "pip" in command:
+            installed.append([str(word) for word in command])
+            return subprocess.CompletedProcess(command, 0)
+        return real(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    python = tool.environment(tmp_path / "end", ["peft==0.18"])
+    (command,) = installed
+    constraints = Path(command[command.index("-c") + 1])
+    torch = tool.versions(Path(sys.executable))["torch"]
+    assert command[-1] == "peft==0.18" and constraints.read_text() == f"torch=={torch.partition('+')[0]}\n"
+    assert tool.versions(python)["torch"] == torch

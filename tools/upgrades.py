@@ -1,0 +1,239 @@
+"""Runs the flows with the oldest supported and the newest versions of the libraries and says what fails.
+
+    python tools/upgrades.py                      # pinned versions, oldest, newest pre-releases
+    python tools/upgrades.py --only oldest -k trl
+
+The oldest are the lower bounds of pyproject.toml; the newest are those of pip's index, pre-releases
+included. Each has an environment of its own above this one, whose torch and other packages it uses. Exits
+with 1 if a test passes with the pinned versions and fails with others. A run with the same sources, versions
+and tests is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import versions as supported
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = ("transformers", "peft", "trl", "accelerate", "bitsandbytes")
+SHOWN = ("torch", *LIBRARIES)
+RELATED = (*SHOWN, "huggingface_hub", "tokenizers", "datasets", "safetensors", "numpy")
+"""Packages whose versions tell one run from another."""
+PINNED, OLDEST, NEWEST = ENDS = ("pinned", "oldest", "newest")
+FLOWS = "tests/flows"
+SOURCES = ("peft_kernels", "csrc", "tests", "pyproject.toml", "constraints.txt")
+
+VERSIONS = """
+import importlib.metadata as metadata, json, sys
+found = {}
+for name in sys.argv[1:]:
+    try:
+        found[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        pass
+print(json.dumps(found))
+"""
+
+
+class Outcome(NamedTuple):
+    outcome: str
+    """passed, failed or skipped."""
+    message: str
+    """The first line of the error, or why it was skipped."""
+
+
+class Run(NamedTuple):
+    """The tests with one set of versions."""
+
+    versions: dict[str, str]
+    tests: dict[str, Outcome]
+
+    def count(self, outcome: str) -> int:
+        return sum(test.outcome == outcome for test in self.tests.values())
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    options = arguments(words)
+    runs = {PINNED: run(Path(sys.executable), options)}
+    for end in options.only or (OLDEST, NEWEST):
+        python = environment(options.cache / end, packages(end))
+        runs[end] = run(python, options)
+    return report(runs)
+
+
+def arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--only", action="append", choices=ENDS[1:], help="compare only these versions")
+    parser.add_argument("tests", nargs="*", default=[FLOWS], help=f"files or folders (default: {FLOWS})")
+    parser.add_argument("-k", default="", help="pytest's -k")
+    parser.add_argument("-n", type=int, default=2, help="processes (default 2)")
+    parser.add_argument(
+        "--cache", type=Path, default=ROOT / "build" / "upgrades", help="environments and results"
+    )
+    return parser.parse_args(words)
+
+
+# Environments.
+
+
+def packages(end: str) -> list[str]:
+    """What pip installs: the lower bounds of pyproject.toml, or the newest."""
+    if end == NEWEST:
+        return ["--pre", "--upgrade", *LIBRARIES]
+    return [f"{name}=={bound}" for name, bound in supported.oldest().items() if name in LIBRARIES]
+
+
+def environment(folder: Path, wanted: Sequence[str]) -> Path:
+    """The Python of an environment with these packages above those of this one."""
+    python, above = folder / "bin" / "python", folder / "above.txt"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        # Its own packages come first. pip sees those below, and never removes them.
+        own = [path for path in folder.rglob("site-packages") if path.is_dir()]
+        (own[0] / "below.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    torch = versions(Path(sys.executable))["torch"].partition("+")[0]
+    above.write_text(f"torch=={torch}\n")
+    print(f"installing into {folder}: {' '.join(wanted)}", flush=True)
+    command = [python, "-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check"]
+    if subprocess.run([*command, "-c", above, *wanted], check=False).returncode:
+        raise SystemExit(f"pip install {' '.join(wanted)}: failed, see above")
+    return python
+
+
+def versions(python: Path) -> dict[str, str]:
+    done = subprocess.run([python, "-c", VERSIONS, *RELATED], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+# Runs.
+
+
+def run(python: Path, options: argparse.Namespace) -> Run:
+    """The outcome of each test; that of the last run if nothing changed since."""
+    found = versions(python)
+    what = [found, options.tests, options.k, sources()]
+    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+    report = options.cache.resolve() / f"{key}.xml"
+    print("== " + ", ".join(f"{name} {found.get(name, 'missing')}" for name in SHOWN), flush=True)
+    if report.exists():
+        print(f"as in {report}", flush=True)
+    else:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        pytest(python, options, report)
+    return Run(found, dict(outcomes(report)))
+
+
+def sources() -> str:
+    """A hash of the files that a run depends on, as they are in the working tree."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *SOURCES]
+    names = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    digest = hashlib.sha256()
+    for path in (ROOT / name for name in sorted(filter(None, names.split("\0")))):
+        digest.update(str(path).encode() + (path.read_bytes() if path.exists() else b""))
+    return digest.hexdigest()
+
+
+def pytest(python: Path, options: argparse.Namespace, report: Path) -> None:
+    unfinished = report.with_suffix(".part")
+    command = [python, "-m", "pytest", "-q", "--tb=short", "--no-summary", "-p", "no:cacheprovider"]
+    command += ["--continue-on-collection-errors"]
+    command += ["-n", str(options.n), "--dist", "loadfile"] if options.n else []
+    command += ["-k", options.k] if options.k else []
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [*command, f"--junitxml={unfinished}", *options.tests],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    if done.returncode not in (0, 1):  # all passed, some failed
+        raise SystemExit(f"pytest: exit status {done.returncode}, see above")
+    unfinished.rename(report)
+
+
+def outcomes(report: Path) -> Iterator[tuple[str, Outcome]]:
+    """Name and outcome of each test of a JUnit report. A file that cannot be imported is one test."""
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = "::".join(filter(None, (case.get("classname"), case.get("name"))))
+        failure = next((case.find(tag) for tag in ("failure", "error") if case.find(tag) is not None), None)
+        skipped = case.find("skipped")
+        if failure is not None:
+            yield name, Outcome("failed", first_line(failure))
+        elif skipped is not None:
+            yield name, Outcome("skipped", skipped.get("message", ""))
+        else:
+            yield name, Outcome("passed", "")
+
+
+def first_line(failure: ElementTree.Element) -> str:
+    """The error that pytest shows behind E, or the message."""
+    errors = re.findall(r"^E +(\S.*)$", failure.text or "", re.MULTILINE)
+    whole = failure.get("message", "")
+    if whole == "collection failure" and errors:
+        return errors[-1]
+    return next(filter(None, map(str.strip, whole.splitlines())), errors[0] if errors else "no message")
+
+
+# The table.
+
+
+def report(runs: dict[str, Run]) -> int:
+    """Prints how the runs differ. Returns the exit status."""
+    pinned = runs[PINNED]
+    rows = [["", *runs]]
+    rows += [[name, *(run.versions.get(name, "missing") for run in runs.values())] for name in SHOWN]
+    for outcome in ("passed", "failed", "skipped"):
+        rows.append([outcome, *(str(run.count(outcome)) for run in runs.values())])
+    broken = {end: regressions(pinned, run) for end, run in runs.items()}
+    rows.append(["fail here alone", *(str(len(names)) for names in broken.values())])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print()
+    for row in rows:
+        print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
+    for end, run in runs.items():
+        show(f"fail with the {end} versions alone", {n: run.tests[n].message for n in broken[end]})
+        changed = {n for n, t in run.tests.items() if t.outcome == "skipped" and passes(pinned, n)}
+        show(f"skipped with the {end} versions alone", {n: run.tests[n].message for n in changed})
+    failed = {name: test.message for name, test in pinned.tests.items() if test.outcome == "failed"}
+    show("fail with the pinned versions", failed)
+    return 1 if failed or any(broken.values()) else 0
+
+
+def regressions(pinned: Run, run: Run) -> list[str]:
+    """Tests that fail, and do not with the pinned versions, or are not known there."""
+    failed = (name for name, test in run.tests.items() if test.outcome == "failed")
+    return [name for name in failed if name not in pinned.tests or passes(pinned, name)]
+
+
+def passes(run: Run, name: str) -> bool:
+    return name in run.tests and run.tests[name].outcome == "passed"
+
+
+def show(title: str, messages: dict[str, str]) -> None:
+    """Prints tests by message, the most common first."""
+    by_message = defaultdict(list)
+    for name, message in sorted(messages.items()):
+        by_message[message].append(name)
+    if messages:
+        print(f"\n== {title}: {len(messages)}")
+    for message, names in sorted(by_message.items(), key=lambda entry: -len(entry[1])):
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        print(f"{message[:200]}\n    {names[0]}{more}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
