@@ -155,7 +155,7 @@ else
 	PEFT_KERNELS_PTX_ARCH=100 PEFT_KERNELS_PTX_TRUNCATE=1 \
 	  $(BIN)/python -m pytest -q -n 2 -k ptx $(PTX) $(ARGS)
 	PEFT_KERNELS_PTX_ARCH=90a \
-	  $(BIN)/python -m pytest -q -n 2 -k ptx $(filter tests/ops/linear/% tests/ops/lora/%,$(PTX)) $(ARGS)
+	  $(BIN)/python -m pytest -q -n 2 -k ptx $(filter tests/ops/linear/% tests/ops/lora/% tests/ops/experts/%,$(PTX)) $(ARGS)
 endif
 
 # Compiled for compute capability 8.0, which takes minutes the first time.

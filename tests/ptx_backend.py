@@ -4,7 +4,7 @@ In the compiled library `peft_kernels._C_ptx`, which a build with PEFT_KERNELS_P
 an nvcc. Nobody but `testing.register_emulators` puts it among the back ends, and nothing chooses it.
 
 PEFT_KERNELS_PTX_ARCH      whose PTX runs where a test does not say: 80 (unset), 90, 100 or 120; 90a: as 90,
-                           with LinearWgmma for any number of rows
+                           with LinearWgmma and ExpertsWgmma for any number of rows
 PEFT_KERNELS_PTX_TRUNCATE  1: matrix instructions cut their sums off as tensor cores do; unset: rounded
 """
 
@@ -57,7 +57,7 @@ class PtxBackend(CompiledBackend):
         self.extension.set_card(architecture, FEW, SHARED[architecture])
         self.is_wgmma_forced = wanted == "90a"
         if self.is_wgmma_forced:
-            self.extension.set_limits(90, 0, [wgmma_check.WGMMA])
+            self.extension.set_limits(90, 0, [wgmma_check.WGMMA], [wgmma_check.WGMMA])
         self.extension.set_truncate_sums(os.environ.get("PEFT_KERNELS_PTX_TRUNCATE") == "1")
 
     @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 from cuda_toolkit import Toolkit
 
 ROOT = Path(__file__).resolve().parent.parent
-HOPPER_KERNELS = ["csrc/cuda/linear/linear_wgmma.cu"]
+HOPPER_KERNELS = ["csrc/cuda/experts/experts_wgmma.cu", "csrc/cuda/linear/linear_wgmma.cu"]
 HOPPER_MACRO = ("PEFT_KERNELS_WGMMA", None)
 """Defined for the other files of a library that has them."""
 

@@ -94,8 +94,13 @@ RULES: Sequence[Rule] = (
     Rule(r"LinearDx<\w+, NarrowTable, 8>", 4.5, tokens=64, architectures=WIDE),
     *(
         Rule(rf"LinearWgmma{dx}<\w+, {tokens}>", limit, tokens, warpgroup=True, architectures=(90,))
-        for dx, limit in (("", 3.3), ("Dx", 4.5))
+        for dx, limit in (("", 3.3), ("Dx", 3.7))
         for tokens in (64, 128, 256)
+    ),
+    *(
+        Rule(rf"ExpertsWgmma{dx}<\w+, {tokens}>", limit, tokens, warpgroup=True, architectures=(90,))
+        for dx, limit in (("", 3.3), ("Dx", 3.7))
+        for tokens in (64, 128)
     ),
     Rule(r"ExpertsTiles<\w+, WideTable>", 4.8, tokens=64, architectures=WIDE),
     Rule(r"ExpertsTiles<\w+, NarrowTable>", 5.8, tokens=64, architectures=NARROW),
@@ -175,8 +180,8 @@ def check(kernel: Kernel) -> Finding:
     shortest, longest = (kernel.main_path(rule.work, longest) for longest in (False, True))
     if not count(longest, rule.work):
         faults.append(f"has no {rule.work}")
-    if rule.warpgroup and count(kernel.instructions, MATRIX):
-        faults.append("has matrix instructions of single warps")
+    if rule.warpgroup and count(kernel.main_loop(rule.work), MATRIX):
+        faults.append("has matrix instructions of single warps in the main loop")
     least, most = rule.per_weight(shortest), rule.per_weight(longest)
     if rule.limit is not None and most is not None and most > rule.limit:
         faults.append(f"{most:.2f} instructions per weight, at most {rule.limit:g} allowed")

@@ -26,7 +26,7 @@ CACHE = ROOT / "build" / "sass"
 SAME_PTX = {80: (80, 86, 89, 90), 100: (100, 120)}
 """Architectures for which nvcc writes the same PTX, by the first of them (tests/gpu/ptx/test_texts.py)."""
 ARCHITECTURES = tuple(sorted(a for same in SAME_PTX.values() for a in same))
-HOPPER = ("linear_wgmma",)
+HOPPER = ("experts_wgmma", "linear_wgmma")
 """Files with instructions of sm_90a, which is all that they are compiled for."""
 FLAGS = ("-std=c++17", "-O3", "-Xptxas=-v")
 JOBS = 2
@@ -216,15 +216,27 @@ class Kernel:
         Where no match is in a loop, those of a path through the whole kernel. Of several paths, the one with
         most matches, and among these the longest (or shortest), so tails in smaller steps are not counted.
         """
-        work = {start: count(self._block(start), pattern) for start in self.successors}
+        sign = 1 if longest else -1
+
+        def gain(block: int) -> tuple[int, int]:
+            return count(self._block(block), pattern), sign * len(self._block(block))
+
+        return self._of(self._graph.best_path(self._main_loop(pattern), gain))
+
+    def main_loop(self, pattern: str) -> list[Instruction]:
+        """All instructions of the main loop; of the kernel, where no match is in a loop."""
+        return self._of(sorted(self._main_loop(pattern) or self.successors))
+
+    def _main_loop(self, pattern: str) -> frozenset[int] | None:
         own: dict[frozenset[int] | None, int] = {}  # matches of a loop, without its inner loops
-        for block, found in work.items():
+        for block in self.successors:
+            found = count(self._block(block), pattern)
             for body in self._graph.innermost([block]) if found else ():
                 own[body] = own.get(body, 0) + found
-        loop = max(own, key=lambda body: (own[body], -len(body or ())), default=None)
-        sign = 1 if longest else -1
-        path = self._graph.best_path(loop, lambda block: (work[block], sign * len(self._block(block))))
-        return [instruction for block in path for instruction in self._block(block)]
+        return max(own, key=lambda body: (own[body], -len(body or ())), default=None)
+
+    def _of(self, blocks: Iterable[int]) -> list[Instruction]:
+        return [instruction for block in blocks for instruction in self._block(block)]
 
     @cached_property
     def _graph(self) -> sass_cfg.Graph:

@@ -65,10 +65,10 @@ Plans plans(int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::strin
 }
 Paths names(const Plans& plans) { return {plans.first.name, plans.second.name}; }
 
-std::string name_of(cuda::ExpertsWay way) {
-  switch (way) {
+std::string name_of(const cuda::ExpertsPlan& plan) {
+  switch (plan.way) {
     case cuda::ExpertsWay::kFused:
-      return "fused";
+      return plan.is_wgmma ? "wgmma" : "fused";
     case cuda::ExpertsWay::kGrouped:
       return "grouped";
     default:
@@ -80,7 +80,7 @@ Paths experts_plan(int64_t rows, int64_t experts, int64_t n, int64_t k, int64_t 
                    const std::string& dtype, const cuda::Card& card) {
   const auto way = [&](bool is_dx) {
     const int shift = block_shift_of(blocksize);
-    return name_of(cuda::plan_experts(is_dx, dtype_named(dtype), experts, rows, n, k, shift, true, card).way);
+    return name_of(cuda::plan_experts(is_dx, dtype_named(dtype), experts, rows, n, k, shift, true, card));
   };
   return {way(false), way(true)};
 }

@@ -17,7 +17,8 @@ serialized due to non wgmma instructions reading accumulator registers of a wgmm
 
 
 def test_instructions_of_a_warpgroup(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each multiplies 64 x 16 weights by all tokens; single warps' are a fault, and that ptxas serialises."""
+    """Each multiplies 64 x 16 weights by all tokens; single warps' in the loop are a fault, and that ptxas
+    serialises."""
     monkeypatch.setattr(limits, "RULES", [Rule("k", 9.0, tokens=128, warpgroup=True)])
     rest = LISTING[LISTING.index(".L_x_9:") :].replace("HMMA", "HGMMA")
     text = LISTING[: LISTING.index(".L_x_9:")].replace("HMMA.16816.F32.BF16", "HGMMA.64x128x16") + rest
@@ -25,7 +26,7 @@ def test_instructions_of_a_warpgroup(monkeypatch: pytest.MonkeyPatch) -> None:
         (LOG, text, None),
         (SERIALISED + LOG, text, "serialises its instructions of a warpgroup"),
         (LOG, LISTING, "has no HGMMA"),
-        (LOG, text.replace("HGMMA", "HMMA", 1), "has matrix instructions of single warps"),
+        (LOG, text.replace("HGMMA", "HMMA", 1), "has matrix instructions of single warps in the main loop"),
     ):
         kernel, _ = sass.parse(Cubin(Path("a.cu"), 90, Path("a.cubin"), log), listing)
         finding = limits.check(kernel)

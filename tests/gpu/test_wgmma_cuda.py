@@ -238,8 +238,8 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_found(wgmma: ModuleType, fault: str) -> None:
+def check_fault(extension: ModuleType, fault: str, products: Callable[[], list[torch.Tensor]]) -> None:
+    """Checks that a fault in the kernels' text changes results or is an error."""
     edited = 0
 
     def edit(text: str) -> str:
@@ -250,22 +250,27 @@ def test_planted_faults_are_found(wgmma: ModuleType, fault: str) -> None:
         edited += changed != text
         return changed
 
-    want = three_products()
-    wgmma.set_edit(edit)
+    want = products()
+    extension.set_edit(edit)
     try:
         for seed in range(4):
-            wgmma.set_seed(seed)
-            for got, expected in zip(three_products(), want, strict=True):
+            extension.set_seed(seed)
+            for got, expected in zip(products(), want, strict=True):
                 assert torch.equal(got, expected)
     except (RuntimeError, AssertionError):
         found = True
     else:
         found = False
     finally:
-        wgmma.set_edit(None)
-        wgmma.set_seed(1)
+        extension.set_edit(None)
+        extension.set_seed(1)
     assert edited, "the text has nothing to break"
     assert found
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(wgmma: ModuleType, fault: str) -> None:
+    check_fault(wgmma, fault, three_products)
 
 
 # ---- The check of a device before its first use ---------------------------------------------------------

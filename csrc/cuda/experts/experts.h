@@ -16,7 +16,8 @@ namespace peft_kernels::cuda {
 enum class ExpertsWay { kFused, kGrouped, kComposed };
 struct ExpertsPlan {
   ExpertsWay way = ExpertsWay::kComposed;
-  int tile_rows = 0;  // of the list of rows
+  int tile_rows = 0;      // of the list of rows
+  bool is_wgmma = false;  // kFused: by ExpertsWgmma
 };
 // Weights [experts, n, k] in NF4, with their packed values aligned to 16 bytes or, for kGrouped alone, 4.
 ExpertsPlan plan_experts(bool is_dx, DType dtype, int64_t experts, int64_t rows, int64_t n, int64_t k,
@@ -25,7 +26,8 @@ ExpertsPlan plan_experts(bool is_dx, DType dtype, int64_t experts, int64_t rows,
 ExpertsPlan plan_dense_experts(DType dtype, int64_t experts, int64_t rows, int64_t n, int64_t k,
                                const Card& card);
 
-// ---- experts_linear.cu, experts_linear_dx.cu ----------------------------------------------------------
+// ---- experts_linear.cu, experts_linear_dx.cu, experts_wgmma.cu
+// ----------------------------------------------------------
 
 // `linear` has the first expert's weight and m of all rows; the other experts' parts follow in memory, as do
 // biases [experts, n].
@@ -36,6 +38,12 @@ struct ExpertsParams {
   ExpertsDelta delta;
 };
 
+// Whether the units of work, shares of them, and the rows of all weights fit in ints.
+inline bool counts_fit(int64_t units, int64_t experts, int64_t n, int64_t k, const Card& card) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  return units + card.sms < kMost && experts > 0 && experts * std::max(n, k) < kMost;
+}
+
 // The rows per tile; 0: no kernel supports it.
 int experts_tile_rows(DType dtype, int64_t experts, int64_t rows, int64_t n, int64_t k, int block_shift,
                       const Card& card);
@@ -44,6 +52,12 @@ int experts_dx_tile_rows(DType dtype, int64_t experts, int64_t rows, int64_t n, 
 // `params.rows` must have tiles of that size.
 void experts_linear(const ExpertsParams& params, Context& context);
 void experts_linear_dx(const ExpertsParams& params, Context& context);
+
+// The same for ExpertsWgmma; 0 also where the build or the card lacks LinearWgmma.
+int experts_wgmma_tile_rows(bool is_dx, DType dtype, int64_t experts, int64_t rows, int64_t n, int64_t k,
+                            int block_shift, const Card& card);
+// For those tiles. Throws if the build does not have it.
+void experts_wgmma(bool is_dx, const ExpertsParams& params, Context& context);
 
 // ---- experts_lora.cu ----------------------------------------------------------------------------------
 // The adapters' other GEMMs, for features that are multiples of 8 and 16-byte aligned rows.

@@ -6,12 +6,6 @@
 
 namespace peft_kernels::cuda {
 
-// Whether the units of work, shares of them, and the rows of all weights fit in ints.
-inline bool counts_fit(int64_t units, int64_t experts, int64_t n, int64_t k, const Card& card) {
-  constexpr int64_t kMost = int64_t{1} << 30;
-  return units + card.sms < kMost && experts > 0 && experts * std::max(n, k) < kMost;
-}
-
 // The counters and partial sums for blocks that share tiles; the device computes the shares.
 inline ShareParams shares(int64_t max_tiles, int64_t tile_elements, Context& context) {
   const int64_t bytes = context.card.sms * 2 * tile_elements * int64_t{sizeof(float)};

@@ -62,7 +62,11 @@ class ExpertsGemm {
     params.scale_stride = nf4.scale_stride;
     params.delta = delta;
     CallContext context;
-    (is_dx_ ? experts_linear_dx : experts_linear)(params, context);
+    if (plan_.is_wgmma) {
+      experts_wgmma(is_dx_, params, context);
+    } else {
+      (is_dx_ ? experts_linear_dx : experts_linear)(params, context);
+    }
     return result_;
   }
 

@@ -5,6 +5,7 @@
 #include <torch/version.h>
 
 #include <limits>
+#include <stdexcept>
 
 #include "../linear/crossovers.h"
 #include "experts.h"
@@ -34,23 +35,45 @@ bool takes(int64_t experts, int64_t rows, int64_t n, int64_t k) {
          n % 16 == 0 && k % 16 == 0 && n < kMostRows && k < kMostRows && n * k <= int64_t{1} << 34;
 }
 
-bool is_up_to(int64_t rows, int64_t experts, int64_t limit) { return ceil_div(rows, experts) <= limit; }
-
 }  // namespace
 
 ExpertsPlan plan_experts(bool is_dx, DType dtype, int64_t experts, int64_t rows, int64_t n, int64_t k,
                          int block_shift, bool is_aligned, const Card& card) {
   if (experts <= 0 || rows <= 0 || rows > std::numeric_limits<int>::max()) return {};
+  // The numbers of rows are known on the device alone; the host knows their mean.
+  const int64_t mean = ceil_div(rows, experts);
+  const Crossover crossover = crossover_for(Gemms::kExperts, card, n * k);
+  if (is_aligned && (is_dx ? crossover.backward_wgmma : crossover.forward_wgmma).has(mean)) {
+    const int tile_rows = experts_wgmma_tile_rows(is_dx, dtype, experts, rows, n, k, block_shift, card);
+    if (tile_rows > 0) return {ExpertsWay::kFused, tile_rows, true};
+  }
   const auto tile_rows_of = is_dx ? experts_dx_tile_rows : experts_tile_rows;
   const int tile_rows = is_aligned ? tile_rows_of(dtype, experts, rows, n, k, block_shift, card) : 0;
   const ExpertsPlan grouped = plan_dense_experts(dtype, experts, rows, n, k, card);
   if (tile_rows == 0) return grouped;
-  // The numbers of rows are known on the device alone; the host knows their mean.
-  const Crossover crossover = crossover_for(Gemms::kExperts, card, n * k);
-  const bool fuses = is_up_to(rows, experts, is_dx ? crossover.backward : crossover.forward);
+  const bool fuses = mean <= (is_dx ? crossover.backward : crossover.forward);
   if (!fuses && grouped.way == ExpertsWay::kGrouped) return grouped;
   return {ExpertsWay::kFused, tile_rows};
 }
+
+int experts_wgmma_tile_rows(bool is_dx, DType dtype, int64_t experts, int64_t rows, int64_t n, int64_t k,
+                            int block_shift, const Card& card) {
+  // By the cost of an expert with the mean of rows, half a tile of padding included.
+  constexpr int kMostInSmall = 104;
+  const WgmmaShape shape{rows <= experts * kMostInSmall ? 64 : 128, is_dx};
+  // Any number of rows will do: the conditions on one expert do not depend on it.
+  if (!plan_linear(is_dx, dtype, shape.tokens, n, k, block_shift, card, Kernels::kWgmma).has_kernel())
+    return 0;
+  const int64_t tiles = ceil_div(is_dx ? k : n, int64_t{WgmmaShape::kFeatures}) *
+                        ExpertRows::most_tiles(experts, rows, shape.tokens);
+  return counts_fit(tiles * shape.tile_stages(n, k), experts, n, k, card) ? shape.tokens : 0;
+}
+
+#ifndef PEFT_KERNELS_WGMMA
+void experts_wgmma(bool, const ExpertsParams&, Context&) {
+  throw std::logic_error("ExpertsWgmma is not in this build");
+}
+#endif
 
 ExpertsPlan plan_dense_experts(DType dtype, int64_t experts, int64_t rows, int64_t n, int64_t k,
                                const Card& card) {

@@ -69,9 +69,14 @@ DEVICE Words2 load_shared_8(uint32_t address) {
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(r.v[0]), "=r"(r.v[1]) : "r"(address) : "memory");
   return r;
 }
-DEVICE uint32_t load_shared_byte(uint32_t address) {
-  uint32_t r;
-  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(r) : "r"(address) : "memory");
+// Four matrices of 8 rows by 8 pairs of bytes, transposed: lane 8 j + r has the address of row r of matrix j,
+// and word j of lane (g, t) is the pair g of the rows 2t and, in the upper half, 2t + 1. Called by all lanes.
+DEVICE Words4 load_transposed(uint32_t address) {
+  Words4 r;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.v[0]), "=r"(r.v[1]), "=r"(r.v[2]), "=r"(r.v[3])
+               : "r"(address)
+               : "memory");
   return r;
 }
 

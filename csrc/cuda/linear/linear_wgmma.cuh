@@ -15,30 +15,33 @@
 
 namespace peft_kernels::cuda {
 
-struct WgmmaParams : LinearParams {
-  ShareParams work;  // shares are by stages
+// Shares of the work are by stages.
+template <class Groups>
+struct WgmmaParams : Groups::Params {
   CUtensorMap weight_map, x_map, u_map;
 };
 
 #ifdef PEFT_KERNELS_HOPPER
 
-template <class T, int kTokens, class Operand>
+template <class T, int kTokens, class Operand, class Groups>
 class WgmmaBlock {
  public:
   static constexpr WgmmaShape kShape{kTokens};
   static constexpr int kConsumers = 2 * kWarpgroup, kProducers = kWarpgroup / kWarp;
   static constexpr int kStages = kShape.stages(), kDepth = WgmmaShape::kDepth;
 
-  DEVICE explicit WgmmaBlock(const WgmmaParams& p)
+  DEVICE explicit WgmmaBlock(const WgmmaParams<Groups>& p)
       : p_(p),
         operand_(p),
         stages_((operand_.terms() + kDepth - 1) / kDepth),
-        token_tiles_((p.m + kTokens - 1) / kTokens),
-        slab_stages_((p.slab.depth + kDepth - 1) / kDepth),
-        begin_(p.work.begin()),
-        end_(p.work.end()) {}
+        groups_(p, kTokens, (operand_.features() + WgmmaShape::kFeatures - 1) / WgmmaShape::kFeatures,
+                stages_, static_cast<int>(WgmmaShape::kSharingStages)),
+        slab_stages_(Groups::kIsMany ? 0 : (p.slab.depth + kDepth - 1) / kDepth),
+        begin_(groups_.work().begin()),
+        end_(groups_.work().end()) {}
 
   DEVICE void run() {
+    if (Groups::kIsMany && begin_ >= end_) return;
     const uint32_t start = shared_address(shared_memory<uint8_t>());
     // The block's memory starts later than the card reported: trap rather than overwrite other data.
     if (start > static_cast<uint32_t>(kMostReserved)) __trap();
@@ -51,10 +54,10 @@ class WgmmaBlock {
     }
     __syncthreads();
     if (warp_index() >= kConsumers / kWarp) {
-      if constexpr (kTokens == 256) give_registers<40>();
+      if constexpr (kProducerRegisters > 0) give_registers<kProducerRegisters>();
       produce(shared_memory<uint8_t>() - start, warp_index() - kConsumers / kWarp);
     } else {
-      if constexpr (kTokens == 256) take_registers<232>();
+      if constexpr (kProducerRegisters > 0) take_registers<kConsumerRegisters>();
       const uint32_t table =
           fill_table<T, WideTable, kConsumers>(p_.weight, shared_memory<uint8_t>(), 0).lane;
       sync_threads<1, kConsumers>();
@@ -64,10 +67,17 @@ class WgmmaBlock {
 
  private:
   static constexpr int kSums = kTokens / 2, kTokenTiles = kTokens / 8;
+  // Where the same number for all threads (168) would not suffice. Adapters of experts need many for their
+  // factors; producers of experts, for the place of the next stage.
+  static constexpr int kProducerRegisters = kTokens == 256 ? 40 : Groups::kIsMany && kTokens == 128 ? 88 : 0;
+  static constexpr int kConsumerRegisters = (3 * 168 - kProducerRegisters) / 2;
+  static_assert(kProducerRegisters == 0 || kConsumerRegisters % 8 == 0);
 
-  const WgmmaParams& p_;
+  const WgmmaParams<Groups>& p_;
   const Operand operand_;
-  const int stages_, token_tiles_, slab_stages_;
+  const int stages_;  // of a tile
+  Groups groups_;
+  const int slab_stages_;
   const int begin_, end_;
 
   // ---- The ring ---------------------------------------------------------------------------------------
@@ -93,19 +103,23 @@ class WgmmaBlock {
   };
   // Neighbouring tiles share rows of the weight.
   DEVICE WgmmaPlace place_of(int tile) const {
-    return {tile / token_tiles_ * WgmmaShape::kFeatures, tile % token_tiles_ * kTokens};
+    const RowTile rows = groups_.rows(tile % groups_.token_tiles, kTokens);
+    return {tile / groups_.token_tiles * WgmmaShape::kFeatures, rows.begin, groups_.end_of(rows),
+            rows.expert};
   }
+
+  DEVICE int end_of(const WgmmaPlace& place) const { return Groups::kIsMany ? place.end : p_.m; }
 
   // ---- Producing --------------------------------------------------------------------------------------
 
   // A block's items are the stages of its tiles, those of low-rank terms first. Warps take them in turn: a
   // warp that waits for a slot has waited for it, or a later one, in the round before, so parities suffice.
-  DEVICE void produce(uint8_t* shared, int warp) const {
+  DEVICE void produce(uint8_t* shared, int warp) {
     float* map = reinterpret_cast<float*>(shared + kMap);
     for (int i = thread_index() - kConsumers; i < nf4::kDynamicCodes; i += kWarpgroup)
       store(map + i, (p_.weight.scale_offset ? kDynamicTable.value[i] : 1.0f) * kFactor);
     sync_threads<2, kWarpgroup>();
-    const float offset = load_scale_offset(p_.weight, kFactor);
+    float offset = load_scale_offset(p_.weight, kFactor);
     const int tile_items = slab_stages_ + stages_;
     const auto item_of = [&](int unit) {
       return unit / stages_ * tile_items + slab_stages_ + unit % stages_;
@@ -113,19 +127,23 @@ class WgmmaBlock {
     const int first = item_of(begin_) - (begin_ % stages_ == 0 ? slab_stages_ : 0),
               end = item_of(end_ - 1) + 1;
     PackedScale scales[kLaneScales] = {};
+    WgmmaPlace next{};  // of experts: their places are loaded, too
     const auto load_scales = [&](int item) {
       const int term = (item % tile_items - slab_stages_) * kDepth;
       if (item >= end || term < 0) return;
-      const int feature = place_of(item / tile_items).feature;
+      const WgmmaPlace place = next = place_of(item / tile_items);
+      groups_.move_to(place.expert);
+      if constexpr (Groups::kIsMany) offset = groups_.scale_offset(place.expert, kFactor);
 #  pragma unroll
       for (int i = 0; i < kLaneScales; ++i)
-        scales[i] = operand_.load_stage_scale(i * kWarp + lane_index(), feature, term);
+        scales[i] =
+            operand_.load_stage_scale(groups_.weight(), i * kWarp + lane_index(), place.feature, term);
     };
     load_scales(first + warp);
     for (int item = first + warp; item < end; item += kProducers) {
       const int stage = item % tile_items - slab_stages_, round = (item - first) / kStages;
       const Slot slot{(item - first) % kStages, static_cast<uint32_t>(round) & 1};
-      const WgmmaPlace place = place_of(item / tile_items);
+      const WgmmaPlace place = Groups::kIsMany ? next : place_of(item / tile_items);
       if (stage < 0) {
         fill_slab(slot, place.token, stage + slab_stages_);
       } else {
@@ -143,7 +161,7 @@ class WgmmaBlock {
     const uint32_t barrier = full(slot.index);
     if (lane_index() == 0) {
       arrive_expecting(barrier, WgmmaShape::kWeightBytes + kXBytes);
-      operand_.copy_weight(weights_at(slot.index), p_.weight_map, place.feature, term, barrier);
+      operand_.copy_weight(weights_at(slot.index), p_.weight_map, place, term, barrier);
       copy_box(x_at(slot.index), p_.x_map, term, place.token, barrier);
     }
     uint8_t* to = shared + scales_at(slot.index);
@@ -208,7 +226,7 @@ class WgmmaBlock {
     slot.advance();
   }
   DEVICE void multiply_slab(const WgmmaPlace& place, Slot& slot, float (&sums)[kSums]) const {
-    const int feature = place.feature + warp_index() * 16;
+    const int feature = place.feature + Operand::lane_feature(warp_index());
 #  pragma unroll 1
     for (int stage = 0; stage < slab_stages_; ++stage) {
       Fragments a;
@@ -236,9 +254,21 @@ class WgmmaBlock {
   // ---- Writing ----------------------------------------------------------------------------------------
 
   DEVICE void finish(int tile, const WgmmaPlace& place, float (&sums)[kSums]) const {
-    const Sharers sharers(p_.work, tile, stages_);
+    const Sharers sharers(groups_.work(), tile, stages_);
+    if (Groups::kIsMany && sharers.is_first()) add_delta(place, sums);
     if (!sharers.is_one() && !add_blocks(sharers, place, sums)) return;
     write(place, sums);
+  }
+  // A lane's sums of eight tokens are those of a warp's matrix instruction.
+  DEVICE void add_delta(const WgmmaPlace& place, float (&sums)[kSums]) const {
+    constexpr int kAtOnce = 8;  // token tiles, to save registers
+#  pragma unroll
+    for (int first = 0; first < kTokenTiles; first += kAtOnce) {
+      const int begin = place.token + first * 8 + lane_index() / 4;
+      const auto token = [&](int i) { return begin + i * 8 < place.end ? begin + i * 8 : place.end - 1; };
+      Operand::add_delta(groups_, place.expert, place.feature + Operand::lane_feature(warp_index()), token,
+                         reinterpret_cast<float (&)[1][kAtOnce][4]>(sums[4 * first]));
+    }
   }
   // Whether this block is the last to arrive at the tile; it then has the sums of all.
   DEVICE bool add_blocks(const Sharers& sharers, const WgmmaPlace& place, float (&sums)[kSums]) const {
@@ -246,7 +276,7 @@ class WgmmaBlock {
     Four* own = reinterpret_cast<Four*>(sharers.partial_of(block_index(), kElements)) + thread_index();
 #  pragma unroll
     for (int i = 0; i < kTokenTiles; ++i) {
-      if (place.token + i * 8 < p_.m)
+      if (place.token + i * 8 < end_of(place))
         store(own + i * kConsumers, {sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]});
     }
     sync_threads<1, kConsumers>();
@@ -269,7 +299,7 @@ class WgmmaBlock {
       const Four* part = reinterpret_cast<const Four*>(sharers.partial_of(block, kElements)) + thread_index();
 #  pragma unroll
       for (int i = 0; i < kTokenTiles; ++i) {
-        if (place.token + i * 8 >= p_.m) continue;
+        if (place.token + i * 8 >= end_of(place)) continue;
         const Four more = load(part + i * kConsumers);
 #  pragma unroll
         for (int e = 0; e < 4; ++e) sums[4 * i + e] += more.v[e];
@@ -277,11 +307,11 @@ class WgmmaBlock {
     }
     return true;
   }
-  // The lane has two neighbouring features of tokens 2t and 2t + 1 in each eight: lanes (0, t) to (7, t)
-  // write 32 bytes of a row together.
+  // The lane has two neighbouring features of tokens 2t and 2t + 1 in each eight. Lanes (0, t) to (7, t)
+  // together write 32 bytes of a row, for dx half of 64.
   DEVICE void write(const WgmmaPlace& place, const float (&sums)[kSums]) const {
     const int features = operand_.features();
-    const int feature = place.feature + warp_index() * 16 + lane_index() / 4 * 2;
+    const int feature = place.feature + Operand::lane_feature(warp_index());
     const int token = place.token + lane_index() % 4 * 2;
     if (feature >= features) return;
     const bool is_pair = features % 2 == 0;
@@ -289,7 +319,8 @@ class WgmmaBlock {
     if (p_.bias) {
 #  pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if (feature + i < features) bias[i] = load_as_float(p_.bias, p_.bias_dtype, feature + i);
+        if (feature + i < features)
+          bias[i] = load_as_float(p_.bias, p_.bias_dtype, groups_.bias_row(place.expert, feature + i));
       }
     }
     T* const to = static_cast<T*>(p_.y) + int64_t{token} * features + feature;
@@ -297,7 +328,7 @@ class WgmmaBlock {
     for (int i = 0; i < kTokenTiles; ++i) {
 #  pragma unroll
       for (int e = 0; e < 2; ++e) {
-        if (token + i * 8 + e >= p_.m) continue;
+        if (token + i * 8 + e >= end_of(place)) continue;
         T* const at = to + int64_t{i * 8 + e} * features;
         const float y[2] = {sums[4 * i + e] + bias[0], sums[4 * i + 2 + e] + bias[1]};
         if (is_pair) {
@@ -313,18 +344,18 @@ class WgmmaBlock {
 
 #endif
 
-template <class T, int kTokens, template <class> class Operand>
+template <class T, int kTokens, template <class> class Operand, class Groups>
 struct WgmmaKernel {
   static constexpr int kThreads = 3 * kWarpgroup;
   static constexpr int kBlocksPerSm = 1;
-  using Params = WgmmaParams;
+  using Params = WgmmaParams<Groups>;
   struct Shared {
     uint8_t bytes[WgmmaShape{kTokens}.end()];  // from address 0 on
   };
 
   static DEVICE void run(const Params& p) {
 #ifdef PEFT_KERNELS_HOPPER
-    WgmmaBlock<T, kTokens, Operand<T>>(p).run();
+    WgmmaBlock<T, kTokens, Operand<T>, Groups>(p).run();
 #else
     __trap();  // compiled for another card
 #endif
@@ -338,8 +369,12 @@ struct WgmmaBackward;
 #endif
 
 template <class T, int kTokens>
-struct LinearWgmma : WgmmaKernel<T, kTokens, WgmmaForward> {};
+struct LinearWgmma : WgmmaKernel<T, kTokens, WgmmaForward, OneWeight> {};
 template <class T, int kTokens>
-struct LinearWgmmaDx : WgmmaKernel<T, kTokens, WgmmaBackward> {};
+struct LinearWgmmaDx : WgmmaKernel<T, kTokens, WgmmaBackward, OneWeight> {};
+template <class T, int kTokens>
+struct ExpertsWgmma : WgmmaKernel<T, kTokens, WgmmaForward, ManyWeights> {};
+template <class T, int kTokens>
+struct ExpertsWgmmaDx : WgmmaKernel<T, kTokens, WgmmaBackward, ManyWeights> {};
 
 }  // namespace peft_kernels::cuda

@@ -3,14 +3,14 @@
 //
 // The other operand is in shared memory in natural order, so the terms are in natural order too: lane (g, t)
 // has terms 2t, 2t + 1, 2t + 8 and 2t + 9 of a step. The order of features is free: rows g and g + 8 of a
-// warp's operand are its features 2g and 2g + 1, neighbours in a row of the result.
+// warp's operand are neighbours in a row of the result, lane_feature() and the next.
 //
 // Scales are rounded to 16 bits and multiply decoded weights, as in LinearDx: sums stay in the accumulators
 // of the matrix instructions from the first term to the last.
 #pragma once
 
 #include "../hopper/hopper.cuh"
-#include "linear_shared.cuh"
+#include "linear_groups.cuh"
 
 namespace peft_kernels::cuda {
 
@@ -18,6 +18,8 @@ namespace peft_kernels::cuda {
 
 struct WgmmaPlace {
   int feature, token;  // the first ones of a tile
+  int end;             // of tokens, or more
+  int expert;          // or 0
 };
 
 // Rows of the weight are features, its columns the terms. The box of a stage: 128 rows of 32 bytes, in which
@@ -35,21 +37,25 @@ struct WgmmaForward {
 
   // ---- Loading ----
 
-  DEVICE void copy_weight(uint32_t to, const CUtensorMap& map, int feature, int term,
+  // The map has the weights of all experts, one below the other.
+  DEVICE void copy_weight(uint32_t to, const CUtensorMap& map, const WgmmaPlace& place, int term,
                           uint32_t barrier) const {
-    copy_box(to, map, term / 2, feature, barrier);
+    copy_box(to, map, term / 2, place.expert * p.n + place.feature, barrier);
   }
   // Scale i of the 128 of a stage.
-  DEVICE PackedScale load_stage_scale(int i, int feature, int term) const {
+  DEVICE PackedScale load_stage_scale(const Nf4View& weight, int i, int feature, int term) const {
     const int row = feature + i < p.n ? feature + i : p.n - 1;
-    return load_scale(p.weight, static_cast<uint32_t>(row) * row_scales +
-                                    (static_cast<uint32_t>(term) >> p.weight.block_shift));
+    return load_scale(weight, static_cast<uint32_t>(row) * row_scales +
+                                  (static_cast<uint32_t>(term) >> p.weight.block_shift));
   }
   DEVICE void store_stage_scale(uint8_t* scales, int i, float scale, int) const {
     store(reinterpret_cast<uint32_t*>(scales) + i, pack2<T>(scale, scale));
   }
 
   // ---- Decoding ----
+
+  // Of a tile, the first of the lane's two neighbours.
+  static DEVICE int lane_feature(int warp) { return warp * 16 + lane_index() / 4 * 2; }
 
   // The lane's constants: addresses in a stage, and the selector of its byte of a word.
   struct Lane {
@@ -84,16 +90,26 @@ struct WgmmaForward {
   // ---- The low-rank term ----
 
   // v[features, depth], 16 of its depth; zeros past the end.
+  // `feature` is the lane's first.
   DEVICE void load_slab(int feature, int step, uint32_t (&a)[4]) const {
-    const int g = lane_index() / 4, t = lane_index() % 4;
+    const int t = lane_index() % 4;
 #  pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = feature + 2 * g + i < p.n ? feature + 2 * g + i : p.n - 1;
+      const int row = feature + i < p.n ? feature + i : p.n - 1;
       const T* from = static_cast<const T*>(p.slab.v) + int64_t{row} * p.slab.depth + step * 16 + 2 * t;
       const bool exists = step * 16 < p.slab.depth;
       a[i] = exists ? load_constant(reinterpret_cast<const uint32_t*>(from)) : 0;
       a[i + 2] = exists ? load_constant(reinterpret_cast<const uint32_t*>(from + 8)) : 0;
     }
+  }
+  // Adds the delta of an expert's adapter to the sums of a warp's 16 features. Tokens are those of the lane
+  // as in linear_slab.cuh.
+  template <class Groups, class Token, class Sums>
+  static DEVICE void add_delta(const Groups& groups, int expert, int feature, const Token& token,
+                               Sums& sums) {
+    const int last = groups.p.n - 1;
+    const auto row = [&](int i) { return feature + i < last ? feature + i : last; };
+    groups.template add_delta<T>(expert, 0, 1, row, token, sums);
   }
 };
 
@@ -110,56 +126,64 @@ struct WgmmaBackward {
   DEVICE int features() const { return p.k; }
   DEVICE int terms() const { return p.n; }
 
-  DEVICE void copy_weight(uint32_t to, const CUtensorMap& map, int feature, int term,
+  DEVICE void copy_weight(uint32_t to, const CUtensorMap& map, const WgmmaPlace& place, int term,
                           uint32_t barrier) const {
-    copy_box(to, map, feature / 2, term, barrier);
+    copy_box(to, map, place.feature / 2, place.expert * p.n + term, barrier);
   }
   // Of row i % 64, for the columns of warpgroup i / 64.
-  DEVICE PackedScale load_stage_scale(int i, int feature, int term) const {
+  DEVICE PackedScale load_stage_scale(const Nf4View& weight, int i, int feature, int term) const {
     const int row = term + i % 64, column = feature + i / 64 * 64;
-    return load_scale(p.weight,
-                      static_cast<uint32_t>(row < p.n ? row : p.n - 1) * row_scales +
-                          (static_cast<uint32_t>(column < p.k ? column : 0) >> p.weight.block_shift));
+    return load_scale(weight, static_cast<uint32_t>(row < p.n ? row : p.n - 1) * row_scales +
+                                  (static_cast<uint32_t>(column < p.k ? column : 0) >> p.weight.block_shift));
   }
-  // In the order in which a lane needs them: its four rows of a step are neighbours. Rows past the end are
-  // zero.
+  // In the order in which a lane needs them: its eight rows of two steps are neighbours. Rows past the end
+  // are zero.
   DEVICE void store_stage_scale(uint8_t* scales, int i, float scale, int term) const {
-    const int at = i / 16 * 16 + i % 8 / 2 * 4 + i / 8 % 2 * 2 + i % 2;
+    const int at = i / 32 * 32 + i % 8 / 2 * 8 + i / 8 % 4 * 2 + i % 2;
     store(reinterpret_cast<T*>(scales) + at, from_float<T>(term + i % 64 < p.n ? scale : 0.0f));
   }
 
+  // ---- Decoding ----
+  // Two warps share units of 16 bytes of each row: lane (g, t) gets bytes 2g and 2g + 1, of which the first
+  // warp decodes the one and the second the other.
+
+  static DEVICE int lane_feature(int warp) { return warp / 2 * 32 + lane_index() / 4 * 4 + warp % 2 * 2; }
+
   struct Lane {
-    uint32_t codes, scales, table;
+    uint32_t codes, scales, table, selector;
   };
   static DEVICE Lane lane_of(int warp, uint32_t table) {
-    const uint32_t lane = static_cast<uint32_t>(lane_index()), g = lane / 4, t = lane % 4;
-    const uint32_t unit = static_cast<uint32_t>(warp) / 2, byte = static_cast<uint32_t>(warp) % 2 * 8 + g;
-    return {2 * t * 64 + (unit ^ t) * 16 + byte, static_cast<uint32_t>(warp) / 4 * 128 + t * 8, table};
+    const uint32_t lane = static_cast<uint32_t>(lane_index()), unit = static_cast<uint32_t>(warp) / 2;
+    return {lane * 64 + (unit ^ lane / 2 % 4) * 16, static_cast<uint32_t>(warp) / 4 * 128 + lane % 4 * 16,
+            table, 0x6240 + 0x1111 * (static_cast<uint32_t>(warp) % 2)};
   }
   static DEVICE void decode(const Lane& lane, uint32_t codes, uint32_t scales, uint32_t (&a)[4][4]) {
     const WideTable table{lane.table};
 #  pragma unroll
-    for (uint32_t s = 0; s < 4; ++s) {
-      const uint32_t at = codes + lane.codes + s * 16 * 64;
-      const Words2 scale = load_shared_8(scales + lane.scales + s * 32);
-      // Bytes of two rows of even index and of the odd ones behind them; then codes of both side by side, of
-      // the even column and the odd one.
-      const uint32_t low = __byte_perm(load_shared_byte(at), load_shared_byte(at + 8 * 64), 0x7740),
-                     high = __byte_perm(load_shared_byte(at + 64), load_shared_byte(at + 9 * 64), 0x7740);
+    for (uint32_t half = 0; half < 2; ++half) {
+      // Of eight rows each, those of even index below those of odd index.
+      const Words4 rows = load_transposed(codes + lane.codes + half * 32 * 64),
+                   scale = load_shared_16(scales + lane.scales + half * 64);
+      const uint32_t first = __byte_perm(rows.v[0], rows.v[1], lane.selector),
+                     second = __byte_perm(rows.v[2], rows.v[3], lane.selector);
+      // Bytes of rows of even index and of the odd ones behind them; then codes of both side by side, of the
+      // even column and the odd one.
+      const uint32_t low = __byte_perm(first, second, 0x5410), high = __byte_perm(first, second, 0x7632);
       constexpr uint32_t kUpper = 0xf0f0f0f0u;
       const uint32_t even = select_bits(kUpper, low, high >> 4), odd = select_bits(kUpper, low << 4, high);
 #  pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        a[s][2 * i] = multiply2<T>(table.pair(even, i), scale.v[i]);
-        a[s][2 * i + 1] = multiply2<T>(table.pair(odd, i), scale.v[i]);
+      for (int i = 0; i < 4; ++i) {
+        uint32_t* to = a[2 * half + i / 2] + i % 2 * 2;
+        to[0] = multiply2<T>(table.pair(even, i), scale.v[i]);
+        to[1] = multiply2<T>(table.pair(odd, i), scale.v[i]);
       }
     }
   }
 
   // v[depth, features], likewise.
   DEVICE void load_slab(int feature, int step, uint32_t (&a)[4]) const {
-    const int g = lane_index() / 4, t = lane_index() % 4;
-    const int column = feature + 2 * g < p.k ? feature + 2 * g : 0;
+    const int t = lane_index() % 4;
+    const int column = feature < p.k ? feature : 0;
 #  pragma unroll
     for (int i = 0; i < 2; ++i) {
       const T* from = static_cast<const T*>(p.slab.v) + int64_t{step * 16 + 2 * t + 8 * i} * p.k + column;
@@ -169,6 +193,11 @@ struct WgmmaBackward {
       a[2 * i] = __byte_perm(row, row1, 0x5410);
       a[2 * i + 1] = __byte_perm(row, row1, 0x7632);
     }
+  }
+  template <class Groups, class Token, class Sums>
+  static DEVICE void add_delta(const Groups& groups, int expert, int feature, const Token& token,
+                               Sums& sums) {
+    groups.template add_delta_dx<T>(expert, 0, 1, feature < groups.p.k ? feature : 0, token, sums);
   }
 };
 

@@ -105,8 +105,8 @@ class CudaBackend(CompiledBackend):
         Returns
         -------
         forward, backward : str
-            "fused"; "grouped": the weights are dequantised for torch's grouped GEMM; "composed": one GEMM per
-            expert, for which the host waits for the device.
+            "fused", or by ExpertsWgmma "wgmma"; "grouped": the weights are dequantised for torch's grouped
+            GEMM; "composed": one GEMM per expert, for which the host waits for the device.
         """
         self.crossovers_of(torch.cuda.current_device())
         name = str(dtype).removeprefix("torch.")

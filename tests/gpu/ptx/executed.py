@@ -28,6 +28,7 @@ FOLDER = "PEFT_KERNELS_PTX_EXECUTED"
 FAMILIES = (
     *("nf4", "nf4_absmax", "nf4_format", "linear", "lora", "lora_dropout", "lora_multi", "dora", "gated"),
     *("dropout", "compute_dtype", "gradients", "cuda_paths", "wgmma_cuda", "experts_cuda", "experts_grouped"),
+    "experts_wgmma_cuda",
     *("adamw", "adamw_cuda", "bottleneck", "bottleneck_cuda", "multi_bottleneck", "multi_bottleneck_cuda"),
     *("cross_entropy", "cross_entropy_cuda"),
     *("rms_norm", "rms_norm_cuda", "rotary", "rotary_cuda"),
