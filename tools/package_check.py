@@ -3,6 +3,7 @@ environment.
 
     python tools/package_check.py                    # with the newest torch that pip finds
     python tools/package_check.py --torch torch==2.9.1
+    python tools/package_check.py --wheel FILE      # a binary wheel, with the oldest libraries and the newest
 
 First with a C++ compiler and pip's isolated build, then without a compiler. Needs pip's index. Kernels are
 compiled without optimisation, which halves the time; the repository's tests run optimised ones.
@@ -12,13 +13,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,6 +40,32 @@ grads = [torch.autograd.grad(out.square().sum(), (x, a, b)) for out in (y, want)
 for got, expected in zip((y, *grads[0]), (want, *grads[1]), strict=True):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 """
+
+
+QLORA = """
+import torch, transformers, peft, peft_kernels as pk
+torch.manual_seed(0)
+config = transformers.LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                                  num_attention_heads=4, num_key_value_heads=2)
+model = transformers.LlamaForCausalLM(config)
+pk.quantize_model(model)
+model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+report = pk.patch(model)
+assert "14 of 14 layers fused" in str(report), report
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+ids = torch.arange(32).reshape(2, 16)
+losses = []
+for step in range(8):
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+assert losses[-1] < losses[0], losses
+"""
+NO_COMPILER = {"CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}
+SECONDS = 10
+"""In which a binary wheel installs where torch is."""
 
 
 def run(command: Sequence[str | Path], cwd: Path, **environment: str) -> str:
@@ -78,11 +108,43 @@ def check_use(python: Path, folder: Path, cpu: str) -> None:
     )
 
 
+def environments() -> tuple[list[str], list[str]]:
+    """The oldest libraries that pyproject.toml allows, and the newest that pip finds."""
+    names, oldest = ("torch", "transformers", "peft"), versions.oldest()
+    return [f"{name}=={oldest[name]}" for name in names], [*names]
+
+
+def check_wheel(wheel: Path, requirements: Sequence[str], folder: Path, log: Callable[[str], None]) -> None:
+    """Checks that a binary wheel installs fast and trains in an empty environment with these libraries."""
+    run([sys.executable, "-m", "venv", folder], folder.parent)
+    python = folder / "bin" / "python"
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+    run([*pip, "--no-compile", "--no-cache-dir", *requirements, "numpy"], folder)
+    installed = (
+        "import importlib.metadata as m; print(*(m.version(n) for n in ('torch', 'transformers', 'peft')))"
+    )
+    log(f"torch, transformers, PEFT {run([python, '-c', installed], folder).strip()}")
+    begin = time.monotonic()
+    run([*pip, wheel], folder, **NO_COMPILER)
+    seconds = time.monotonic() - begin
+    expect(seconds < SECONDS, f"{wheel.name}: expected to be installed in {SECONDS} s, took {seconds:.1f} s")
+    log(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, installed in {seconds:.1f} s")
+    check_use(python, folder, "usable: C++, instruction set ")
+    run([folder / "bin" / "peft-kernels", "doctor"], folder, **NO_COMPILER)
+    run([python, "-c", QLORA], folder, **NO_COMPILER)
+    log("info, doctor, a QLoRA model trained")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--torch", default="torch>=2.9", help="requirement of the user's torch")
+    parser.add_argument("--wheel", type=Path, help="check this binary wheel alone")
+    parser.add_argument(
+        "--with", dest="libraries", nargs="+", action="append", metavar="REQUIREMENT",
+        help="what the wheel is checked with, instead of the oldest libraries and the newest",
+    )  # fmt: skip
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder, begin = Path(name), time.monotonic()
@@ -90,6 +152,11 @@ def main() -> None:
         def log(what: str) -> None:
             print(f"{time.monotonic() - begin:5.0f} s  {what}", flush=True)
 
+        if options.wheel is not None:
+            for number, requirements in enumerate(options.libraries or environments()):
+                check_wheel(options.wheel.resolve(), requirements, folder / str(number), log)
+                shutil.rmtree(folder / str(number))  # gigabytes
+            return
         run([sys.executable, "-m", "venv", folder / "user"], folder)
         python = folder / "user" / "bin" / "python"
         pip = [python, "-m", "pip", "--disable-pip-version-check"]

@@ -2,6 +2,9 @@
 // one. A linker takes the newest version that the machine of the build has, which the machine of a user may
 // lack. tools/wheels.py links this file into each library and refuses any other symbol that is too new.
 
+#include <sstream>
+#include <string>
+
 #if defined(__x86_64__)
 #  define PEFT_KERNELS_GLIBC "GLIBC_2.2.5"
 #elif defined(__aarch64__)
@@ -33,6 +36,13 @@ double new_log(double x) { return old_log(x); }
 double new_pow(double x, double y) { return old_pow(x, y); }
 int new_trylock(void* mutex) { return old_trylock(mutex); }
 void new_wait(void* condition, void* lock) { old_wait(condition, lock); }
+
+// What std::stringbuf::str is called since C++20, and before.
+std::string old_str(const std::stringbuf* buffer) __asm__(
+    "_ZNKSt7__cxx1115basic_stringbufIcSt11char_traitsIcESaIcEE3strEv");
+std::string new_str(const std::stringbuf* buffer) __asm__(
+    "_ZNKRSt7__cxx1115basic_stringbufIcSt11char_traitsIcESaIcEE3strEv");
+std::string new_str(const std::stringbuf* buffer) { return old_str(buffer); }
 
 // Whether shared_ptr may count without atomics; glibc before 2.32 does not tell.
 char __libc_single_threaded = 0;

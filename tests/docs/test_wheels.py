@@ -62,6 +62,7 @@ OLD_NAMES = """
 #include <cmath>
 #include <condition_variable>
 #include <memory>
+#include <sstream>
 extern "C" __attribute__((visibility("default"))) double f(double x) {
   std::mutex mutex;
   std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
@@ -69,7 +70,9 @@ extern "C" __attribute__((visibility("default"))) double f(double x) {
   if (x > 1e300) change.wait(lock);
   const auto shared = std::make_shared<double>(x);
   const auto again = shared;
-  return std::exp(*again) + std::log(x) + std::pow(x, 1.5);
+  std::string (std::stringbuf::*volatile str)() const& = &std::stringbuf::str;
+  const std::stringbuf text("text");
+  return double((text.*str)().size()) + std::exp(*again) + std::log(x) + std::pow(x, 1.5);
 }
 """
 
@@ -88,12 +91,22 @@ def test_symbols_newer_than_the_platform_are_named(file: ModuleType, library: Li
 
 
 @needs_compiler
+@pytest.mark.skipif(glibc() < (2, 29), reason="an old glibc has no newer symbols")
+def test_the_newer_symbols_would_be_refused(file: ModuleType, library: Library) -> None:
+    """What the next test links has all of them."""
+    said = "\n".join(file.problems(library(OLD_NAMES, "-std=c++20", "-O2"), (), set(), ()))
+    assert all(
+        name in said for name in ("GLIBC_2.29", "GLIBC_2.32", "GLIBC_2.34", "GLIBCXX_3.4.29", "3.4.30")
+    )
+
+
+@needs_compiler
 def test_old_symbols_replace_the_newer_ones(file: ModuleType, library: Library) -> None:
-    made = library(OLD_NAMES, "-O2", OLD, "-fvisibility=hidden")
+    made = library(OLD_NAMES, "-std=c++20", "-O2", OLD, "-fvisibility=hidden")
     assert file.problems(made, (), set(), ()) == []
     f = ctypes.CDLL(str(made)).f
     f.restype, f.argtypes = ctypes.c_double, [ctypes.c_double]
-    assert f(2.5) == pytest.approx(math.exp(2.5) + math.log(2.5) + 2.5**1.5, rel=1e-15)
+    assert f(2.5) == pytest.approx(len("text") + math.exp(2.5) + math.log(2.5) + 2.5**1.5, rel=1e-15)
 
 
 @pytest.mark.parametrize(
