@@ -57,8 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def timed() -> tuple[Card, list[Cell], list[Cell]]:
     card = cuda.BACKEND.card(0)
-    cells = cuda.BACKEND.time_linear(0, card, SHAPES, ROWS, has_wgmma=cuda.BACKEND.has_wgmma(0))
-    return card, cells, cuda.BACKEND.time_experts(0, card, EXPERTS_SHAPES, EXPERTS_ROWS)
+    has_wgmma = cuda.BACKEND.has_wgmma(0)
+    cells = cuda.BACKEND.time_linear(0, card, SHAPES, ROWS, has_wgmma)
+    return card, cells, cuda.BACKEND.time_experts(0, card, EXPERTS_SHAPES, EXPERTS_ROWS, has_wgmma)
 
 
 def rehearsed() -> tuple[Card, list[Cell], list[Cell]]:

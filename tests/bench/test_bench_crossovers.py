@@ -11,7 +11,7 @@ from bench.gpu import crossovers as script
 from bench.gpu.device_cases import SHAPES
 from peft_kernels.core.backends import crossovers, cuda
 from peft_kernels.core.backends.crossover_timing import Cell, Shape
-from peft_kernels.core.backends.crossovers import ANY, NO_ROWS, Card
+from peft_kernels.core.backends.crossovers import ANY, Card
 
 CARD = Card("NVIDIA H100 80GB HBM3", "9.0", 132, "a driver", "0123")
 
@@ -59,9 +59,9 @@ def test_a_card_is_timed(
     assert [len(rows) for rows in table.limits] == [3, 2]
     # 22 us where the others take 10 to 19, and 25 with more rows.
     assert {row[1:] for row in table.limits.rows} == {(192, 96, (193, 1024), (97, 1024))}
-    assert {row[1:] for row in table.limits.experts} == {(192, 64, NO_ROWS, NO_ROWS)}
+    assert {row[1:] for row in table.limits.experts} == {(192, 64, (193, 2048), (65, 2048))}
     said = capsys.readouterr().out
-    assert all(words in said for words in ("1024x4096", "M=1024", " 6 / 25 ", "31,387,297"))
+    assert all(words in said for words in ("1024x4096", "M=1024", " 6 / 22 / 25 ", "31,387,297"))
 
 
 def test_without_a_card_the_script_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -383,10 +383,11 @@ def test_each_way_is_timed() -> None:
         assert [cell[:4] for cell in cells] == [
             (64, 128, rows, way) for rows in (64, 512) for way in (False, True) if name == "9.0"
         ]
-        for cell, fused, other in zip(cells, seen[::2], seen[1::2], strict=True):
-            assert (cell.fused, cell.dequantised) == (3.0, 3.0), "two copies of the weights take turns"
+        for cell, fused, other, wgmma in zip(cells, seen[::3], seen[1::3], seen[2::3], strict=True):
+            assert cell[4:] == (3.0, 3.0, 3.0), "two copies of the weights take turns"
             assert ("ExpertsDx" if cell.is_backward else "ExpertsTiles") in fused
             assert "DequantizeExperts" in other
+            assert ("ExpertsWgmmaDx" if cell.is_backward else "ExpertsWgmma") in wgmma
         seen.clear()
     assert ways(library, H100, 8 * 480) == ("fused", "fused"), "left as it was set"
 

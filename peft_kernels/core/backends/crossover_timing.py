@@ -21,7 +21,7 @@ SHAPES: tuple[Shape, ...] = ((1024, 4096), (4096, 4096), (14336, 4096))
 """Weights of an 8B model, from the smallest to the largest."""
 FEW_ROWS = (96, 192, 384, 768)
 MANY_ROWS = (2048, 4096, 8192)
-"""More of them, where a card has wgmma."""
+"""More of them of one weight, where a card has wgmma."""
 EXPERTS_SHAPES: tuple[Shape, ...] = ((1536, 2048),)
 EXPERTS = 32
 LEAST = 32
@@ -76,7 +76,7 @@ def time_cells(
     cache_bytes : int
         The size of the device's L2 cache: copies of a weight that do not fit take turns.
     has_wgmma : bool
-        Whether LinearWgmma may be timed, with MANY_ROWS too.
+        Whether wgmma may be timed, and MANY_ROWS too.
     """
     cells = []
     random = torch.Generator(device).manual_seed(0)  # cards draw less power, and run faster, with constants
@@ -104,6 +104,7 @@ def time_experts(
     clock: Clock,
     shapes: Sequence[Shape] = EXPERTS_SHAPES,
     rows: Sequence[int] = FEW_ROWS,
+    has_wgmma: bool = True,
     experts: int = EXPERTS,
 ) -> list[Cell]:
     """Times grouped GEMMs of `experts` experts that have `rows` rows each, as `time_cells`. Empty where
@@ -115,13 +116,17 @@ def time_experts(
             with forced(library, card, DEQUANTISED):
                 if "grouped" not in library.experts_plan(experts, experts, *shape, BLOCKSIZE, "bfloat16"):
                     continue
+            with forced(library, card, WGMMA):
+                plan = library.experts_plan(experts * rows[0], experts, *shape, BLOCKSIZE, "bfloat16")
+            takes_wgmma = has_wgmma and "wgmma" in plan
+            ways = (MMA_SYNC, DEQUANTISED, WGMMA)[: 2 + takes_wgmma]
             weights = _weights(shape, random, 0, experts)
             for m, is_backward in itertools.product(rows, (False, True)):
                 size = experts * m, shape[not is_backward]
                 x = torch.randn(size, generator=random, dtype=torch.bfloat16, device=device)
                 ends = torch.arange(1, experts + 1, dtype=torch.int32, device=device) * m
                 turn = partial(_experts_turn, ops, x, ends, weights, shape, is_backward)
-                seconds = _times(library, card, clock, (MMA_SYNC, DEQUANTISED), turn, len(weights))
+                seconds = _times(library, card, clock, ways, turn, len(weights))
                 cells.append(Cell(*shape, m, is_backward, *seconds))
     return cells
 

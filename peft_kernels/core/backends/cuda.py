@@ -236,12 +236,16 @@ class CudaBackend(CompiledBackend):
         card: crossovers.Card,
         shapes: Sequence[crossover_timing.Shape] = crossover_timing.EXPERTS_SHAPES,
         rows: Sequence[int] = crossover_timing.FEW_ROWS,
+        has_wgmma: bool = True,
     ) -> list[crossover_timing.Cell]:
-        """Times grouped GEMMs of experts fused and not, likewise. Empty where there is no choice."""
+        """Times grouped GEMMs of experts fused, by ExpertsWgmma and not fused, likewise. Empty where torch's
+        grouped GEMM has no kernel."""
         ops, device = getattr(torch.ops, self.namespace), torch.device("cuda", index)
         clock = crossover_timing.device_clock
         with torch.cuda.device(device):
-            return crossover_timing.time_experts(self.extension, ops, card, device, clock, shapes, rows)
+            return crossover_timing.time_experts(
+                self.extension, ops, card, device, clock, shapes, rows, has_wgmma
+            )
 
     def card(self, index: int) -> crossovers.Card:
         found = torch.cuda.get_device_properties(index)
@@ -255,7 +259,7 @@ class CudaBackend(CompiledBackend):
     def _measure(self, index: int, card: crossovers.Card) -> crossovers.Limits:
         has_wgmma = self._wgmma_fault(index, card) is None
         cells = self.time_linear(index, card, has_wgmma=has_wgmma)
-        of_experts = self.time_experts(index, card)
+        of_experts = self.time_experts(index, card, has_wgmma=has_wgmma)
         return crossovers.Limits(crossover_timing.crossovers(cells), crossover_timing.crossovers(of_experts))
 
     def _unprobed_cards(self) -> Cards:

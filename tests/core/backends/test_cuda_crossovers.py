@@ -314,10 +314,10 @@ def test_wgmma_is_timed_where_it_is_right(
         return [crossover_timing.Cell(64, 64, 96, way, 2.0, 3.0, wgmma) for way in (False, True)]
 
     monkeypatch.setattr(backend, "time_linear", timed)
-    monkeypatch.setattr(backend, "time_experts", lambda index, card: [])
+    monkeypatch.setattr(backend, "time_experts", timed)
     expected = Rows(ANY, 96, 96, (96, 96), (96, 96))
-    assert call(backend).rows == (expected.without_wgmma() if fault else expected,)
-    assert asked == [(1, not fault)] and checks.calls == 1
+    assert call(backend) == Limits(*2 * ((expected.without_wgmma() if fault else expected,),))
+    assert asked == 2 * [(1, not fault)] and checks.calls == 1
     assert crossovers.choose(backend.card(0), None).limits.has_wgmma == (not fault), "cached"
 
 
