@@ -62,10 +62,9 @@ def torch_files(version: str, machine: str, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as name:
             wanted = ["--python-version", "3.13", "--platform", f"manylinux_2_28_{machine}"]
-            # The version is exact: constraints are for what is installed.
             pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "-d", name]
             command = [*pip, "--only-binary", ":all:", *wanted, f"torch=={version}"]
-            run(command, env=os.environ | {"PIP_CONSTRAINT": os.devnull})
+            run(command)
             (wheel,) = Path(name).glob("*.whl")
             needed = ("torch/include/", *(f"torch/lib/{library}" for library in TORCH_LIBRARIES))
             with zipfile.ZipFile(wheel) as archive:
