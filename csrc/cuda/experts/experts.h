@@ -26,8 +26,7 @@ ExpertsPlan plan_experts(bool is_dx, DType dtype, int64_t experts, int64_t rows,
 ExpertsPlan plan_dense_experts(DType dtype, int64_t experts, int64_t rows, int64_t n, int64_t k,
                                const Card& card);
 
-// ---- experts_linear.cu, experts_linear_dx.cu, experts_wgmma.cu
-// ----------------------------------------------------------
+// ---- experts_linear.cu, experts_linear_dx.cu, experts_wgmma.cu -----------------------------------------
 
 // `linear` has the first expert's weight and m of all rows; the other experts' parts follow in memory, as do
 // biases [experts, n].
