@@ -13,7 +13,7 @@ import torch
 from test_cuda_paths import FEW
 from test_experts_cuda import HALVES, OPS, call, check, check_needs, check_order, layer
 from test_experts_grouped import launched
-from test_wgmma_cuda import FAULTS, H100, check_fault
+from test_wgmma_cuda import FAULTS, H100, assert_found, check_fault, checked
 from torch import Tensor
 
 from peft_kernels.core.backends import crossovers, wgmma_check
@@ -185,15 +185,9 @@ def test_planted_faults_are_found(wgmma: ModuleType, fault: str) -> None:
 # ---- The check of a device before its first use ---------------------------------------------------------
 
 
-def checked(extension: ModuleType) -> str | None:
-    """By problems of experts alone."""
-    ops, device = torch.ops.peft_kernels_ptx, torch.device("cpu")
-    extension.set_card(90, 2, H100[2])
-    return wgmma_check.fault(extension, ops, Card("a card", "9.0", 2), device, lambda: None)
-
-
 @pytest.fixture
 def of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the check its problems of experts alone."""
     monkeypatch.setattr(wgmma_check, "problems", lambda card: [])
 
 
@@ -209,7 +203,7 @@ def test_every_kernel_is_checked(wgmma: ModuleType) -> None:
 
 @pytest.mark.usefixtures("of_experts")
 def test_a_device_passes(extension: ModuleType) -> None:
-    assert checked(extension) is None
+    assert checked(extension, sms=2) is None
     assert extension.experts_plan(340, 5, 64, 64, 64, "bfloat16") == ("fused", "fused"), "left on"
 
 
@@ -217,14 +211,7 @@ def test_a_device_passes(extension: ModuleType) -> None:
 @pytest.mark.parametrize("fault", sorted(FAULTS.keys() - {"parts-not-awaited", "no-barrier-of-warpgroups"}))
 @pytest.mark.usefixtures("of_experts")
 def test_the_check_finds_planted_faults(extension: ModuleType, fault: str) -> None:
-    """Or the machine does, as a card would: by a failed launch."""
-    extension.set_edit(lambda text: FAULTS[fault](text) if "wgmma" in text else text)
-    try:
-        assert checked(extension) is not None
-    except RuntimeError:
-        pass
-    finally:
-        extension.set_edit(None)
+    assert_found(extension, fault, sms=2)
 
 
 @pytest.mark.usefixtures("of_experts")
@@ -247,7 +234,7 @@ def test_the_check_says_what_is_wrong(
         return spoiled
 
     monkeypatch.setattr(wgmma_check, "_experts_gemm", gemm)
-    found = checked(extension)
+    found = checked(extension, sms=2)
     shape = "320x192" if is_dx else "192x320"
     assert found is not None
     assert found.startswith(f"wgmma in bfloat16, 200 rows of 4 experts, weight {shape}: differs"), found

@@ -316,18 +316,22 @@ def test_a_card_without_the_kernel_has_nothing_to_check(extension: ModuleType) -
     assert wgmma_check.fault(extension, ops, Card("a card", "8.0", 1), device, lambda: None) is None
 
 
-# One run need not show a race between blocks.
-@pytest.mark.parametrize("fault", sorted(FAULTS.keys() - {"parts-not-awaited"}))
-def test_the_check_finds_planted_faults(extension: ModuleType, fault: str) -> None:
-    """Or the machine does, as a card would: by a failed launch."""
-    assert checked(extension) is None
+def assert_found(extension: ModuleType, fault: str, sms: int = 1) -> None:
+    """By the check, or by the machine, as by a card: a launch fails."""
     extension.set_edit(lambda text: FAULTS[fault](text) if "wgmma" in text else text)
     try:
-        assert checked(extension) is not None
+        assert checked(extension, sms) is not None
     except RuntimeError:
         pass
     finally:
         extension.set_edit(None)
+
+
+# One run need not show a race between blocks.
+@pytest.mark.parametrize("fault", sorted(FAULTS.keys() - {"parts-not-awaited"}))
+def test_the_check_finds_planted_faults(extension: ModuleType, fault: str) -> None:
+    assert checked(extension) is None
+    assert_found(extension, fault)
 
 
 @pytest.mark.parametrize("kernel", ["LinearWgmma", "LinearWgmmaDx"])
