@@ -10,6 +10,7 @@ PEFT_KERNELS_PTX_TRUNCATE  1: matrix instructions cut their sums off as tensor c
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch import Tensor
 from peft_kernels.core.backends import crossovers, wgmma_check
 from peft_kernels.core.backends.compiled import CompiledBackend
 from peft_kernels.core.backends.crossovers import Card, Rows
+from peft_kernels.core.backends.cuda import CudaLibrary
 
 FEW = 4
 """Multiprocessors of the made-up card: a handful of tiles is more than it has, and less than a card."""
@@ -28,6 +30,18 @@ SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Shared memory that a block can have at most, by compute capability."""
 MMA_SYNC = {"linear_small.cuh", "linear_tiles.cuh", "linear_dx.cuh"}
 """Where the kernels for mma.sync read shared memory."""
+
+
+class PtxLibrary(CudaLibrary):
+    """With the functions of the machine, which tests/gpu/ptx/bind.cpp binds."""
+
+    def __init__(self, file: str, namespace: str, name: str) -> None:
+        super().__init__(file, namespace)
+        self._machine = importlib.import_module(name)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._machine, name, None)
+        return super().__getattr__(name) if found is None else found
 
 
 class PtxBackend(CompiledBackend):
@@ -38,10 +52,10 @@ class PtxBackend(CompiledBackend):
     not_built = "not built (needs nvcc, and PEFT_KERNELS_PTX=1, at installation)"
     is_wgmma_forced = False
 
-    def _open(self) -> Any:
-        extension = super()._open()
-        crossovers.set_estimates(extension)
-        return extension
+    def _open(self) -> PtxLibrary:
+        library = PtxLibrary(str(self.file), self.namespace, self.library)
+        crossovers.set_estimates(library)
+        return library
 
     def load(self) -> None:
         super().load()

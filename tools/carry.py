@@ -3,12 +3,9 @@
     python tools/carry.py build/carry
 
 FOLDER/python        the installed bitsandbytes, the main contender: its Python files, and the library for
-this
-                     torch's CUDA (or --cuda 130)
-FOLDER/peft_kernels  every peft_kernels/_C_cuda*.so of this tree, used if nothing can be compiled there. (What
-                     `make setup-all` builds where there is no card is not optimised: not for measuring.)
-                     To build one for another Python, with the torch of that machine:
-                       PEFT_KERNELS_CPU=0 TORCH_CUDA_ARCH_LIST=9.0 python3.12 setup.py build_ext --inplace
+                     this torch's CUDA (or --cuda 130)
+FOLDER/peft_kernels  the CUDA libraries of the newest wheel in dist/ (`make wheels ARGS=--cuda`), for any
+                     Python and every torch; used if nothing can be compiled there
 
 Prints the files. Exits with 1 if bitsandbytes is not installed, or has no library for that CUDA.
 """
@@ -19,6 +16,7 @@ import argparse
 import importlib.metadata
 import shutil
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--cuda", metavar="VERSION", help="without the dot, as 130 (default: this torch's)")
     options = parser.parse_args(arguments)
-    libraries = copy_libraries(ROOT / "peft_kernels", options.folder / "peft_kernels")
-    print("\n".join(described(libraries)) or "no peft_kernels/_C_cuda*.so is built here")
+    libraries = copy_libraries(ROOT / "dist", options.folder)
+    print("\n".join(described(libraries)) or "dist/ has no wheel with CUDA kernels: make wheels ARGS=--cuda")
     try:
         contender = copy_bitsandbytes(options.folder / "python", options.cuda or version_of_cuda())
     except LookupError as error:
@@ -52,8 +50,13 @@ def version_of_cuda() -> str:
 
 
 def copy_libraries(source: Path, target: Path) -> list[Path]:
-    """Our compiled CUDA back ends, for every Python version."""
-    return [copied(path, target / path.name) for path in sorted(source.glob("_C_cuda*.so"))]
+    """The compiled CUDA back end, from the newest wheel of a folder."""
+    wheels = sorted(source.glob("*+cu*.whl"), key=lambda path: path.stat().st_mtime)
+    if not wheels:
+        return []
+    with zipfile.ZipFile(wheels[-1]) as archive:
+        names = [name for name in archive.namelist() if "_cuda" in name and name.endswith(".so")]
+        return [Path(archive.extract(name, target)) for name in names]
 
 
 def copy_bitsandbytes(target: Path, cuda: str) -> list[Path]:

@@ -5,8 +5,7 @@
 
 The variant is compiled from what build.toml says and nothing else, as kernel-builder would. Its library
 needs no version of Python, and its op namespaces begin with a name of its own, so several may be loaded at
-once. A CUDA variant is not laid out: functions of that library are bound with pybind11, which ties it to a
-version of Python.
+once. A CUDA variant is not laid out yet.
 """
 
 from __future__ import annotations

@@ -5,12 +5,13 @@ A cell is one GEMM of a layer, forward or to x, with a number of rows of activat
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import ModuleType
 from typing import Any
+
+import ptx_backend as ptx
+from peft_kernels.core.backends import cuda
 
 from ..lib import report
 from ..lib.report import unique
@@ -39,14 +40,15 @@ GOAL = 0.85
 """Utilisation that cells should reach."""
 
 
-def planner() -> ModuleType | str:
-    """A compiled library that plans, or why there is none."""
+def planner() -> cuda.CudaLibrary | str:
+    """A compiled library that plans, or why there is none. It needs no card."""
     reasons = []
-    for name in ("_C_ptx", "_C_cuda"):
+    for backend in (ptx.BACKEND, cuda.BACKEND):
+        backend.load()
         try:
-            return importlib.import_module(f"peft_kernels.{name}")
-        except ImportError as error:
-            reasons.append(f"peft_kernels.{name}: {error}")
+            return backend.extension
+        except RuntimeError as error:
+            reasons.append(str(error))
     return "; ".join(reasons)
 
 

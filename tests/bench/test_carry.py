@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -73,11 +75,17 @@ def test_without_bitsandbytes_there_is_a_reason(
     assert "carry.py: bitsandbytes is not installed" in capsys.readouterr().err
 
 
-def test_our_libraries_come_for_every_python(tool: ModuleType, tmp_path: Path) -> None:
-    package, target = tmp_path / "package", tmp_path / "carried"
-    package.mkdir()
-    names = {f"_C_cuda.cpython-{version}-x86_64-linux-gnu.so" for version in (311, 312)}
-    for name in (*names, "_C.cpython-311-x86_64-linux-gnu.so"):
-        (package / name).write_text("code")
-    assert {path.name for path in tool.copy_libraries(package, target)} == names
-    assert {path.name for path in target.iterdir()} == names
+def test_our_libraries_come_from_the_newest_wheel(tool: ModuleType, tmp_path: Path) -> None:
+    target = tmp_path / "carried"
+    assert tool.copy_libraries(tmp_path, target) == []
+    names = ("_C_cuda.torch2.9.so", "_C_cuda.torch2.10.so", "libpeft_kernels_cuda.so")
+    others = ("_C.torch2.9.so", "libpeft_kernels_cpu.so", "core/backends/cuda.py")
+    for seconds, (wheel, code) in enumerate({"0.2.0+cu13": "new", "0.3.0+cu13": "old", "0.9.0": ""}.items()):
+        path = tmp_path / f"peft_kernels-{wheel}-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in (*names, *others) if code else others:
+                archive.writestr(f"peft_kernels/{name}", code)
+        os.utime(path, (0, 10 - seconds))
+    assert sorted(path.name for path in tool.copy_libraries(tmp_path, target)) == sorted(names)
+    found = {path.name: path.read_text() for path in (target / "peft_kernels").iterdir()}
+    assert found == dict.fromkeys(names, "new")

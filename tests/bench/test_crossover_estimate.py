@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -16,6 +15,7 @@ from bench.gpu.step_estimate import reached
 from bench.gpu.wave_quantization import planner
 from bench.lib import report
 from peft_kernels.core.backends.crossover_timing import SHAPES
+from peft_kernels.core.backends.cuda import CudaLibrary
 
 H100 = reached(BY_ARCHITECTURE[90])
 LARGE = 14336, 4096
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def plans() -> ModuleType:
+def plans() -> CudaLibrary:
     found = planner()
     if isinstance(found, str):
         pytest.skip(found)
@@ -35,14 +35,14 @@ def plans() -> ModuleType:
     return found
 
 
-def test_the_packaged_table_is_what_is_estimated(plans: ModuleType) -> None:
+def test_the_packaged_table_is_what_is_estimated(plans: CudaLibrary) -> None:
     found = script.ranges(script.cells(plans, H100))
     assert list(found) == [n * k for n, k in SHAPES]
     assert {size: packaged(size)[3:] for size in found} == found
 
 
 @pytest.mark.parametrize("is_dx", [False, True])
-def test_wgmma_wins_where_the_table_takes_it(plans: ModuleType, is_dx: bool) -> None:
+def test_wgmma_wins_where_the_table_takes_it(plans: CudaLibrary, is_dx: bool) -> None:
     """On average. Between the rows that the table is made from, the last tiles may be nearly empty."""
     for n, k in SHAPES:
         row = packaged(n * k)
@@ -56,7 +56,7 @@ def test_wgmma_wins_where_the_table_takes_it(plans: ModuleType, is_dx: bool) -> 
         assert not ratios or (max(ratios) < 1.2 and statistics.geometric_mean(ratios) < 0.97), ratios
 
 
-def test_times_by_hand(plans: ModuleType) -> None:
+def test_times_by_hand(plans: CudaLibrary) -> None:
     n, k = LARGE
     # 112 tiles of 64 stages, one a multiprocessor, at 90% of cuBLAS' 81% of 2048 multiply-adds a clock.
     clock = 0.9 * H100.flops / (2 * 2048 * 132)
@@ -80,7 +80,7 @@ def test_stages_cost_what_the_plan_says() -> None:
     assert f"kSharingStages = {script.SHARED_STAGES['wgmma']};" in source
 
 
-def test_the_table_is_shown(plans: ModuleType) -> None:
+def test_the_table_is_shown(plans: CudaLibrary) -> None:
     outcome = Case(BY_ARCHITECTURE[90]).run()
     assert "58,720,256 weights: wgmma for 64 to 1760 rows, dx for 64 to 1760 rows" in outcome.line()
     assert "4,194,304 weights: wgmma for no rows, dx" in outcome.line()
@@ -95,7 +95,7 @@ def test_without_a_library_the_reason_is_reported(monkeypatch: pytest.MonkeyPatc
     assert "not built" in outcome.line() and "not built" in report.render([outcome])
 
 
-def test_the_page_on_gpus_has_these_figures(plans: ModuleType) -> None:
+def test_the_page_on_gpus_has_these_figures(plans: CudaLibrary) -> None:
     """The times of the largest weight, and the rows of the packaged table."""
     page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
     section = page.partition("### wgmma on H100")[2].partition("### A plan")[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from types import ModuleType
 
 import pytest
 
@@ -11,6 +10,7 @@ from bench.gpu import wave_quantization
 from bench.gpu.roofline import BY_ARCHITECTURE, Gpu
 from bench.gpu.wave_quantization import CARDS, GOAL, SHAPES, Case, Cell
 from bench.lib import report
+from peft_kernels.core.backends.cuda import CudaLibrary
 
 WORST = {True: GOAL - 0.004, False: 0.37}
 """By whether a weight is large: 3072x3072 and 512x2048, both on RTX 5090."""
@@ -18,7 +18,7 @@ CUT = {"features": 16, "tokens": 8, "depth": 64, "workers": 8, "share": 1}
 
 
 @pytest.fixture(scope="module")
-def plans() -> ModuleType:
+def plans() -> CudaLibrary:
     found = wave_quantization.planner()
     if isinstance(found, str):
         pytest.skip(found)
@@ -26,7 +26,7 @@ def plans() -> ModuleType:
 
 
 @pytest.mark.parametrize("gpu", CARDS, ids=lambda gpu: gpu.name)
-def test_kernels_keep_every_card_busy(plans: ModuleType, gpu: Gpu) -> None:
+def test_kernels_keep_every_card_busy(plans: CudaLibrary, gpu: Gpu) -> None:
     cells = wave_quantization.cells(plans, gpu)
     for cell in cells:
         assert WORST[cell.is_large] <= cell.utilisation <= 1.0, f"{cell.name} by {cell.kernel}"
@@ -48,14 +48,14 @@ def test_utilisation_counts_the_busiest_worker() -> None:
     assert cell(True, features=256, depth=128, workers=1, share=3).utilisation == pytest.approx(256 / 396)
 
 
-def test_both_back_ends_cut_the_same_pieces(plans: ModuleType) -> None:
+def test_both_back_ends_cut_the_same_pieces(plans: CudaLibrary) -> None:
     linear_pieces = pytest.importorskip("peft_kernels.triton_kernels.linear.linear_pieces")
     lengths = {side for shape in SHAPES for side in shape} | {0, 1, 255, 257, 1027, 151936}
     for args in itertools.product(lengths, lengths, (2, 4)):
         assert plans.piece_of(*args) == linear_pieces.piece_size(*args), args
 
 
-def test_a_weight_is_one_piece_up_to_128_mb(plans: ModuleType) -> None:
+def test_a_weight_is_one_piece_up_to_128_mb(plans: CudaLibrary) -> None:
     for n, k in SHAPES:
         piece = min(plans.piece_of(n, k, 2), n)
         assert piece * k * 2 <= 2**27
@@ -63,7 +63,7 @@ def test_a_weight_is_one_piece_up_to_128_mb(plans: ModuleType) -> None:
         assert -(-n // piece) == -(-n * k * 2 // 2**27) or n % 256 or 2**27 // (k * 2) % 256, (n, k)
 
 
-def test_the_table_shows_the_worst_cells(plans: ModuleType) -> None:
+def test_the_table_shows_the_worst_cells(plans: CudaLibrary) -> None:
     outcome = Case(BY_ARCHITECTURE[120]).run()
     text = report.render([outcome])
     assert "RTX 5090  9,437,184 or more  336" in text and "512x2048" in text and "small8" not in text

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import math
 import re
 import shutil
@@ -16,7 +17,8 @@ import zipfile
 from base64 import urlsafe_b64decode
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 from tool_modules import tool_module
@@ -41,6 +43,18 @@ def file() -> ModuleType:
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
     return tool_module("wheels")
+
+
+@pytest.fixture(scope="module")
+def libraries() -> ModuleType:
+    return tool_module("wheel_libraries")
+
+
+@pytest.fixture
+def toolkit() -> SimpleNamespace:
+    """Of CUDA 13.0."""
+    capabilities = {(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)}
+    return SimpleNamespace(home="/cuda", version=(13, 0), compiles=lambda: capabilities)
 
 
 @pytest.fixture
@@ -208,17 +222,17 @@ def test_a_wheel_records_what_it_holds(file: ModuleType, pure: Path, tmp_path: P
         assert urlsafe_b64decode(value + "=") == hashlib.sha256(content).digest()
 
 
-def test_every_minor_version_is_compiled_once(tool: ModuleType) -> None:
+def test_every_minor_version_is_compiled_once(tool: ModuleType, libraries: ModuleType) -> None:
     """From the oldest that pyproject.toml allows; the one of development is among them."""
-    minors = [tool.minor(version) for version in tool.TORCHES]
+    minors = [libraries.minor(version) for version in tool.TORCHES]
     assert minors == [f"2.{minor}" for minor in range(9, 9 + len(minors))]
     pinned = re.search(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
     assert pinned is not None and pinned[1] in tool.TORCHES
 
 
 def test_the_pure_wheel_has_no_library(tool: ModuleType, tmp_path: Path) -> None:
-    wheel = tool.pure_wheel(tmp_path)
-    assert wheel.name.endswith("-py3-none-any.whl")
+    wheel = tool.pure_wheel(tmp_path, "+cu13")
+    assert wheel.name == f"peft_kernels-{pk.__version__}+cu13-py3-none-any.whl"
     names = zipfile.ZipFile(wheel).namelist()
     assert "peft_kernels/core/backends/crossovers.json" in names
     assert not [name for name in names if name.endswith(".so")]
@@ -229,16 +243,54 @@ def test_the_pure_wheel_has_no_library(tool: ModuleType, tmp_path: Path) -> None
     assert {name for name in names if name.endswith(".py")} == modules
 
 
+@pytest.fixture
+def ninja(libraries: ModuleType, tmp_path: Path) -> Any:
+    return libraries.Ninja(tmp_path, "x86_64")
+
+
+def compiled_by(rule: str, text: str) -> list[str]:
+    return sorted(re.findall(rf"^build \S+\.o: {rule} (\S+)", text, re.M))
+
+
 @needs_compiler
-def test_ops_and_kernels_are_compiled_apart(tool: ModuleType, tmp_path: Path) -> None:
+def test_ops_and_kernels_are_compiled_apart(libraries: ModuleType, ninja: Any, tmp_path: Path) -> None:
     """Each file of the CPU back end is in one of the two libraries, with the flags of a source build."""
-    compilation = tool.Compilation(tmp_path, "x86_64")
-    kernels = compilation.kernels([])
-    compilation.ops("2.9.1", tmp_path / "torch", kernels, [])
-    text = "\n".join(compilation.lines)
-    compiled = re.findall(r"^build \S+\.o: cxx (\S+)", text, re.M)
-    setup = compilation.setup
-    assert sorted(compiled) == sorted([*setup["CPU_SOURCES"], *setup["X86_SOURCES"]])
+    part = libraries.Cpu(ninja)
+    part.ops("2.9.1", tmp_path / "torch", part.kernels())
+    text, setup = "\n".join(ninja.lines), ninja.setup
+    assert compiled_by("cxx", text) == sorted([*setup["CPU_SOURCES"], *setup["X86_SOURCES"]])
     for line in text.splitlines():
         if line.startswith("  flags") and "-shared" not in line and "-Wl," not in line:
             assert all(flag in line for flag in setup["HOST_FLAGS"])
+
+
+@needs_compiler
+def test_cuda_kernels_are_compiled_for_every_card(
+    libraries: ModuleType, ninja: Any, tmp_path: Path, toolkit: SimpleNamespace
+) -> None:
+    """Each file of the CUDA back end is in one of the two libraries. Kernels are compiled once."""
+    part, setup = libraries.Cuda(ninja, toolkit), ninja.setup
+    kernels = part.kernels()
+    for version in ("2.9.1", "2.10.0"):
+        part.ops(version, tmp_path / "torch", kernels)
+    text = "\n".join(ninja.lines)
+    assert compiled_by("nvcc", text) == sorted([*setup["CUDA_KERNELS"], *setup["HOPPER_KERNELS"]])
+    assert compiled_by("cxx", text) == sorted([*setup["CUDA_STARTS"], *2 * setup["CUDA_OPS"]])
+    lines = text.splitlines()
+    every = sorted(["compute_120", *(f"sm_{number}" for number in (80, 86, 89, 90, 100, 120))])
+    for line, flags in itertools.pairwise(lines):
+        codes = sorted(re.findall(r",code=(\w+)", flags))
+        if ": nvcc " in line:
+            is_hopper = line.endswith(tuple(setup["HOPPER_KERNELS"]))
+            assert codes == (["sm_90a"] if is_hopper else every), line
+    assert "PEFT_KERNELS_CUDA_ARCHITECTURES=8.0:8.6:8.9:9.0:10.0:12.0+PTX" in text
+
+
+@needs_compiler
+def test_an_older_nvcc_compiles_for_what_it_knows(
+    libraries: ModuleType, ninja: Any, toolkit: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """12.4 knows no Blackwell."""
+    toolkit.compiles = lambda: {(8, 0), (8, 6), (8, 9), (9, 0)}
+    assert libraries.Cuda(ninja, toolkit).architectures == ["8.0", "8.6", "8.9", "9.0+PTX"]
+    assert "compute capability 10.0 is served by PTX of 9.0" in capsys.readouterr().err

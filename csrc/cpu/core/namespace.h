@@ -1,11 +1,5 @@
-// The namespaces in which ops are registered. They begin with the name of the Python package: builds for the
-// Hugging Face Hub have package names of their own, so that several can be loaded at once.
 #pragma once
 
-#ifndef PEFT_KERNELS_PACKAGE
-#  define PEFT_KERNELS_PACKAGE peft_kernels
-#endif
+#include "../../common/namespace.h"
 
-#define PEFT_KERNELS_JOIN_(a, b) a##b
-#define PEFT_KERNELS_JOIN(a, b) PEFT_KERNELS_JOIN_(a, b)
 #define PEFT_KERNELS_NAMESPACE PEFT_KERNELS_JOIN(PEFT_KERNELS_PACKAGE, _cpu)

@@ -6,13 +6,14 @@
 
 #include "../../common/autocast.h"
 #include "../../common/checks.h"
+#include "../../common/namespace.h"
 #include "kernels.h"
 
 #ifdef PEFT_KERNELS_PTX
-#  define PEFT_KERNELS_NAMESPACE peft_kernels_ptx
+#  define PEFT_KERNELS_NAMESPACE PEFT_KERNELS_JOIN(PEFT_KERNELS_PACKAGE, _ptx)
 #  define PEFT_KERNELS_DISPATCH_KEY CPU
 #else
-#  define PEFT_KERNELS_NAMESPACE peft_kernels_cuda
+#  define PEFT_KERNELS_NAMESPACE PEFT_KERNELS_JOIN(PEFT_KERNELS_PACKAGE, _cuda)
 #  define PEFT_KERNELS_DISPATCH_KEY CUDA
 #endif
 

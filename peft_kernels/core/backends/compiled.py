@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import mmap
 import re
@@ -18,8 +17,24 @@ from .base import unserved_tensors
 
 _HASH = re.compile(rb"PEFT_KERNELS_SPEC_HASH=([0-9a-f]{64})")
 _TORCH = re.compile(rb"PEFT_KERNELS_TORCH=([^;]{1,40});")
+_CUDART = re.compile(rb"PEFT_KERNELS_CUDART=(\d{5,6});")
 _PACKAGE = Path(__file__).parents[2]
 _STALE = "was built from other sources than this package: rebuild it (pip install .)"
+
+
+class Library:
+    """A compiled library and its functions, which are ops without tensors: it does not depend on Python."""
+
+    def __init__(self, file: str, namespace: str) -> None:
+        try:
+            torch.ops.load_library(file)
+        except OSError as error:  # of torch, which does not say why
+            raise error.__cause__ or error from None
+        self.__file__ = file
+        self._functions = getattr(torch.ops, f"{namespace}_library")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._functions, name)
 
 
 class CompiledBackend:
@@ -45,9 +60,9 @@ class CompiledBackend:
             self._refusal = self._refusal_to_load()
             if self._refusal is None:
                 self._extension = self._open()
-        except (ImportError, OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             self._refusal = f"{self.library} does not load: {error}"
-        except (AttributeError, TypeError):  # it lacks a function, or has another of that name
+        except AttributeError:
             self._refusal = f"{self.library} {_STALE}"
 
     @property
@@ -66,10 +81,10 @@ class CompiledBackend:
         found.sort(key=lambda pair: (int(pair[0][1]), int(pair[0][2])))
         return {f"{match[1]}.{match[2]}": file for match, file in found}
 
-    def _open(self) -> Any:
-        """Loads the library, which registers its kernels. Raises ImportError, OSError or ValueError, or
-        AttributeError or TypeError if it is of other sources."""
-        return importlib.import_module(self.library)
+    def _open(self) -> Library:
+        """Loads the library, which registers its kernels. Raises OSError, ValueError or RuntimeError, or
+        AttributeError if it lacks a function."""
+        raise NotImplementedError
 
     def probe(self) -> str | None:
         return self._refusal
@@ -108,16 +123,27 @@ class CompiledBackend:
             self.file.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
         ):
-            schemas, built_with = (_group(pattern.search(content)) for pattern in (_HASH, _TORCH))
+            schemas, built_with, cudart = (
+                _group(pattern.search(content)) for pattern in (_HASH, _TORCH, _CUDART)
+            )
         if schemas != registry.spec_hash():
             return f"{self.file} {_STALE}"
         # torch's C++ ABI changes with every minor version.
         if built_with is None or _minor(built_with) != _minor(torch.__version__):
-            return (
-                f"{self.file} was built with torch {built_with}, this is torch {torch.__version__}: "
-                "rebuild it (pip install --no-deps --force-reinstall .)"
-            )
+            return self._misfit(f"torch {built_with}", f"torch {torch.__version__}")
+        if cudart is not None and int(cudart) // 1000 != _cuda_major():
+            return self._misfit(f"CUDA {int(cudart) // 1000}", f"torch for CUDA {torch.version.cuda}")
         return None
+
+    def _misfit(self, built_with: str, here: str) -> str:
+        return (
+            f"{self.file} was built with {built_with}, this is {here}: "
+            "rebuild it (pip install --no-deps --force-reinstall .)"
+        )
+
+
+def _cuda_major() -> int | None:
+    return int(torch.version.cuda.partition(".")[0]) if torch.version.cuda else None
 
 
 def _minor(version: str) -> str:

@@ -1,34 +1,27 @@
 """Back end `cpu`: C++ kernels for CPU tensors, in the compiled library `peft_kernels._C`.
 
-The library does not depend on Python. Its other functions (properties of the build, spans of keys in a mask,
-a hash of bits) are ops too.
+Its other functions are properties of the build, spans of keys in a mask, and a hash of bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from .. import registry
-from .compiled import CompiledBackend
+from .compiled import CompiledBackend, Library
 
 
-class Library:
-    """The compiled library, its functions and its classes (library_ops.cpp, attention_ops.cpp, bits_hash.cpp
-    and decoder_layer.cpp in csrc/cpu)."""
+class CpuLibrary(Library):
+    """Its functions and its classes (library_ops.cpp, attention_ops.cpp, bits_hash.cpp and decoder_layer.cpp
+    in csrc/cpu)."""
 
     def __init__(self, file: str, namespace: str) -> None:
-        torch.ops.load_library(file)
-        self.__file__ = file
-        self._functions = getattr(torch.ops, f"{namespace}_library")
+        super().__init__(file, namespace)
         classes = getattr(torch.classes, f"{namespace}_library")
         self.AdaptedLayers, self.DecoderLayer = classes.AdaptedLayers, classes.DecoderLayer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._functions, name)
 
 
 class CpuBackend(CompiledBackend):
@@ -39,8 +32,8 @@ class CpuBackend(CompiledBackend):
     library = f"{registry.NAMESPACE}.{'_C' if registry.NAMESPACE == 'peft_kernels' else registry.NAMESPACE}"
     not_built = "not built (no C++ compiler at installation, or PEFT_KERNELS_CPU=0): reinstall with g++"
 
-    def _open(self) -> Library:
-        library = Library(str(self.file), self.namespace)
+    def _open(self) -> CpuLibrary:
+        library = CpuLibrary(str(self.file), self.namespace)
         library.set_isa_from_environment()
         return library
 

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,11 +18,29 @@ from .. import registry
 from . import crossover_timing, crossovers, wgmma_check
 from .architectures import unserved
 from .base import Cards, tensors
-from .compiled import CompiledBackend
+from .compiled import CompiledBackend, Library
 
 logger = logging.getLogger("peft_kernels")
 WGMMA_SECONDS = 20.0
 """The check of LinearWgmma takes milliseconds, with what other processes run on the device in between."""
+
+
+class CudaLibrary(Library):
+    """Its functions (csrc/cuda/core/library_ops.cpp) plan kernels."""
+
+    def set_limits(
+        self,
+        compute_capability: int,
+        sms: int,
+        linear: Iterable[crossovers.Rows],
+        experts: Iterable[crossovers.Rows] = (),
+    ) -> None:
+        """Sets the crossovers of cards: see csrc/cuda/linear/crossovers.h."""
+        self._functions.set_limits(compute_capability, sms, _numbers(linear), _numbers(experts))
+
+
+def _numbers(rows: Iterable[crossovers.Rows]) -> list[int]:
+    return [number for row in rows for number in (*row[:3], *row.forward_wgmma, *row.backward_wgmma)]
 
 
 class CudaBackend(CompiledBackend):
@@ -34,7 +52,7 @@ class CudaBackend(CompiledBackend):
         "not built (at installation there was no nvcc that fits torch's CUDA, or PEFT_KERNELS_CUDA=0): "
         "reinstall with it"
         if torch.version.cuda
-        else "not built: this torch has no CUDA"
+        else "this torch has no CUDA"
     )
 
     def __init__(self) -> None:
@@ -45,10 +63,10 @@ class CudaBackend(CompiledBackend):
         self._wgmma_faults: dict[crossovers.Card, str | None] = {}
         self._choosing = threading.Lock()
 
-    def _open(self) -> Any:
-        extension = super()._open()
-        crossovers.set_estimates(extension)
-        return extension
+    def _open(self) -> CudaLibrary:
+        library = CudaLibrary(str(self.file), self.namespace)
+        crossovers.set_estimates(library)
+        return library
 
     def probe(self) -> str | None:
         if self._refusal is not None:
@@ -261,6 +279,9 @@ class CudaBackend(CompiledBackend):
         cells = self.time_linear(index, card, has_wgmma=has_wgmma)
         of_experts = self.time_experts(index, card, has_wgmma=has_wgmma)
         return crossovers.Limits(crossover_timing.crossovers(cells), crossover_timing.crossovers(of_experts))
+
+    def _refusal_to_load(self) -> str | None:
+        return super()._refusal_to_load() if torch.version.cuda else self.not_built
 
     def _unprobed_cards(self) -> Cards:
         return Cards(lambda i: unserved(torch.cuda.get_device_capability(i), self.architectures()))

@@ -1,10 +1,11 @@
-#include "bind.h"
-
+// The machine, and the replacement of the CUDA runtime, as a Python module. Ops are registered when it is
+// loaded.
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <pybind11/functional.h>
+#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
@@ -105,7 +106,7 @@ void set_guarded(bool guarded) {
 
 }  // namespace
 
-void bind(pybind11::module_& m) {
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "set_seed", [](uint32_t seed) { ptx::options().seed = seed; },
       "Set the seed of the order in which warps run.");
