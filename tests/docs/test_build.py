@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.cpp_extension
+from tool_modules import tool_module
 
 import testing
 from peft_kernels.core.backends import architectures, cpu
@@ -86,6 +87,32 @@ def test_no_suitable_nvcc(
         assert ("WARNING" in said) == (cuda is not None)
     if wanted or cuda is not None:
         assert re.search(words, said), said
+
+
+@pytest.mark.parametrize(
+    "version,words",
+    [
+        ("12.4", None),
+        ("14.0", None),
+        ("12.1", r"^--cuda: .*nvcc is of CUDA 12\.1, expected 12\.4 or later: install that toolkit"),
+        ("11.8", r"^--cuda: .*nvcc is of CUDA 11\.8, expected 12\.4 or later: install that toolkit"),
+        (None, r"^--cuda: nvcc was not found in .*: install the CUDA 12 or 13 toolkit, and set CUDA_HOME"),
+    ],
+)
+def test_a_wheel_is_built_with_any_major_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str | None, words: str | None
+) -> None:
+    """Whatever the torch that is installed was built for."""
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path) if version is None else toolkit(tmp_path, version))
+    wheels = tool_module("wheels")
+    if words is None:
+        found = wheels.toolkit()
+        assert (found.home, f"{found.version[0]}.{found.version[1]}") == (str(tmp_path), version)
+        assert found.compiles() == KNOWN
+        return
+    with pytest.raises(SystemExit) as caught:
+        wheels.toolkit()
+    assert re.search(words, str(caught.value))
 
 
 def test_left_out_on_request(setup: Setup, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ _HASH = re.compile(rb"PEFT_KERNELS_SPEC_HASH=([0-9a-f]{64})")
 _TORCH = re.compile(rb"PEFT_KERNELS_TORCH=([^;]{1,40});")
 _CUDART = re.compile(rb"PEFT_KERNELS_CUDART=(\d{5,6});")
 _PACKAGE = Path(__file__).parents[2]
+_REBUILD = "rebuild it (pip install --no-deps --force-reinstall .)"
 _STALE = "was built from other sources than this package: rebuild it (pip install .)"
 
 
@@ -130,16 +131,16 @@ class CompiledBackend:
             return f"{self.file} {_STALE}"
         # torch's C++ ABI changes with every minor version.
         if built_with is None or _minor(built_with) != _minor(torch.__version__):
-            return self._misfit(f"torch {built_with}", f"torch {torch.__version__}")
+            return (
+                f"{self.file} was built with torch {built_with}, "
+                f"this is torch {torch.__version__}: {_REBUILD}"
+            )
         if cudart is not None and int(cudart) // 1000 != _cuda_major():
-            return self._misfit(f"CUDA {int(cudart) // 1000}", f"torch for CUDA {torch.version.cuda}")
+            return (
+                f"{self.file} was built with CUDA {int(cudart) // 1000}, "
+                f"this is torch for CUDA {torch.version.cuda}: {_REBUILD}"
+            )
         return None
-
-    def _misfit(self, built_with: str, here: str) -> str:
-        return (
-            f"{self.file} was built with {built_with}, this is {here}: "
-            "rebuild it (pip install --no-deps --force-reinstall .)"
-        )
 
 
 def _cuda_major() -> int | None:

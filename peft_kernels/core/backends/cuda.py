@@ -272,7 +272,10 @@ class CudaBackend(CompiledBackend):
 
     @cached_property
     def _library_hash(self) -> str:
-        return hashlib.sha256(Path(self.extension.__file__).read_bytes()).hexdigest()[:16]
+        library = Path(self.extension.__file__)
+        kernels = library.with_name("libpeft_kernels_cuda.so")  # of a wheel, where they are apart
+        content = b"".join(path.read_bytes() for path in (library, kernels) if path.exists())
+        return hashlib.sha256(content).hexdigest()[:16]
 
     def _measure(self, index: int, card: crossovers.Card) -> crossovers.Limits:
         has_wgmma = self._wgmma_fault(index, card) is None

@@ -138,14 +138,15 @@ def test_a_card_is_what_torch_says_and_the_library_that_is_loaded(
 ) -> None:
     monkeypatch.setattr(cuda, "_driver", lambda: "a driver")
     seen = set()
-    for content in (b"one library", b"another"):
-        (tmp_path / "library.so").write_bytes(content)
+    files = ("library.so", b"one"), ("library.so", b"two"), ("libpeft_kernels_cuda.so", b"kernels of a wheel")
+    for name, content in files:
+        (tmp_path / name).write_bytes(content)
         monkeypatch.setattr(Extension, "__file__", str(tmp_path / "library.so"))
         backend.__dict__.pop("_library_hash", None)
         card = backend.card(0)
         assert card[:4] == (*H100[:3], "a driver")
         seen.add(card.library)
-    assert len(seen) == 2
+    assert len(seen) == len(files)
 
 
 def test_gemms_are_timed_on_the_device(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
