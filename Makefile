@@ -213,7 +213,7 @@ package: ## Build the source distribution and a wheel and install both in empty 
 # Headers of every supported torch come from its wheels, half a GB each, and are kept in ~/.cache/peft_kernels.
 wheels: $(VENV)/.packages ## Build one wheel for CPUs into dist/, or with ARGS=--cuda for GPUs too; install it with the oldest libraries and the newest (needs pip's index)
 	$(BIN)/python tools/wheels.py $(ARGS)
-	$(PYTHON) tools/package_check.py --wheel $$(ls -t dist/*-manylinux_2_28_*.whl | head -1)
+	$(PYTHON) tools/package_check.py --wheel $$(ls -t dist/*-manylinux_*.whl | head -1)
 
 hub: $(VENV)/.built $(VENV)/.packages-test $(VENV)/.packages-hub ## Lay the CPU kernels out for Hugging Face's `kernels`, build and load them (needs pip's index)
 	$(BIN)/python tools/hub_layout.py build/hub --build

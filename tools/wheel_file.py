@@ -69,14 +69,14 @@ def problems(library: Path, beside: Iterable[str], provided: set[str], paths: It
     of_version: dict[str, list[str]] = {}
     for _, name, version in names:
         of_version.setdefault(version.strip("@"), []).append(name)
-    for version in sorted(
-        {*re.findall(r"Name: (\w+_[\w.]+)", readelf(library, "-V"))} | {*of_version} - {""}
-    ):
+    # A library beside may name its versions after itself.
+    allowed = {*beside, *SYSTEM, *LOADERS}
+    versions = {*re.findall(r"Name: (\w+_[\w.]+)", readelf(library, "-V"))} | {*of_version} - {""}
+    for version in sorted(versions - allowed):
         if too_new(version):
             found.append(
                 f"needs {version}, newer than manylinux_2_28: {', '.join(of_version.get(version, ['?']))}"
             )
-    allowed = {*beside, *SYSTEM, *LOADERS}
     for needed in re.findall(r"\(NEEDED\).*\[(.+)\]", readelf(library, "-d")):
         if needed not in allowed:
             found.append(f"needs the library {needed}")

@@ -158,6 +158,9 @@ class Cuda(Part):
         for change in changes:
             print(f"CUDA kernels: compute capability {change}", file=sys.stderr)
         self.has_hopper = any(word.startswith("9.0") for word in self.architectures)
+        sources = [*ninja.setup["CUDA_STARTS"], *ninja.setup["CUDA_OPS"]]
+        self.with_torch = [source for source in sources if self.includes_torch(source)]
+        self.without_torch = [source for source in sources if not self.includes_torch(source)]
         ninja.lines += [
             "rule nvcc",
             f"  command = {toolkit.home}/bin/nvcc $flags -MMD -MF $out.d -c $in -o $out",
@@ -166,13 +169,17 @@ class Cuda(Part):
             "  depfile = $out.d",
         ]
 
+    def includes_torch(self, source: str) -> bool:
+        """Every file that does begins with it (tools/precompiled.py)."""
+        return self.ninja.setup["PRECOMPILED"] in (ROOT / source).read_text(encoding="utf-8")
+
     @property
     def macros(self) -> list[str]:
         macro, _ = self.ninja.setup["HOPPER_MACRO"]
         return [f"-D{macro}"] if self.has_hopper else []
 
     def kernels(self) -> str:
-        """The kernels and what starts them, whose interfaces the headers of csrc/cuda declare."""
+        """The kernels, what plans and what starts them, whose interfaces the headers of csrc/cuda declare."""
         ninja, setup = self.ninja, self.ninja.setup
         host = ",".join([*ninja.host, "-fvisibility=default"])
         flags = ["-std=c++17", "-O3", f"-Xcompiler {host}", "-Xfatbin -compress-all", *self.macros]
@@ -182,15 +189,15 @@ class Cuda(Part):
             only = "-gencode=arch=compute_90a,code=sm_90a"
             made += ninja.objects(self.name, setup["HOPPER_KERNELS"], [*flags, only], rule="nvcc")
         made += ninja.objects(self.name, setup["CUDA_KERNELS"], [*flags, *code], rule="nvcc")
-        starts = ["-std=c++17", *ninja.host, *self.headers, "-fvisibility=default"]
-        made += ninja.objects(self.name, setup["CUDA_STARTS"], starts)
+        starts = ["-std=c++17", *ninja.host, *self.headers, *self.macros, "-fvisibility=default"]
+        made += ninja.objects(self.name, self.without_torch, starts)
         return self.link_kernels(made, self.runtime)
 
     def ops(self, version: str, torch: Path, kernels: str) -> str:
         words = f"-DPEFT_KERNELS_CUDA_ARCHITECTURES={':'.join(self.architectures)}"
         flags = [*self.headers, *self.macros, words]
         libraries = ["-lc10_cuda", *self.runtime]
-        return self.link_ops(version, torch, self.ninja.setup["CUDA_OPS"], kernels, flags, libraries)
+        return self.link_ops(version, torch, self.with_torch, kernels, flags, libraries)
 
 
 def compiled(

@@ -2,6 +2,7 @@
 // one. A linker takes the newest version that the machine of the build has, which the machine of a user may
 // lack. tools/wheels.py links this file into each library and refuses any other symbol that is too new.
 
+#include <new>
 #include <sstream>
 #include <string>
 
@@ -43,6 +44,10 @@ std::string old_str(const std::stringbuf* buffer) __asm__(
 std::string new_str(const std::stringbuf* buffer) __asm__(
     "_ZNKRSt7__cxx1115basic_stringbufIcSt11char_traitsIcESaIcEE3strEv");
 std::string new_str(const std::stringbuf* buffer) { return old_str(buffer); }
+
+// What a vector of a negative size throws.
+[[noreturn]] void new_throw() __asm__("_ZSt28__throw_bad_array_new_lengthv");
+void new_throw() { throw std::bad_array_new_length(); }
 
 // Whether shared_ptr may count without atomics; glibc before 2.32 does not tell.
 char __libc_single_threaded = 0;

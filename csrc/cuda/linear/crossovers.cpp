@@ -3,13 +3,12 @@
 
 #include <map>
 #include <mutex>
-#include <shared_mutex>
 #include <utility>
 
 namespace peft_kernels::cuda {
 namespace {
 
-std::shared_mutex mutex;
+std::mutex mutex;
 // By compute capability and multiprocessors.
 using Table = std::map<std::pair<int, int>, std::vector<Crossover>>;
 Table& table(Gemms gemms) {
@@ -30,7 +29,7 @@ const std::vector<Crossover>* crossovers_of(const Table& table, const Card& card
 }  // namespace
 
 void set_crossovers(Gemms gemms, int compute_capability, int sms, std::vector<Crossover> crossovers) {
-  const std::unique_lock lock(mutex);
+  const std::lock_guard lock(mutex);
   const std::pair key{compute_capability, sms};
   if (crossovers.empty()) {
     table(gemms).erase(key);
@@ -40,7 +39,7 @@ void set_crossovers(Gemms gemms, int compute_capability, int sms, std::vector<Cr
 }
 
 Crossover crossover_for(Gemms gemms, const Card& card, int64_t weights) {
-  const std::shared_lock lock(mutex);
+  const std::lock_guard lock(mutex);
   const std::vector<Crossover>* crossovers = crossovers_of(table(gemms), card);
   if (crossovers == nullptr) return {};
   for (const Crossover& crossover : *crossovers) {

@@ -279,13 +279,13 @@ struct AdamWStep {
                                  Raw& dropped) {
     if constexpr (sizeof(T) == 4) {
       to_raw(x, out);
-      return;
-    }
+    } else {
 #pragma unroll
-    for (int i = 0; i < kMine / 2; ++i) {
-      out.v[2 * i / kRun].v[i % (kRun / 2)] = pack2<T>(x[2 * i], x[2 * i + 1]);
+      for (int i = 0; i < kMine / 2; ++i) {
+        out.v[2 * i / kRun].v[i % (kRun / 2)] = pack2<T>(x[2 * i], x[2 * i + 1]);
+      }
     }
-    if constexpr (kCare) {
+    if constexpr (sizeof(T) != 4 && kCare) {
       if (w.seed) round_stochastically(w, at, x, out);
       if (!w.t.compensation) return;
 #pragma unroll

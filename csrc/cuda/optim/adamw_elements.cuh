@@ -84,9 +84,12 @@ DEVICE void store_runs(void* to, const Place& at, const Raw& raw) {
 template <class T>
 DEVICE float value_of(const Raw& raw, int i) {
   const Words4& words = raw.v[i / kRun];
-  if constexpr (sizeof(T) == 4) return bit_cast<float>(words.v[i % kRun]);
-  const uint32_t pair = words.v[i % kRun / 2];
-  return i % 2 ? high_half<T>(pair) : low_half<T>(pair);
+  if constexpr (sizeof(T) == 4) {
+    return bit_cast<float>(words.v[i % kRun]);
+  } else {
+    const uint32_t pair = words.v[i % kRun / 2];
+    return i % 2 ? high_half<T>(pair) : low_half<T>(pair);
+  }
 }
 
 // 1 / x rounded to nearest, for x > 0: like __frcp_rn, without its slow path.
