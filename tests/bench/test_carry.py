@@ -80,7 +80,7 @@ def test_our_libraries_come_from_the_newest_wheel(tool: ModuleType, tmp_path: Pa
     assert tool.copy_libraries(tmp_path, target) == []
     names = ("_C_cuda.torch2.9.so", "_C_cuda.torch2.10.so", "libpeft_kernels_cuda.so")
     others = ("_C.torch2.9.so", "libpeft_kernels_cpu.so", "core/backends/cuda.py")
-    for seconds, (wheel, code) in enumerate({"0.2.0+cu13": "new", "0.3.0+cu13": "old", "0.9.0": ""}.items()):
+    for seconds, (wheel, code) in enumerate({"0.9.0": "", "0.2.0+cu13": "new", "0.3.0+cu13": "old"}.items()):
         path = tmp_path / f"peft_kernels-{wheel}-py3-none-any.whl"
         with zipfile.ZipFile(path, "w") as archive:
             for name in (*names, *others) if code else others:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -26,9 +25,12 @@ needs_cpu = needs("cpu")
 
 @pytest.fixture
 def compiled(tmp_path: Path) -> Path:
-    """A copy of the package without its compiled library; returns the folder to put on the path."""
+    """A copy of the package without its compiled libraries of ops; returns the folder to put on the path.
+
+    With a wheel's libraries of kernels: its ops need them beside them.
+    """
     target = tmp_path / "peft_kernels"
-    shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+    shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("_C*", "*.pyd", "__pycache__"))
     return tmp_path
 
 
@@ -43,6 +45,12 @@ def changed(compiled: Path, right: str, wrong: str) -> Path:
     path = compiled / "peft_kernels" / library().name
     path.write_bytes(content.replace(right.encode(), wrong.encode().ljust(len(right), b"\0")))
     return path
+
+
+def built_with() -> str:
+    """What the library says of its torch: a wheel's without +cpu or +cu130."""
+    (said,) = re.findall(rb"PEFT_KERNELS_TORCH=([^;]+);", library().read_bytes())
+    return said.decode()
 
 
 LIBRARY = "from peft_kernels.core.backends import cpu; import peft_kernels; library = cpu.BACKEND.extension"
@@ -93,10 +101,14 @@ def test_a_library_that_lacks_a_function_is_not_used(monkeypatch: pytest.MonkeyP
 
 
 @needs_cpu
-def test_a_library_for_another_torch_is_not_loaded(python: Python, compiled: Path) -> None:
-    foreign = changed(compiled, f"PEFT_KERNELS_TORCH={torch.__version__};", "PEFT_KERNELS_TORCH=2.0.1;")
+@pytest.mark.parametrize("said,version", [("PEFT_KERNELS_TORCH=2.0.1;", "2.0.1"), ("", "None")])
+def test_a_library_for_another_torch_is_not_loaded(
+    python: Python, compiled: Path, said: str, version: str
+) -> None:
+    """Or for a torch that it does not name."""
+    foreign = changed(compiled, f"PEFT_KERNELS_TORCH={built_with()};", said)
     out = python(USE, compiled).stdout
-    message = rf"{re.escape(str(foreign))} was built with torch 2\.0\.1, this is torch .*: rebuild it"
+    message = rf"{re.escape(str(foreign))} was built with torch {version}, this is torch .*: rebuild it"
     assert re.search(rf"^cpu +not usable: {message}", out, re.M)
 
 
@@ -126,7 +138,9 @@ def test_a_wheel_loads_the_library_for_this_torch(python: Python, compiled: Path
 def test_a_wheel_without_a_library_for_this_torch_says_which_it_has(python: Python, compiled: Path) -> None:
     """A library for another torch must not be loaded, whatever it contains."""
     for version in ("2.10", "2.8", "9.9"):
-        in_wheel(compiled, version, library())
+        path = in_wheel(compiled, version, library())
+    for name in ("_C_cuda.torch9.10.so", "_C.torch9.11.so.part"):  # of another back end, and of no torch
+        shutil.copy(Path(__file__), path.with_name(name))
     out = python(USE, compiled).stdout
     message = (
         rf"this wheel has kernels for torch 2\.8, 2\.10, 9\.9, this is torch {re.escape(torch.__version__)}: "
@@ -141,9 +155,8 @@ def test_a_wheel_without_a_library_for_this_torch_says_which_it_has(python: Pyth
 
 @needs_cpu
 def test_a_misnamed_library_of_a_wheel_is_not_loaded(python: Python, compiled: Path) -> None:
-    foreign = changed(compiled, f"PEFT_KERNELS_TORCH={torch.__version__};", "PEFT_KERNELS_TORCH=2.0.1;")
-    path = in_wheel(compiled, MINOR, foreign)
-    foreign.unlink()
+    foreign = changed(compiled, f"PEFT_KERNELS_TORCH={built_with()};", "PEFT_KERNELS_TORCH=2.0.1;")
+    path = foreign.rename(foreign.with_name(f"_C.torch{MINOR}.so"))
     message = rf"{re.escape(str(path))} was built with torch 2\.0\.1, this is torch"
     assert re.search(rf"^cpu +not usable: {message}", python(USE, compiled).stdout, re.M)
 
@@ -189,7 +202,7 @@ def test_a_broken_library_reports_the_loader_error(python: Python, compiled: Pat
 @pytest.mark.parametrize("backend", [cpu.BACKEND, cuda.BACKEND, ptx.BACKEND], ids=lambda b: b.name)
 def test_a_built_library_loads(backend: CompiledBackend) -> None:
     """Without a GPU and a driver no other test would notice."""
-    if importlib.util.find_spec(backend.library) is None:
+    if backend.file is None:
         pytest.skip(f"{backend.name}: {backend.not_built}")
     assert backend._refusal is None
     assert backend.extension.spec_hash() == registry.spec_hash()

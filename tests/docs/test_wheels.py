@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import itertools
 import math
+import platform
 import re
 import shutil
 import subprocess
@@ -106,6 +107,18 @@ def glibc() -> tuple[int, ...]:
 def test_symbols_newer_than_the_platform_are_named(file: ModuleType, library: Library) -> None:
     made = library(EXP)
     assert file.problems(made, (), set(), ()) == ["small.so needs GLIBC_2.29, newer than manylinux_2_28: exp"]
+
+
+@needs_compiler
+@pytest.mark.skipif(glibc() < (2, 36), reason="an old glibc has no such version")
+def test_versions_without_a_symbol_are_refused(file: ModuleType, library: Library) -> None:
+    """Of the loader: packed relocations, which some linkers write unasked."""
+    text = '#include <cstdio>\nint f() { return std::puts("f"); }\nint (*table[])() = {f, f};\n'
+    made = library(text, "-Wl,-z,pack-relative-relocs")
+    if "RELR" not in file.readelf(made, "-d"):
+        pytest.skip("this linker does not pack relocations")
+    message = "small.so needs GLIBC_ABI_DT_RELR, newer than manylinux_2_28: ?"
+    assert file.problems(made, (), set(), ()) == [message]
 
 
 @needs_compiler
@@ -210,6 +223,9 @@ def test_a_wheel_is_the_same_whenever_it_is_packed(
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     third = file.packed(pure, {}, TAG, tmp_path / "3")
     assert {entry.date_time for entry in zipfile.ZipFile(third).infolist()} == {(2023, 11, 14, 22, 13, 20)}
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")  # before an archive's first year
+    earliest = file.packed(pure, {}, TAG, tmp_path / "4")
+    assert {entry.date_time for entry in zipfile.ZipFile(earliest).infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
 def test_a_wheel_records_what_it_holds(file: ModuleType, pure: Path, tmp_path: Path) -> None:
@@ -314,3 +330,188 @@ def test_an_older_nvcc_compiles_for_what_it_knows(
     toolkit.compiles = lambda: {(8, 0), (8, 6), (8, 9), (9, 0)}
     assert libraries.Cuda(ninja, toolkit).architectures == ["8.0", "8.6", "8.9", "9.0+PTX"]
     assert "compute capability 10.0 is served by PTX of 9.0" in capsys.readouterr().err
+
+
+KERNELS = """
+#include <cmath>
+#define EXPORTED __attribute__((visibility("default")))
+namespace peft_kernels::toy { EXPORTED double kernel(double x) { return std::exp(x); } }
+namespace peft_kernels::other { EXPORTED int inside() { return 1; } }
+"""
+OPS = """
+#include <ATen/ATen.h>
+#include <cmath>
+#include "generated.h"
+namespace peft_kernels::toy { double kernel(double x); }
+extern "C" {
+__attribute__((visibility("default"))) double answer(double x) {
+  return std::log(peft_kernels::toy::kernel(x)) + at::magic();
+}
+__attribute__((visibility("default"))) const char* torch_version() { return PEFT_KERNELS_TORCH; }
+}
+"""
+CALL = """
+import ctypes, sys
+torch, ops = sys.argv[1:]
+for name in ("libc10.so", "libtorch_cpu.so"): ctypes.CDLL(f"{torch}/lib/{name}")
+try:
+    library = ctypes.CDLL(ops)
+except OSError as error:
+    sys.exit(f"not loaded: {error}")
+library.answer.restype, library.answer.argtypes = ctypes.c_double, [ctypes.c_double]
+library.torch_version.restype = ctypes.c_char_p
+print(library.answer(2.0), library.torch_version().decode())
+"""
+
+
+@pytest.fixture
+def torch(tmp_path: Path) -> Callable[[str], Path]:
+    """Makes a folder like torch's, of release 9.9.1, with a library of this text."""
+
+    def make(text: str) -> Path:
+        folder = tmp_path / f"torch{len(list(tmp_path.glob('torch*')))}"
+        for name, content in {
+            "include/ATen/ATen.h": "namespace at { int magic(); }\n",
+            "include/torch/version.h": '#define TORCH_VERSION "9.9.1"\n',
+            "include/torch/library.h": "#include <torch/version.h>\n",
+            "torch_cpu.cpp": text,
+            "c10.cpp": "",
+        }.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(content)
+        (folder / "lib").mkdir()
+        for name in ("c10", "torch_cpu"):
+            made = [f"-Wl,-soname,lib{name}.so", "-o", folder / "lib" / f"lib{name}.so"]
+            subprocess.run(["c++", "-shared", "-fPIC", folder / f"{name}.cpp", *made], check=True)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def toy(libraries: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A back end of one kernel and one op in the place of the CPU's."""
+    pytest.importorskip("ninja")
+    kernels, ops = tmp_path / "kernels.cpp", tmp_path / "ops.cpp"
+    kernels.write_text(KERNELS)
+    ops.write_text(OPS)
+
+    class Toy(libraries.Part):  # type: ignore[name-defined, misc]
+        name, library = "toy", "_C"
+
+        def kernels(self) -> str:
+            flags = ["-std=c++20", *self.ninja.host]
+            return self.link_kernels(self.ninja.objects(self.name, [str(kernels)], flags))
+
+        def ops(self, version: str, torch: Path, kernels: str) -> str:
+            return self.link_ops(version, torch, [str(ops)], kernels, [])
+
+    monkeypatch.setattr(libraries, "Cpu", Toy)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("toy")
+def test_the_libraries_of_a_wheel_work_in_any_folder(
+    libraries: ModuleType, file: ModuleType, torch: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The ops find the kernels beside them, and torch in the process."""
+    other = torch("namespace at { int magic() { return 40; } }")
+    made = libraries.compiled(tmp_path / "build", platform.machine(), {"9.9.1": other})
+    assert [path.name for path in made] == ["libpeft_kernels_toy.so", "_C.torch9.9.so"]
+    assert file.exported(made[0]) == {"_ZN12peft_kernels3toy6kernelEd"}
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    ops = [Path(path.rename(folder / path.name)) for path in made][1]
+
+    def called(torch: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-S", "-c", CALL, torch, ops]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert called(other).stdout.split() == ["42.0", "9.9.1"]
+    said = called(torch("")).stderr  # and not when the op is called
+    assert "not loaded: " in said and "undefined symbol: _ZN2at5magicEv" in said
+
+
+@needs_compiler
+@pytest.mark.usefixtures("toy")
+def test_a_wheel_for_a_torch_that_lacks_a_function_is_refused(
+    libraries: ModuleType, torch: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        SystemExit, match=r"^_C\.torch9\.9\.so needs _ZN2at5magicEv, which no library exports$"
+    ):
+        libraries.compiled(tmp_path / "build", platform.machine(), {"9.9.1": torch("")})
+
+
+@pytest.fixture
+def stubbed(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toolkit: Any) -> list[Any]:
+    """Nothing is compiled; returns what compiled() and pure_wheel() were called with."""
+    calls: list[Any] = []
+    made = tmp_path / "_C.torch2.9.so"
+    made.write_bytes(b"code")
+
+    def pure(folder: Path, label: str) -> Path:
+        calls.append(label)
+        wheel = folder / "toy.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(f"toy-1.0{label}.dist-info/WHEEL", "Root-Is-Purelib: true\nTag: py3-none-any\n")
+        return wheel
+
+    def compiled(*arguments: Any) -> list[Path]:
+        calls.append(arguments)
+        return [made]
+
+    monkeypatch.setattr(tool, "torch_files", lambda version, machine, folder: Path(version, machine))
+    monkeypatch.setattr(tool, "compiled", compiled)
+    monkeypatch.setattr(tool, "pure_wheel", pure)
+    monkeypatch.setattr(tool, "toolkit", lambda: toolkit)
+    return calls
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_a_wheel_is_for_one_machine(
+    tool: ModuleType, tmp_path: Path, stubbed: list[Any], machine: str
+) -> None:
+    tool.main(["--torch", "2.9.1", "--machine", machine, "--out", str(tmp_path), "--build", str(tmp_path)])
+    assert stubbed == [(tmp_path / machine, machine, {"2.9.1": Path("2.9.1", machine)}, None), ""]
+    assert (tmp_path / f"toy-1.0-py3-none-manylinux_2_28_{machine}.whl").exists()
+
+
+def test_a_wheel_with_cuda_kernels_names_its_cuda(
+    tool: ModuleType, tmp_path: Path, stubbed: list[Any], monkeypatch: pytest.MonkeyPatch, toolkit: Any
+) -> None:
+    """Kernels for cards are not cross-compiled."""
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    tool.main(["--cuda", "--torch", "2.9.1", "--machine", "x86_64", "--out", str(tmp_path)])
+    assert stubbed[0][-1] is toolkit and stubbed[1] == "+cu13"
+    assert (tmp_path / f"toy-1.0+cu13-{TAG}.whl").exists()
+    with pytest.raises(SystemExit, match="2"):
+        tool.main(["--cuda", "--machine", "aarch64"])
+
+
+def test_a_wheel_that_installs_slowly_or_does_not_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = tool_module("package_check")
+    wheel = tmp_path / "toy.whl"
+    wheel.touch()
+    said, seconds, now = "cpu  usable: C++, instruction set avx2", 0.0, 0.0
+    commands = []
+
+    def run(command: list[str | Path], cwd: Path, **environment: str) -> str:
+        nonlocal now
+        commands.append(command)
+        if command[-1] == wheel:
+            now += seconds
+        return said
+
+    monkeypatch.setattr(check, "run", run)
+    monkeypatch.setattr(check.time, "monotonic", lambda: now)
+    check.check_wheel(wheel, ["torch==2.9.1"], tmp_path, lambda text: None)
+    assert [str(command[-1]) for command in commands][-2:] == ["doctor", check.QLORA]
+    seconds = check.SECONDS + 1
+    with pytest.raises(SystemExit, match=r"toy\.whl: expected to be installed in 10 s, took 11\.0 s"):
+        check.check_wheel(wheel, ["torch==2.9.1"], tmp_path, lambda text: None)
+    said, seconds = "cpu  not usable: not built", 0.0
+    with pytest.raises(SystemExit, match="back end cpu: expected 'usable: C"):
+        check.check_wheel(wheel, ["torch==2.9.1"], tmp_path, lambda text: None)
