@@ -19,6 +19,7 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -263,17 +264,25 @@ class NF4Weight(NF4Tensor):
             state = dataclasses.replace(state, part_of=None, gathered=False)
         return _rebuild, (state, self.dtype, self.requires_grad, getattr(self, "_is_param", False))
 
+    # What torch reads by the names of __tensor_flatten__. Compiled code reads it too: torch 2.9 would compile
+    # a getter in Python, which would then call itself. These are C.
+    _packed, _absmax, _absmax2, _offset, _dense = (
+        property(attrgetter(f"_state.{name}")) for name in ("packed", "absmax", "absmax2", "offset", "dense")
+    )
+
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         state = self._state
         if "torch.distributed.pipelining" in sys.modules:
             _refuse_pipeline(state.name, sys._getframe(1))
         names = ["dense"] if state.merged else list(state.tensors())
-        return names, (state.shape, state.blocksize, state.double_quant, state.format, self.dtype)
+        context = state.shape, state.blocksize, state.double_quant, state.format, self.dtype
+        return [f"_{name}" for name in names], context
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Any], context: Any, size: Any, stride: Any) -> NF4Weight:
         shape, blocksize, double_quant, format, dtype = context
-        state = NF4State(shape, blocksize, double_quant=double_quant, format=format, **inner)
+        parts = {name.removeprefix("_"): tensor for name, tensor in inner.items()}
+        state = NF4State(shape, blocksize, double_quant=double_quant, format=format, **parts)
         return NF4Weight(state, dtype)
 
 

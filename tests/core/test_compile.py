@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -100,6 +102,20 @@ def case(name: str) -> Case:
         return elementwise, [x, leaf(K, seed=1), leaf(K, seed=2), leaf(K, seed=3)]
     assert name == "dora", name
     return dora, [x, *adapter, leaf(N, seed=1)]
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_inner_tensors_are_read_without_python(double_quant: bool) -> None:
+    """Torch 2.9 compiles a getter in Python, and compiled code that reads the tensor then calls itself."""
+    weight = pk.NF4Weight.quantize(torch.ones(N, K), double_quant=double_quant)
+    names, context = weight.__tensor_flatten__()
+    for name in names:
+        getter = inspect.getattr_static(pk.NF4Weight, name).fget
+        assert not isinstance(getter, FunctionType)
+    inner = {name: getattr(weight, name) for name in names}
+    again = pk.NF4Weight.__tensor_unflatten__(inner, context, weight.shape, weight.stride())
+    assert again._state.tensors().keys() == weight._state.tensors().keys()
+    assert torch.equal(again.dequantize(), weight.dequantize())
 
 
 @pytest.fixture
