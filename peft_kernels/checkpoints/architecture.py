@@ -56,8 +56,6 @@ def compare(checkpoint: Checkpoint) -> Comparison:
 def compare_with(checkpoint: Checkpoint, model: Any) -> Comparison:
     """`model` is on the meta device."""
     names, name = Names(model), type(model).__name__
-    if not names.renames:
-        return Comparison([], reason="it needs transformers 5, which maps names in files")
     if _class_named(checkpoint) not in (None, name):
         return Comparison([], reason=f"transformers has no {shown(_class_named(checkpoint))}")
     state = model.state_dict()

@@ -15,37 +15,25 @@ class Names:
         Sort key of transformers for names before it collects the parts of a tensor.
     """
 
-    order: Callable[[str], Any] = staticmethod(str)
+    order: Callable[[str], Any]
 
     def __init__(self, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+
         self._prefix, self._there = model.base_model_prefix, dict.fromkeys(model.state_dict(), True)
-        self._renamings: list[Any] = []
-        self._converters: list[Any] = []
-        self._rename: Any = None
-        try:
-            from transformers.conversion_mapping import get_model_conversion_mapping
-            from transformers.core_model_loading import (
-                WeightConverter,
-                WeightRenaming,
-                dot_natural_key,
-                rename_source_key,
-            )
-        except ImportError:  # transformers 4
-            return
         self.order, self._rename = dot_natural_key, rename_source_key
         transforms = get_model_conversion_mapping(model)
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
 
-    @property
-    def renames(self) -> bool:
-        """Whether transformers can map names (version 5 or later)."""
-        return self._rename is not None
-
     def in_model(self, name: str) -> tuple[str, str | None]:
         """The name in the model, and the pattern of the converter that takes the tensor, if any."""
-        if self._rename is None:
-            return (f"{self._prefix}.{name}" if f"{self._prefix}.{name}" in self._there else name), None
         about = self._prefix, self._there
         found, pattern = self._rename(name, self._renamings, self._converters, *about)
         if found not in self._there and name in self._there:  # already the model's own name

@@ -54,12 +54,12 @@ def base_of(path: Path, model: Any) -> Base:
         return Base()
     if not isinstance(stored, dict):
         return Base("an unknown method", f"quantization_config: expected an object, got {shown(stored)}")
-    try:
-        from ..quantize.transformers.config import NF4Config
-        from ..quantize.transformers.conversion import packed_form
+    from ..quantize.transformers.config import NF4Config
+    from ..quantize.transformers.conversion import packed_form
 
+    try:
         config = NF4Config.from_dict(stored)
-    except (ImportError, ValueError) as error:  # of an old transformers
+    except ValueError as error:
         return Base(quantised_otherwise(found) or "4 bits", str(error))
     owner = config.owner
     base = Base(config.format.upper() if owner is None else owner.title)

@@ -18,123 +18,85 @@ from functools import lru_cache
 from typing import Any
 
 KNOWN: dict[str, dict[str, str]] = {
-    "peft.tuners.lora.layer.Linear.forward": {
-        "92c660bfa94642c2": "0.17.0 to 0.17.1",
-        "2e1d22f1fee17f0a": "0.18.0 to 0.21.2",
-    },
-    "peft.tuners.lora.layer.LoraLayer._mixed_batch_forward": {
-        "98f89e665b2bce14": "0.17.0 to 0.17.1",
-        "f680ce66ce51f6d8": "0.18.0 to 0.21.2",
-    },
-    "peft.tuners.lora.layer.LoraLayer._check_forward_args": {"d04d6192f6c9ddc1": "0.17.0 to 0.21.2"},
-    "peft.tuners.tuners_utils.BaseTunerLayer._cast_input_dtype": {"7e8ecb3f75bbbb5b": "0.17.0 to 0.21.2"},
-    "peft.tuners.lora.layer.ParamWrapper.forward": {"cb359d7242d14315": "0.17.0 to 0.21.2"},
+    "peft.tuners.lora.layer.Linear.forward": {"2e1d22f1fee17f0a": "0.19.0 to 0.21.2"},
+    "peft.tuners.lora.layer.LoraLayer._mixed_batch_forward": {"f680ce66ce51f6d8": "0.19.0 to 0.21.2"},
+    "peft.tuners.lora.layer.LoraLayer._check_forward_args": {"d04d6192f6c9ddc1": "0.19.0 to 0.21.2"},
+    "peft.tuners.tuners_utils.BaseTunerLayer._cast_input_dtype": {"7e8ecb3f75bbbb5b": "0.19.0 to 0.21.2"},
+    "peft.tuners.lora.layer.ParamWrapper.forward": {"cb359d7242d14315": "0.19.0 to 0.21.2"},
     "peft.tuners.lora.layer.ParamWrapper._activate_lora": {
-        "50c15e239770dc8e": "0.17.0 to 0.18.1",
         "3e792c73458461ec": "0.19.0 to 0.20.0",
         "455779f8be2d6d66": "0.21.0 to 0.21.2",
     },
-    "peft.tuners.lora.layer.ParamWrapper.get_delta_weight": {
-        "9031af3f8d80f4cd": "0.17.0 to 0.18.1",
-        "64be0d16fda5334b": "0.19.0 to 0.21.2",
-    },
+    "peft.tuners.lora.layer.ParamWrapper.get_delta_weight": {"64be0d16fda5334b": "0.19.0 to 0.21.2"},
     "peft.tuners.lora.layer.ParamWrapper.get_delta_factors": {"5f2205026029792c": "0.21.0 to 0.21.2"},
-    "peft.tuners.lora.layer.ParamWrapper.get_param": {"b6c5e30d2c7099f8": "0.17.0 to 0.21.2"},
-    "peft.tuners.lora.bnb.Linear4bit.forward": {
-        "00cfa8aa2173b65d": "0.17.0 to 0.17.1",
-        "4f76d5fb0d5e860b": "0.18.0 to 0.21.2",
-    },
-    "peft.tuners.lora.bnb.Linear4bit._mixed_batch_forward": {
-        "114fd342f37c2f7b": "0.17.0 to 0.17.1",
-        "ea8ad923172f67ad": "0.18.0 to 0.21.2",
-    },
-    "peft.tuners.lora.variants.DoraLinearVariant.forward": {
-        "2f3bf87f780d96cf": "0.17.0 to 0.17.1",
-        "9da2ff2583962b92": "0.18.0 to 0.18.1",
-        "fa812862b566abd6": "0.19.0 to 0.21.2",
-    },
-    "peft.tuners.lora.dora.DoraLinearLayer.forward": {
-        "d28de47ad359a90d": "0.17.0 to 0.18.1",
-        "4c52f28e70ce3cab": "0.19.0 to 0.21.2",
-    },
-    "peft.tuners.lora.dora.DoraLinearLayer.get_weight_norm": {
-        "1b5cd237056df8d5": "0.17.0 to 0.18.1",
-        "90ae12a68132eb6e": "0.19.0 to 0.21.2",
-    },
+    "peft.tuners.lora.layer.ParamWrapper.get_param": {"b6c5e30d2c7099f8": "0.19.0 to 0.21.2"},
+    "peft.tuners.lora.bnb.Linear4bit.forward": {"4f76d5fb0d5e860b": "0.19.0 to 0.21.2"},
+    "peft.tuners.lora.bnb.Linear4bit._mixed_batch_forward": {"ea8ad923172f67ad": "0.19.0 to 0.21.2"},
+    "peft.tuners.lora.variants.DoraLinearVariant.forward": {"fa812862b566abd6": "0.19.0 to 0.21.2"},
+    "peft.tuners.lora.dora.DoraLinearLayer.forward": {"4c52f28e70ce3cab": "0.19.0 to 0.21.2"},
+    "peft.tuners.lora.dora.DoraLinearLayer.get_weight_norm": {"90ae12a68132eb6e": "0.19.0 to 0.21.2"},
     "peft.tuners.lora.dora.DoraLinearLayer.get_lora_weight": {"4c4445d4c9f2e0cc": "0.19.0 to 0.21.2"},
     "peft.tuners.lora.dora.cache_decorator": {"288b4d50b73adb54": "0.19.0 to 0.21.2"},
     "bitsandbytes.nn.modules.Linear4bit.forward": {
-        "50ff1ada6852030f": "0.46.0 to 0.46.1",
+        "50ff1ada6852030f": "0.46.1",
         "d122e1a9505cbfbb": "0.47.0",
         "26e4ae88f7c4bf70": "0.48.0 to 0.48.2",
         "15fbb51439194d45": "0.49.0 to 0.49.2",
         "ca51ab17d0636863": "0.50.0 to 0.50.2",
     },
     "bitsandbytes.nn.modules.Linear4bit.set_compute_type": {
-        "4bbf783af1aacb48": "0.46.0 to 0.46.1",
+        "4bbf783af1aacb48": "0.46.1",
         "868b005a5d2d7800": "0.47.0 to 0.49.2",
         "d1f7a6eb3da2dd81": "0.50.0 to 0.50.2",
     },
-    "transformers.models.llama.modeling_llama.LlamaRMSNorm.forward": {"2f53ab0ccb1a5679": "5.0.0 to 5.24.0"},
-    "transformers.models.gemma.modeling_gemma.GemmaRMSNorm.forward": {"eb2b79c61fd5c59a": "5.0.0 to 5.24.0"},
-    "transformers.models.gemma.modeling_gemma.GemmaRMSNorm._norm": {"4a3e49eb57fd8d1c": "5.0.0 to 5.24.0"},
-    "transformers.models.olmo2.modeling_olmo2.Olmo2RMSNorm.forward": {"cbd8715dd591c742": "5.0.0 to 5.24.0"},
+    "transformers.models.llama.modeling_llama.LlamaRMSNorm.forward": {"2f53ab0ccb1a5679": "5.23.0 to 5.24.0"},
+    "transformers.models.gemma.modeling_gemma.GemmaRMSNorm.forward": {"eb2b79c61fd5c59a": "5.23.0 to 5.24.0"},
+    "transformers.models.gemma.modeling_gemma.GemmaRMSNorm._norm": {"4a3e49eb57fd8d1c": "5.23.0 to 5.24.0"},
+    "transformers.models.olmo2.modeling_olmo2.Olmo2RMSNorm.forward": {"cbd8715dd591c742": "5.23.0 to 5.24.0"},
     "transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward": {
-        "32b079b20740fb2e": "5.0.0 to 5.2.0",
-        "d39fb29dbb6d1f76": "5.4.0 to 5.23.0",
+        "d39fb29dbb6d1f76": "5.23.0",
         "ed0862eba73f05fe": "5.24.0",
     },
     "transformers.models.mixtral.modeling_mixtral.MixtralDecoderLayer.forward": {
-        "fb3eb7a5935dc115": "5.0.0 to 5.2.0",
-        "8fac77c75941d335": "5.4.0 to 5.23.0",
+        "8fac77c75941d335": "5.23.0",
         "028301c8ba3c9f6e": "5.24.0",
     },
-    "transformers.models.llama.modeling_llama.apply_rotary_pos_emb": {
-        "8475d71fe5f5fa05": "5.0.0 to 5.12.0",
-        "73b8f1be688e9d28": "5.18.0 to 5.24.0",
-    },
-    "transformers.models.llama.modeling_llama.rotate_half": {"3718d708a300358f": "5.0.0 to 5.24.0"},
+    "transformers.models.llama.modeling_llama.apply_rotary_pos_emb": {"73b8f1be688e9d28": "5.23.0 to 5.24.0"},
+    "transformers.models.llama.modeling_llama.rotate_half": {"3718d708a300358f": "5.23.0 to 5.24.0"},
     "transformers.models.llama.modeling_llama.LlamaAttention.forward": {
-        "77f7d5720e95a24f": "5.6.0 to 5.23.0",
+        "77f7d5720e95a24f": "5.23.0",
         "2e89277ac6ecccb7": "5.24.0",
     },
     "transformers.models.mistral.modeling_mistral.MistralAttention.forward": {
-        "a8f025968f9c8bf4": "5.6.0 to 5.23.0",
+        "a8f025968f9c8bf4": "5.23.0",
         "444ad336a6944b90": "5.24.0",
     },
     "transformers.models.qwen2.modeling_qwen2.Qwen2Attention.forward": {
-        "b2ca15cae6c33a89": "5.6.0 to 5.23.0",
+        "b2ca15cae6c33a89": "5.23.0",
         "af370a8e258d3aa4": "5.24.0",
     },
     "transformers.models.qwen3.modeling_qwen3.Qwen3Attention.forward": {
-        "c2f7f42a93e75204": "5.6.0 to 5.23.0",
+        "c2f7f42a93e75204": "5.23.0",
         "1bc6152015a9eceb": "5.24.0",
     },
     "transformers.models.gemma2.modeling_gemma2.Gemma2Attention.forward": {
-        "9eaf23b572ce8b65": "5.4.0 to 5.23.0",
+        "9eaf23b572ce8b65": "5.23.0",
         "f2e874e130deb1ec": "5.24.0",
     },
     "transformers.models.gemma3.modeling_gemma3.Gemma3Attention.forward": {
-        "177ee839610bb9d5": "5.4.0 to 5.23.0",
+        "177ee839610bb9d5": "5.23.0",
         "891d744f7e604de4": "5.24.0",
     },
     "transformers.models.smollm3.modeling_smollm3.SmolLM3Attention.forward": {
-        "d22ab01dd7083c76": "5.4.0 to 5.23.0",
+        "d22ab01dd7083c76": "5.23.0",
         "785b397087e82e6a": "5.24.0",
     },
-    "transformers.pytorch_utils.Conv1D.forward": {"dcf8ce4ff2064634": "5.0.0 to 5.24.0"},
+    "transformers.pytorch_utils.Conv1D.forward": {"dcf8ce4ff2064634": "5.23.0 to 5.24.0"},
     "transformers.models.falcon.modeling_falcon.FalconLinear.forward": {
-        "8fb580e19d223db9": "5.0.0 to 5.24.0"
+        "8fb580e19d223db9": "5.23.0 to 5.24.0"
     },
-    "transformers.cache_utils.Cache.update": {
-        "cc622ba5559b438b": "5.0.0",
-        "59b4c7a580129604": "5.4.0 to 5.16.0",
-        "acd30e0201920764": "5.20.0 to 5.24.0",
-    },
-    "transformers.cache_utils.DynamicLayer.update": {
-        "0e56b481e2e34f91": "5.0.0",
-        "efd863817b6fe3c5": "5.4.0 to 5.24.0",
-    },
+    "transformers.cache_utils.Cache.update": {"acd30e0201920764": "5.23.0 to 5.24.0"},
+    "transformers.cache_utils.DynamicLayer.update": {"efd863817b6fe3c5": "5.23.0 to 5.24.0"},
 }
 """Fingerprints of the reviewed sources, by qualified name, and the versions that have them."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers_models  # noqa: F401  (skips where transformers is missing or too old)
+import transformers_models  # noqa: F401  (skips where transformers is missing)
 
 from bench.lib import report
 from bench.lib.report import OURS

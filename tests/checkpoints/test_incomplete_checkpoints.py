@@ -22,7 +22,6 @@ from peft_kernels.checkpoints.header import CheckpointError
 from peft_kernels.cli.main import main
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("transformers.conversion_mapping", reason="transformers 4 does not say what names become")
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,

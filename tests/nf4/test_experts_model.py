@@ -42,16 +42,6 @@ def test_equals_dense_experts(kind: str, dtype: torch.dtype, implementation: str
         testing.assert_close(got, plain[what], truth[what], what)
 
 
-def test_experts_of_earlier_releases_have_no_norm_behind_them() -> None:
-    """transformers 5.12 has no `has_post_expert_norm`."""
-    module = packed("qwen3_moe")
-    sampled = sample()
-    wanted = run(module, *sampled)
-    del module.has_post_expert_norm
-    for what, got in run(module, *sampled).items():
-        assert torch.equal(got, wanted[what]), what
-
-
 def test_custom_gate_with_a_known_activation() -> None:
     """As in DeepSeek V4. Eager experts ignore the gate."""
     cls = type(moe.experts("qwen3_moe"))

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 import peft_kernels as pk
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-if not hasattr(transformers.quantizers.HfQuantizer, "get_new_dtype"):
-    pytest.skip("transformers is older than 5.23", allow_module_level=True)
 from peft_kernels.integrations.transformers import NF4Config, read_config  # noqa: E402
 
 Auto = transformers.AutoModelForCausalLM

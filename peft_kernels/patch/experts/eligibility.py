@@ -29,10 +29,8 @@ def is_wrapper(module: Any) -> bool:
     """Whether a module is PEFT's LoRA layer over a parameter, fused or not."""
     if not is_lora(module):
         return False
-    try:
-        from peft.tuners.lora.layer import ParamWrapper
-    except ImportError:  # before 0.17
-        return False
+    from peft.tuners.lora.layer import ParamWrapper
+
     return isinstance(module, ParamWrapper)
 
 

@@ -68,14 +68,14 @@ def summed(wrapper: Any, names: Sequence[str], transposed: bool) -> Lora:
 def _adapter(wrapper: Any, name: str, transposed: bool) -> tuple[Tensor, Tensor, Any]:
     """A (experts, r, in_features), B (experts, out_features, r) and scaling of an adapter.
 
-    PEFT stores A as (experts * r, in) and B as (out, r * experts). "in" is the first dimension of the weight
-    up to PEFT 0.18, and later for transposed weights only.
+    PEFT stores A as (experts * r, in) and B as (out, r * experts). "in" is the second dimension of the weight
+    where PEFT has swapped it with the first.
     """
     experts = wrapper.num_experts
     a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
     a = a.unflatten(0, (experts, -1))
     b = b.unflatten(1, (-1, experts)).permute(2, 0, 1)
     # The delta is b a where PEFT has swapped in and out, else a^T b^T.
-    if getattr(wrapper, "_did_swap_in_out_features", False) == transposed:
+    if wrapper._did_swap_in_out_features == transposed:
         a, b = b.transpose(1, 2), a.transpose(1, 2)
     return a, b, wrapper.scaling[name]

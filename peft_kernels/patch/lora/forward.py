@@ -195,9 +195,7 @@ def _cached_norm(vector: Any, name: str, x: Tensor, base: Base, one: Adapter) ->
     context."""
     from peft.tuners.lora import dora
 
-    cache = getattr(vector, "_dora_cache", None)  # since PEFT 0.19
-    if cache is None:
-        return None
+    cache = vector._dora_cache
     if not dora.ENABLE_DORA_CACHING or vector.training:
         cache.clear()
         return None

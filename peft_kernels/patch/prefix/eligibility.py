@@ -39,10 +39,8 @@ def is_prefix_config(config: Any) -> bool:
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules that transformers recomputes under gradient checkpointing."""
-    try:
-        from transformers.modeling_layers import GradientCheckpointingLayer
-    except ImportError:  # in older versions each model checkpoints its layers itself
-        return
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     yield from ((n, m) for n, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer))
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from flow_checks import Calls
 from flow_models import logged, trainer
 from loss_models import MODELS, VOCABULARY, batch, losses_of, patched
@@ -42,8 +41,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "own-loss": {},
     "autocast": {"bf16": True},
 }
-if "activation_checkpointing" not in transformers.TrainingArguments.__dataclass_fields__:
-    RUNS["checkpointing"] = {"gradient_checkpointing": True}  # the name before transformers 5
 
 CASES = [
     ("head-saved", "plain"), ("gemma2", "accumulation"), ("head-frozen", "checkpointing"),

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from flow_checks import Calls, Results, assert_fused, assert_near, assert_same_numbers
 from flow_models import adapted, in_fp64, llama, logged, patched_copy, rows_of, trainer
 
@@ -53,10 +52,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "label-smoothing": {"label_smoothing_factor": 0.1},
     "neftune": {"neftune_noise_alpha": 5.0},
 }
-if "activation_checkpointing" not in transformers.TrainingArguments.__dataclass_fields__:
-    for options in OPTIONS.values():  # the names before transformers 5
-        for old in [key for key in options if key.startswith("activation")]:
-            options[old.replace("activation", "gradient")] = options.pop(old)
 
 
 CASES = [

@@ -16,7 +16,6 @@ import testing
 from peft_kernels.core import dispatch
 
 caching = pytest.importorskip("peft.helpers", reason="PEFT is not installed")
-pytestmark = pytest.mark.skipif(not hasattr(caching, "DoraCaching"), reason="PEFT before 0.15 keeps no norms")
 
 
 @pytest.fixture
