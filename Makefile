@@ -193,8 +193,7 @@ asan tsan: $(VENV)/.packages-test
 	  $(BIN)/pytest -n 2 --capture=sys -p no:faulthandler -k 'not reference' \
 	  $(SANITIZED) $(ARGS)
 
-# The oldest supported PEFT, and the newest.
-PEFT_VERSIONS ?= 0.19.0 newest
+PEFT_VERSIONS ?= oldest newest
 peft-tests: $(VENV)/.built $(VENV)/.packages-test ## Run PEFT's own tests with every model patched, its oldest and newest version (needs pip's index)
 	$(BIN)/python tools/peft_tests.py $(PEFT_VERSIONS:%=--peft %) $(ARGS)
 

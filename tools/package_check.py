@@ -173,7 +173,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--torch", default="torch>=2.9", help="requirement of the user's torch")
+    parser.add_argument(
+        "--torch", default=f"torch>={versions.oldest()['torch']}", help="requirement of the user's torch"
+    )
     parser.add_argument("--wheel", type=Path, help="check this binary wheel alone")
     parser.add_argument(
         "--with", dest="libraries", nargs="+", action="append", metavar="REQUIREMENT",

@@ -7,7 +7,7 @@ environment.
 
     python tools/peft_tests.py                          # all files that test LoRA without the hub
     python tools/peft_tests.py test_mixed.py -k forward --sdist peft-0.21.2.tar.gz
-    python tools/peft_tests.py --peft 0.19.0 --peft newest
+    python tools/peft_tests.py --peft oldest --peft newest
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import upstream_tests
+import versions
 
 MODEL_FILES = (
     "test_decoder_models.py",
@@ -74,7 +75,7 @@ NEEDED = {"parameterized": "parameterized", "diffusers": "diffusers", "scipy": "
 NEEDED |= {"attr": "attrs", "importlib_metadata": "importlib_metadata", "zipp": "zipp"}
 """Imports of the test modules beyond PEFT's and TRL's requirements: module and package name."""
 
-NEWEST = "newest"
+OLDEST, NEWEST = "oldest", "newest"
 CONFTEST = '''"""Written by peft_tests.py. Tests that need the hub fail at once, without retries."""
 
 import contextlib
@@ -166,7 +167,7 @@ def arguments() -> argparse.Namespace:
         "--peft",
         action="append",
         metavar="VERSION",
-        help=f"test this PEFT, or the {NEWEST}, instead of the installed one; may be given more than once",
+        help=f"test this PEFT, or the {OLDEST} or {NEWEST}, not the installed one; may be repeated",
     )
     parser.add_argument("--sdist", type=Path, help="PEFT's source distribution; else pip downloads it")
     parser.add_argument(
@@ -176,8 +177,8 @@ def arguments() -> argparse.Namespace:
     if options.sdist is not None and not options.sdist.is_file():
         parser.error(f"--sdist: expected a file, got {options.sdist}")
     for version in options.peft or []:
-        if version != NEWEST and not re.fullmatch(r"\d+\.\d+[.\w]*", version):
-            parser.error(f"--peft: expected a version or {NEWEST}, got {version}")
+        if version not in (OLDEST, NEWEST) and not re.fullmatch(r"\d+\.\d+[.\w]*", version):
+            parser.error(f"--peft: expected a version, {OLDEST} or {NEWEST}, got {version}")
     if options.sdist is not None and len(options.peft or []) > 1:
         parser.error("--sdist: expected one --peft at most, as it is of one version")
     return options
@@ -201,10 +202,11 @@ class scratch:
 
 def resolve(wanted: str) -> str:
     """The version number; the newest is that of the package index."""
-    if wanted != NEWEST:
+    if wanted not in (OLDEST, NEWEST):
         return wanted
+    peft = "peft" if wanted == NEWEST else f"peft=={versions.oldest()['peft']}"
     with tempfile.TemporaryDirectory() as folder:
-        pip("download", "peft", "--no-deps", "--only-binary", "peft", "-d", folder)
+        pip("download", peft, "--no-deps", "--only-binary", "peft", "-d", folder)
         return next(Path(folder).iterdir()).name.split("-")[1]
 
 

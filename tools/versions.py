@@ -13,6 +13,13 @@ ROOT = Path(__file__).resolve().parent.parent
 HOME = "peft_kernels/__init__.py"
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
 PAGE, DOCTOR = "docs/supported.md", "peft_kernels/cli/doctor.py"
+SENTENCES = {
+    "README.md": r"^pip install (torch) +# ([\d.]+) or later",
+    "tools/build_backend.py": r'^TORCH = "(torch)>=([\d.]+)"',
+    "docs/recipes/transformers.md": r"needs (transformers) ([\d.]+) or later",
+    "peft_kernels/quantize/transformers/config.py": r"(transformers): expected ([\d.]+) or later",
+}
+"""Other places that say an oldest version: a pattern for a library and its version."""
 
 
 class Heading(NamedTuple):
@@ -75,3 +82,9 @@ def _disagreements() -> Iterator[str]:
         bound = ".".join(re.findall(r"\d+", numbers))
         if bound != bounds.get(name):
             yield f"{DOCTOR}: expected {name} {bounds.get(name)}, got {bound}"
+    for place, pattern in SENTENCES.items():
+        said = re.search(pattern, text(place), re.MULTILINE)
+        if said is None:
+            yield f"{place}: expected {pattern}, found none"
+        elif said[2] != bounds.get(said[1]):
+            yield f"{place}: expected {said[1]} {bounds.get(said[1])}, got {said[2]}"

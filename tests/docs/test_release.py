@@ -19,8 +19,11 @@ FILES = (
     "CHANGELOG.md",
     "docs/supported.md",
     "docs/figures.json",
+    "docs/recipes/transformers.md",
     "peft_kernels/__init__.py",
     "peft_kernels/cli/doctor.py",
+    "peft_kernels/quantize/transformers/config.py",
+    "tools/build_backend.py",
 )
 
 
@@ -116,6 +119,14 @@ def plant_doctor_with_old_versions(root: Path) -> None:
     )
 
 
+def plant_recipe_with_old_versions(root: Path) -> None:
+    edit(root / "docs/recipes/transformers.md", "needs transformers 5", "needs transformers 4")
+
+
+def plant_reworded_sentence(root: Path) -> None:
+    edit(root / "peft_kernels/quantize/transformers/config.py", ": expected 5", ": wanted 5")
+
+
 def plant_no_bound(root: Path) -> None:
     edit(root / "pyproject.toml", '"trl>=', '"trl", "other>=')
 
@@ -142,6 +153,8 @@ def plant_empty_dist(root: Path) -> None:
         (plant_figure, "figures", "1 pages lack figures, README.md lacks: "),
         (plant_page_with_old_versions, "supported versions", "docs/supported.md: expected peft 0."),
         (plant_doctor_with_old_versions, "supported versions", "doctor.py: expected transformers 5"),
+        (plant_recipe_with_old_versions, "supported versions", "transformers.md: expected transformers 5."),
+        (plant_reworded_sentence, "supported versions", "config.py: expected (transformers): expected"),
         (plant_no_bound, "supported versions", "pyproject.toml: expected a lower bound of trl, found none"),
         (plant_large_file, "sizes", "x86_64.whl has 99.0 MB, the budget is "),
         (plant_unknown_file, "sizes", "dist/peft_kernels.zip: expected one of "),
@@ -230,6 +243,20 @@ def test_targets_of_checks_exist(tool: ModuleType) -> None:
 def test_places_agree_on_supported_versions(versions: ModuleType) -> None:
     assert versions.disagreements() == []
     assert {*versions.oldest()} == {*versions.LIBRARIES}
+
+
+def numbers(version: str) -> list[int]:
+    return [int(number) for number in version.split(".")]
+
+
+def test_reviewed_sources_are_those_of_supported_versions(versions: ModuleType) -> None:
+    """Raising a bound leaves sources that no supported version has."""
+    from peft_kernels.patch.sources import KNOWN
+
+    bounds = versions.oldest()
+    for name, spans in KNOWN.items():
+        for span in spans.values():
+            assert numbers(span.split(" to ")[0]) >= numbers(bounds[name.partition(".")[0]]), (name, span)
 
 
 def test_changelog_begins_with_this_version(versions: ModuleType) -> None:

@@ -20,7 +20,7 @@ def tool() -> ModuleType:
 @pytest.mark.parametrize(
     "arguments,words",
     [
-        (["--peft", "latest"], "--peft: expected a version or newest, got latest"),
+        (["--peft", "latest"], "--peft: expected a version, oldest or newest, got latest"),
         (
             ["--peft", "0.19.0", "--peft", "newest", "--sdist", __file__],
             "--sdist: expected one --peft at most",

@@ -149,9 +149,9 @@ def test_environment_keeps_the_torch_below_it(
         return real(command, **options)
 
     monkeypatch.setattr(subprocess, "run", run)
-    python = tool.environment(tmp_path / "end", ["peft==0.18"])
+    python = tool.environment(tmp_path / "end", ["peft==0.19"])
     (command,) = installed
     constraints = Path(command[command.index("-c") + 1])
     torch = tool.versions(Path(sys.executable))["torch"]
-    assert command[-1] == "peft==0.18" and constraints.read_text() == f"torch=={torch.partition('+')[0]}\n"
+    assert command[-1] == "peft==0.19" and constraints.read_text() == f"torch=={torch.partition('+')[0]}\n"
     assert tool.versions(python)["torch"] == torch
