@@ -5,8 +5,8 @@
 
 The oldest are the lower bounds of pyproject.toml; the newest are those of pip's index, pre-releases
 included. Each has an environment of its own above this one, whose torch and other packages it uses. Exits
-with 1 if a test passes with the pinned versions and fails with others. A run with the same sources, versions
-and tests is not repeated.
+with 1 if a test fails. A run with the same sources, versions and tests is not repeated, so that after an
+interruption only the rest runs.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ RELATED = (*SHOWN, "huggingface_hub", "tokenizers", "datasets", "safetensors", "
 """Packages whose versions tell one run from another."""
 PINNED, OLDEST, NEWEST = ENDS = ("pinned", "oldest", "newest")
 FLOWS = "tests/flows"
+FEW = 5
+"""Tests that are listed for one message."""
 SOURCES = ("peft_kernels", "csrc", "tests", "pyproject.toml", "constraints.txt")
 
 VERSIONS = """
@@ -60,6 +62,9 @@ class Run(NamedTuple):
 
     versions: dict[str, str]
     tests: dict[str, Outcome]
+    python: Path
+    report: Path
+    """pytest's, with whole errors."""
 
     def count(self, outcome: str) -> int:
         return sum(test.outcome == outcome for test in self.tests.values())
@@ -99,12 +104,12 @@ def packages(end: str) -> list[str]:
 
 def environment(folder: Path, wanted: Sequence[str]) -> Path:
     """The Python of an environment with these packages above those of this one."""
-    python, above = folder / "bin" / "python", folder / "above.txt"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python, above, below = folder / "bin" / "python", folder / "above.txt", sysconfig.get_path("purelib")
+    if not list(folder.glob("lib/*/site-packages/below.pth")):  # it is new, or making it was interrupted
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         # Its own packages come first. pip sees those below, and never removes them.
-        own = [path for path in folder.rglob("site-packages") if path.is_dir()]
-        (own[0] / "below.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        (own,) = folder.glob("lib/*/site-packages")
+        (own / "below.pth").write_text(below + "\n")
     torch = versions(Path(sys.executable))["torch"].partition("+")[0]
     above.write_text(f"torch=={torch}\n")
     print(f"installing into {folder}: {' '.join(wanted)}", flush=True)
@@ -134,7 +139,7 @@ def run(python: Path, options: argparse.Namespace) -> Run:
     else:
         report.parent.mkdir(parents=True, exist_ok=True)
         pytest(python, options, report)
-    return Run(found, dict(outcomes(report)))
+    return Run(found, dict(outcomes(report)), python, report)
 
 
 def sources() -> str:
@@ -168,7 +173,7 @@ def pytest(python: Path, options: argparse.Namespace, report: Path) -> None:
 def outcomes(report: Path) -> Iterator[tuple[str, Outcome]]:
     """Name and outcome of each test of a JUnit report. A file that cannot be imported is one test."""
     for case in ElementTree.parse(report).iter("testcase"):
-        name = "::".join(filter(None, (case.get("classname"), case.get("name"))))
+        name = node(case.get("classname", ""), case.get("name", ""))
         failure = next((case.find(tag) for tag in ("failure", "error") if case.find(tag) is not None), None)
         skipped = case.find("skipped")
         if failure is not None:
@@ -177,6 +182,15 @@ def outcomes(report: Path) -> Iterator[tuple[str, Outcome]]:
             yield name, Outcome("skipped", skipped.get("message", ""))
         else:
             yield name, Outcome("passed", "")
+
+
+def node(dotted: str, name: str) -> str:
+    """What pytest takes to run a test: `dotted` are the module, and classes in it."""
+    parts = dotted.split(".")
+    for end in range(len(parts), 0, -1):
+        if (ROOT / (file := "/".join(parts[:end]) + ".py")).is_file():
+            return "::".join([file, *parts[end:], name])
+    return "::".join(filter(None, (dotted, name)))
 
 
 def first_line(failure: ElementTree.Element) -> str:
@@ -192,47 +206,58 @@ def first_line(failure: ElementTree.Element) -> str:
 
 
 def report(runs: dict[str, Run]) -> int:
-    """Prints how the runs differ. Returns the exit status."""
-    pinned = runs[PINNED]
+    """Prints how the runs differ, and a summary as the last line. Returns the exit status."""
+    pinned, summary = runs[PINNED], []
     rows = [["", *runs]]
     rows += [[name, *(run.versions.get(name, "missing") for run in runs.values())] for name in SHOWN]
     for outcome in ("passed", "failed", "skipped"):
         rows.append([outcome, *(str(run.count(outcome)) for run in runs.values())])
-    broken = {end: regressions(pinned, run) for end, run in runs.items()}
-    rows.append(["fail here alone", *(str(len(names)) for names in broken.values())])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print()
     for row in rows:
         print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
     for end, run in runs.items():
-        show(f"fail with the {end} versions alone", {n: run.tests[n].message for n in broken[end]})
-        changed = {n for n, t in run.tests.items() if t.outcome == "skipped" and passes(pinned, n)}
-        show(f"skipped with the {end} versions alone", {n: run.tests[n].message for n in changed})
-    failed = {name: test.message for name, test in pinned.tests.items() if test.outcome == "failed"}
-    show("fail with the pinned versions", failed)
-    return 1 if failed or any(broken.values()) else 0
+        if end == PINNED:
+            failed = {name: test.message for name, test in run.tests.items() if test.outcome == "failed"}
+            show(f"fail with the {end} versions", failed)
+            summary.append(f"{end}: {len(failed)} fail")
+        else:
+            failed, skipped = regressions(pinned, run), left_out(pinned, run)
+            show(f"do not run with the {end} versions alone", skipped)
+            show(f"fail with the {end} versions alone", failed)
+            summary.append(f"{end}: {len(failed)} fail alone, {len(skipped)} do not run")
+        if failed:
+            python, report = map(os.path.relpath, (run.python, run.report))
+            print(f"\nwhole errors: {report}\none of the tests: {python} -m pytest TEST")
+    print(f"\n{'; '.join(summary)}")
+    return 1 if any(run.count("failed") for run in runs.values()) else 0
 
 
-def regressions(pinned: Run, run: Run) -> list[str]:
-    """Tests that fail, and do not with the pinned versions, or are not known there."""
-    failed = (name for name, test in run.tests.items() if test.outcome == "failed")
-    return [name for name in failed if name not in pinned.tests or passes(pinned, name)]
+def regressions(pinned: Run, run: Run) -> dict[str, str]:
+    """Tests that fail, and do not with the pinned versions, with their messages."""
+    known = {name for name, test in pinned.tests.items() if test.outcome == "failed"}
+    failed = (entry for entry in run.tests.items() if entry[1].outcome == "failed")
+    return {name: test.message for name, test in failed if name not in known}
 
 
-def passes(run: Run, name: str) -> bool:
-    return name in run.tests and run.tests[name].outcome == "passed"
+def left_out(pinned: Run, run: Run) -> dict[str, str]:
+    """Tests that pass with the pinned versions and do not run, with the reasons."""
+    passed = [name for name, test in pinned.tests.items() if test.outcome == "passed"]
+    found = {name: run.tests.get(name, Outcome("skipped", "not collected")) for name in passed}
+    return {name: test.message for name, test in found.items() if test.outcome == "skipped"}
 
 
 def show(title: str, messages: dict[str, str]) -> None:
-    """Prints tests by message, the most common first."""
+    """Prints tests by message, the most common first, and a few of each."""
     by_message = defaultdict(list)
     for name, message in sorted(messages.items()):
         by_message[message].append(name)
     if messages:
         print(f"\n== {title}: {len(messages)}")
-    for message, names in sorted(by_message.items(), key=lambda entry: -len(entry[1])):
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        print(f"{message[:200]}\n    {names[0]}{more}")
+    for message, of_it in sorted(by_message.items(), key=lambda entry: -len(entry[1])):
+        print("\n    ".join([message[:200], *of_it[:FEW]]))
+        if len(of_it) > FEW:
+            print(f"    and {len(of_it) - FEW} more")
 
 
 if __name__ == "__main__":

@@ -65,31 +65,63 @@ def test_oldest_are_the_lower_bounds_and_newest_include_pre_releases(tool: Modul
 
 
 def made(tool: ModuleType, **tests: str) -> Any:
-    return tool.Run(
-        {"peft": "1"}, {n: tool.Outcome(w.split(":")[0], w.partition(":")[2]) for n, w in tests.items()}
-    )
+    outcomes = {n: tool.Outcome(w.split(":")[0], w.partition(":")[2]) for n, w in tests.items()}
+    return tool.Run({"peft": "1"}, outcomes, Path("end/bin/python"), Path("end.xml"))
 
 
-def test_only_what_passes_with_the_pinned_versions_counts(
+def test_tests_that_do_not_run_are_told_and_no_failure(
     tool: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pinned = made(tool, a="passed", b="passed", c="skipped:no card", d="passed")
-    same = made(tool, a="passed", b="passed", c="failed:as before", d="passed")
-    assert tool.report({"pinned": pinned, "oldest": same}) == 0
-    worse = made(
-        tool, a="failed:why", b="skipped:too old", c="skipped:no card", d="failed:why", e="failed:new"
-    )
-    assert tool.report({"pinned": pinned, "oldest": worse}) == 1
-    said = capsys.readouterr().out.split("== ")
-    assert "fail with the oldest versions alone: 3\nwhy\n    a and 1 more\nnew\n    e\n" in said[-2]
-    assert "skipped with the oldest versions alone: 1\ntoo old\n    b\n" in said[-1]
+    pinned = made(tool, a="passed", b="passed", c="skipped:no card", d="passed", e="skipped:no card")
+    less = made(tool, a="passed", b="skipped:too old", c="skipped:no card")
+    assert tool.report({"pinned": pinned, "oldest": less}) == 0
+    said = capsys.readouterr().out.split("\n\n")
+    assert said[1:] == [
+        "== do not run with the oldest versions alone: 2\ntoo old\n    b\nnot collected\n    d",
+        "pinned: 0 fail; oldest: 0 fail alone, 2 do not run\n",
+    ]
+    assert said[0].split("\n")[-3:] == [
+        "passed        3        1",
+        "failed        0        0",
+        "skipped       2        2",
+    ]
 
 
-def test_failure_with_the_pinned_versions_is_a_failure(
+def test_what_fails_with_other_versions_alone_is_listed_by_message(
     tool: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tool.report({"pinned": made(tool, a="failed:why")}) == 1
-    assert "fail with the pinned versions: 1\nwhy\n    a\n" in capsys.readouterr().out
+    """Also tests that the pinned versions do not have, or skip. Those that fail with the pinned ones are not
+    told twice."""
+    pinned = made(tool, a="passed", b="passed", c="skipped:new enough", d="failed:why")
+    worse = made(tool, a="failed:new", b="failed:why", c="failed:why", d="failed:why", e="failed:why")
+    assert tool.report({"pinned": pinned, "newest": worse}) == 1
+    said = capsys.readouterr().out.split("\n\n")
+    again = "whole errors: end.xml\none of the tests: end/bin/python -m pytest TEST"
+    assert said[1:] == [
+        "== fail with the pinned versions: 1\nwhy\n    d",
+        again,
+        "== fail with the newest versions alone: 4\nwhy\n    b\n    c\n    e\nnew\n    a",
+        again,
+        "pinned: 1 fail; newest: 4 fail alone, 0 do not run\n",
+    ]
+
+
+@pytest.mark.parametrize("end", ["pinned", "oldest"])
+def test_one_failure_anywhere_is_the_exit_status(tool: ModuleType, end: str) -> None:
+    runs = {name: made(tool, a="failed:why" if name == end else "passed") for name in ("pinned", "oldest")}
+    assert tool.report(runs) == 1
+
+
+def test_few_of_many_failures_are_listed(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    tests = {f"t{number}": "failed:why" for number in range(8)}
+    assert tool.report({"pinned": made(tool, **tests)}) == 1
+    assert "why\n    t0\n    t1\n    t2\n    t3\n    t4\n    and 3 more\n" in capsys.readouterr().out
+
+
+def test_tests_are_named_as_pytest_takes_them(tool: ModuleType) -> None:
+    assert tool.node("tests.docs.test_upgrades", "test_it[1]") == "tests/docs/test_upgrades.py::test_it[1]"
+    assert tool.node("tests.docs.test_upgrades.Some.Of", "t") == "tests/docs/test_upgrades.py::Some::Of::t"
+    assert tool.node("", "tests.docs.test_gone") == "tests.docs.test_gone"
 
 
 REPORT = '<testsuites><testsuite><testcase classname="m" name="t"/></testsuite></testsuites>'
@@ -149,9 +181,15 @@ def test_environment_keeps_the_torch_below_it(
         return real(command, **options)
 
     monkeypatch.setattr(subprocess, "run", run)
+    # Interrupted before the packages below could be seen: it is made anew.
+    (tmp_path / "end" / "bin").mkdir(parents=True)
+    (tmp_path / "end" / "bin" / "python").symlink_to(sys.executable)
     python = tool.environment(tmp_path / "end", ["peft==0.19"])
     (command,) = installed
     constraints = Path(command[command.index("-c") + 1])
     torch = tool.versions(Path(sys.executable))["torch"]
     assert command[-1] == "peft==0.19" and constraints.read_text() == f"torch=={torch.partition('+')[0]}\n"
     assert tool.versions(python)["torch"] == torch
+    (tmp_path / "end" / "kept").touch()
+    tool.environment(tmp_path / "end", ["peft==0.20"])
+    assert (tmp_path / "end" / "kept").exists() and installed[1][-1] == "peft==0.20"
