@@ -1,6 +1,6 @@
 """Print the table of `peft_kernels/patch/sources.py` for other versions, without installing them.
 
-    python tools/fingerprints.py peft==0.19.0 peft==0.22.0      # pip downloads them
+    python tools/fingerprints.py peft==0.20.0 peft==0.22.0      # pip downloads them
     python tools/fingerprints.py peft-0.22.0-py3-none-any.whl   # or source distributions
 
 A line that the table lacks ends in "# new". Before it goes in, read what has changed, and see that our fused

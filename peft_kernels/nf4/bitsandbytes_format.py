@@ -25,6 +25,7 @@ BLOCKSIZE_KEY = "bnb_4bit_blocksize"  # our key in configurations
 DEFAULT_BLOCKSIZE = 64  # bitsandbytes supports no other
 _LONGEST_JSON = 1 << 16  # bytes; about 200 are used
 _CPU = torch.device("cpu")
+_OTHER_TABLE = "_peft_kernels_other_table"  # on a QuantState: what `reason_other_table` found
 
 
 def to_state_dict(state: NF4State, dtype: torch.dtype, key: str) -> dict[str, Tensor]:
@@ -188,6 +189,27 @@ def configuration(
     return numbers if blocksize == DEFAULT_BLOCKSIZE else numbers | {BLOCKSIZE_KEY: blocksize}
 
 
+def reason_other_table(params4bit: Any) -> str | None:
+    """Why the scales of a quantised Params4bit are not codes of the standard table, or None. Reads the table
+    once, for which the host waits for a GPU, and not in a compiler, which has no values."""
+    quant_state = params4bit.quant_state
+    if not quant_state.nested:
+        return None
+    found = quant_state.__dict__.get(_OTHER_TABLE)
+    if found is None and not torch.compiler.is_compiling() and not quant_state.state2.code.is_meta:
+        code = quant_state.state2.code.detach().float().cpu().view(-1)
+        same = torch.equal(dynamic_map(_CPU), code)
+        found = "" if same else f"its scales have another table than the standard one{_of_old_cpus(code)}"
+        setattr(quant_state, _OTHER_TABLE, found)
+    return found or None
+
+
+def _of_old_cpus(code: Tensor) -> str:
+    """bitsandbytes before 0.50 replaced the first value when it quantised on a CPU."""
+    made_there = code.numel() == 256 and float(code.view(-1)[0]) == -1.0
+    return ", as bitsandbytes before 0.50 made on CPUs: quantise the dense weight again" if made_there else ""
+
+
 def is_quantized(params4bit: Any) -> bool:
     return getattr(params4bit, "quant_state", None) is not None and bool(
         getattr(params4bit, "bnb_quantized", False)
@@ -214,7 +236,7 @@ def reason_unusable(params4bit: Any) -> str | None:
 
 def state_of(params4bit: Any, name: str = "params4bit") -> NF4State:
     """The state of a quantised Params4bit, sharing memory. Raises ValueError if it cannot be used."""
-    reason = reason_unusable(params4bit)
+    reason = reason_unusable(params4bit) or reason_other_table(params4bit)
     if reason is not None:
         raise ValueError(f"{name}: {reason}")
     quant_state = params4bit.quant_state
@@ -281,7 +303,9 @@ def _code(kind: str, device: torch.device) -> Tensor:
 
 def _expect_table(key: str, expected: Tensor, got: Tensor) -> None:
     if got.dtype not in READ_SCALE_DTYPES or not torch.equal(expected, got.detach().float().cpu().view(-1)):
-        raise ValueError(f"{key}: expected the standard table of the format, got other values")
+        raise ValueError(
+            f"{key}: expected the standard table of the format, got other values{_of_old_cpus(got)}"
+        )
 
 
 def _is_integer(value: Any) -> bool:

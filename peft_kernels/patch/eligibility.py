@@ -132,7 +132,11 @@ def layer_reason(layer: Any) -> str:
     kind = linear_kind(layer)
     if not kind:
         return unsupported_reason(layer)
-    return bitsandbytes_format.reason_unusable(layer.weight) or "" if kind is FOUR_BIT else ""
+    return _four_bit_reason(layer.weight) or "" if kind is FOUR_BIT else ""
+
+
+def _four_bit_reason(weight: Any) -> str | None:
+    return bitsandbytes_format.reason_unusable(weight) or bitsandbytes_format.reason_other_table(weight)
 
 
 def unsupported_reason(layer: Any) -> str:
@@ -169,7 +173,7 @@ def fused_operands(
     autocast = spec.autocast
     dtype = out_dtype = spec.dtype if autocast is None else autocast
     if kind is FOUR_BIT:
-        if (unusable := bitsandbytes_format.reason_unusable(weight)) is not None:
+        if (unusable := _four_bit_reason(weight)) is not None:
             return Fallback(unusable)
         compute, out_dtype = _compute_dtype(layer, spec.dtype), spec.dtype
         weight = _state_of(weight)

@@ -224,6 +224,16 @@ def test_fp4_with_the_table_of_nf4_is_refused() -> None:
         pk.NF4Weight.from_state_dict(state)
 
 
+def test_table_of_scales_of_old_bitsandbytes_on_cpus_is_refused_by_name() -> None:
+    state = pk.NF4Weight.quantize(testing.tensor(40, 64)).state_dict()
+    state["weight.nested_quant_map"][0] = -1
+    expected = (
+        r"^weight\.nested_quant_map: expected the standard .* got other values, as bitsandbytes before 0\.50"
+    )
+    with pytest.raises(ValueError, match=expected):
+        pk.NF4Weight.from_state_dict(state)
+
+
 def test_another_type_is_refused_by_name() -> None:
     state = our_layer(40, 64, bias=False).state_dict()
     state["weight.quant_state.bitsandbytes__int4"] = state.pop(BLOB)

@@ -22,7 +22,7 @@ def tool() -> ModuleType:
     [
         (["--peft", "latest"], "--peft: expected a version, oldest or newest, got latest"),
         (
-            ["--peft", "0.19.0", "--peft", "newest", "--sdist", __file__],
+            ["--peft", "0.20.0", "--peft", "newest", "--sdist", __file__],
             "--sdist: expected one --peft at most",
         ),
         (["--sdist", "nowhere.tar.gz"], "--sdist: expected a file, got nowhere.tar.gz"),
@@ -45,9 +45,9 @@ def test_another_peft_is_installed_into_a_folder(
 ) -> None:
     calls: list[tuple[str, ...]] = []
     monkeypatch.setattr(tool, "pip", lambda *arguments: calls.append(arguments))
-    assert tool.installed("0.19.0", tmp_path) == tmp_path
+    assert tool.installed("0.20.0", tmp_path) == tmp_path
     (call,) = calls
-    assert call[-1] == "peft==0.19.0" and "--no-deps" in call and str(tmp_path) in call
+    assert call[-1] == "peft==0.20.0" and "--no-deps" in call and str(tmp_path) in call
 
 
 def test_only_failures_caused_by_the_patch_count(

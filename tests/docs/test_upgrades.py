@@ -184,11 +184,11 @@ def test_environment_keeps_the_torch_below_it(
     # Interrupted before the packages below could be seen: it is made anew.
     (tmp_path / "end" / "bin").mkdir(parents=True)
     (tmp_path / "end" / "bin" / "python").symlink_to(sys.executable)
-    python = tool.environment(tmp_path / "end", ["peft==0.19"])
+    python = tool.environment(tmp_path / "end", ["peft==0.21"])
     (command,) = installed
     constraints = Path(command[command.index("-c") + 1])
     torch = tool.versions(Path(sys.executable))["torch"]
-    assert command[-1] == "peft==0.19" and constraints.read_text() == f"torch=={torch.partition('+')[0]}\n"
+    assert command[-1] == "peft==0.21" and constraints.read_text() == f"torch=={torch.partition('+')[0]}\n"
     assert tool.versions(python)["torch"] == torch
     (tmp_path / "end" / "kept").touch()
     tool.environment(tmp_path / "end", ["peft==0.20"])

@@ -12,6 +12,7 @@ import torch
 from flow_checks import Calls, assert_fused, assert_near
 from flow_models import adapted, ids, llama
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import peft_kernels as pk
 
@@ -83,7 +84,7 @@ def test_eager(base: str, second: Path) -> None:
 def compilations(model: Any, folder: Path) -> tuple[list[torch.Tensor], int]:
     """The outputs of a compiled model, and how often it was compiled; a graph break raises."""
     torch.compiler.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     answers = swapped_answers(model, compiled, folder)
     return answers, counter.frame_count

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Sequence
 from statistics import mean
 from typing import Any
@@ -21,18 +20,10 @@ from peft_kernels.nf4.experts_packing import NF4Experts, unpack
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 
-PEFT = tuple(int(part) for part in re.findall(r"\d+", peft.__version__)[:3])
-SEVERAL = pytest.mark.skipif(PEFT < (0, 20), reason="PEFT before 0.20: one adapter with target_parameters")
 FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "nemotron_h")
 """Two plain kinds, one transposed with biases and its own gate, one without a gate."""
 TOP_K = 2
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
-
-
-def skip_transposed(family: str) -> None:
-    """PEFT before 0.19.1 ignores `is_transposed`."""
-    if family == "gpt_oss" and PEFT < (0, 19, 1):
-        pytest.skip("this PEFT takes transposed weights of experts for others")
 
 
 class Mixture(nn.Module):
@@ -41,7 +32,6 @@ class Mixture(nn.Module):
 
     def __init__(self, family: str, dtype: torch.dtype, implementation: str = "grouped_mm") -> None:
         super().__init__()
-        skip_transposed(family)
         self.experts = moe_models.experts(family, dtype, implementation)
         self.config = self.experts.config
 

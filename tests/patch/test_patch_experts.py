@@ -12,7 +12,6 @@ import torch
 from peft_experts import (
     EXPERTS,
     FAMILIES,
-    SEVERAL,
     adapt,
     assert_same_numbers,
     compare,
@@ -60,7 +59,6 @@ def test_adapters_on_one_parameter(base: str, name: str) -> None:
     assert_same_numbers(adapt(mixture(base), target_parameters=[f"experts.{name}"]))
 
 
-@SEVERAL
 @pytest.mark.parametrize("base", BASES)
 def test_several_adapters_of_several_ranks(base: str) -> None:
     ranks = {"rank_pattern": {"gate_up_proj": 3}, "alpha_pattern": {"gate_up_proj": 5}}
@@ -200,7 +198,6 @@ def test_unloading(merge: bool) -> None:
     assert not any("lora" in name for name, _ in plain.named_parameters())
 
 
-@SEVERAL
 def test_switching_and_deleting() -> None:
     model = adapt(mixture("nf4"))
     report = pk.patch(model)

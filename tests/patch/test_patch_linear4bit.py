@@ -93,6 +93,31 @@ def test_linear4bit_evaluation_changes_no_state_and_training_goes_on() -> None:
     assert testing.relative_error(x.grad, weight.sum(0).expand(4, 128)) < 0.01
 
 
+@pytest.mark.parametrize("adapted", [False, True], ids=["alone", "adapted"])
+@pytest.mark.parametrize("late", [False, True], ids=["at-once", "loaded-later"])
+def test_scales_of_another_table_keep_the_original_forward(late: bool, adapted: bool) -> None:
+    """bitsandbytes before 0.50 set the first value to -1 when it quantised on a CPU, and saved that."""
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.q = models.to_linear4bit(nn.Linear(128, 96), torch.float32)
+    layer = lora(model, target_modules=["q"]).base_model.model.q if adapted else model.q
+    base, x = model.q.base_layer if adapted else model.q, testing.tensor(5, 128)
+    made = copy.deepcopy(base.weight)
+    made.quant_state.state2.code = made.quant_state.state2.code.clone()
+    made.quant_state.state2.code[0] = -1
+    made.quant_state.absmax.zero_()  # the first value everywhere
+    if late:
+        pk.patch(layer)
+    base.weight, base.quant_state = made, made.quant_state
+    stock = copy.deepcopy(layer)
+    pk.unpatch(stock)
+    report = pk.patch(layer)
+    assert torch.equal(layer(x), stock(x))
+    assert "another table than the standard one, as bitsandbytes before 0.50 made on CPUs" in str(report)
+    with pytest.raises(ValueError, match="its scales have another table than the standard one, as bitsandby"):
+        pk.NF4Weight.from_bnb(made)
+
+
 def test_unreadable_linear4bit_is_reported() -> None:
     layer = models.to_linear4bit(nn.Linear(128, 96, dtype=torch.bfloat16))
     layer.weight.quant_state.packing_format_for_cpu = True

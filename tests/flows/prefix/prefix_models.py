@@ -7,7 +7,9 @@ from typing import Any
 import bottleneck_models
 import flow_models
 import peft
+import pytest
 import torch
+from installed import before
 from torch import Tensor
 
 TOKENS = 5
@@ -20,9 +22,18 @@ def bare(family: str, base: str = "dense", **options: Any) -> Any:
     return bottleneck_models.FAMILIES[family].make(base, **options)
 
 
+def skip_encoder_decoder() -> None:
+    """Skips where PEFT expects a method of encoder-decoders that transformers 5.23 has no more."""
+    if before("peft", "0.21.2"):
+        pytest.skip("PEFT before 0.21.2 makes no prefix and no prompt for encoder-decoders")
+
+
 def prefixed(model: Any, projection: bool = False, **options: Any) -> Any:
     """A model in training mode, with the same large prefix in each call."""
-    task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    task = "CAUSAL_LM"
+    if model.config.is_encoder_decoder:
+        skip_encoder_decoder()
+        task = "SEQ_2_SEQ_LM"
     torch.manual_seed(3)
     options = {
         "num_virtual_tokens": TOKENS,

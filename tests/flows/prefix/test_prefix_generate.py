@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from flow_models import patched_copy
+from installed import before
 from prefix_models import TOKENS, bare, batch, prefixed
 from torch import Tensor
 
@@ -20,7 +21,7 @@ import testing
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.skipif(
-        tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 24),
+        before("transformers", "5.24"),
         reason="earlier releases of transformers pass caches to generate in other ways",
     ),
 ]

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from flow_checks import assert_fused, assert_near
 from flow_models import adapted, llama, logged
+from installed import before
 from peft_models import trained_values
 from ranks import MARKS, rank_tests, whole
 from test_moe import mixture
@@ -152,6 +153,8 @@ def spoil(model: Any) -> None:
 
 
 CASES = [sft, resumed, efficient_loading]
+if before("accelerate", "1.15"):  # it does not load adapters from a checkpoint of FSDP2
+    CASES.remove(resumed)
 
 errors, test_on_two_processes = rank_tests(2, CASES)
 

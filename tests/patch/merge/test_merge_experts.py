@@ -9,7 +9,7 @@ import models
 import pytest
 import torch
 from merge_models import SAFE
-from peft_experts import SEVERAL, adapt, experts_of, fill, lora_config, mixture, peft, tokens, weights_of
+from peft_experts import adapt, experts_of, fill, lora_config, mixture, peft, tokens, weights_of
 
 import peft_kernels as pk
 import testing
@@ -58,7 +58,6 @@ def test_a_weight_without_an_adapter_keeps_its_4_bits(safe: bool) -> None:
     assert all(torch.equal(up._state.packed_form()[part], value) for part, value in before.items())
 
 
-@SEVERAL
 def test_two_adapters_on_experts_are_packed_once() -> None:
     """Packing after the first adapter would add the second to a rounded weight."""
     model = adapt(mixture("nf4"))
