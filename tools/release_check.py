@@ -16,7 +16,9 @@ import json
 import re
 import subprocess
 import sys
+import tarfile
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +28,7 @@ import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "build" / "release"
-DIST = ROOT / "dist"
+DIST, PACKAGE = ROOT / "dist", "peft_kernels"
 MEGABYTE = 1_000_000
 BUDGETS = {
     "*.tar.gz": 10,
@@ -153,14 +155,48 @@ def wheels_are_built() -> str:
     return make("wheels")
 
 
+def in_dist() -> list[Path]:
+    return sorted(path for path in DIST.glob("*") if path.is_file())
+
+
+@check("dist")
+def files_are_of_this_commit() -> str:
+    """The files in dist/ are of this version and commit."""
+    if not in_dist():
+        raise Failed("dist/ is empty: make wheels")
+    here = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in (ROOT / PACKAGE).rglob("*.py")}
+    committed = int(git("log", "-1", "--format=%ct"))
+    for path in in_dist():
+        version = path.name.removesuffix(".tar.gz").split("-")[1] if "-" in path.name else ""
+        if version.partition("+")[0] != versions.current():
+            raise Failed(f"dist/{path.name}: expected version {versions.current()}")
+        there = modules(path)
+        if different := sorted(name for name in {*here, *there} if here.get(name) != there.get(name)):
+            raise Failed(f"dist/{path.name}: {different[0]} is not as in the commit: make wheels")
+        if path.stat().st_mtime < committed:
+            raise Failed(f"dist/{path.name}: older than the commit, and so may be its libraries: make wheels")
+    return ", ".join(path.name for path in in_dist())
+
+
+def modules(archive: Path) -> dict[str, bytes]:
+    """The package's Python files in a wheel or source distribution, by their names in the tree."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            return {n: wheel.read(n) for n in wheel.namelist() if is_module(n)}
+    with tarfile.open(archive) as tar:
+        members = {member.name.partition("/")[2]: member for member in tar if member.isfile()}
+        return {n: tar.extractfile(m).read() for n, m in members.items() if is_module(n)}  # type: ignore[union-attr]
+
+
+def is_module(name: str) -> bool:
+    return name.startswith(f"{PACKAGE}/") and name.endswith(".py")
+
+
 @check("sizes")
 def files_are_within_budgets() -> str:
     """The files in dist/ are below their budgets."""
-    found = sorted(path for path in DIST.glob("*") if path.is_file())
-    if not found:
-        raise Failed("dist/ is empty: make wheels")
     sizes = []
-    for path in found:
+    for path in in_dist():
         fitting = [budget for pattern, budget in BUDGETS.items() if path.match(pattern)]
         if not fitting:
             raise Failed(f"dist/{path.name}: expected one of {', '.join(BUDGETS)}")

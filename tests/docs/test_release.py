@@ -3,8 +3,13 @@ sentence for each planted fault."""
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
+import tarfile
+import time
+import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +18,7 @@ import pytest
 from tool_modules import TOOLS, tool_module
 
 ROOT = TOOLS.parent
+TAG = "py3-none-manylinux_2_28_x86_64"
 FILES = (
     "pyproject.toml",
     "constraints.txt",
@@ -46,16 +52,35 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, versions: ModuleType) 
         root / "CHANGELOG.md", f"## {versions.newest_heading().version} (unreleased)", "## 9.8.7 (2030-01-31)"
     )
     edit(root / "peft_kernels/__init__.py", f'"{versions.current()}"', '"9.8.7"')
-    (root / "dist").mkdir()
-    (root / "dist" / "peft_kernels-9.8.7.tar.gz").write_bytes(bytes(1000))
     git(root, "init", "-q")
     commit(root)
+    make_dist(root)
     for module in (tool, versions, versions.requirements):
         monkeypatch.setattr(module, "ROOT", root)
     monkeypatch.setattr(tool, "LOGS", root / "build" / "release")
     monkeypatch.setattr(tool, "DIST", root / "dist")
     monkeypatch.setattr(figures, "lacking", lambda lacking=figures.lacking: lacking(root))
     return tool
+
+
+def make_dist(root: Path) -> None:
+    """A source distribution and a wheel, newer than any commit of the test."""
+    (root / "dist").mkdir(exist_ok=True)
+    (version,) = re.findall('__version__ = "(.*)"', (root / "peft_kernels/__init__.py").read_text())
+    base, modules = root / "dist" / f"peft_kernels-{version}", sorted((root / "peft_kernels").rglob("*.py"))
+    with tarfile.open(f"{base}.tar.gz", "w:gz") as tar:
+        for path in modules:
+            tar.add(path, f"{base.name}/{path.relative_to(root)}")
+    with zipfile.ZipFile(f"{base}+cu13-{TAG}.whl", "w") as wheel:
+        for path in modules:
+            wheel.write(path, path.relative_to(root))
+        wheel.writestr("peft_kernels/lib.so", b"")
+    for path in (root / "dist").iterdir():
+        make_new(path)
+
+
+def make_new(path: Path) -> None:
+    os.utime(path, (time.time() + 3600,) * 2)
 
 
 def git(root: Path, *words: str) -> None:
@@ -131,12 +156,42 @@ def plant_no_bound(root: Path) -> None:
     edit(root / "pyproject.toml", '"trl>=', '"trl", "other>=')
 
 
+def made_wheel(root: Path) -> Path:
+    return root / "dist" / f"peft_kernels-9.8.7+cu13-{TAG}.whl"
+
+
+def add_to_wheel(root: Path, name: str, content: bytes = b"") -> None:
+    with zipfile.ZipFile(made_wheel(root), "a") as wheel:
+        wheel.writestr(name, content)
+    make_new(made_wheel(root))
+
+
 def plant_large_file(root: Path) -> None:
-    (root / "dist" / "peft_kernels-9.8.7-cp310-abi3-manylinux_2_28_x86_64.whl").write_bytes(bytes(99_000_000))
+    add_to_wheel(root, "peft_kernels/large.so", bytes(299_000_000))
 
 
-def plant_unknown_file(root: Path) -> None:
-    (root / "dist" / "peft_kernels.zip").write_bytes(b"")
+def plant_pure_wheel(root: Path) -> None:
+    made_wheel(root).rename(root / "dist" / "peft_kernels-9.8.7-py3-none-any.whl")
+
+
+def plant_wheel_of_another_version(root: Path) -> None:
+    made_wheel(root).rename(root / "dist" / f"peft_kernels-9.8.6-{TAG}.whl")
+
+
+def plant_another_module(root: Path) -> None:
+    (root / "peft_kernels" / "cli" / "doctor.py").open("a").write("# changed\n")
+
+
+def plant_new_module(root: Path) -> None:
+    (root / "peft_kernels" / "new.py").touch()
+
+
+def plant_module_that_is_gone(root: Path) -> None:
+    add_to_wheel(root, "peft_kernels/gone.py")
+
+
+def plant_old_wheel(root: Path) -> None:
+    os.utime(made_wheel(root), (0, 0))
 
 
 def plant_empty_dist(root: Path) -> None:
@@ -156,9 +211,18 @@ def plant_empty_dist(root: Path) -> None:
         (plant_recipe_with_old_versions, "supported versions", "transformers.md: expected transformers 5."),
         (plant_reworded_sentence, "supported versions", "config.py: expected (transformers): expected"),
         (plant_no_bound, "supported versions", "pyproject.toml: expected a lower bound of trl, found none"),
-        (plant_large_file, "sizes", "x86_64.whl has 99.0 MB, the budget is "),
-        (plant_unknown_file, "sizes", "dist/peft_kernels.zip: expected one of "),
-        (plant_empty_dist, "sizes", "dist/ is empty: make wheels"),
+        (plant_large_file, "sizes", "x86_64.whl has 299.0 MB, the budget is 200 MB"),
+        (plant_pure_wheel, "sizes", "dist/peft_kernels-9.8.7-py3-none-any.whl: expected one of "),
+        (
+            plant_wheel_of_another_version,
+            "dist",
+            "dist/peft_kernels-9.8.6-py3-none-manylinux_2_28_x86_64.whl: ",
+        ),
+        (plant_another_module, "dist", ".whl: peft_kernels/cli/doctor.py is not as in the commit"),
+        (plant_new_module, "dist", ".whl: peft_kernels/new.py is not as in the commit"),
+        (plant_module_that_is_gone, "dist", ".whl: peft_kernels/gone.py is not as in the commit"),
+        (plant_old_wheel, "dist", ".whl: older than the commit, and so may be its libraries: make wheels"),
+        (plant_empty_dist, "dist", "dist/ is empty: make wheels"),
     ],
     ids=lambda value: value.__name__.removeprefix("plant_") if callable(value) else "",
 )
@@ -166,6 +230,9 @@ def test_planted_fault_fails_its_check_alone(
     tool: ModuleType, capsys: pytest.CaptureFixture[str], plant: Any, name: str, sentence: str
 ) -> None:
     plant(tool.ROOT)
+    if name not in ("dist", "sizes"):
+        shutil.rmtree(tool.ROOT / "dist")
+        make_dist(tool.ROOT)
     if name != "tree":
         git(tool.ROOT, "add", "-A")
         git(tool.ROOT, "commit", "-q", "--allow-empty", "-m", "x")
