@@ -273,6 +273,13 @@ def test_long_check_that_passed_is_not_repeated_for_the_commit(tool: ModuleType,
     assert tool.main([]) == 0 and long_check.calls == 4
 
 
+def test_pass_is_not_kept_if_the_tree_changed_meanwhile(tool: ModuleType, long_check: Any) -> None:
+    long_check.command = ["touch", str(tool.ROOT / "new.txt")]
+    assert tool.main([]) == 0
+    (tool.ROOT / "new.txt").unlink()
+    assert tool.main([]) == 0 and long_check.calls == 2
+
+
 def test_command_that_fails_is_shown_and_the_next_check_runs(
     tool: ModuleType, long_check: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

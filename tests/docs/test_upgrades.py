@@ -154,6 +154,19 @@ def test_run_is_repeated_when_something_changed(
     assert runs() == 5 and runs() == 5
 
 
+@pytest.mark.parametrize("status,kept", [(0, True), (1, True), (2, False), (130, False)])
+def test_only_a_whole_run_is_kept(tool: ModuleType, tmp_path: Path, status: int, kept: bool) -> None:
+    """0: all passed, 1: some failed; others are an interruption or an error of pytest."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\ntouch {tmp_path}/run.part\nexit {status}\n")
+    python.chmod(0o755)
+    try:
+        tool.pytest(python, tool.arguments([]), tmp_path / "run.xml")
+    except SystemExit as end:
+        assert str(end) == f"pytest: exit status {status}, see above" and not kept
+    assert (tmp_path / "run.xml").exists() is kept
+
+
 def test_sources_are_those_of_the_working_tree(
     tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,7 +197,9 @@ def test_environment_keeps_the_torch_below_it(
     # Interrupted before the packages below could be seen: it is made anew.
     (tmp_path / "end" / "bin").mkdir(parents=True)
     (tmp_path / "end" / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "end" / "half").touch()
     python = tool.environment(tmp_path / "end", ["peft==0.21"])
+    assert not (tmp_path / "end" / "half").exists()
     (command,) = installed
     constraints = Path(command[command.index("-c") + 1])
     torch = tool.versions(Path(sys.executable))["torch"]
