@@ -29,6 +29,9 @@ needs_kernels = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That of `make hub`, or a new one."""
+    if made := os.environ.get("HUB_LAYOUT"):
+        return Path(made).resolve()
     out = tmp_path_factory.mktemp("hub") / "layout"
     hub_layout.main([str(out), "--build"])
     return out
