@@ -2,6 +2,9 @@
 // one. A linker takes the newest version that the machine of the build has, which the machine of a user may
 // lack. tools/wheels.py links this file into each library and refuses any other symbol that is too new.
 
+#include <cxxabi.h>
+
+#include <exception>
 #include <new>
 #include <sstream>
 #include <string>
@@ -48,6 +51,12 @@ std::string new_str(const std::stringbuf* buffer) { return old_str(buffer); }
 // What a vector of a negative size throws.
 [[noreturn]] void new_throw() __asm__("_ZSt28__throw_bad_array_new_lengthv");
 void new_throw() { throw std::bad_array_new_length(); }
+
+// What gcc calls since version 14 where an exception leaves a noexcept function.
+[[noreturn]] void __cxa_call_terminate(void* exception) {
+  abi::__cxa_begin_catch(exception);
+  std::terminate();
+}
 
 // Whether shared_ptr may count without atomics; glibc before 2.32 does not tell.
 char __libc_single_threaded = 0;

@@ -91,6 +91,8 @@ def test_fake_tensors(name: str, base: str) -> None:
 @each_call
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 def test_export(name: str, base: str, strict: bool) -> None:
+    if strict and torch.__version__ < (2, 10):
+        pytest.skip("torch 2.9's strict export refuses tensors that a module does not own")
     given, x = layers(base), testing.tensor(2, 3, K)
     for layer in given:
         layer.adapters[0].dropout_p = 0.0

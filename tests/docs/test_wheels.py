@@ -78,11 +78,13 @@ OLD_NAMES = """
 #include <condition_variable>
 #include <memory>
 #include <sstream>
+extern "C" void __cxa_call_terminate(void*);  // which gcc calls since version 14
 extern "C" __attribute__((visibility("default"))) double f(double x) {
   std::mutex mutex;
   std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
   static std::condition_variable change;
   if (x > 1e300) change.wait(lock);
+  if (x < -1e300) __cxa_call_terminate(nullptr);
   const auto shared = std::make_shared<double>(x);
   const auto again = shared;
   std::string (std::stringbuf::*volatile str)() const& = &std::stringbuf::str;

@@ -275,6 +275,8 @@ def test_compiled_and_transformed() -> None:
         lambda x, g: multi_bottleneck(x, every, g).sin(), backend="eager", fullgraph=True
     )
     assert torch.equal(compiled(x, GROUPS), want.sin())
+    if torch.__version__ < (2, 10):
+        return  # 2.9 has no tolist() of a result under torch.func
     got = torch.func.grad(lambda x: multi_bottleneck(x, every, GROUPS).square().sum())(x)
     x.requires_grad_()
     multi_bottleneck(x, every, GROUPS).square().sum().backward()

@@ -85,13 +85,23 @@ def test_experts_linear_dx(backend: str, case: dict[str, Any]) -> None:
     check_experts_linear_dx(case | NO_ADAPTER)
 
 
+def needs_right_products(backend: str, case: dict[str, Any]) -> None:
+    """Skips what this torch computes wrongly: 2.9 reads a row of fp16 on CPUs as if it were contiguous."""
+    if backend == "reference" and case["dtype"] == torch.float16 and case["layout"] == "transposed":
+        row, weight = torch.arange(1.0, 33.0).half().view(16, 2).t()[:1], torch.ones(576, 16).half()
+        if not torch.equal(torch.nn.functional.linear(row, weight), torch.full((1, 576), 256.0).half()):
+            pytest.skip("this torch multiplies a strided row of fp16 wrongly")
+
+
 @each_lora_case
 def test_experts_lora_linear(backend: str, case: dict[str, Any]) -> None:
+    needs_right_products(backend, case)
     check_experts_lora_linear(case)
 
 
 @each_lora_case
 def test_experts_lora_linear_backward(backend: str, case: dict[str, Any]) -> None:
+    needs_right_products(backend, case)
     check_experts_lora_linear_backward(case)
 
 
