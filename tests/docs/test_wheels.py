@@ -424,6 +424,7 @@ def test_the_libraries_of_a_wheel_work_in_any_folder(
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     ops = [Path(path.rename(folder / path.name)) for path in made][1]
+    assert re.search(r"\(FLAGS\) .*BIND_NOW", file.readelf(ops, "-d"))  # whoever loads it
 
     def called(torch: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-S", "-c", CALL, torch, ops]
