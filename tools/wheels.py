@@ -7,7 +7,8 @@
 The kernels, with all instruction sets, are a library without torch. The ops, which call torch, are compiled
 once per minor version of torch, as its C++ ABI changes with each (csrc/README.md); the package loads the
 library that fits. Headers and libraries of torch come from its wheels on the index, and are kept in a cache.
-The same sources, compilers and SOURCE_DATE_EPOCH give the same bytes.
+The same sources, compilers and SOURCE_DATE_EPOCH give the same bytes; CUDA kernels only in the same folder,
+whose path nvcc hashes into names.
 """
 
 from __future__ import annotations
