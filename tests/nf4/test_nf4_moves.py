@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -142,3 +144,23 @@ def test_memory_and_parameter_counts() -> None:
     assert 0 <= weight.nelement() * weight.element_size() - weight.nbytes < weight.element_size()
     assert (weight.float().numpy() == weight.dequantize(torch.float32).numpy()).all()
     assert weight.float().tolist() == weight.dequantize(torch.float32).tolist()
+
+
+@pytest.mark.parametrize(
+    "version,is_old", [("1.10.1", True), ("1.13.0", True), ("1.14.0", False), ("2.0.0.dev0", False)]
+)
+def test_ram_efficient_loading_needs_an_accelerate_that_sends_by_name(
+    version: str, is_old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier one sends tensors to the wrong names, which ends a process or gives wrong weights."""
+    monkeypatch.setitem(sys.modules, "accelerate", SimpleNamespace(__version__=version))
+    model().to("meta")  # nothing is sent
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        monkeypatch.setenv(name, "true")
+    model().to(torch.float32)
+    if is_old:
+        message = rf"^FSDP_CPU_RAM_EFFICIENT_LOADING: expected accelerate 1\.14 or later, .* got {version}: "
+        with pytest.raises(RuntimeError, match=message):
+            model().to("meta")
+    else:
+        assert model().to("meta").q.weight.is_meta

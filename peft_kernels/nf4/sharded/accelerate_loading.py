@@ -8,6 +8,7 @@ meanwhile; process 0 keeps them and sends them when the layer is loaded.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from types import FrameType
@@ -60,6 +61,7 @@ class ReceivesWeights:
         super()._apply(fn, recurse)  # type: ignore[misc]
         for name, weight in found.items():
             if self._parameters[name].is_meta and not weight.is_meta:
+                _refuse_older_accelerate()
                 self.__dict__.setdefault("_unsent_weights", {})[name] = weight
         return self
 
@@ -70,6 +72,17 @@ class ReceivesWeights:
                 _refuse_full_state_dict(name, weight, sys._getframe(1))
         found: Iterator[tuple[str, Tensor]] = super().named_buffers(*args, **kwargs)  # type: ignore[misc]
         return found
+
+
+def _refuse_older_accelerate() -> None:
+    """Before 1.14 it pairs the tensors of process 0 with those of a model without packed weights by order.
+    Every process raises RuntimeError, before anything is sent."""
+    version = getattr(sys.modules.get("accelerate"), "__version__", None)
+    if version is not None and tuple(map(int, re.findall(r"\d+", version)[:2])) < (1, 14):
+        raise RuntimeError(
+            f"{_SETTINGS[1]}: expected accelerate 1.14 or later, which sends tensors by name, got {version}: "
+            "install it, or set fsdp_cpu_ram_efficient_loading to false"
+        )
 
 
 def _refuse_full_state_dict(name: str, weight: Any, caller: FrameType | None) -> None:

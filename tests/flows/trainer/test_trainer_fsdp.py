@@ -155,6 +155,8 @@ def spoil(model: Any) -> None:
 CASES = [sft, resumed, efficient_loading]
 if before("accelerate", "1.15"):  # it does not load adapters from a checkpoint of FSDP2
     CASES.remove(resumed)
+if before("accelerate", "1.14"):  # it sends tensors to the wrong names
+    CASES.remove(efficient_loading)
 
 errors, test_on_two_processes = rank_tests(2, CASES)
 
