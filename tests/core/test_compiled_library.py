@@ -94,6 +94,7 @@ def test_a_library_that_lacks_a_function_is_not_used(monkeypatch: pytest.MonkeyP
     backend = cuda.CudaBackend()
     monkeypatch.setattr(registry, "install", lambda namespace: object())
     monkeypatch.setattr(backend, "_refusal_to_load", lambda: None)
+    monkeypatch.setattr(backend, "namespace", "peft_kernels_of_other_sources")
     monkeypatch.setattr(torch.ops, "load_library", lambda file: None)
     backend.load()
     stale = "was built from other sources than this package: rebuild it (pip install .)"

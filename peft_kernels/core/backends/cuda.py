@@ -26,7 +26,7 @@ WGMMA_SECONDS = 20.0
 
 
 class CudaLibrary(Library):
-    """Its functions (csrc/cuda/core/library_ops.cpp) plan kernels."""
+    """Its functions (csrc/cuda/library_ops.cpp) plan kernels."""
 
     def set_limits(
         self,

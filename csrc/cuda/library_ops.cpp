@@ -11,13 +11,13 @@
 #include <utility>
 #include <vector>
 
-#include "../../common/build_info.h"
-#include "../experts/experts.h"
-#include "../experts/experts_grouped.h"
-#include "../linear/crossovers.h"
-#include "../linear/linear.h"
-#include "../loss/cross_entropy_head.h"
-#include "runtime.h"
+#include "../common/build_info.h"
+#include "core/runtime.h"
+#include "experts/experts.h"
+#include "experts/experts_grouped.h"
+#include "linear/crossovers.h"
+#include "linear/linear.h"
+#include "loss/cross_entropy_head.h"
 
 #define PEFT_KERNELS_QUOTE_(x) #x
 #define PEFT_KERNELS_QUOTE(x) PEFT_KERNELS_QUOTE_(x)
