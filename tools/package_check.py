@@ -190,11 +190,11 @@ def main() -> None:
             print(f"{time.monotonic() - begin:5.0f} s  {what}", flush=True)
 
         if options.wheel is not None:
+            if not options.wheel.name.endswith(f"_{platform.machine()}.whl"):
+                log(f"{options.wheel.name}: not checked on {platform.machine()}, as nothing of it runs here")
+                return
             check_platform(options.wheel.resolve(), folder / "audit")
             log(f"{options.wheel.name}: passes auditwheel")
-            if not options.wheel.name.endswith(f"_{platform.machine()}.whl"):
-                log(f"not installed: this machine is {platform.machine()}")
-                return
             for number, requirements in enumerate(options.libraries or environments()):
                 check_wheel(options.wheel.resolve(), requirements, folder / str(number), log)
                 shutil.rmtree(folder / str(number))  # gigabytes
