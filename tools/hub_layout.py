@@ -30,6 +30,8 @@ try:
 except ImportError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
+from wheel_libraries import GENERATED_H
+
 ROOT = Path(__file__).resolve().parent.parent
 NAME, PACKAGE = "peft-kernels", "peft_kernels"
 VERSION = 1
@@ -53,10 +55,6 @@ depends = ["torch"]
 include = ["{generated}"]
 cxx-flags = {flags}
 src = {sources}
-"""
-GENERATED_H = """#include <torch/version.h>
-#define PEFT_KERNELS_SPEC_HASH "{}"
-#define PEFT_KERNELS_TORCH TORCH_VERSION
 """
 
 

@@ -89,7 +89,7 @@ class Part:
 
     name: str
     library: str
-    """What Python calls it."""
+    """Name of its ops, as the package looks for them."""
 
     def __init__(self, ninja: Ninja) -> None:
         self.ninja = ninja
@@ -179,7 +179,7 @@ class Cuda(Part):
         return [f"-D{macro}"] if self.has_hopper else []
 
     def kernels(self) -> str:
-        """The kernels, what plans and what starts them, whose interfaces the headers of csrc/cuda declare."""
+        """The kernels, their plans and launches, whose interfaces the headers of csrc/cuda declare."""
         ninja, setup = self.ninja, self.ninja.setup
         host = ",".join([*ninja.host, "-fvisibility=default"])
         flags = ["-std=c++17", "-O3", f"-Xcompiler {host}", "-Xfatbin -compress-all", *self.macros]

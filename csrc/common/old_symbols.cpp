@@ -48,11 +48,11 @@ std::string new_str(const std::stringbuf* buffer) __asm__(
     "_ZNKRSt7__cxx1115basic_stringbufIcSt11char_traitsIcESaIcEE3strEv");
 std::string new_str(const std::stringbuf* buffer) { return old_str(buffer); }
 
-// What a vector of a negative size throws.
+// An allocator of too many elements calls this.
 [[noreturn]] void new_throw() __asm__("_ZSt28__throw_bad_array_new_lengthv");
 void new_throw() { throw std::bad_array_new_length(); }
 
-// What gcc calls since version 14 where an exception leaves a noexcept function.
+// Since version 14 gcc calls this where an exception leaves a noexcept function.
 [[noreturn]] void __cxa_call_terminate(void* exception) {
   abi::__cxa_begin_catch(exception);
   std::terminate();

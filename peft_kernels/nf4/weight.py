@@ -264,8 +264,8 @@ class NF4Weight(NF4Tensor):
             state = dataclasses.replace(state, part_of=None, gathered=False)
         return _rebuild, (state, self.dtype, self.requires_grad, getattr(self, "_is_param", False))
 
-    # What torch reads by the names of __tensor_flatten__. Compiled code reads it too: torch 2.9 would compile
-    # a getter in Python, which would then call itself. These are C.
+    # torch reads these by the names of __tensor_flatten__, in compiled code too. The getters are in C: torch
+    # 2.9 compiles one in Python, which then calls itself.
     _packed, _absmax, _absmax2, _offset, _dense = (
         property(attrgetter(f"_state.{name}")) for name in ("packed", "absmax", "absmax2", "offset", "dense")
     )

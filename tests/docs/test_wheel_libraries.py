@@ -59,6 +59,7 @@ def test_cuda_kernels_are_compiled_for_every_card(
     """Each file of the CUDA back end is in one of the two libraries. Kernels are compiled once."""
     part, setup = libraries.Cuda(ninja, toolkit), ninja.setup
     kernels = part.kernels()
+    assert kernels.endswith("/libpeft_kernels_cuda.so"), "CudaBackend hashes it"
     for version in ("2.9.1", "2.10.0"):
         part.ops(version, tmp_path / "torch", kernels)
     text = "\n".join(ninja.lines)
