@@ -102,14 +102,16 @@ TESTS  ?= $(CODE) $(FIRST_FLOWS)
 test: $(VENV)/.built $(VENV)/.packages-test ## Run the tests for this machine (TESTS=tests/ops/lora ARGS='-k dora' and others)
 	$(PYTEST) --backends native $(TESTS) $(ARGS)
 
+# What has tests of kernels; tools/ci_parts.py has their inputs.
+WITH_KERNELS := $(patsubst %,tests/%,core ops nf4 patch optim)
 test-isa: $(VENV)/.built-isa $(VENV)/.packages-test ## Run the kernels' tests on other instruction sets
-	$(PYTEST) --backends isa $(CODE) $(ARGS)
+	$(PYTEST) --backends isa $(WITH_KERNELS) $(ARGS)
 
 # A full run also records which instructions of the CUDA kernels were executed, and checks the list of those that were not.
 EXECUTED := build/ptx_executed
 test-gpu: $(VENV)/.built-gpu $(VENV)/.packages-test ## Run the CUDA kernels' tests as PTX on the CPU, the Triton kernels' in its interpreter
 	@rm -rf $(EXECUTED) && mkdir -p $(EXECUTED)
-	$(if $(ARGS),,PEFT_KERNELS_PTX_EXECUTED=$(EXECUTED)) $(PYTEST) --backends ptx $(CODE) tests/gpu $(ARGS)
+	$(if $(ARGS),,PEFT_KERNELS_PTX_EXECUTED=$(EXECUTED)) $(PYTEST) --backends ptx $(WITH_KERNELS) tests/gpu tests/bench $(ARGS)
 	$(if $(ARGS),,$(if $(NVCC),$(BIN)/python tests/gpu/ptx/executed.py --folder $(EXECUTED) --check))
 	$(if $(ARGS),,$(MAKE) triton ptx)
 
@@ -119,8 +121,8 @@ test-flows: $(VENV)/.built $(VENV)/.packages-test ## Run real training loops of 
 test-dist: $(VENV)/.built $(VENV)/.packages-test ## Run the tests with several processes: DDP, FSDP2, tensor parallelism
 	$(PYTEST) tests/dist $(ARGS)
 
-test-tools: $(VENV)/.built-isa $(VENV)/.built-gpu $(VENV)/.packages-test $(VENV)/.packages-docs ## Run the tests of benchmarks, documentation, examples and tools
-	$(PYTEST) tests/bench tests/docs $(ARGS)
+test-tools: $(VENV)/.built $(VENV)/.packages-test $(VENV)/.packages-docs ## Run the tests of benchmarks, documentation, examples and tools
+	$(PYTEST) --backends native tests/bench tests/docs $(ARGS)
 
 test-all: ## Run all tests
 	$(MAKE) test

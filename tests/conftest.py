@@ -113,6 +113,10 @@ LONGEST = [
 ]
 
 
+# Folders with tests of other back ends than the native one; tools/ci_parts.py leaves the others out.
+WITH_KERNELS = ("core", "ops", "nf4", "patch", "optim", "gpu", "bench")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--backends",
@@ -129,6 +133,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     if wanted := config.getoption("--backends"):
         others = other_isas()
+        for item in items:
+            if (folder := item.path.relative_to(TESTS).parts[0]) not in WITH_KERNELS:
+                assert backends_of(item, others) == "native", f"{folder} runs kernels: add it to WITH_KERNELS"
         left_out = [item for item in items if backends_of(item, others) != wanted]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if backends_of(item, others) == wanted]

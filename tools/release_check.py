@@ -145,8 +145,8 @@ def run(command: Sequence[str], name: str) -> str:
 
 @check("ci", is_long=True)
 def ci_passes() -> str:
-    """.ci/run passes: tests, style, types, the package from source."""
-    return run([".ci/run"], "ci")
+    """.ci/run passes and skips no part: tests, style, types, the package from source."""
+    return run([".ci/run", "--rerun"], "ci")
 
 
 @check("wheels", is_long=True)

@@ -10,6 +10,8 @@ import pytest
 
 from bench.gpu import built_ptx, sass
 
+pytestmark = pytest.mark.ptx
+
 TOOLS = sass.tools()
 
 

@@ -23,7 +23,7 @@ SCRIPT = ROOT / "bench" / "gpu_check.sh"
 WHOLE = 540
 """Seconds in which either part ends: rented machines end a command after ten minutes."""
 
-pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+pytestmark = [pytest.mark.ptx, pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")]
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
