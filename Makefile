@@ -16,7 +16,7 @@ CARD := $(shell command -v nvidia-smi)
 CPP  := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-all demo test test-all test-isa test-gpu test-flows test-dist test-tools triton triton-ptx ptx \
+.PHONY: help setup setup-all demo test test-all test-seeds test-isa test-gpu test-flows test-dist test-tools triton triton-ptx ptx \
   fuzz sanitize asan tsan peft-tests upgrades release-check package wheels hub bench docs lint format clean
 
 help: ## List the targets
@@ -101,6 +101,11 @@ TESTS  ?= $(CODE) $(FIRST_FLOWS)
 
 test: $(VENV)/.built $(VENV)/.packages-test ## Run the tests for this machine (TESTS=tests/ops/lora ARGS='-k dora' and others)
 	$(PYTEST) --backends native $(TESTS) $(ARGS)
+
+# Inputs that no test was written with. The number that is drawn is printed: SEED=N takes it again.
+SEED ?= random
+test-seeds: $(VENV)/.built $(VENV)/.packages-test ## Run the tests that compare numbers on inputs of another seed (SEED=N)
+	$(PYTEST) --backends native --seed $(SEED) $(patsubst %,tests/%,ops core nf4 patch checkpoints/owners) $(ARGS)
 
 # What has tests of kernels; tools/ci_parts.py has their inputs.
 WITH_KERNELS := $(patsubst %,tests/%,core ops nf4 patch optim)

@@ -1,9 +1,7 @@
-"""Case names, inputs and the two checks of the numbers policy, shared by the tests of the ops.
+"""Case names, inputs and the two checks of each result, shared by the tests of the ops.
 
-(Not `numbers.py`: the standard library has a module of that name, and tests/ is on the path.)
-
-Each result has two checks. The policy: at most twice the error of plain torch at that precision. And, since
-the reference is plain torch itself: every element within the rounding error of its own sum.
+The numbers policy (`rounding`), and, since the reference is plain torch itself: every element within the
+rounding error of its own sum.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from rounding import assert_within_rounding
 from torch import Tensor
 
 import testing
@@ -74,28 +73,10 @@ class Result:
     plain: Tensor  # from plain torch at that precision
     truth: Tensor  # fp64
     magnitude: Tensor  # the same sums over absolute values
-    sums: int | None = None  # independent sums, if fewer than elements: in one row, da depends on dh
 
     def check(self, depth: int, what: str) -> None:
         testing.assert_close(self.got, self.plain, self.truth, what)
         assert_within_rounding(self.got, self.truth, self.magnitude, depth, what)
-
-
-def assert_within_rounding(
-    got: Tensor, truth: Tensor, magnitude: Tensor, depth: int, what: str, product: torch.dtype | None = None
-) -> None:
-    """|got - truth| is within a few roundings, and those of an fp32 sum, of the sum of absolute terms.
-    Roundings are in got's dtype, and in the base GEMM's dtype `product` if that differs."""
-    # Weight, bias, base GEMM and result are rounded to the dtype: half an ulp each.
-    infos = [torch.finfo(dtype) for dtype in {got.dtype, product or got.dtype}]
-    unit = 2 * sum(info.eps for info in infos) + (4 + depth**0.5) * torch.finfo(torch.float32).eps
-    smallest = max(info.smallest_normal for info in infos)
-    excess = (got.double() - truth).abs() - unit * magnitude - 2 * smallest
-    if got.numel() and not bool((excess <= 0).all()):
-        at = int(excess.nan_to_num(float("inf")).argmax())
-        raise AssertionError(
-            f"{what}: flat element {at}: expected {truth.reshape(-1)[at]}, got {got.reshape(-1)[at]}"
-        )
 
 
 def transposed(t: Tensor) -> Tensor:
@@ -147,16 +128,16 @@ def same_with_any_threads(run: Callable[[], Iterable[Tensor]]) -> list[Tensor]:
 Built = TypeVar("Built")
 
 
-def once(build: Callable[[dict[str, Any], int], Built]) -> Callable[[dict[str, Any], int], Built]:
-    """Caches `build(case, seed)`, so that every back end is compared with the same values. Large results are
-    not cached."""
+def once(build: Callable[[dict[str, Any]], Built]) -> Callable[[dict[str, Any]], Built]:
+    """Caches `build(case)` for each SEED, so that every back end is compared with the same values. Large
+    results are not cached."""
     built: dict[Any, Built] = {}
 
-    def get(case: dict[str, Any], seed: int) -> Built:
-        key = (tuple(case.items()), seed)
+    def get(case: dict[str, Any]) -> Built:
+        key = (tuple(case.items()), testing.SEED)
         if key in built:
             return built[key]
-        value = build(case, seed)
+        value = build(case)
         if (case["m"] + case["n"]) * case["k"] < 2**19:
             built[key] = value
         return value
@@ -164,29 +145,7 @@ def once(build: Callable[[dict[str, Any], int], Built]) -> Callable[[dict[str, A
     return get
 
 
-FEW, ENOUGH = 8, 64
-"""Elements over which errors are compared; ENOUGH only if FEW do not pass."""
-
-
-def check(run: Callable[[int], dict[str, Result]], depth: int) -> None:
-    """Judges the results of `run(seed)`, of small ones with more seeds."""
-    samples = [run(0)]
-    counts = [r.got.numel() if r.sums is None else r.sums for r in samples[0].values() if r.truth.any()]
-    smallest = min(counts, default=ENOUGH)  # all zeros are exact
-    few, enough = (-(-elements // smallest) for elements in (FEW, ENOUGH))
-    for count in (few, enough):
-        samples += [run(9 + i) for i in range(len(samples), count)]
-        try:
-            judge(samples, depth)
-            return
-        except AssertionError:
-            if count == enough:
-                raise
-
-
-def judge(samples: Sequence[dict[str, Result]], depth: int) -> None:
-    for name, first in samples[0].items():
-        assert first.got.shape == first.truth.shape, name
-        parts = [(r.got, r.plain, r.truth, r.magnitude) for r in (sample[name] for sample in samples)]
-        merged = Result(*(torch.cat([t.reshape(-1) for t in column]) for column in zip(*parts, strict=True)))
-        merged.check(depth, name)
+def check(results: dict[str, Result], depth: int) -> None:
+    for name, result in results.items():
+        assert result.got.shape == result.truth.shape, name
+        result.check(depth, name)

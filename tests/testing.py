@@ -1,8 +1,4 @@
-"""Sample inputs and the error measure, shared by tests and benchmarks.
-
-The numbers policy: the reference in fp64 is the truth. A kernel passes when its error is at most twice that
-of plain torch at the kernel's precision, plus one rounding of the result.
-"""
+"""Sample inputs, back ends under test and the numbers policy (`rounding`), for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -14,6 +10,8 @@ from itertools import combinations
 from typing import Any
 
 import torch
+from rounding import assert_close as assert_close
+from rounding import relative_error as relative_error
 from torch import Tensor
 
 import ptx_backend as ptx
@@ -21,6 +19,9 @@ from peft_kernels import NF4Weight
 from peft_kernels.core import dispatch, registry
 from peft_kernels.core.backends import BACKENDS, cpu
 from peft_kernels.triton_kernels import backend as triton
+
+SEED = 0
+"""Added to the seeds of all inputs: by `pytest --seed`, and where a test runs again for other inputs."""
 
 IS_ARM = platform.machine() in ("aarch64", "arm64")
 ISA_LEVELS = ("scalar", "neon", "neon_bf16") if IS_ARM else ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
@@ -99,39 +100,6 @@ def nan_outputs() -> Iterator[None]:
         switches.fill_uninitialized_memory = before[1]
 
 
-def relative_error(got: Tensor, truth: Tensor) -> float:
-    """||got - truth|| / ||truth||, in fp64; 0 for two empty or equal tensors, inf for anything not finite."""
-    if got.shape != truth.shape:
-        raise AssertionError(f"expected shape {tuple(truth.shape)}, got {tuple(got.shape)}")
-    difference = (got.double() - truth.double()).norm().item()
-    if difference == 0.0 or got.numel() == 0:
-        return 0.0
-    if difference != difference:
-        return float("inf")
-    return difference / max(truth.double().norm().item(), 1e-300)
-
-
-def max_error(got: Tensor, truth: Tensor) -> float:
-    """Largest |got - truth|, relative to the RMS of the truth: shows a single wrong element."""
-    if got.numel() == 0:
-        return 0.0
-    scale = max(truth.double().pow(2).mean().sqrt().item(), 1e-300)
-    worst = (got.double() - truth.double()).abs().max().item()
-    return float("inf") if worst != worst else worst / scale
-
-
-def assert_close(got: Tensor, plain: Tensor, truth: Tensor, what: str = "result") -> None:
-    """Asserts the numbers policy: `got` from the kernel, `plain` from plain torch at that precision, `truth`
-    in fp64."""
-    if got.dtype != plain.dtype:
-        raise AssertionError(f"{what}: expected {plain.dtype}, got {got.dtype}")
-    floor = torch.finfo(got.dtype).eps
-    for measure, slack in ((relative_error, floor), (max_error, 4 * floor)):
-        error, allowed = measure(got, truth), 2 * measure(plain, truth) + slack
-        if not error <= allowed:
-            raise AssertionError(f"{what}: {measure.__name__} {error:.3g}, allowed {allowed:.3g}")
-
-
 def pairwise(**axes: Sequence[Any]) -> list[dict[str, Any]]:
     """A small set of cases in which every pair of values of two axes occurs."""
     names = list(axes)
@@ -178,8 +146,9 @@ def activations(rows: int, features: int, layout: str, dtype: torch.dtype, seed:
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
-    """Normally distributed values that depend only on shape and seed."""
-    generator = torch.Generator().manual_seed(seed * 7919 + sum((i + 1) * n for i, n in enumerate(shape)))
+    """Normally distributed values that depend only on shape and seed, and on SEED."""
+    of_shape = sum((i + 1) * n for i, n in enumerate(shape))
+    generator = torch.Generator().manual_seed(SEED * 1_000_003 + seed * 7919 + of_shape)
     return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
 

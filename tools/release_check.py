@@ -149,6 +149,12 @@ def ci_passes() -> str:
     return run([".ci/run", "--rerun"], "ci")
 
 
+@check("seeds", is_long=True)
+def numbers_do_not_depend_on_the_seed() -> str:
+    """`make test-seeds`: the tests that compare numbers pass on inputs of another seed."""
+    return make("test-seeds")
+
+
 @check("wheels", is_long=True)
 def wheels_are_built() -> str:
     """`make wheels` builds the wheel for CPUs."""

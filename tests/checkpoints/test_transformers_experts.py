@@ -13,6 +13,7 @@ import torch
 from fresh_process import Python
 from moe_checkpoints import expert_modules, items_of, loaded, saved, stored
 from moe_models import IMPLEMENTATIONS, MODELS
+from moe_routes import on_same_routes
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers_models import Auto, NF4Config, assert_same_state, ids, read, transformers
@@ -61,9 +62,9 @@ def test_equals_the_model_of_dequantised_weights(model: Any, implementation: str
     assert not expert_modules(plain) and any(is_experts(module) for module in plain.modules())
     wide = copy.deepcopy(plain).double()
     wide.set_experts_implementation("eager")
-    expected, truth = losses(plain), losses(wide)
-    for what, got in losses(model).items():
-        testing.assert_close(got, expected[what], truth[what], what)
+    truth, got, expected = on_same_routes(losses, wide, model, plain)
+    for what, value in got.items():
+        testing.assert_close(value, expected[what], truth[what], what)
 
 
 def test_equals_quantize_model(model: Any, dense: Path) -> None:

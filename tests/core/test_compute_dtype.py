@@ -52,13 +52,13 @@ def check(c: MultiCase, got: dict[str, Tensor], plain: dict[str, Tensor]) -> Non
 
 @each_case
 def test_multi_lora_linear(backend: str, case: dict[str, Any]) -> None:
-    c = multi_lora_case(case, 0)
+    c = multi_lora_case(case)
     check(c, named_outputs(*ops.multi_lora_linear(*c.forward_args)), c.plain_outputs)
 
 
 @each_case
 def test_multi_lora_linear_backward(backend: str, case: dict[str, Any]) -> None:
-    c, needs = multi_lora_case(case, 0), case["needs"]
+    c, needs = multi_lora_case(case), case["needs"]
     args = c.backward_args(c.truth["h"].float(), needs)
     check(c, named_gradients(c, needs, *ops.multi_lora_linear_backward(*args)), c.plain_gradients)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import peft_models
+import rounding
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
@@ -14,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import testing
 
-EPS = torch.finfo(torch.float32).eps
 FUSED_OPS = ("lora_linear", "multi_lora_linear", "gated_mlp")
 
 
@@ -94,35 +94,18 @@ Results = dict[str, Tensor]
 
 
 def assert_same_numbers(sample: Callable[[int], tuple[Results, Results, Results]], bound: float) -> None:
-    """Applies the numbers policy to `sample(i)`: the results of the patched model, stock and fp64 for input
-    i.
+    """Applies the numbers policy to all results of `sample(i)` together: of the patched model, stock and
+    fp64 for input i, which is another when the test runs again.
 
     Each result must be within `bound` of the truth on both sides, since a wrong peer would widen the policy.
-    The policy is for all results together, with equal weights. A deep model can turn one rounding into an
-    error of any size: if one input fails, the errors of more are added.
     """
-    ours, theirs = errors(*sample(0), bound)
-    if ours**0.5 > 2 * theirs**0.5 + EPS:
-        for i in range(1, 8):
-            more = errors(*sample(i), bound)
-            ours, theirs = ours + more[0], theirs + more[1]
-    assert ours**0.5 <= 2 * theirs**0.5 + EPS, f"error {ours**0.5:.3g}, stock's {theirs**0.5:.3g}"
-
-
-def errors(got: Results, stock: Results, truth: Results, bound: float) -> tuple[float, float]:
-    """Mean over the results of the squared relative error, patched and stock."""
-    assert got.keys() == stock.keys() == truth.keys() and got
-    total, count = [0.0, 0.0], 0
-    for name, true in truth.items():
-        size = true.double().norm().item()
-        for side, value in enumerate((got[name], stock[name])):
-            assert value.dtype == stock[name].dtype, f"{name}: {value.dtype}"
-            error = (value.double() - true).norm().item()
-            what = ("patched", "stock")[side]
+    got, stock, truth = sample(rounding.run_number())
+    for what, side in (("patched", got), ("stock", stock)):
+        assert side.keys() == truth.keys() and side
+        for name, true in truth.items():
+            error, size = (side[name].double() - true).norm().item(), true.double().norm().item()
             assert error <= bound * max(size, 1e-6), f"{what} {name}: error {error:.3g} of {size:.3g}"
-            total[side] += (error / size) ** 2 if size > 1e-6 else 0.0
-        count += 1
-    return total[0] / count, total[1] / count
+    rounding.assert_close_together(got, stock, truth)
 
 
 def assert_near(got: dict[str, Tensor], want: dict[str, Tensor], bound: float = 1e-5) -> None:
@@ -135,9 +118,8 @@ def assert_near(got: dict[str, Tensor], want: dict[str, Tensor], bound: float = 
 def assert_curve(got: list[float], stock: list[float], truth: list[float], bound: float) -> None:
     """A loss curve within `bound` of stock's, and at most twice as far from the truth."""
     assert len(got) == len(stock) == len(truth) > 1
-    ours, theirs = (
-        max(abs(a - b) / abs(b) for a, b in zip(curve, truth, strict=True)) for curve in (got, stock)
-    )
+    exact = torch.tensor(truth).double()
+    ours, theirs = (testing.relative_error(torch.tensor(curve), exact) for curve in (got, stock))
     apart = max(abs(a - b) / abs(b) for a, b in zip(got, stock, strict=True))
     assert apart < bound, f"{apart:.3g} from stock: {got} {stock}"
     assert ours <= 2 * theirs + 1e-4, f"{ours:.3g} from the truth, stock {theirs:.3g}"

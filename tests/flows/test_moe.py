@@ -13,6 +13,7 @@ import torch
 import transformers
 from flow_checks import Calls, assert_curve, assert_near, fallbacks, language_loss, step, train
 from flow_models import ids, logged, trainer
+from moe_routes import on_same_routes
 from peft_experts import weights_of
 from peft_models import gradients
 from torch import Tensor
@@ -94,13 +95,18 @@ def test_training(family: str) -> None:
     packed, dense = map(adapted, pair(family))
     report = pk.patch(packed)
     assert not report.original, report.details()
-    truth = train(in_fp64(dense), loss, STEPS)
-    with Calls() as calls:
-        got = train(packed, loss, STEPS)
-    assert calls.counts["experts_lora_linear"] >= 2 * STEPS and not fallbacks(report), str(report)
-    with Calls() as calls:
-        stock = train(dense, loss, STEPS)
-    assert calls.fused == calls.counts["experts_lora_linear"] == 0, "the stock side must be stock"
+    counts = []
+
+    def losses(model: Any) -> list[float]:
+        with Calls() as calls:
+            found = train(model, loss, STEPS)
+        counts.append(calls)
+        return found
+
+    truth, got, stock = on_same_routes(losses, in_fp64(dense), packed, dense)
+    _, ours, theirs = counts
+    assert ours.counts["experts_lora_linear"] >= 2 * STEPS and not fallbacks(report), str(report)
+    assert theirs.fused == theirs.counts["experts_lora_linear"] == 0, "the stock side must be stock"
     assert_curve(got, stock, truth, 0.01)
 
 

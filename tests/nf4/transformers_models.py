@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import peft_kernels as pk
+import testing
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 from peft_kernels.integrations.transformers import NF4Config, read_config  # noqa: E402
@@ -92,7 +93,8 @@ def bnb_config(**options: Any) -> Any:
 
 
 def ids(rows: int = 2, length: int = 7) -> Tensor:
-    return torch.randint(3, 60, (rows, length), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1 + testing.SEED)
+    return torch.randint(3, 60, (rows, length), generator=generator)
 
 
 def logits(model: Any) -> Tensor:

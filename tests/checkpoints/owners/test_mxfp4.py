@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from moe_checkpoints import expert_modules
+from moe_routes import on_same_routes
 from owned_folders import assert_same_file, gpt_oss, stored, trained
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,10 +46,11 @@ def twin(folder: Path, dtype: torch.dtype) -> Any:
     return Auto.from_pretrained(folder, quantization_config=config, dtype=dtype)
 
 
-def truth_of(plain: Any) -> Tensor:
+def assert_same_logits(ours: Any, plain: Any) -> None:
     wide = copy.deepcopy(plain).double()
     wide.set_experts_implementation("eager")
-    return wide(input_ids=ids()).logits.detach()
+    truth, got, expected = on_same_routes(lambda model: model(ids()).logits, wide, ours, plain)
+    testing.assert_close(got, expected, truth)
 
 
 def frozen_logits(model: Any) -> Tensor:
@@ -98,14 +100,14 @@ def test_logits(folder: Path, dtype: torch.dtype) -> None:
     plain = twin(folder, dtype)
     assert not expert_modules(plain)
     ours = read(folder, dtype=dtype)
-    testing.assert_close(ours(ids()).logits, plain(ids()).logits, truth_of(plain))
+    assert_same_logits(ours, plain)
 
 
 def test_clamped_gates(tmp_path: Path) -> None:
     """A limit that most gates and values pass: the order of both in a weight's rows matters."""
     gpt_oss(tmp_path, swiglu_limit=0.5)
     ours, plain = read(tmp_path, dtype=torch.float32), twin(tmp_path, torch.float32)
-    testing.assert_close(ours(ids()).logits, plain(ids()).logits, truth_of(plain))
+    assert_same_logits(ours, plain)
     assert ours.model.layers[0].mlp.experts.limit == 0.5
 
 
@@ -232,7 +234,7 @@ def test_experts_of_one_layer_merged(folder: Path, tmp_path: Path) -> None:
     again, theirs = read(tmp_path), twin(tmp_path, torch.bfloat16)
     assert set(expert_modules(again)) == {"model.layers.1.mlp.experts"}
     assert torch.equal(frozen_logits(again), frozen_logits(merged))
-    testing.assert_close(again(ids()).logits, theirs(ids()).logits, truth_of(theirs))
+    assert_same_logits(again, theirs)
 
 
 def test_one_merged_weight_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from flow_models import adapted, llama
 from torch import Tensor
 
 import peft_kernels as pk
+import testing
 
 VOCABULARY = 100
 
@@ -62,7 +63,9 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 def batch(rows: int = 3, length: int = 12) -> dict[str, torch.Tensor]:
     """Inputs and labels; some tokens have no label."""
-    ids = torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(
+        3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1 + testing.SEED)
+    )
     labels = ids.clone()
     labels[:, :4] = -100
     return {"input_ids": ids, "labels": labels}

@@ -133,11 +133,11 @@ class ExpertsCase:
             out["db"][e] = SCALING * dy[rows].t() @ h
         return out
 
-    def result(self, name: str, got: Tensor, plain: Tensor, sums: int | None = None) -> Result:
-        return Result(got, plain, self.truth[name], self.magnitude[name], sums)
+    def result(self, name: str, got: Tensor, plain: Tensor) -> Result:
+        return Result(got, plain, self.truth[name], self.magnitude[name])
 
 
-experts_case = once(lambda case, seed: ExpertsCase(case, seed))
+experts_case = once(ExpertsCase)
 
 
 def sized(case: dict[str, Any]) -> dict[str, Any]:
@@ -146,52 +146,38 @@ def sized(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_experts_linear(case: dict[str, Any]) -> None:
-    def run(seed: int) -> dict[str, Result]:
-        c = experts_case(sized(case), seed)
-        plain = testing.reference_op("experts_linear")(*c.linear_args)
-        return {"linear": c.result("linear", ops.experts_linear(*c.linear_args), plain)}
-
-    check(run, case["k"])
+    c = experts_case(sized(case))
+    plain = testing.reference_op("experts_linear")(*c.linear_args)
+    check({"linear": c.result("linear", ops.experts_linear(*c.linear_args), plain)}, case["k"])
 
 
 def check_experts_linear_dx(case: dict[str, Any]) -> None:
-    def run(seed: int) -> dict[str, Result]:
-        c = experts_case(sized(case), seed)
-        plain = testing.reference_op("experts_linear_dx")(*c.dx_args)
-        return {"linear_dx": c.result("linear_dx", ops.experts_linear_dx(*c.dx_args), plain)}
-
-    check(run, case["n"])
+    c = experts_case(sized(case))
+    plain = testing.reference_op("experts_linear_dx")(*c.dx_args)
+    check({"linear_dx": c.result("linear_dx", ops.experts_linear_dx(*c.dx_args), plain)}, case["n"])
 
 
 def check_experts_lora_linear(case: dict[str, Any]) -> None:
-    def run(seed: int) -> dict[str, Result]:
-        c = experts_case(sized(case), seed)
-        plain = testing.reference_op("experts_lora_linear")(*c.forward_args)
-        got = zip(("y", "h"), ops.experts_lora_linear(*c.forward_args), plain, strict=True)
-        return {name: c.result(name, g, p) for name, g, p in got}
-
-    check(run, case["k"] + case["r"])
+    c = experts_case(sized(case))
+    plain = testing.reference_op("experts_lora_linear")(*c.forward_args)
+    got = zip(("y", "h"), ops.experts_lora_linear(*c.forward_args), plain, strict=True)
+    results = {name: c.result(name, g, p) for name, g, p in got}
+    check(results, case["k"] + case["r"])
 
 
 def check_experts_lora_linear_backward(case: dict[str, Any]) -> None:
-    def run(seed: int) -> dict[str, Result]:
-        c = experts_case(sized(case), seed)
-        h = c.truth["h"].float()
-        dy, x, *rest = c.backward_args(h)
-        if case["layout"] == "expanded":  # torch's sums of these cannot be matched
-            dy, x = dy.contiguous(), x.contiguous()
-        plain = testing.reference_op("experts_lora_linear_backward")(dy, x, *rest)
-        got = ops.experts_lora_linear_backward(*c.backward_args(h, case["needs"]))
-        results = {}
-        for need, like, name, g, p in zip(
-            "xab", (c.x, c.a, c.b), ("dx", "da", "db"), got, plain, strict=True
-        ):
-            assert g.dtype == like.dtype, name
-            assert g.shape == (like.shape if need in case["needs"] else (0,)), name
-            assert g.is_contiguous(), name
-            if need in case["needs"]:
-                sums = sum(SPLITS[case["split"]]) * case["r"] if name in ("da", "db") else None
-                results[name] = c.result(name, g, p, sums)
-        return results
-
-    check(run, max(sum(SPLITS[case["split"]]), case["n"], case["k"]) + case["r"])
+    c = experts_case(sized(case))
+    h = c.truth["h"].float()
+    dy, x, *rest = c.backward_args(h)
+    if case["layout"] == "expanded":  # torch's sums of these cannot be matched
+        dy, x = dy.contiguous(), x.contiguous()
+    plain = testing.reference_op("experts_lora_linear_backward")(dy, x, *rest)
+    got = ops.experts_lora_linear_backward(*c.backward_args(h, case["needs"]))
+    results = {}
+    for need, like, name, g, p in zip("xab", (c.x, c.a, c.b), ("dx", "da", "db"), got, plain, strict=True):
+        assert g.dtype == like.dtype, name
+        assert g.shape == (like.shape if need in case["needs"] else (0,)), name
+        assert g.is_contiguous(), name
+        if need in case["needs"]:
+            results[name] = c.result(name, g, p)
+    check(results, max(sum(SPLITS[case["split"]]), case["n"], case["k"]) + case["r"])

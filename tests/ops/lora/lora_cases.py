@@ -20,7 +20,7 @@ ROWS = (0, 1, 2, 5, 17, 64, 130)
 class LinearCase:
     """The inputs of nf4_linear and nf4_linear_dx, the results of plain torch, and the truth in fp64."""
 
-    def __init__(self, case: dict[str, Any], seed: int) -> None:
+    def __init__(self, case: dict[str, Any], seed: int = 0) -> None:
         m, n, k, dtype = (case[name] for name in ("m", "n", "k", "dtype"))
         form = case.get("format", "nf4")
         weight = testing.nf4_weight(n, k, case["bs"], case["nested"], seed=seed + 1, format=form)
@@ -45,19 +45,13 @@ linear_case = once(LinearCase)
 
 
 def check_nf4_linear(case: dict[str, Any]) -> None:
-    def run(seed: int) -> dict[str, Result]:
-        c = linear_case(case, seed)
-        return {"y": Result(ops.nf4_linear(*c.args), *c.y)}
-
-    check(run, case["k"])
+    c = linear_case(case)
+    check({"y": Result(ops.nf4_linear(*c.args), *c.y)}, case["k"])
 
 
 def check_nf4_linear_dx(case: dict[str, Any]) -> None:
-    def run(seed: int) -> dict[str, Result]:
-        c = linear_case(case, seed)
-        return {"dx": Result(ops.nf4_linear_dx(*c.dx_args), *c.dx)}
-
-    check(run, case["n"])
+    c = linear_case(case)
+    check({"dx": Result(ops.nf4_linear_dx(*c.dx_args), *c.dx)}, case["n"])
 
 
 SCALING = 1.7
@@ -134,27 +128,21 @@ lora_linear_case = once(LoraCase)
 
 
 def check_lora_linear(case: dict[str, Any]) -> None:
-    def run(seed: int) -> dict[str, Result]:
-        c = lora_linear_case(case, seed)
-        got = zip(("y", "h"), ops.lora_linear(*c.forward_args), c.plain_outputs, strict=True)
-        return {name: Result(g, p, c.truth[name], c.magnitude[name]) for name, g, p in got}
-
-    check(run, case["k"] + case["r"])
+    c = lora_linear_case(case)
+    got = zip(("y", "h"), ops.lora_linear(*c.forward_args), c.plain_outputs, strict=True)
+    results = {name: Result(g, p, c.truth[name], c.magnitude[name]) for name, g, p in got}
+    check(results, case["k"] + case["r"])
 
 
 def check_lora_linear_backward(case: dict[str, Any]) -> None:
-    def run(seed: int) -> dict[str, Result]:
-        c = lora_linear_case(case, seed)
-        got = ops.lora_linear_backward(*c.backward_args(c.truth["h"].float(), case["needs"]))
-        results = {}
-        for need, name, like, g, p in zip(
-            "xab", ("dx", "da", "db"), (c.x, c.a, c.b), got, c.plain_gradients, strict=True
-        ):
-            assert g.dtype == like.dtype, name
-            assert g.shape == (like.shape if need in case["needs"] else (0,)), name
-            if need in case["needs"]:
-                sums = case["m"] * case["r"] if name in ("da", "db") else None
-                results[name] = Result(g, p, c.truth[name], c.magnitude[name], sums)
-        return results
-
-    check(run, max(case["m"], case["n"], case["k"]) + case["r"])
+    c = lora_linear_case(case)
+    got = ops.lora_linear_backward(*c.backward_args(c.truth["h"].float(), case["needs"]))
+    results = {}
+    for need, name, like, g, p in zip(
+        "xab", ("dx", "da", "db"), (c.x, c.a, c.b), got, c.plain_gradients, strict=True
+    ):
+        assert g.dtype == like.dtype, name
+        assert g.shape == (like.shape if need in case["needs"] else (0,)), name
+        if need in case["needs"]:
+            results[name] = Result(g, p, c.truth[name], c.magnitude[name])
+    check(results, max(case["m"], case["n"], case["k"]) + case["r"])

@@ -69,14 +69,14 @@ single_lora_case = once(SingleCase)
 
 @each_single_case
 def test_lora_linear_with_dropout(backend: str, case: dict[str, Any]) -> None:
-    c = single_lora_case(case, 0)
+    c = single_lora_case(case)
     y, h = ops.lora_linear(*c.single_forward_args)
     assert_same(named_outputs([y], h), named_outputs(*ops.multi_lora_linear(*c.forward_args)))
 
 
 @each_single_case
 def test_lora_linear_backward_with_dropout(backend: str, case: dict[str, Any]) -> None:
-    c, needs = single_lora_case(case, 0), case["needs"]
+    c, needs = single_lora_case(case), case["needs"]
     h = c.truth["h"].float()
     dx, da, db = ops.lora_linear_backward(*c.single_backward_args(h, needs))
     many = ops.multi_lora_linear_backward(*c.backward_args(h, needs))
