@@ -22,6 +22,19 @@ HOPELESS = 4.0
 FALSE_ALARM = 1e-9
 """Probability that a check of single elements fails if errors are normally distributed."""
 
+# Where both sides compute the same in fp32 in other orders, no truth judges them, but a bound for their
+# relative difference does. Added one after another, d terms of either sign have an RMS error of
+# 0.2 sqrt(d) eps of the sum, since each partial sum is rounded by eps / sqrt(12) of itself: 2.3 eps for the
+# 128 of these tests, and 3.3 eps = 4e-7 between two orders.
+ONE_LAYER = 1e-6
+"""Of one product: 2.5 times that."""
+ONE_MODEL = 1e-5
+"""Of a forward: 20 products in a row, sqrt(20) times that, and 5 more for weights larger than usual."""
+ONE_STEP = 1e-4
+"""Of a step's gradients, or of losses of a few steps: differences of terms ten times as large."""
+CURVE = 1e-3
+"""Of the losses of a training run: AdamW divides small gradients, with their errors, by their size."""
+
 
 class TooFar(AssertionError):
     """Results are further from the truth than rounding explains, on these inputs."""

@@ -14,6 +14,7 @@ from adapter_models import activate, adapted, assert_fused, assert_same, compare
 from models import inputs
 from numbers_policy import pairs
 from peft_models import DTYPES, config, gradients, run
+from rounding import ONE_STEP
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -139,7 +140,7 @@ def test_weighted_sums_of_adapters() -> None:
         delta = 0.7 * layer.get_delta_weight("one") - 0.4 * layer.get_delta_weight("two")
         x = testing.tensor(5, layer.in_features)
         with pk.patched(layer):
-            assert testing.relative_error(layer(x) - layer.base_layer(x), x @ delta.T) < 1e-4, name
+            assert testing.relative_error(layer(x) - layer.base_layer(x), x @ delta.T) < ONE_STEP, name
 
 
 # Disabled adapters give the base model, which is also the reference model of DPO and PPO

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from bottleneck_models import FAMILIES, output, stir
+from rounding import ONE_MODEL, ONE_STEP
 from torch import Tensor
 
 import peft_kernels as pk
@@ -96,8 +97,8 @@ def test_generate(family: str, beams: int) -> None:
     for i, name in enumerate(names):
         adapters.set_active(model, name)
         want = logits(prompts[i : i + 1])[:, 0]
-        assert testing.relative_error(got[:, i], want) < 1e-5
-        assert (testing.relative_error(without[:, i], want) < 1e-5) == (name is None)
+        assert testing.relative_error(got[:, i], want) < ONE_MODEL
+        assert (testing.relative_error(without[:, i], want) < ONE_MODEL) == (name is None)
 
 
 def mixed_loss(model: Any, names: Sequence[Any], ids: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ def test_training(family: str, checkpointing: bool | None) -> None:
         *"abc"
     }
     for name, value in got.items():
-        assert testing.relative_error(value, total[name]) < 1e-4, name
+        assert testing.relative_error(value, total[name]) < ONE_STEP, name
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -190,7 +191,7 @@ def test_checkpointing_of_more_and_less_than_a_layer(reentrant: bool) -> None:
         got = gradients(model)
         assert got.keys() == want.keys()
         for name, value in got.items():
-            assert testing.relative_error(value, want[name]) < 1e-5, (case, name)
+            assert testing.relative_error(value, want[name]) < ONE_MODEL, (case, name)
 
 
 def test_changes_in_place_are_seen() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from rounding import ONE_LAYER
 from skips import require
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -108,7 +109,7 @@ def test_export(name: str, base: str, strict: bool) -> None:
     got = program.module()(x)
     torch.manual_seed(0)
     for g, w in zip(got, call(name, x, *given), strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(g, w, rtol=ONE_LAYER, atol=ONE_LAYER)
 
 
 def test_two_threads_use_two_back_ends() -> None:

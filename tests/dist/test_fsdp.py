@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from rounding import ONE_MODEL
 import pytest
 import torch
 from fsdp_models import (
@@ -192,7 +193,7 @@ def training(folder: Path) -> None:
         losses = train(model, make(trained, lr=1e-3, eps=1e-4), batches(ranks), meshes[ranks], ranks)
         assert report is None or not report.original, report
         assert report is None or not any(e.fallbacks for e in (*report.layers, *report.blocks)), report
-        torch.testing.assert_close(losses, want[ranks, make][0], rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(losses, want[ranks, make][0], rtol=ONE_MODEL, atol=ONE_MODEL, msg=name)
         for key, value in adapters(model).items():
             torch.testing.assert_close(
                 value, want[ranks, make][1][key], rtol=0, atol=2e-5, msg=f"{name} {key}"
@@ -265,7 +266,7 @@ def inner_hooks(folder: Path, mesh: Any) -> None:
     shard(model, mesh)
     report = pk.patch(model)
     ids = batches(1, 1)[0]
-    torch.testing.assert_close(model(ids).logits, single(ids).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(ids).logits, single(ids).logits, rtol=ONE_MODEL, atol=ONE_MODEL)
     reasons = {entry.name.rpartition(".")[2]: entry.reason for entry in (*report.layers, *report.blocks)}
     assert not reasons["q_proj"] and not reasons["up_proj"]
     assert "hooks on the base layer" in reasons["k_proj"]
@@ -289,7 +290,7 @@ def patched_modules(folder: Path, mesh: Any) -> None:
     assert not any(entry.reason or entry.fallbacks for entry in entries), report
     assert all("q_proj: hooks" in why for why in attention.fallbacks)  # fully_shard's
     pk.unpatch(model)
-    torch.testing.assert_close(model(ids).logits, got, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(ids).logits, got, rtol=ONE_MODEL, atol=ONE_MODEL)
 
 
 @on(2)
@@ -346,7 +347,7 @@ def compiled(folder: Path, mesh: Any) -> None:
             shard(model, mesh)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         curves.append(train(model, optimizer, batches(2, 2), mesh if ranks == 2 else None, ranks))
-    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert curves[1] == pytest.approx(curves[0], rel=ONE_MODEL)
 
 
 CASES: list[Case] = [

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rounding import ONE_MODEL
 import pytest
 import torch
 import torch.distributed as dist
@@ -101,7 +102,7 @@ def started(folder: Path) -> None:
             else:
                 assert value.std() > 0.01 and len(torch.unique(value)) == value.numel(), (kind, name)
         if kind not in ("orthogonal", "not started"):
-            torch.testing.assert_close(model(ids).logits, want, rtol=1e-5, atol=1e-5, msg=kind)
+            torch.testing.assert_close(model(ids).logits, want, rtol=ONE_MODEL, atol=ONE_MODEL, msg=kind)
         loss = model(ids, labels=ids).loss
         loss.backward()
         assert any(p.grad is not None for p in model.parameters()) and torch.isfinite(loss), kind

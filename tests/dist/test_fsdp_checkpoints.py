@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rounding import ONE_MODEL
 import pytest
 import torch
 import torch.distributed as dist
@@ -117,7 +118,7 @@ def other_world_sizes(folder: Path) -> None:
                 assert_same_bits(got, base[name])
         if ranks:
             more = train(model, optimizer, data[2:], mesh, ranks)
-            torch.testing.assert_close(more, losses, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(more, losses, rtol=ONE_MODEL, atol=ONE_MODEL)
             for name, value in adapters(model).items():
                 torch.testing.assert_close(value, want[name], rtol=0, atol=2e-5, msg=name)
 
@@ -297,7 +298,7 @@ def from_meta(folder: Path) -> None:
             of = want[name.removeprefix("base_model.model.").replace(".base_layer.", ".")]
             (assert_same_bits if isinstance(of, pk.NF4Weight) else torch.testing.assert_close)(got, of)
     ids = batches(1, 1)[0]
-    torch.testing.assert_close(model(ids).logits, single(ids).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(ids).logits, single(ids).logits, rtol=ONE_MODEL, atol=ONE_MODEL)
 
     model = empty()
     with pytest.raises(CheckpointError, match=r"model.layers.1.*: the checkpoint has no tensor of this name"):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rounding import ONE_LAYER, ONE_MODEL, ONE_STEP
 import pytest
 import torch
 import torch.distributed as dist
@@ -52,10 +53,10 @@ def stages_by_hand(folder: Path) -> None:
         schedule.step(x)
     else:
         schedule.step(target=want, losses=losses)
-        torch.testing.assert_close(torch.stack(losses).mean(), loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.stack(losses).mean(), loss, rtol=ONE_MODEL, atol=ONE_LAYER)
     for got, its in zip(mine.layers[0].parameters(), whole.layers[rank].parameters(), strict=True):
         if its.requires_grad:
-            torch.testing.assert_close(got.grad, its.grad, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(got.grad, its.grad, rtol=ONE_STEP, atol=ONE_LAYER)
 
 
 def test_stages_by_hand() -> None:

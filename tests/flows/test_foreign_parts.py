@@ -21,6 +21,7 @@ from flow_checks import (
 )
 from flow_models import adapted, config, ids, llama, patched_copy
 from peft_models import gradients
+from rounding import ONE_MODEL
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -45,7 +46,7 @@ def mlps(model: Any) -> list[Any]:
     return [layer.mlp for layer in model.base_model.model.model.layers]
 
 
-def assert_as_stock(model: Any, stock: Any, bound: float = 1e-5) -> None:
+def assert_as_stock(model: Any, stock: Any, bound: float = ONE_MODEL) -> None:
     """Loss and all gradients of a step, and the logits in evaluation."""
     got, want = (step(each.train(), lambda m: language_loss(m, ids())) for each in (model, stock))
     assert_near(got, want, bound)

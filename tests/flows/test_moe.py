@@ -16,6 +16,7 @@ from flow_models import ids, logged, trainer
 from moe_routes import on_same_routes
 from peft_experts import weights_of
 from peft_models import gradients
+from rounding import CURVE, ONE_LAYER, ONE_MODEL, ONE_STEP
 from torch import Tensor
 
 import peft_kernels as pk
@@ -115,7 +116,7 @@ def test_one_step_of_unpatched_packed_experts(family: str) -> None:
     """Stock PEFT dequantises the weights in each call: slow but correct."""
     packed, dense = map(adapted, pair(family))
     results = [step(model, lambda m: loss(m, 0)) for model in (packed, dense)]
-    assert_near(*results, 1e-4)
+    assert_near(*results, ONE_STEP)
 
 
 def test_trainer_with_checkpointing(tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_trainer_with_checkpointing(tmp_path: Path) -> None:
         found.train()
         curves.append(logged(found))
     assert not fallbacks(report) and len(curves[0]) == 4
-    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+    assert curves[0] == pytest.approx(curves[1], rel=CURVE)
 
 
 @FAMILIES
@@ -150,11 +151,11 @@ def test_saving_and_loading_adapters(family: str, tmp_path: Path) -> None:
     packed.save_pretrained(tmp_path / "ours")
     dense.save_pretrained(tmp_path / "stock")
     files = [peft.utils.save_and_load.load_peft_weights(str(tmp_path / name)) for name in ("ours", "stock")]
-    assert_near(*files, 1e-6)
+    assert_near(*files, ONE_LAYER)
     for base in pair(family):
         model = peft.PeftModel.from_pretrained(base, tmp_path / "ours")
         pk.patch(model)
-        assert_near(logits(model), before, 1e-4)
+        assert_near(logits(model), before, ONE_STEP)
 
 
 def logits(model: Any) -> dict[str, Tensor]:
@@ -172,7 +173,7 @@ def test_merge_and_unload(family: str, patched: bool) -> None:
     if patched:
         pk.patch(model)
     merged = model.merge_and_unload()
-    assert_near(logits(merged), before, 1e-4)
+    assert_near(logits(merged), before, ONE_STEP)
     experts = [module for module in merged.modules() if hasattr(module, "has_gate")]
     assert experts and all(type(module) is plain for module in experts)
     assert all(not isinstance(weight, pk.NF4Weight) for weight in weights_of(merged).values())
@@ -185,7 +186,7 @@ def test_packed_experts_without_adapters() -> None:
     experts = [entry for entry in report.layers if "experts" in entry.name]
     assert len(experts) == 2 and all(entry.fused and entry.record is None for entry in experts)
     with Calls() as calls:
-        assert_near(logits(packed), logits(dense), 1e-5)
+        assert_near(logits(packed), logits(dense), ONE_MODEL)
     assert calls.counts["experts_linear"] == 4
 
 
@@ -202,4 +203,4 @@ def test_attention_alone() -> None:
         pk.patch(model)
         results.append(step(model, lambda m: loss(m, 0)))
         assert gradients(model)
-    assert_near(*results, 1e-4)
+    assert_near(*results, ONE_STEP)

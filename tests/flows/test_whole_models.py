@@ -9,6 +9,7 @@ import pytest
 import torch
 from flow_checks import Calls, assert_fused, assert_near, language_loss, step
 from flow_models import Logits, adapted, ids, llama, patched_copy
+from rounding import ONE_STEP
 from torch import Tensor
 
 import peft_kernels as pk
@@ -57,7 +58,7 @@ def test_two_threads(base: str) -> None:
     for i in range(2):
         assert len(got[i]) == 8
         for result in got[i]:
-            assert_near(result, want[i], 1e-4)
+            assert_near(result, want[i], ONE_STEP)
     with Calls() as calls:
         language_loss(model, ids())
     ops = ("gated_mlp", "multi_lora_linear", "lora_linear", "attention")

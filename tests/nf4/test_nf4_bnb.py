@@ -6,6 +6,7 @@ import pytest
 import torch
 from bnb_layers import CPU, SHAPES, bnb, bnb_functional, quantized, their_layer
 from nf4_weights import dtype_id, each_dtype, each_nesting
+from rounding import ONE_MODEL
 
 import peft_kernels as pk
 import testing
@@ -145,7 +146,7 @@ def test_to_bnb_works_in_linear4bit(shape: tuple[int, int], nested: bool) -> Non
     if shape == SHAPES["even"]:
         x = testing.tensor(3, shape[1]).requires_grad_()
         y = bnb.matmul_4bit(x, params.t(), quant_state=params.quant_state)
-        torch.testing.assert_close(y, pk.nf4_linear(x, weight), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(y, pk.nf4_linear(x, weight), rtol=ONE_MODEL, atol=ONE_MODEL)
 
 
 def test_to_bnb_refuses_a_dense_weight() -> None:

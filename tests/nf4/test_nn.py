@@ -7,6 +7,7 @@ import copy
 import models
 import pytest
 import torch
+from rounding import ONE_LAYER, ONE_MODEL
 from torch import nn
 from torch.nn import functional as F
 
@@ -94,7 +95,7 @@ def test_merge_gives_a_dense_layer_with_the_same_output(kind: str) -> None:
     layer, x = adapted(kind, torch.float32), testing.tensor(9, 100)
     merged = layer.merge()
     assert type(merged) is nn.Linear and merged.weight.dtype == torch.float32
-    assert testing.relative_error(merged(x), layer(x)) < 1e-6
+    assert testing.relative_error(merged(x), layer(x)) < ONE_LAYER
     assert testing.relative_error(layer.base_layer(x), layer(x)) > 1e-2  # the delta exceeds rounding
 
 
@@ -305,16 +306,16 @@ def test_dora_init_training_and_merge(kind: str) -> None:
     make = NF4LoRALinear if kind == "nf4" else LoRALinear
     layer, x = make(linear(), r=4, use_dora=True), testing.tensor(7, 100)
     base = layer.base_layer(x)
-    assert testing.relative_error(layer(x), base) < 1e-6
+    assert testing.relative_error(layer(x), base) < ONE_LAYER
     with torch.no_grad():
         layer.lora_B.copy_(testing.tensor(48, 4, scale=0.3))
         layer.lora_magnitude_vector.mul_(1 + testing.tensor(48, scale=0.1))
     y = layer(x)
     assert testing.relative_error(y, base) > 0.05
-    assert testing.relative_error(layer.merge()(x), y) < 1e-5
+    assert testing.relative_error(layer.merge()(x), y) < ONE_MODEL
     v = layer._weight() + layer.delta_weight()
     v = (layer.lora_magnitude_vector / v.norm(dim=1))[:, None] * v
-    assert testing.relative_error(y, nn.functional.linear(x, v, layer.base_layer.bias)) < 1e-5
+    assert testing.relative_error(y, nn.functional.linear(x, v, layer.base_layer.bias)) < ONE_MODEL
     y.sum().backward()
     assert {n for n, p in layer.named_parameters() if p.grad is not None and p.grad.any()} == {
         "lora_A",

@@ -9,6 +9,7 @@ import models
 import pytest
 import torch
 from peft_models import lora, peft
+from rounding import ONE_LAYER, ONE_MODEL
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -47,7 +48,7 @@ def test_an_unknown_version_is_tried_once_per_class(
     assert len(tried) == 1 + bool(options) and "has changed" in tried[0], str(report)
     assert not report.original, str(report)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert testing.relative_error(model(x), plain) < 1e-5
+    assert testing.relative_error(model(x), plain) < ONE_MODEL
 
 
 @pytest.mark.parametrize("fault", ["scaled", "dropped", "raising"])
@@ -90,7 +91,7 @@ def test_a_base_is_recognised_by_its_forward(cls: type[nn.Linear], fused: bool) 
     plain = model(x)
     report = pk.patch(model)
     assert [entry.fused for entry in report.layers] == [fused, True]
-    assert testing.relative_error(model(x), plain) < 1e-5
+    assert testing.relative_error(model(x), plain) < ONE_MODEL
 
 
 def test_a_weight_that_is_computed_in_each_call() -> None:
@@ -98,5 +99,5 @@ def test_a_weight_that_is_computed_in_each_call() -> None:
     torch.nn.utils.parametrizations.weight_norm(model.base_model.model.q.base_layer)
     plain = model(x)
     report = pk.patch(model)
-    assert testing.relative_error(model(x), plain) < 1e-6
+    assert testing.relative_error(model(x), plain) < ONE_LAYER
     assert "is not a parameter" in str(report)

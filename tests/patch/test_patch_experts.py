@@ -27,6 +27,7 @@ from peft_experts import (
     weights_of,
 )
 from peft_models import REGIMES, run
+from rounding import ONE_LAYER, ONE_MODEL
 from torch import Tensor
 from torch.nn.modules import module as torch_module
 
@@ -134,7 +135,7 @@ def test_few_rows(base: str, rows: int) -> None:
         got = model(tokens(rows=rows))
     assert got.shape == plain.shape and not fallbacks(report)
     if rows:
-        assert testing.relative_error(got, plain) < 1e-5
+        assert testing.relative_error(got, plain) < ONE_MODEL
 
 
 def test_experts_without_tokens_get_no_gradient() -> None:
@@ -159,7 +160,7 @@ def test_disabled_adapters(base: str) -> None:
     report = pk.patch(model)
     assert testing.relative_error(model(tokens()), without) > 0.01
     with model.disable_adapter():
-        assert testing.relative_error(model(tokens()), without) < 1e-6
+        assert testing.relative_error(model(tokens()), without) < ONE_LAYER
     assert not fallbacks(report)
 
 
@@ -192,7 +193,7 @@ def test_unloading(merge: bool) -> None:
     expected = model(tokens()) if merge else mixture("nf4")(tokens())
     pk.patch(model)
     plain = model.merge_and_unload() if merge else model.unload()
-    assert testing.relative_error(plain(tokens()), expected) < 1e-5
+    assert testing.relative_error(plain(tokens()), expected) < ONE_MODEL
     assert not any("lora" in name for name, _ in plain.named_parameters())
 
 
@@ -205,7 +206,7 @@ def test_switching_and_deleting() -> None:
     model.set_adapter("second")
     second = model(tokens())
     assert testing.relative_error(first, second) > 0.01
-    assert testing.relative_error(second, dequantized(model)(tokens())) < 1e-5
+    assert testing.relative_error(second, dequantized(model)(tokens())) < ONE_MODEL
     model.delete_adapter("second")
     model.set_adapter("default")
     assert torch.equal(model(tokens()), first) and not fallbacks(report)
@@ -257,7 +258,7 @@ def test_copies(copying: Callable[[Any], Any]) -> None:
     plain = run(model, tokens())
     twin = copying(model)
     got = run(twin, tokens())
-    assert all(testing.relative_error(got[name], plain[name]) < 1e-5 for name in plain)
+    assert all(testing.relative_error(got[name], plain[name]) < ONE_MODEL for name in plain)
 
 
 def test_packed_weights_are_unchanged() -> None:
@@ -266,7 +267,7 @@ def test_packed_weights_are_unchanged() -> None:
     before = {name: copy.deepcopy(w._state.packed_form()) for name, w in weights_of(model).items()}
     parameters = dict(weights_of(model))
     got, plain = run(model, tokens()), run(dequantized(model), tokens())
-    assert all(testing.relative_error(got[name], plain[name]) < 1e-5 for name in plain)
+    assert all(testing.relative_error(got[name], plain[name]) < ONE_MODEL for name in plain)
     for name, weight in weights_of(model).items():
         assert weight is parameters[name] and not weight.is_dense and not weight.requires_grad
         for part, value in weight._state.packed_form().items():
@@ -281,7 +282,7 @@ def test_one_graph() -> None:
     got = run(torch.compile(model, backend="aot_eager", fullgraph=True), tokens())
     assert not fallbacks(report) and len(got) == len(plain)
     for name, value in got.items():
-        assert testing.relative_error(value, plain[name.removeprefix("_orig_mod.")]) < 1e-5, name
+        assert testing.relative_error(value, plain[name.removeprefix("_orig_mod.")]) < ONE_MODEL, name
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import inputs
 from peft_models import config, gradients, lora, peft
+from rounding import ONE_STEP
 
 import peft_kernels as pk
 import testing
@@ -81,7 +82,7 @@ def test_initialisations_that_read_or_change_the_base_weight(init: str) -> None:
     changes_base = init.startswith("pissa") or init == "olora"
     assert model.base_model.model.q.base_layer.weight.is_dense is changes_base
     if init != "orthogonal":  # the others are initialised to the identity
-        assert testing.relative_error(model(x), expected) < 1e-4
+        assert testing.relative_error(model(x), expected) < ONE_STEP
     with model.disable_adapter():
         if changes_base:
             assert testing.relative_error(model(x), expected) > 0.05

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from rounding import ONE_MODEL, ONE_STEP
 from serving_models import (
     ADAPTERS,
     FAMILIES,
@@ -123,7 +124,7 @@ def test_families(name: str, tmp_path: Path) -> None:
         folder = folders.get(request.adapter or "")
         tokens, logits = by_generate(family(name), prompt(seed, 4 + seed), NEW, folder)
         assert request.tokens == tokens
-        assert testing.relative_error(request.logits[-1], logits[-1]) < 1e-4
+        assert testing.relative_error(request.logits[-1], logits[-1]) < ONE_STEP
 
 
 @pytest.mark.skipif(not hasattr(pk.adapters, "rows"), reason="no bottleneck adapters by rows")
@@ -146,7 +147,7 @@ def test_bottleneck_adapters_beside_lora(tmp_path: Path) -> None:
             pk.adapters.set_active(model, name)
         tokens, logits = by_generate(model, prompt(seed, 4 + seed), NEW, lora)
         assert request.tokens == tokens
-        assert testing.relative_error(request.logits[-1], logits[-1]) < 1e-5
+        assert testing.relative_error(request.logits[-1], logits[-1]) < ONE_MODEL
         alone = ask(engine, name, seed)
         engine.run()
         same_bits(request, alone)

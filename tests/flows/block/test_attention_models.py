@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from peft_models import gradients
+from rounding import ONE_MODEL, ONE_STEP
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -123,7 +124,7 @@ def test_other_families(calls: Calls, family: str) -> None:
     want = bm.output(model, given)
     model.set_attn_implementation(ours.NAME)
     got = bm.output(model, given)
-    assert testing.relative_error(got, want) < 1e-5
+    assert testing.relative_error(got, want) < ONE_MODEL
     assert calls.theirs > 0 if family == "t5" else calls.ours > 0 and not calls.theirs
 
 
@@ -183,7 +184,7 @@ def test_changed_mask_is_read_again(calls: Calls, write: str) -> None:
             if attention == "sdpa":
                 want = after
                 assert testing.relative_error(before, want) > 0.1
-        assert testing.relative_error(after, want) < 1e-5
+        assert testing.relative_error(after, want) < ONE_MODEL
     assert calls.ours == 2 * 2 and not calls.theirs
 
 
@@ -215,7 +216,7 @@ def test_masks_in_inference_mode(calls: Calls) -> None:
     with torch.inference_mode():
         want = model(**given).logits[seen]
         use(model)
-        assert testing.relative_error(model(**given).logits[seen], want) < 1e-5
+        assert testing.relative_error(model(**given).logits[seen], want) < ONE_MODEL
         assert calls.ours == 2 and not calls.theirs
 
 
@@ -233,11 +234,11 @@ def test_masks_without_readable_values() -> None:
         assert logits(*(mode.from_tensor(given[name]) for name in given)).shape == want.shape
     causal = torch.ones(3, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
     each = torch.vmap(lambda ids, mask: logits(ids[None], mask[None])[0])(given["input_ids"], causal)
-    assert testing.relative_error(each, logits(given["input_ids"], causal)) < 1e-5
+    assert testing.relative_error(each, logits(given["input_ids"], causal)) < ONE_MODEL
     traced = torch.jit.trace(logits, (given["input_ids"], causal), check_trace=False)
     causal[:, :, 9:, 4] = False
     holes = traced(given["input_ids"], causal)
-    assert testing.relative_error(holes, logits(given["input_ids"], causal)) < 1e-5
+    assert testing.relative_error(holes, logits(given["input_ids"], causal)) < ONE_MODEL
 
 
 @pytest.mark.parametrize("name", ["GptOss", "Gemma2"])
@@ -269,7 +270,7 @@ def test_checkpointing_and_lora(calls: Calls, reentrant: bool) -> None:
     model.enable_input_require_grads()
     got = results(model.train(), given, seen)
     assert calls.ours == 4 and not calls.theirs  # each layer twice
-    assert all(testing.relative_error(got[name], want[name]) < 1e-4 for name in want if want[name].any())
+    assert all(testing.relative_error(got[name], want[name]) < ONE_STEP for name in want if want[name].any())
 
 
 def test_compiled(calls: Calls) -> None:
@@ -277,7 +278,7 @@ def test_compiled(calls: Calls) -> None:
     want = model(**inputs("whole")).logits
     model.set_attn_implementation(ours.NAME)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert testing.relative_error(compiled(**inputs("whole")).logits, want) < 1e-5
+    assert testing.relative_error(compiled(**inputs("whole")).logits, want) < ONE_MODEL
 
 
 def test_use(calls: Calls) -> None:

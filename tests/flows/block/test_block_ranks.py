@@ -12,6 +12,7 @@ from flow_checks import Calls, assert_near, block_fallbacks, language_loss
 from flow_models import adapted, ids, llama
 from peft_models import gradients
 from ranks import MARKS, rank_tests, whole
+from rounding import ONE_STEP
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -41,7 +42,7 @@ def compare(wrap: Any, wrapped_first: bool) -> None:
         (language_loss(stock, part) / 2).backward()
     want, got = gradients(stock), whole(gradients(model))
     assert want.keys() == got.keys() and sum("norm" in name for name in want) == 5
-    assert_near(got, want, 1e-4)
+    assert_near(got, want, ONE_STEP)
     assert not block_fallbacks(report)
 
 

@@ -15,6 +15,7 @@ import transformers
 from flow_checks import assert_near
 from flow_families import tiny
 from flow_models import Tokens, adapted, ids, llama
+from rounding import ONE_STEP
 from torch import Tensor, nn
 
 if importlib.util.find_spec("trl") is None or importlib.util.find_spec("datasets") is None:
@@ -91,7 +92,7 @@ def test_log_probs(left: bool, attention: str, head: str, monkeypatch: pytest.Mo
 def test_families(family: str) -> None:
     model = tiny(family)
     got, want, log_probs = both(model, batch())
-    assert_near(got, want, 1e-4)
+    assert_near(got, want, ONE_STEP)
     assert not log_probs.fallbacks
 
 
@@ -102,7 +103,7 @@ def test_unsupported_families(family: str) -> None:
     """Falls back to TRL, each completion by itself, and counts the reason."""
     model = tiny(family)
     got, want, log_probs = both(model, batch())
-    assert_near(got, want, 1e-4)
+    assert_near(got, want, ONE_STEP)
     assert list(log_probs.fallbacks.values()) == [1], log_probs.fallbacks
 
 
@@ -124,7 +125,7 @@ def test_scaled_logits(family: str, squares: bool) -> None:
         setattr(model.config, name, value)
     outputs = tuple(name for name in OUTPUTS if squares or name != "log_sum_sq_probs")
     got, want, log_probs = both(model, batch(), outputs=outputs)
-    assert_near(got, {name: want[name] for name in got}, 1e-4)
+    assert_near(got, {name: want[name] for name in got}, ONE_STEP)
     assert not log_probs.heads and not log_probs.head
 
 
@@ -229,7 +230,7 @@ def test_left_padding_in_a_later_batch() -> None:
         labels = each.pop("labels")
         got = results(functools.partial(log_probs, model, labels, each), model)
         want = results(lambda: log_probs.theirs(**each, labels=labels, fused_lm_head=True), model)  # noqa: B023
-        assert_near(got, want, 1e-4)
+        assert_near(got, want, ONE_STEP)
     ((reason, count),) = log_probs.fallbacks.items()
     assert "computes something else" in reason and count == 1
 
@@ -299,7 +300,7 @@ def test_rows_longer_than_max_positions() -> None:
     assert not log_probs.fallbacks
     want = log_probs.theirs(**data, fused_lm_head=True).log_probs
     got = log_probs(model, data.pop("labels"), data).log_probs
-    assert_near({"log_probs": got}, {"log_probs": want}, 1e-4)
+    assert_near({"log_probs": got}, {"log_probs": want}, ONE_STEP)
     (reason,) = log_probs.fallbacks
     assert "GPTNeoForCausalLM raised" in reason
 
@@ -316,7 +317,7 @@ def test_trained_head_bias() -> None:
         lambda: log_probs(model, data["labels"], inputs),
     ):
         found.append({"bias": torch.autograd.grad(run().log_probs.sum(), model.lm_head.bias)[0]})
-    assert_near(*found, 1e-4)
+    assert_near(*found, ONE_STEP)
     assert not log_probs.fallbacks
 
 

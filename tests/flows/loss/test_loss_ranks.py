@@ -13,6 +13,7 @@ from flow_models import ids
 from loss_models import VOCABULARY, with_head
 from peft_models import gradients
 from ranks import MARKS, rank_tests, whole
+from rounding import ONE_STEP
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -42,9 +43,9 @@ def compare(head: str, wrap: Any) -> None:
         for rank, part in enumerate(parts):
             wanted = language_loss(stock, part)
             if rank == dist.get_rank():
-                assert_near({"loss": loss.detach()}, {"loss": wanted.detach()}, 1e-4)
+                assert_near({"loss": loss.detach()}, {"loss": wanted.detach()}, ONE_STEP)
             (wanted / 2).backward()
-        assert_near(whole(gradients(model)), gradients(stock), 1e-4)
+        assert_near(whole(gradients(model)), gradients(stock), ONE_STEP)
 
 
 # Cases: each runs in both processes.

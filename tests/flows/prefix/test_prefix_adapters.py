@@ -14,6 +14,7 @@ import torch
 from flow_checks import step
 from flow_models import words
 from prefix_models import TOKENS, bare, batch, loss, prefixed
+from rounding import ONE_LAYER, ONE_MODEL
 from torch import Tensor
 
 import peft_kernels as pk
@@ -38,8 +39,8 @@ def test_folding_keeps_logits(family: str, base: str, tmp_path: Path) -> None:
     want = logits(model)
     with pk.patched(model):
         pk.prefix.fold(model)
-        assert testing.relative_error(logits(model), want) < 1e-6
-    assert testing.relative_error(logits(model), want) < 1e-6
+        assert testing.relative_error(logits(model), want) < ONE_LAYER
+    assert testing.relative_error(logits(model), want) < ONE_LAYER
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert names == ["prompt_encoder.default.embedding.weight"]
     model.save_pretrained(tmp_path)
@@ -59,7 +60,7 @@ def test_loaded_adapter_is_folded(tmp_path: Path) -> None:
     assert loaded.active_peft_config.prefix_projection
     loaded.prompt_encoder.requires_grad_(False)
     pk.prefix.fold(loaded)
-    assert testing.relative_error(logits(loaded), logits(model)) < 1e-6
+    assert testing.relative_error(logits(loaded), logits(model)) < ONE_LAYER
     loaded.save_pretrained(tmp_path / "again")
     again = peft.PeftModel.from_pretrained(bare("llama"), tmp_path / "again")
     assert torch.equal(logits(again), logits(loaded))
@@ -81,7 +82,7 @@ def test_one_of_several_adapters_is_folded() -> None:
         )
     assert model.peft_config["default"].prefix_projection
     model.set_adapter("other")
-    assert testing.relative_error(logits(model), want) < 1e-6
+    assert testing.relative_error(logits(model), want) < ONE_LAYER
     with pytest.raises(ValueError, match="expected an adapter with prefix_projection=True, got plain"):
         pk.prefix.fold(model, "plain")
     with pytest.raises(ValueError, match="adapter_name: expected one of default, other, plain, got none"):
@@ -120,7 +121,7 @@ def assert_logits_follow(model: Any, ids: list[int]) -> None:
         want = base(input_ids=torch.cat([text, tokens], 1)).logits[:, len(ids) :]
         got = model(input_ids=tokens).logits
     model.train(was)
-    assert testing.relative_error(got, want) < 1e-5
+    assert testing.relative_error(got, want) < ONE_MODEL
 
 
 @pytest.mark.parametrize("patched", [False, True])

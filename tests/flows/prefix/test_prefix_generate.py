@@ -14,6 +14,7 @@ import transformers
 from flow_models import patched_copy
 from installed import before
 from prefix_models import TOKENS, bare, batch, prefixed
+from rounding import ONE_MODEL
 from torch import Tensor
 
 import testing
@@ -83,10 +84,10 @@ def test_scores_equal_those_of_forward(pair: tuple[Any, Any], mode: str) -> None
     want = scored(stock, inputs, got.sequences)
     chosen = want.gather(2, got.sequences[:, -NEW:, None])[..., 0]
     if "num_beams" in options:
-        assert testing.relative_error(got.sequences_scores, chosen.mean(1)) < 1e-5
+        assert testing.relative_error(got.sequences_scores, chosen.mean(1)) < ONE_MODEL
         return
     logits = torch.stack(got.logits, 1).log_softmax(-1)
-    assert testing.relative_error(logits, want) < 1e-5
+    assert testing.relative_error(logits, want) < ONE_MODEL
     if not options.get("do_sample"):
         ends = torch.zeros_like(want)
         ends[..., stock.generation_config.eos_token_id] = -torch.inf  # forbidden by min_new_tokens
@@ -129,7 +130,7 @@ def test_returned_cache_continues(static: bool) -> None:
     again = {"input_ids": ids, "attention_mask": mask}
     got = generate(model, again, cache=turn.cache, disable_compile=True)
     want = generate(model, again)
-    assert testing.relative_error(torch.stack(got.logits), torch.stack(want.logits)) < 1e-5
+    assert testing.relative_error(torch.stack(got.logits), torch.stack(want.logits)) < ONE_MODEL
     assert turn.cache.get_seq_length() == TOKENS + ids.shape[1] + NEW - 1
 
 
@@ -170,7 +171,7 @@ def test_windows_shorter_than_the_text(mode: str) -> None:
     stock = gemma(window=8)
     got = generate(patched_copy(stock)[0], prompt(stock), **MODES[mode])
     want = scored(stock, prompt(stock), got.sequences)
-    assert testing.relative_error(torch.stack(got.logits, 1).log_softmax(-1), want) < 1e-5
+    assert testing.relative_error(torch.stack(got.logits, 1).log_softmax(-1), want) < ONE_MODEL
 
 
 def test_assisted_generation() -> None:

@@ -16,6 +16,7 @@ from flow_checks import assert_fused, assert_near, language_loss
 from flow_models import adapted, config, ids, llama
 from peft_models import gradients
 from ranks import MARKS, assert_no_errors, errors_by_rank, rank_tests
+from rounding import ONE_MODEL, ONE_STEP
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -145,7 +146,7 @@ def unused(folder: Path) -> None:
         (loss(stock, stock.base_model, rank) / 2).backward()
     got, want = gradients(model), gradients(stock)
     assert any(".second." in name for name in want) and not any(".third." in name for name in want)
-    assert_near({name: got[name] for name in want}, want, 1e-4)
+    assert_near({name: got[name] for name in want}, want, ONE_STEP)
 
 
 def rows_of_their_own(folder: Path) -> None:
@@ -167,7 +168,7 @@ def rows_of_their_own(folder: Path) -> None:
         loss(ddp, dist.get_rank()).backward()
     for rank in names:
         (loss(stock, rank) / 2).backward()
-    assert_near(gradients(model), gradients(stock), 1e-4)
+    assert_near(gradients(model), gradients(stock), ONE_STEP)
 
 
 def accumulation(folder: Path) -> None:
@@ -187,7 +188,7 @@ def accumulation(folder: Path) -> None:
             everything = ids(step, rows=2 * dist.get_world_size()).split(1)
             for part in everything:
                 (language_loss(alone, part) / len(everything)).backward()
-            assert_near(gradients(model), gradients(alone), 1e-4)
+            assert_near(gradients(model), gradients(alone), ONE_STEP)
 
 
 def events_of_a_step(model: Any) -> list[str]:
@@ -244,7 +245,7 @@ def dropped(folder: Path) -> None:
         ddp = DistributedDataParallel(each)
         torch.manual_seed(dist.get_rank())
         language_loss(ddp, share(0)).backward()
-    assert_near(gradients(model), gradients(plain), 1e-5)
+    assert_near(gradients(model), gradients(plain), ONE_MODEL)
 
 
 def mixed_precision(folder: Path) -> None:

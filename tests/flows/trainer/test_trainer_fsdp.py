@@ -19,6 +19,7 @@ from flow_models import adapted, llama, logged
 from installed import before
 from peft_models import trained_values
 from ranks import MARKS, rank_tests, whole
+from rounding import ONE_LAYER, ONE_STEP
 from test_moe import mixture
 from test_trainer_ddp import ADAPTERS, LOSSES, RANKS, STEPS, options, sft_trainer, single_process
 from torch import Tensor
@@ -117,7 +118,7 @@ def resumed(folder: Path) -> None:
             dist.barrier()
             curves.append(logged(made))
         assert len(curves[0]) == len(curves[1]) == 6
-        assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+        assert curves[1] == pytest.approx(curves[0], rel=ONE_STEP)
 
 
 def efficient_loading(folder: Path) -> None:
@@ -140,8 +141,8 @@ def efficient_loading(folder: Path) -> None:
                 ]
                 assert packed and not any(p.is_meta for p in model.parameters())
                 dist.barrier()
-        assert curves[1][0] == pytest.approx(curves[0][0], rel=1e-6)
-        assert_near(curves[1][1], curves[0][1], 1e-6)
+        assert curves[1][0] == pytest.approx(curves[0][0], rel=ONE_LAYER)
+        assert_near(curves[1][1], curves[0][1], ONE_LAYER)
 
 
 def spoil(model: Any) -> None:

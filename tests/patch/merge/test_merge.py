@@ -27,6 +27,7 @@ from merge_models import (
 )
 from numbers_policy import pairs
 from peft_models import DTYPES
+from rounding import ONE_LAYER, ONE_MODEL
 from torch import nn
 
 import peft_kernels as pk
@@ -81,7 +82,7 @@ def test_merge_then_unmerge(base: str, option: str, patched: bool) -> None:
     if base == "bnb":
         assert testing.relative_error(model(x), expected(x)) < SAME_4_BITS
     else:
-        assert testing.relative_error(model(x), y) < 1e-5
+        assert testing.relative_error(model(x), y) < ONE_MODEL
     model.unmerge_adapter()
     limit = 0.5 * testing.relative_error(alone, y) if base == "bnb" else 1e-5
     assert testing.relative_error(model(x), y) < limit
@@ -129,7 +130,7 @@ def test_merging_one_of_two_adapters() -> None:
     model.set_adapter("second")
     y = model(x)
     merged = model.merge_and_unload(adapter_names=["second"])
-    assert testing.relative_error(merged(x), y) < 1e-6
+    assert testing.relative_error(merged(x), y) < ONE_LAYER
 
 
 @pytest.mark.parametrize("double_quant", [True, False], ids=["double-quant", "single"])
@@ -171,7 +172,7 @@ def test_correct_bias_merge_is_not_corrected_again(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Linear4bit, "merge", merge)
     expected = by_hand(model).q.bias
-    assert testing.relative_error(merge_and_unload(model).q.bias, expected) < 1e-6
+    assert testing.relative_error(merge_and_unload(model).q.bias, expected) < ONE_LAYER
 
 
 def test_layers_merged_by_this_call_are_not_reported_as_merged_before() -> None:
