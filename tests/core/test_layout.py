@@ -127,10 +127,10 @@ def test_includes_between_folders_of_kernels_go_one_way(back_end: str) -> None:
     assert " -> ".join(circle(graph)) == ""
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_has_at_most_400_lines(path: Path) -> None:
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= MOST_LINES, f"{lines} lines, expected at most {MOST_LINES}"
+def test_a_file_has_at_most_400_lines() -> None:
+    counts = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    assert len(counts) > 900
+    assert {path.name: lines for path, lines in counts.items() if lines > MOST_LINES} == {}
 
 
 def test_a_folder_has_at_most_25_files() -> None:
