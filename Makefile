@@ -107,7 +107,7 @@ SEED ?= random
 test-seeds: $(VENV)/.built $(VENV)/.packages-test ## Run the tests that compare numbers on inputs of another seed (SEED=N)
 	$(PYTEST) --backends native --seed $(SEED) $(patsubst %,tests/%,ops core nf4 patch checkpoints/owners) $(ARGS)
 
-# What has tests of kernels; tools/ci_parts.py has their inputs.
+# What has tests of kernels; .ci/parts.py has their inputs.
 WITH_KERNELS := $(patsubst %,tests/%,core ops nf4 patch optim)
 test-isa: $(VENV)/.built-isa $(VENV)/.packages-test ## Run the kernels' tests on other instruction sets
 	$(PYTEST) --backends isa $(WITH_KERNELS) $(ARGS)

@@ -115,7 +115,7 @@ LONGEST = [
 ]
 
 
-# Folders with tests of other back ends than the native one; tools/ci_parts.py leaves the others out.
+# Folders with tests of other back ends than the native one; .ci/parts.py leaves the others out.
 WITH_KERNELS = ("core", "ops", "nf4", "patch", "optim", "gpu", "bench")
 
 

@@ -1,18 +1,19 @@
-"""tools/ci_parts.py: a part of CI is skipped only if nothing that can change its result has changed."""
+""".ci/parts.py: a part of CI is skipped only if nothing that can change its result has changed."""
 
 from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tool_modules import TOOLS, tool_module
 
-ROOT = TOOLS.parent
-tool = tool_module("ci_parts")
+sys.path.append(str(TOOLS.parent / ".ci"))
+tool = tool_module("parts")
 each_part = pytest.mark.parametrize("name", tool.PARTS)
-NEEDED = ("Makefile", "constraints.txt", "pyproject.toml", "setup.py", "tools/ci_parts.py", ".ci/run")
+NEEDED = ("Makefile", "constraints.txt", "pyproject.toml", "setup.py", ".ci/parts.py", ".ci/run")
 TOY = {
     "always": (*NEEDED, "csrc/common/nf4.h", "peft_kernels/__init__.py", "peft_kernels/core/op.py"),
     "test-isa": ("csrc/cpu/linear.inl", "tests/ops/test_linear.py", "tests/conftest.py"),

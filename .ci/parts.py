@@ -1,8 +1,8 @@
 """Runs a part of CI, or skips it if it passed before with the same inputs.
 
-    python tools/ci_parts.py test-gpu           # runs `make test-gpu` unless .ci/passed.json has its inputs
-    python tools/ci_parts.py test-gpu --rerun   # runs it in any case
-    python tools/ci_parts.py --list             # which parts would run
+    python .ci/parts.py test-gpu           # runs `make test-gpu` unless .ci/passed.json has its inputs
+    python .ci/parts.py test-gpu --rerun   # runs it in any case
+    python .ci/parts.py --list             # which parts would run
 
 The inputs of a part are all files of the tree that can change its result, the compilers, torch and, where it
 matters, the processor. In peft_kernels, tests and bench, Python files count that its tests import, directly
