@@ -53,13 +53,20 @@ def relative_error(got: Tensor, truth: Tensor) -> float:
 
 
 def assert_close(
-    got: Tensor, plain: Tensor, truth: Tensor, what: str = "result", product: torch.dtype | None = None
+    got: Tensor,
+    plain: Tensor,
+    truth: Tensor,
+    what: str = "result",
+    *,
+    product: torch.dtype | None = None,
+    by_element: bool = True,
 ) -> None:
     """Asserts the numbers policy: `got` from the kernel, `plain` from plain torch at that precision, `truth`
     in fp64. RMS errors are compared, and single elements with the RMS error of their row or column.
-    `product`: what a factor of single elements is rounded to, if not to got's dtype."""
+    `product`: what a factor of single elements is rounded to, if not to got's dtype. `by_element` False:
+    elements share roundings, and are judged by `assert_within_rounding`."""
     eps = torch.finfo(got.dtype).eps
-    own = max(eps, torch.finfo(product or got.dtype).eps)
+    own = max(eps, torch.finfo(product or got.dtype).eps) if by_element else None
     _judge(Check(what, eps, own), {what: got}, {what: plain}, {what: truth})
 
 
@@ -68,6 +75,9 @@ def assert_close_together(
 ) -> None:
     """The policy for the RMS error of all results of a model, each relative to its size: a deep model can
     turn one rounding into an error of any size in one of them."""
+    for name in got.keys() & plain.keys():
+        if got[name].dtype != plain[name].dtype:
+            raise AssertionError(f"{name}: expected {plain[name].dtype}, got {got[name].dtype}")
     sizes = {name: max(true.double().norm().item(), 1e-6) for name, true in truth.items()}
     scaled = (
         {name: one.double() / sizes[name] for name, one in side.items()} for side in (got, plain, truth)

@@ -18,7 +18,8 @@ SEED = 77
 def row_group(kind: str, m: int, adapters: int) -> Tensor:
     """The adapter of each row. Negative numbers and those from `adapters` on mean none."""
     if kind == "mixed":
-        drawn = torch.randint(-1, adapters + 1, (m,), generator=torch.Generator().manual_seed(m))
+        generator = torch.Generator().manual_seed(m + testing.SEED)
+        drawn = torch.randint(-1, adapters + 1, (m,), generator=generator)
         return drawn.masked_fill_(drawn == adapters, 1 << 40)
     if kind == "texts":  # of 11 rows, the first without an adapter
         return torch.arange(m) // 11 % (adapters + 1) - 1
