@@ -24,6 +24,7 @@ from . import fused, sources
 from .fused import Fallback
 from .input_spec import InputSpec
 
+NO_KERNEL = "has no kernel for it here"
 PARALLEL = "tensor parallelism: its forward runs between collectives, which a fused one would skip"
 
 Forward = Callable[..., Any]
@@ -58,7 +59,7 @@ def device_reason(like: Tensor, op: str) -> str:
     kind = like.device.type
     if kind in ("cpu", "meta") or dispatch.has_kernel(op, like):
         return ""
-    return f"{kind} has no kernel for it here"
+    return f"{kind} {NO_KERNEL}"
 
 
 # Modules whose call is skipped by a fused forward.

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..host_memory import returns_freed_memory
 from .block.attention_function import AttentionFacts, function_reason
+from .eligibility import NO_KERNEL
 from .examine import LAYER, LOSS, PREFIX, examine, layers
 from .fused import Record, record_of, replaced_reason
 from .prefix.eligibility import not_recomputable
@@ -131,7 +132,7 @@ class PatchReport:
 
     def __str__(self) -> str:
         verb = "would be fused" if self.dry_run else "fused"
-        lines = [f"peft_kernels: {len(self.fused)} of {len(self.layers)} layers {verb}"]
+        lines = [f"peft_kernels: {len(self.fused)} of {len(self.layers)} layers {verb}{self._lost()}"]
         if not self.entries:
             lines.append(
                 "nothing to patch: no PEFT LoRA layer, bitsandbytes Linear4bit or NF4Linear in this model"
@@ -146,6 +147,16 @@ class PatchReport:
         calls = ((why, n, e) for e in (*entries, *self.bases) for why, n in e.fallbacks.items())
         lines += _by_reason("original forward", calls, "call")
         return "\n".join(lines + self._added_later() + self._advice())
+
+    def _lost(self) -> str:
+        """The kinds of blocks and losses that run the model's own code in whole or in part, although the
+        device has a kernel for them."""
+        reasons = [(block.family, block.reason or block.note) for block in self.blocks]
+        reasons += [(entry.family, entry.reason) for entry in (*self.prefixes, *self.losses)]
+        found = Counter(family for family, _ in reasons)
+        lost = Counter(family for family, reason in reasons if reason and not reason.endswith(NO_KERNEL))
+        parts = [f"{family} ({count} of {found[family]})" for family, count in lost.items()]
+        return f"; not fully fused: {', '.join(parts)}" if parts else ""
 
     def _advice(self) -> list[str]:
         """What else would speed up a whole model."""

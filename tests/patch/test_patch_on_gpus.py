@@ -76,6 +76,7 @@ def test_the_loss_needs_kernels_for_frozen_and_trained_heads(
         reasons(*kernels)
         (entry,) = pk.patch(model, dry_run=True).losses
         assert entry.reason == reason, kernels
+        assert "not fully fused" not in str(pk.patch(model, dry_run=True)), "the device has no kernel"
 
 
 def test_triton_has_kernels_for_all_but_attention(

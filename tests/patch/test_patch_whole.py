@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from typing import Any
 
 import models
@@ -52,6 +53,21 @@ def test_a_model_of_the_class_of_a_patched_one(without: tuple[str, ...]) -> None
     assert torch.equal(model(input_ids=ids(), labels=ids()).loss, want.loss)
     assert pk.unpatch(model) > 0 and not isinstance(model, LossModel)
     torch.testing.assert_close(model(input_ids=ids(), labels=ids()).loss, want.loss)
+
+
+@pytest.mark.parametrize("lost", ["", "gated MLP (1 of 2)", "norm (1 of 5)", "attention (2 of 2)", "loss"])
+def test_the_first_line_names_what_is_lost(lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = models.tiny_llama()
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules="all-linear"))
+    first, norm = base.model.layers[0], base.model.norm
+    if lost.startswith("attention"):  # its projections and rotary embedding only
+        monkeypatch.setattr(sys.modules[type(base).__module__], "apply_rotary_pos_emb", lambda *_: None)
+    wrapped: dict[str, Any] = {"gated": first.mlp, "norm": norm, "loss": base}
+    if module := wrapped.get(lost.split(" ")[0]):
+        module.forward = torch.autocast("cpu", dtype=torch.bfloat16)(module.forward)
+    lost = "loss without logits (1 of 1)" if lost == "loss" else lost
+    line = str(pk.patch(model)).splitlines()[0]
+    assert line == "peft_kernels: 14 of 14 layers fused" + (f"; not fully fused: {lost}" if lost else "")
 
 
 def test_a_subclass_of_a_patched_class() -> None:
