@@ -97,7 +97,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 def load_base(folder: Path, backend: str) -> nn.Module:
     """The model in 4 bits except its head, by the usual QLoRA recipe: norms, embeddings and activations in
-    fp32, GEMMs under autocast, as in `Trainer(bf16=True)`.
+    fp32. Run it under autocast, as `Trainer(bf16=True)` does.
 
     In an all-bf16 model stock PEFT adds the update to a base output rounded to bf16 and rounds again: the
     small updates of a new adapter are lost.
@@ -114,7 +114,6 @@ def load_base(folder: Path, backend: str) -> nn.Module:
     if backend == "peft_kernels":
         pk.quantize_model(model)
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    model.forward = torch.autocast(DEVICE, dtype=DTYPE)(model.forward)
     model.config.use_cache = False
     return model
 
@@ -131,6 +130,11 @@ def add_lora(model: nn.Module, r: int, seed: int) -> PeftModel:
     return adapted
 
 
+def autocast() -> torch.autocast:
+    """GEMMs in bf16, as under `Trainer(bf16=True)`."""
+    return torch.autocast(DEVICE, dtype=DTYPE)
+
+
 def response_logits(model: nn.Module, batch: dict[str, Tensor], ahead: int = 0) -> tuple[Tensor, Tensor]:
     """The logits that predict the response tokens, fp32 (tokens, vocabulary), and those tokens (tokens,).
     `ahead`: virtual tokens that the model puts before each row."""
@@ -140,27 +144,17 @@ def response_logits(model: nn.Module, batch: dict[str, Tensor], ahead: int = 0) 
     first = int((labels != IGNORED).any(0).nonzero()[0])
     kept = torch.arange(first - 1, labels.shape[1] - 1, device=labels.device)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    logits = model(**inputs, logits_to_keep=kept + ahead, use_cache=False).logits
+    with autocast():
+        logits = model(**inputs, logits_to_keep=kept + ahead, use_cache=False).logits
     counted = labels[:, first:] != IGNORED
     return logits[counted].float(), labels[:, first:][counted]
-
-
-class ResponseTrainer(Trainer):
-    """A Trainer with the loss of the responses only."""
-
-    patched = False
-    """If patched, the model's own loss skips unlabelled tokens; stock's computes the logits of all tokens."""
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
-        if self.patched:
-            return super().compute_loss(model, inputs, *args, **options)
-        return F.cross_entropy(*response_logits(model, inputs))
 
 
 def make_trainer(
     model: nn.Module, tokenizer: Any, examples: list[Encoded], args: Namespace, speed: Speed
 ) -> Trainer:
-    """A Trainer that saves checkpoints beside the adapter and uses the examples in the given order."""
+    """The plain Trainer of transformers for both back ends. It saves checkpoints beside the adapter and uses
+    the examples in the given order."""
     arguments = TrainingArguments(
         output_dir=str(args.output / "checkpoints"),
         max_steps=args.steps,
@@ -178,8 +172,7 @@ def make_trainer(
         include_num_input_tokens_seen="non_padding",
         report_to="none",
     )
-    trainer = ResponseTrainer(model, arguments, DataCollatorForSeq2Seq(tokenizer), examples)
-    trainer.patched = args.backend == "peft_kernels" and DEVICE == "cpu"
+    trainer = Trainer(model, arguments, DataCollatorForSeq2Seq(tokenizer), examples)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress)
     trainer.add_callback(speed)
@@ -221,10 +214,10 @@ class Speed(TrainerCallback):  # type: ignore[misc]
     """Times the training steps, and between them lets another run have its turn."""
 
     def __init__(self, turns: Turns | None) -> None:
-        self.turns, self.seconds, self.tokens = turns, list[float](), 0
+        self.turns, self.seconds, self.rates = turns, list[float](), list[float]()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.first = state.num_input_tokens_seen
+        self.seen = state.num_input_tokens_seen
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.turns is not None and self.seconds and len(self.seconds) % STEPS == 0:
@@ -233,9 +226,10 @@ class Speed(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.seconds.append(time.perf_counter() - self.start)
+        self.rates.append((state.num_input_tokens_seen - self.seen) / self.seconds[-1])
+        self.seen = state.num_input_tokens_seen
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.tokens = state.num_input_tokens_seen - self.first
         if self.turns is not None:
             self.turns.swap()
 
@@ -313,7 +307,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 24) 
     text = prompt_text(prompt, tokenizer)
     inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
-    with evaluating(model):
+    with evaluating(model), autocast():
         ids = model.generate(**inputs, **options, pad_token_id=tokenizer.pad_token_id)
     answer = tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     return " ".join(str(answer).split())

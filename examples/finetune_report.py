@@ -17,7 +17,7 @@ Metrics = dict[str, Any]  # the content of metrics.json
 FIGURES = {
     "validation loss before": ("loss_before", ".4f"),
     "validation loss after": ("loss_after", ".4f"),
-    "tokens/s": ("tokens_per_second", ",.0f"),
+    "tokens/s (median)": ("tokens_per_second", ",.0f"),
     "seconds a step (median)": ("seconds_per_step", ".2f"),
     "peak memory while training, MB": ("peak_memory_mb", ",.0f"),
 }
@@ -75,6 +75,11 @@ def print_comparison(ours: Metrics, theirs: Metrics) -> bool:
     print(
         f"\nlargest difference of the losses: {worst:.2%} at step {differences.index(worst) + 1} "
         f"({'within' if agree else 'ABOVE'} {LOSS_TOLERANCE:.0%})"
+    )
+    faster, share = (ours[key] / theirs[key] for key in ("tokens_per_second", "peak_memory_mb"))
+    print(
+        f"On this machine {names[0]} trains {faster:.1f} times as fast as PEFT + {names[1]}, "
+        f"with {share:.0%} of the peak memory."
     )
     return agree
 

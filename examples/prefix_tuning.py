@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     making = model.get_nb_trainable_parameters()[0]
     stage("after", f"held-out loss {after:.3f}")
 
-    pk.prefix.fold(model)
+    with lib.autocast():  # it computed the prefix in training, too
+        pk.prefix.fold(model)
     folded = lib.logits_of(model, validation[0])
     prefix = model.get_nb_trainable_parameters()[0]
     stage("fold", f"{making:,} trained parameters became the {prefix:,} of the prefixes")

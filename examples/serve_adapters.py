@@ -115,7 +115,8 @@ def run(args: argparse.Namespace) -> int:
     prompts = tokenizer(texts, add_special_tokens=False).input_ids
     questions = [Question(ids, name) for ids in prompts for name in names]
     shown = questions[: 3 * len(names)]  # three functions, whose logits are compared
-    trained = torch.stack([last_logits(model, question) for question in shown])
+    with lib.autocast():
+        trained = torch.stack([last_logits(model, question) for question in shown])
     del model
 
     options = {"max_new_tokens": args.new_tokens, "eos_token_id": tokenizer.eos_token_id}

@@ -171,13 +171,14 @@ class Models:
     def base(self, kind: str) -> Any:
         """The base model, with the linear layers' weights in the given dtype."""
         if kind == "nf4":
-            return self.lib.load_base(self.folder, "peft_kernels")
-        model = self.lib.AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.lib.DTYPE)
-        body = {m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
-        for p in model.parameters():
-            p.requires_grad_(False)
-            if kind == "fp32" or p not in body:
-                p.data = p.data.float()
+            model = self.lib.load_base(self.folder, "peft_kernels")
+        else:
+            model = self.lib.AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.lib.DTYPE)
+            body = {m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+            for p in model.parameters():
+                p.requires_grad_(False)
+                if kind == "fp32" or p not in body:
+                    p.data = p.data.float()
         model.forward = torch.autocast(self.lib.DEVICE, dtype=self.lib.DTYPE)(model.forward)
         return model
 

@@ -32,8 +32,8 @@ def merge_and_unload(model: Any, quantize: bool = False, safe_merge: bool = Fals
     quantize : bool
         False makes merged NF4 weights dense. True packs them again layer by layer, so memory stays that of
         the 4-bit model. Deltas below half a quantisation step are then rounded away: a short fine-tuning can
-        be lost almost completely (`make demo` measures it). PEFT always repacks Linear4bit, with the same
-        loss.
+        be lost almost completely. Merging into the 16-bit model and quantising that keeps it
+        (docs/recipes/saving.md). PEFT always repacks Linear4bit, with the same loss.
     safe_merge : bool
         Check all adapters and merged weights for NaN and Inf before any layer is merged.
 
