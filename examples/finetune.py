@@ -42,8 +42,8 @@ VALIDATION_EXAMPLES = 64
 # Relative RMS difference of logits at most. The reloaded model has the same values and runs the same kernels,
 # so 0 is expected; a single different bf16 rounding causes 1e-2 after thirty layers. Merging rounds the sum
 # of weight and update to bf16 again, which gives 0.014 to 0.03 on SmolLM2-135M; without the adapter it is
-# 0.43 to 0.52.
-LIMITS = {"reloaded": 1e-3, "merged": 0.08, "merged, then NF4": 10.0}
+# 0.43 to 0.53. The model merged in 16 bits and then quantised has other roundings in every weight: 0.14.
+LIMITS = {"reloaded": 1e-3, "merged": 0.08, "merged, then NF4": 0.25}
 
 
 def main(argv: list[str] | None = None) -> int:
