@@ -71,7 +71,7 @@ def test_every_16_bit_value_quantizes_as_bitsandbytes(backend: str, dtype: torch
 @pytest.mark.parametrize("blocksize", [64, 256])
 def test_nested_state(backend: str, blocksize: int, dtype: torch.dtype) -> None:
     """Offset and nested absmax are equal. bitsandbytes' CPU build looks 8-bit codes up in 65,536 bins, so a
-    few are one index off the nearest; ours are exact (test_nf4.py)."""
+    few are one index off the nearest, or several that lie in one bin; ours are exact (test_nf4.py)."""
     dense = testing.tensor(1000, 512, dtype=dtype, scale=0.02)
     theirs, state = bnb_functional.quantize_4bit(
         dense, blocksize=blocksize, quant_type="nf4", compress_statistics=True
@@ -80,7 +80,9 @@ def test_nested_state(backend: str, blocksize: int, dtype: torch.dtype) -> None:
     assert torch.equal(weight.packed.view(-1), theirs.view(-1))
     assert torch.equal(weight.offset, state.offset) and torch.equal(weight.absmax2, state.state2.absmax)
     beside = (weight.absmax.int() - state.absmax.int()).abs()
-    assert beside.max() <= 1 and (beside > 0).double().mean() <= 0.005
+    ours, looked_up = (state.state2.code[codes.int()] for codes in (weight.absmax, state.absmax))
+    assert ((beside <= 1) | ((ours - looked_up).abs() <= 2 / 65536)).all()
+    assert (beside > 0).double().mean() <= 0.005
 
 
 def test_absmax_of_bnb_nested_state_is_equal(backend: str) -> None:

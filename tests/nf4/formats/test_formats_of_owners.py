@@ -40,16 +40,20 @@ def test_fp4_of_bitsandbytes(shape: tuple[int, int], nested: bool, dtype: torch.
 def test_quantising_to_fp4_as_bitsandbytes_does(
     shape: tuple[int, int], nested: bool, dtype: torch.dtype
 ) -> None:
-    """The same scales, and the same values but for ties, which its back ends decide in different ways."""
+    """The same scales, but for an 8-bit code that bitsandbytes looks up in a coarse table (test_nf4_bnb.py),
+    and the same values but for ties, which its back ends decide in different ways."""
     dense = testing.tensor(*shape, dtype=dtype)
     theirs = pk.NF4Weight.from_bnb(quantized(dense, kind="fp4", nested=nested))
     ours = pk.NF4Weight.quantize(dense, double_quant=nested, format="fp4")
-    for name in ("absmax", "absmax2", "offset"):
+    for name in ("absmax2", "offset"):
         one, other = getattr(ours, name), getattr(theirs, name)
         assert (one is None) is (other is None) and (one is None or torch.equal(one, other)), name
+    alike = ours.absmax == theirs.absmax
+    assert (~alike).sum() <= (1 if nested else 0)
     got, want = ours.dequantize(torch.float32), theirs.dequantize(torch.float32)
     far = (got - dense.float()).abs() - (want - dense.float()).abs()
-    differ = got != want
+    blocks = alike.repeat_interleave(ours._state.blocksize)[: got.numel()].view(shape)
+    differ = (got != want) & blocks
     assert differ.sum() <= 0.01 * got.numel()
     scale = dense.float().abs().max()
     assert (
