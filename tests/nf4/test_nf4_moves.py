@@ -39,14 +39,14 @@ def test_share_memory() -> None:
     assert isinstance(net.q.weight, pk.NF4Weight) and torch.equal(net(x()), y)
 
 
-def answer(net: nn.Module, queue: Any) -> None:
-    queue.put(net(x()).detach().float().numpy())
+def answer(net: nn.Module, given: torch.Tensor, queue: Any) -> None:
+    queue.put(net(given).detach().float().numpy())
 
 
 def test_other_process_reads_shared_memory() -> None:
     context = mp.get_context("spawn")
     net, queue = model().share_memory(), context.Queue()
-    process = context.Process(target=answer, args=(net, queue))
+    process = context.Process(target=answer, args=(net, x(), queue))
     process.start()
     got = torch.from_numpy(queue.get(timeout=120))
     process.join(timeout=60)
