@@ -107,7 +107,7 @@ SEED ?= random
 test-seeds: $(VENV)/.built $(VENV)/.packages-test ## Run the tests that compare numbers on inputs of another seed (SEED=N)
 	$(PYTEST) --backends native --seed $(SEED) $(patsubst %,tests/%,ops core nf4 patch checkpoints/owners) $(ARGS)
 
-# What has tests of kernels; .ci/parts.py has their inputs.
+# What has tests of kernels for other instruction sets and for GPUs.
 WITH_KERNELS := $(patsubst %,tests/%,core ops nf4 patch optim)
 test-isa: $(VENV)/.built-isa $(VENV)/.packages-test ## Run the kernels' tests on other instruction sets
 	$(PYTEST) --backends isa $(WITH_KERNELS) $(ARGS)
@@ -116,7 +116,7 @@ test-isa: $(VENV)/.built-isa $(VENV)/.packages-test ## Run the kernels' tests on
 EXECUTED := build/ptx_executed
 test-gpu: $(VENV)/.built-gpu $(VENV)/.packages-test ## Run the CUDA kernels' tests as PTX on the CPU, the Triton kernels' in its interpreter
 	@rm -rf $(EXECUTED) && mkdir -p $(EXECUTED)
-	$(if $(ARGS),,PEFT_KERNELS_PTX_EXECUTED=$(EXECUTED)) $(PYTEST) --backends ptx $(WITH_KERNELS) tests/gpu tests/bench $(ARGS)
+	$(if $(ARGS),,PEFT_KERNELS_PTX_EXECUTED=$(EXECUTED)) $(PYTEST) --backends ptx $(WITH_KERNELS) tests/gpu $(ARGS)
 	$(if $(ARGS),,$(if $(NVCC),$(BIN)/python tests/gpu/ptx/executed.py --folder $(EXECUTED) --check))
 	$(if $(ARGS),,$(MAKE) triton ptx)
 

@@ -115,8 +115,8 @@ LONGEST = [
 ]
 
 
-# Folders with tests of other back ends than the native one; .ci/parts.py leaves the others out.
-WITH_KERNELS = ("core", "ops", "nf4", "patch", "optim", "gpu", "bench")
+# Folders with tests of other back ends than the native one.
+WITH_KERNELS = ("core", "ops", "nf4", "patch", "optim", "gpu")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

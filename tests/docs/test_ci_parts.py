@@ -92,6 +92,45 @@ def test_compilers_and_where_it_matters_the_processor_count(
     assert makes == [name]
 
 
+def test_the_whole_target_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "Makefile").write_text("test-gpu:\n\t@printenv > seen\n")
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    chosen = ("ARGS", "TESTS", "PYTEST_ADDOPTS", "MAKEOVERRIDES", "MAKEFLAGS", "PEFT_KERNELS_CPU")
+    for word in (*chosen, "OTHER"):
+        monkeypatch.setenv(word, "-k dora")
+    assert tool.make("test-gpu") == 0
+    seen = (tmp_path / "seen").read_text()
+    assert seen.count("-k dora") == 1 and "OTHER=-k dora" in seen
+
+
+def test_folders_of_tests_are_those_that_are_run() -> None:
+    """The Makefile names them again, and conftest.py, which chooses tests by the back end."""
+    makefile = (tool.ROOT / "Makefile").read_text()
+    (with_kernels,) = re.findall(r"^WITH_KERNELS := .*,tests/%,(.*)\)$", makefile, re.MULTILINE)
+    assert tuple(with_kernels.split()) == tool.KERNELS
+    (chosen,) = re.findall(
+        r"^WITH_KERNELS = \((.*)\)$", (tool.ROOT / "tests/conftest.py").read_text(), re.MULTILINE
+    )
+    assert chosen.replace('"', "").split(", ") == [*tool.KERNELS, "gpu"]
+    for name in tool.PARTS.keys() - {"package"}:
+        commands = makefile.partition(f"\n{name}: ")[2].partition("\n\n")[0].partition("\n")[2]
+        folders = re.findall(
+            r"tests/(\w+) ",
+            commands.replace("$(WITH_KERNELS)", " ".join(f"tests/{one} " for one in tool.KERNELS)),
+        )
+        assert {*folders} == {*tool.PARTS[name].tests}, name
+
+
+@each_part
+def test_pages_and_examples_that_tests_open_count(name: str) -> None:
+    inputs = tool.PARTS[name].files()
+    for test in (file for file in inputs if file.startswith("tests/") and file.endswith(".py")):
+        text = (tool.ROOT / test).read_text()
+        for parts in re.findall(r'/ "(docs|examples)"((?: / "[\w.]+")+)', text):
+            path = "".join(parts).replace(' / "', "/").replace('"', "")
+            assert path in inputs, f"{test} opens {path}"
+
+
 def test_what_did_not_pass_is_not_recorded(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tool, "make", lambda name: 2)
     assert tool.run("test-gpu", rerun=False) == 2

@@ -12,8 +12,6 @@ from bench.gpu.wave_quantization import CARDS, GOAL, SHAPES, Case, Cell
 from bench.lib import report
 from peft_kernels.core.backends.cuda import CudaLibrary
 
-pytestmark = pytest.mark.ptx
-
 WORST = {True: GOAL - 0.004, False: 0.37}
 """By whether a weight is large: 3072x3072 and 512x2048, both on RTX 5090."""
 CUT = {"features": 16, "tokens": 8, "depth": 64, "workers": 8, "share": 1}

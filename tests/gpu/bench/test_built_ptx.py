@@ -10,8 +10,6 @@ import pytest
 
 from bench.gpu import built_ptx, sass
 
-pytestmark = pytest.mark.ptx
-
 TOOLS = sass.tools()
 
 

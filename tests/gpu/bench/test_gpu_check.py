@@ -18,12 +18,12 @@ import torch
 from bench.gpu import run
 from peft_kernels.core.backends import crossovers
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "bench" / "gpu_check.sh"
 WHOLE = 540
 """Seconds in which either part ends: rented machines end a command after ten minutes."""
 
-pytestmark = [pytest.mark.ptx, pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")]
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 

@@ -13,8 +13,6 @@ from peft_kernels.core.backends import crossovers, cuda
 from peft_kernels.core.backends.crossover_timing import Cell, Shape
 from peft_kernels.core.backends.crossovers import ANY, Card
 
-pytestmark = pytest.mark.ptx
-
 CARD = Card("NVIDIA H100 80GB HBM3", "9.0", 132, "a driver", "0123")
 
 

@@ -17,11 +17,9 @@ from bench.lib import report
 from peft_kernels.core.backends.crossover_timing import SHAPES
 from peft_kernels.core.backends.cuda import CudaLibrary
 
-pytestmark = pytest.mark.ptx
-
 H100 = reached(BY_ARCHITECTURE[90])
 LARGE = 14336, 4096
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,6 @@ from bench.gpu import launch_overhead
 from bench.lib import report
 from bench.lib.report import OURS, Timing
 
-pytestmark = pytest.mark.ptx
-
 COUNTS = {
     "nf4_linear": (1, 3),
     "lora_linear": (3, 7),
