@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.code_tables import NESTED_BLOCKSIZE, WEIGHT_DTYPES, dynamic_map
+from ..core.code_tables import NESTED_BLOCKSIZE, WEIGHT_DTYPES, dynamic_map, is_dynamic_map
 from ..core.formats import FORMATS, code_values
 from ..core.nf4_state import NF4State
 from .assembly import READ_SCALE_DTYPES, assemble, check_scales, expect, short
@@ -91,8 +91,12 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, 
         )
     if nested:
         _check_nested(f"{key}.{state_item}", numbers)
-        _expect_table(f"{key}.nested_quant_map", dynamic_map(_CPU), item(".nested_quant_map"))
-    _expect_table(f"{key}.quant_map", _code(kind, _CPU), item(".quant_map"))
+        table = item(".nested_quant_map")
+        _expect_table(f"{key}.nested_quant_map", table, is_dynamic_map(table))
+    table = item(".quant_map")
+    _expect_table(
+        f"{key}.quant_map", table, torch.equal(_code(kind, _CPU), table.detach().float().cpu().view(-1))
+    )
     state = assemble(
         key,
         numbers.shape,
@@ -197,9 +201,12 @@ def reason_other_table(params4bit: Any) -> str | None:
         return None
     found = quant_state.__dict__.get(_OTHER_TABLE)
     if found is None and not torch.compiler.is_compiling() and not quant_state.state2.code.is_meta:
-        code = quant_state.state2.code.detach().float().cpu().view(-1)
-        same = torch.equal(dynamic_map(_CPU), code)
-        found = "" if same else f"its scales have another table than the standard one{_of_old_cpus(code)}"
+        code = quant_state.state2.code
+        found = (
+            ""
+            if is_dynamic_map(code)
+            else f"its scales have another table than the standard one{_of_old_cpus(code)}"
+        )
         setattr(quant_state, _OTHER_TABLE, found)
     return found or None
 
@@ -301,8 +308,8 @@ def _code(kind: str, device: torch.device) -> Tensor:
     return code_values(FORMATS[kind].layout(0), device)
 
 
-def _expect_table(key: str, expected: Tensor, got: Tensor) -> None:
-    if got.dtype not in READ_SCALE_DTYPES or not torch.equal(expected, got.detach().float().cpu().view(-1)):
+def _expect_table(key: str, got: Tensor, is_standard: bool) -> None:
+    if got.dtype not in READ_SCALE_DTYPES or not is_standard:
         raise ValueError(
             f"{key}: expected the standard table of the format, got other values{_of_old_cpus(got)}"
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.code_tables import dynamic_map
+from ..core.code_tables import dynamic_map, is_dynamic_map
 from ..ops.optim import STATE_BLOCK
 
 WRAPPED = "__bnb_optimizer_quant_state__"
@@ -110,14 +110,10 @@ def _absmax(entry: Mapping[str, Any], i: int, parameter: Tensor, what: str) -> T
 
 
 def _qmap(entry: Mapping[str, Any], i: int, device: torch.device, what: str) -> Tensor:
-    ours = dynamic_map(device, signed=i == 1)
-    qmap = _tensor(entry, f"qmap{i}", what)
-    if qmap.shape != ours.shape or not torch.allclose(
-        qmap.to(device, torch.float32), ours, rtol=1e-5, atol=1e-9
-    ):
+    if not is_dynamic_map(_tensor(entry, f"qmap{i}", what), signed=i == 1):
         kind = "signed" if i == 1 else "unsigned"
         raise ValueError(f"{what}: qmap{i}: expected the {kind} dynamic map, got another one")
-    return ours
+    return dynamic_map(device, signed=i == 1)
 
 
 def _tensor(entry: Mapping[str, Any], name: str, what: str) -> Tensor:

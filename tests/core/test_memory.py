@@ -8,6 +8,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from skips import require_bf16_attention
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -74,6 +75,7 @@ def test_a_decoder_block_saves_little(adapter: str, base: str) -> None:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     from bench.models import memory
 
+    require_bf16_attention()
     saved = memory.Case(memory.BLOCK, base, adapter, "bf16").run()
     assert saved.ratio is not None, saved.absent
     assert saved.ratio <= BLOCK_BOUND, saved

@@ -7,6 +7,7 @@ import torch
 from bnb_layers import CPU, SHAPES, bnb, bnb_functional, quantized, their_layer
 from nf4_weights import dtype_id, each_dtype, each_nesting
 from rounding import ONE_MODEL
+from skips import require_map_of_bitsandbytes
 
 import peft_kernels as pk
 import testing
@@ -86,11 +87,23 @@ def test_nested_state(backend: str, blocksize: int, dtype: torch.dtype) -> None:
 
 
 def test_absmax_of_bnb_nested_state_is_equal(backend: str) -> None:
+    require_map_of_bitsandbytes()
     _, state = bnb_functional.quantize_4bit(
         testing.tensor(1000, 500), blocksize=64, quant_type="nf4", compress_statistics=True
     )
     theirs = bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     assert torch.equal(ops.unpack_absmax(state.absmax, state.state2.absmax, state.offset), theirs)
+
+
+def test_a_map_made_on_another_cpu_is_read() -> None:
+    """bitsandbytes' map differs in the last bits where torch.linspace has no fused multiply-adds."""
+    params = quantized(testing.tensor(40, 64), nested=True)
+    want, table = pk.NF4Weight.from_bnb(params).dequantize(), params.quant_state.state2.code
+    params.quant_state.state2.code = table.nextafter(torch.zeros(()))
+    assert torch.equal(pk.NF4Weight.from_bnb(params).dequantize(), want)
+    items = {f"w.{key}": value for key, value in params.quant_state.as_dict(packed=True).items()}
+    found = pk.NF4Weight.from_state_dict({"w": params.data, **items}, name="w")
+    assert torch.equal(found.dequantize(), want)
 
 
 @each_dtype
