@@ -32,8 +32,15 @@ ONE_MODEL = 1e-5
 """Of a forward: 20 products in a row, sqrt(20) times that, and 5 more for weights larger than usual."""
 ONE_STEP = 1e-4
 """Of a step's gradients, or of losses of a few steps: differences of terms ten times as large."""
+FAR = 1e-3
+"""Of a step's results from the truth, ten times that: of deeper models, and of a peer that must not widen the
+policy."""
 CURVE = 1e-3
 """Of the losses of a training run: AdamW divides small gradients, with their errors, by their size."""
+BF16 = 0.01
+"""Of a loss or of one product in bf16: 1.3 eps."""
+BF16_STEP = 0.1
+"""Of a step's gradients in 16-bit types: 13 eps of bf16."""
 
 
 class TooFar(AssertionError):
@@ -133,14 +140,14 @@ class Check:
         if not self.parts:
             return 0.0, ""
         got, plain, truth = (torch.cat([t.flatten() for t in side]) for side in zip(*self.parts, strict=True))
-        error, allowed = (float(t) for t in (_rms(got), self._allowed(plain, truth)))
+        error, allowed = (float(t) for t in (_rms(got), self._allowed(plain, truth, self.eps)))
         found = _ratio(error, allowed), f"{self.what}: RMS error {error:.3g}, allowed {allowed:.3g}"
         if self.own is None or found[0] > 1:
             return found
         # |N(0, 1)| is above z with a probability below exp(-z^2 / 2); there are as many chances as elements.
         z = math.sqrt(2 * math.log(len(got) / FALSE_ALARM))
         for errors, of_torch, true in self.parts:
-            lines = [self._allowed(of_torch, true, dim) for dim in (0, 1)]
+            lines = [self._allowed(of_torch, true, self.own, dim) for dim in (0, 1)]
             bound = z * torch.maximum(*lines).clamp(min=allowed) + 2 * self.own * true.abs()
             ratios = torch.where(errors == 0, 0.0, errors.abs() / bound).flatten().nan_to_num(math.inf)
             at = int(ratios.argmax())
@@ -149,9 +156,10 @@ class Check:
             found = max(found, (float(ratios[at]), f"{message}, allowed {bound.flatten()[at]:.3g}"))
         return found
 
-    def _allowed(self, of_torch: Tensor, truth: Tensor, dim: int | None = None) -> Tensor:
+    @staticmethod
+    def _allowed(of_torch: Tensor, truth: Tensor, eps: float, dim: int | None = None) -> Tensor:
         """RMS error of a whole, or of its lines along a dimension."""
-        return 2 * _rms(of_torch, dim) + self.eps * _rms(truth, dim)
+        return 2 * _rms(of_torch, dim) + eps * _rms(truth, dim)
 
 
 def _rms(values: Tensor, dim: int | None = None) -> Tensor:

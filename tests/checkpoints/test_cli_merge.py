@@ -14,6 +14,7 @@ import torch
 from fresh_process import Python
 from merge_folders import CAUSAL, adapt, assert_same_tensors, edit_config, merged_by_peft, saved, transformers
 from models import tiny_llama
+from rounding import ONE_STEP
 
 import peft_kernels as pk
 from peft_kernels.checkpoints.checks import faults, nf4_weights, read_nf4
@@ -192,7 +193,7 @@ def test_nf4_base(case: str, tmp_path: Path) -> None:
         error += float((packed.dequantize().double() - dense.double()).square().sum())
         change += float((dense.double() - was.dequantize(dtype).double()).square().sum())
     assert done.rounding.share is None
-    assert again.rounding.share == pytest.approx((error / change) ** 0.5, rel=1e-4)
+    assert again.rounding.share == pytest.approx((error / change) ** 0.5, rel=ONE_STEP)
 
 
 def dense_base_of(base: Path, dense_base: Path, experts: bool) -> Any:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from nf4_weights import parts
 from ranks import Case
+from rounding import ONE_LAYER
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -21,6 +22,9 @@ import testing
 
 RANKS = 4
 VOCABULARY = 97
+ADAMW = {"lr": 1e-3, "eps": 1e-4}
+MOVED = 2 * ADAMW["lr"] / ADAMW["eps"] * ONE_LAYER
+"""Bound for adapters after two steps: AdamW divides a gradient by eps or more."""
 
 
 def line(ranks: int) -> Any:

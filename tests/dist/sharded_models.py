@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from rounding import ONE_STEP
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -50,15 +51,17 @@ def train(model: Model, optimizer: Any, steps: range) -> None:
         optimizer.step()
 
 
-def assert_same(got: nn.Module, want: nn.Module, atol: float = 0.0, names: Any = None) -> None:
+def assert_same(got: nn.Module, want: nn.Module, moved: float = 0.0, names: Any = None) -> None:
+    """Equal, or after steps of AdamW that differ by rounding: a step moves an element by its lr, all of them
+    by `moved`, and rounds it."""
     other = dict(want.named_parameters())
     for name, p in got.named_parameters():
         if names is None or name in names:
             torch.testing.assert_close(
                 whole_of(p),
                 whole_of(other[name]),
-                rtol=0,
-                atol=atol,
+                rtol=4 * torch.finfo(torch.float32).eps if moved else 0.0,
+                atol=ONE_STEP * moved,
                 msg=lambda text, name=name: f"{name}: {text}",
             )
 

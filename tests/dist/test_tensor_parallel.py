@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import MARKS, assert_no_errors, errors_by_rank, rank_tests
+from rounding import ONE_MODEL
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -85,7 +86,7 @@ def nf4_of(model: nn.Module) -> dict[str, Any]:
     return {name: p for name, p in found.items() if isinstance(p, pk.NF4Weight)}
 
 
-def near(got: Tensor, want: Tensor, most: float = 1e-5) -> None:
+def near(got: Tensor, want: Tensor, most: float = ONE_MODEL) -> None:
     assert float((got - want).norm()) <= most * float(want.norm())
 
 

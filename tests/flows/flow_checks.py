@@ -10,6 +10,7 @@ import peft_models
 import rounding
 import torch
 from peft.tuners import lora
+from rounding import ONE_MODEL, ONE_STEP
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -108,7 +109,7 @@ def assert_same_numbers(sample: Callable[[int], tuple[Results, Results, Results]
     rounding.assert_close_together(got, stock, truth)
 
 
-def assert_near(got: dict[str, Tensor], want: dict[str, Tensor], bound: float = 1e-5) -> None:
+def assert_near(got: dict[str, Tensor], want: dict[str, Tensor], bound: float = ONE_MODEL) -> None:
     assert got.keys() == want.keys() and got, f"not in both: {sorted(got.keys() ^ want.keys())}"
     for name in want:
         error = testing.relative_error(got[name], want[name])
@@ -122,7 +123,7 @@ def assert_curve(got: list[float], stock: list[float], truth: list[float], bound
     ours, theirs = (testing.relative_error(torch.tensor(curve), exact) for curve in (got, stock))
     apart = max(abs(a - b) / abs(b) for a, b in zip(got, stock, strict=True))
     assert apart < bound, f"{apart:.3g} from stock: {got} {stock}"
-    assert ours <= 2 * theirs + 1e-4, f"{ours:.3g} from the truth, stock {theirs:.3g}"
+    assert ours <= 2 * theirs + ONE_STEP, f"{ours:.3g} from the truth, stock {theirs:.3g}"
     assert abs(stock[-1] - stock[0]) > 3 * bound * abs(stock[0]), f"these curves could be anything's: {stock}"
 
 

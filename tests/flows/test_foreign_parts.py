@@ -21,7 +21,7 @@ from flow_checks import (
 )
 from flow_models import adapted, config, ids, llama, patched_copy
 from peft_models import gradients
-from rounding import ONE_MODEL
+from rounding import ONE_MODEL, ONE_STEP
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -155,7 +155,7 @@ def test_a_mixed_model(tuner: str) -> None:
     stock, model = make(), make()
     report = pk.patch(model)
     with Calls() as calls:
-        assert_as_stock(model, stock, 1e-4)
+        assert_as_stock(model, stock, ONE_STEP)
     assert calls.counts["gated_mlp"] == 0 and calls.counts["lora_linear"] > 0, calls.counts
     assert not any(name.endswith("mlp") for name in fused_blocks(report))
 

@@ -13,6 +13,7 @@ import torch
 from loss_cases import IGNORED, weight_of
 from models import tiny_llama
 from numbers_policy import at_odd_address, each_dtype
+from rounding import BF16, ONE_LAYER
 from skips import require
 from stub_device import H100, stub_device, torch_ops
 from test_cuda_graphs import READS, WAITS, nothing_read
@@ -113,7 +114,7 @@ def test_chunks_of_rows(extension: ModuleType, dtype: torch.dtype, base: str) ->
     with in_chunks(extension, FEW_BYTES):
         got = judge("linear_cross_entropy", args)
     for g, w in zip(got, whole, strict=True):
-        torch.testing.assert_close(g.float(), w.float(), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(g.float(), w.float(), rtol=2 * BF16, atol=2 * BF16)
 
 
 def test_chunks_of_rows_with_a_label(extension: ModuleType) -> None:
@@ -165,7 +166,7 @@ def test_rows_without_a_label_are_left_out(extension: ModuleType, dtype: torch.d
         with capturing(extension):
             everything = judge(op, given)
         for f, e in zip(few, everything, strict=True):
-            torch.testing.assert_close(f.float(), e.float(), rtol=2e-2, atol=2e-2)
+            torch.testing.assert_close(f.float(), e.float(), rtol=2 * BF16, atol=2 * BF16)
             if len(f) == ROWS:
                 ignored = labels == IGNORED
                 assert not f[ignored].any() and not e[ignored].any()
@@ -324,7 +325,7 @@ def test_extreme_logits(extension: ModuleType, dtype: torch.dtype, cap: float) -
     z = bias.double()
     z = cap * torch.tanh(z / cap) if cap else z
     want = torch.nn.functional.cross_entropy(z.expand(3, -1), labels, reduction="none")
-    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(loss.double(), want, rtol=ONE_LAYER, atol=ONE_LAYER)
     assert lse.isfinite().all() and top.tolist() == [False, True, False] and not dx.any()
 
 

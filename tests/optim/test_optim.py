@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from optim_models import Model, assert_near, train
-from rounding import ONE_LAYER, ONE_STEP
+from rounding import ONE_STEP
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -66,7 +66,7 @@ def test_checkpoints_resume_in_bitsandbytes_and_back(name: str, way: str) -> Non
     got = train(resumed, other, range(10, 20))
     if way == "ours-ours":
         assert got == want
-        assert_near(resumed, model, 0)
+        assert_near(resumed, model)
     else:
         assert got == pytest.approx(want, rel=ONE_STEP)
 
@@ -84,7 +84,7 @@ def test_equals_torch_adamw_with_groups_and_a_schedule() -> None:
 
     run(ours, pk.optim.PagedAdamW)
     run(theirs, torch.optim.AdamW)
-    assert_near(ours, theirs, 2e-6)
+    assert_near(ours, theirs, moved=20 * 3e-3)
 
 
 def test_coupled_decay_equals_torch_adam() -> None:
@@ -93,7 +93,7 @@ def test_coupled_decay_equals_torch_adam() -> None:
     in_32 = {"min_8bit_size": 10**6, "decoupled_weight_decay": False}
     train(ours, pk.optim.Adam8bit(ours.parameters(), **in_32, **options), range(20))
     train(theirs, torch.optim.Adam(theirs.parameters(), **options), range(20))
-    assert_near(ours, theirs, 2e-6)
+    assert_near(ours, theirs, moved=20 * 1e-3)
 
 
 def test_parameter_without_gradient_keeps_its_step() -> None:
@@ -124,7 +124,7 @@ def test_grad_scaler(bad: bool) -> None:
         other.step()
     scaler.step(optimizer)
     scaler.update()
-    assert_near(model, plain, 0)
+    assert_near(model, plain)
     assert optimizer.state_dict()["state"][0]["step"] == int(not bad)
     assert scaler.get_scale() == (512.0 if bad else 1024.0)
 
@@ -144,7 +144,7 @@ def test_closure_and_max_grad_norm() -> None:
     plain.loss(0).backward()
     torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.01)
     stock.step()
-    assert_near(model, plain, ONE_LAYER)
+    assert_near(model, plain, moved=1e-3)
 
 
 def test_overrides_by_parameter() -> None:

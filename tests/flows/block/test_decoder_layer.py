@@ -11,6 +11,7 @@ import torch
 from flow_blocks import between, family, one_step, patched
 from flow_checks import assert_near, block_fallbacks
 from flow_models import adapted, llama
+from rounding import BF16, BF16_STEP
 from torch import Tensor, nn
 
 from peft_kernels.patch.block import decoder_layer
@@ -63,7 +64,7 @@ def test_dtypes_of_norms_under_autocast(dtypes: list[Any]) -> None:
     ]
     other = under_autocast(model)
     assert dtypes == [None, None, torch.bfloat16, torch.bfloat16] and seen == [torch.float32] * 2
-    assert_near(other, got, 1e-2)
+    assert_near(other, got, BF16)
     assert torch.equal(other["loss"], got["loss"])
     for hook in hooks:
         hook.remove()
@@ -77,7 +78,7 @@ def test_autocast_to_another_16_bit_dtype(dtypes: list[Any]) -> None:
     """A bf16 residual stream with autocast to fp16: the norms stay bf16."""
     stock = adapted(family("Llama")).bfloat16().train()
     model, report = patched(stock)
-    assert_near(under_autocast(model, torch.float16), under_autocast(stock, torch.float16), 0.1)
+    assert_near(under_autocast(model, torch.float16), under_autocast(stock, torch.float16), BF16_STEP)
     assert dtypes == [torch.float16] * 4 and not block_fallbacks(report)
 
 

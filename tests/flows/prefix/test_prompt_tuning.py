@@ -74,7 +74,7 @@ def test_step_equals_stock(method: str, base: str, words: str) -> None:
         each = (step(one, lambda m: language_loss(m, ids(i))) for one in (model, stock, truth))
         return tuple(each)
 
-    assert_same_numbers(sample, 1e-4)
+    assert_same_numbers(sample, ONE_STEP)
     assert not any(layer.fallbacks for layer in report.layers), str(report)
     if method == "prompt-text":
         trained = stock.prompt_encoder["default"].embedding.weight

@@ -10,7 +10,7 @@ import torch
 from flow_checks import Calls
 from flow_models import logged, trainer
 from loss_models import MODELS, VOCABULARY, batch, losses_of, patched
-from rounding import ONE_MODEL
+from rounding import BF16, CURVE, ONE_MODEL
 from torch import Tensor
 
 import peft_kernels as pk
@@ -65,7 +65,7 @@ def test_trainer(name: str, run: str, tmp_path: Path) -> None:
         if each is model and run not in ("smoothing", "own-loss"):
             assert losses_of(calls) >= 4
     assert len(histories[0]) == 8
-    assert histories[0] == pytest.approx(histories[1], rel=0.02 if run == "autocast" else 1e-3)
+    assert histories[0] == pytest.approx(histories[1], rel=2 * BF16 if run == "autocast" else CURVE)
     assert not report.losses[0].fallbacks and report.losses[0].fused, str(report)
 
 
@@ -101,7 +101,7 @@ def test_trainer_evaluates(tmp_path: Path) -> None:
     )
     for key in ("eval_loss", "eval_highest"):
         assert ours[key] == pytest.approx(theirs[key], rel=ONE_MODEL)
-    assert abs(seen[0] - seen[1]).max() < 1e-5
+    assert abs(seen[0] - seen[1]).max() < ONE_MODEL * max(1.0, abs(seen[1]).max())
     reads = report.losses[0].record.facts.reads.total()
     assert reads
     on_rows(model, tmp_path, {}, prediction_loss_only=True).evaluate()
