@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import peft_kernels as pk
@@ -264,6 +265,30 @@ def ddp(folder: Path) -> None:
     assert all(torch.equal(each, everyone[0]) for each in everyone)
 
 
+def zero_redundancy(folder: Path) -> None:
+    """Each process steps its own parameters: clipping by their norm alone is refused, torch's clipping of
+    the whole model gives the bits of one process."""
+    start = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 96), nn.Linear(96, 3))
+    for p in start.parameters():
+        p.data = testing.tensor(*p.shape)
+    with pytest.raises(ValueError, match=r"max_grad_norm: .* ZeroRedundancyOptimizer .*clip_grad_norm_"):
+        ZeroRedundancyOptimizer(start.parameters(), pk.optim.AdamW8bit, max_grad_norm=1.0)
+    models = [copy.deepcopy(start) for _ in range(2)]
+    options: Any = {"lr": 1e-3, "min_8bit_size": 800}
+    pair = [
+        ZeroRedundancyOptimizer(models[0].parameters(), pk.optim.AdamW8bit, **options),
+        pk.optim.AdamW8bit(models[1].parameters(), **options),
+    ]
+    for step in range(3):
+        for m, optimizer in zip(models, pair, strict=True):
+            optimizer.zero_grad()
+            m(testing.tensor(5, 128, seed=step)).square().sum().backward()
+            nn.utils.clip_grad_norm_(m.parameters(), 0.5)
+            optimizer.step()
+    assert_same(*models)
+    assert not torch.equal(models[0][0].weight, start[0].weight)
+
+
 def paged(folder: Path) -> None:
     """Shards in host memory, and a plain parameter that steps in the same ring: bit for bit as unpaged, with
     checkpoints both ways, and no step when buffers cannot be allocated."""
@@ -323,7 +348,7 @@ def paged(folder: Path) -> None:
 
 CASES: list[Case] = [
     steps, norm, fully_sharded, checkpoint, other_world_size, gathered, rounding, scaler, refusals,
-    ddp, paged,
+    ddp, zero_redundancy, paged,
 ]  # fmt: skip
 
 
