@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..offload import take_packed
 from ..weight import NF4Weight
 from .checks import is_dtensor, is_sharded
 
@@ -51,7 +52,12 @@ def receive(module: nn.Module, name: str, key: str, state_dict: dict[str, Any]) 
 
 
 class ReceivesWeights:
-    """Mixin for layers whose packed weights may come from process 0."""
+    """Mixin for layers whose packed weights accelerate may send from process 0, or offload."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_hf_hook":
+            take_packed(value, self)  # type: ignore[arg-type]
+        super().__setattr__(name, value)
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         """Keeps packed weights that a move to the meta device would drop under RAM-efficient loading."""
