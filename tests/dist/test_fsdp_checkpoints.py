@@ -289,6 +289,7 @@ def from_meta(folder: Path) -> None:
     report = fsdp.report(model)
     assert len(report.sharded) == 14 and not report.replicated and 0 < len(report.joined) <= 14
     assert report.bytes_here < 0.5 * report.bytes_whole
+    assert str(report).startswith("peft_kernels: 14 packed weights sharded, 0 replicated")
     for name, got in gathered(model).items():
         if ".lora_A." in name:
             assert got.std() > 0.01 and len(torch.unique(got)) == got.numel(), name
