@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rounding import ONE_MODEL
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,6 +24,7 @@ from fsdp_models import (
     weight,
 )
 from ranks import rank_tests
+from rounding import ONE_MODEL
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.staging import BlockingAsyncStager

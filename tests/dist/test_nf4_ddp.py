@@ -105,7 +105,9 @@ def other_bytes(folder: Path) -> None:
             warnings.simplefilter("always")
             ddp, nbytes = wrapped(model)
         seen = [str(each.message) for each in caught if "other packed weights" in str(each.message)]
-        assert len(seen) == rank and all("process 1 had other packed weights than process 0" in t for t in seen)
+        assert len(seen) == rank and all(
+            "process 1 had other packed weights than process 0" in t for t in seen
+        )
         size = dense_nbytes(model) + sum(weight.nbytes for weight in packed(model).values())
         assert size <= nbytes < size + NEAR_NOTHING
         for weight, want in zip(packed(model).values(), packed(first).values(), strict=True):

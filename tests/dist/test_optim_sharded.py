@@ -36,8 +36,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import peft_kernels as pk
 import testing
+from peft_kernels.core import code_tables
 from peft_kernels.optim.paging import CURRENT, IN, OUT
-from peft_kernels.optim.sharded import is_sharded, part_of, whole_of
+from peft_kernels.optim.sharded import Layout, is_sharded, part_of, whole_of
 
 pytestmark = pytest.mark.slow
 
@@ -142,9 +143,8 @@ def checkpoint(folder: Path) -> None:
 
 
 def other_world_size(folder: Path) -> None:
-    """Resumes on two processes and in one; shards that cannot be split differently raise, by name."""
+    """Resumes on two processes; where shards ended inside blocks, in blocks of the new shards."""
     model, optimizer = checkpoint_of(folder / "alike", CUT_ALIKE)
-    checkpoint_of(folder / "odd", ("rows", "odd"))
     half = square()["parts"]
     other = Model(CUT_ALIKE, mesh=half)
     resumed = pk.optim.AdamW8bit(other.parameters(), lr=0.5)
@@ -153,13 +153,36 @@ def other_world_size(folder: Path) -> None:
     set_optimizer_state_dict(other, resumed, found["optimizer"])
     assert_equal_training(model, optimizer, other, resumed)
 
-    other = Model(("rows", "odd"), mesh=half)
-    resumed = pk.optim.AdamW8bit(other.parameters())
+    model, optimizer = checkpoint_of(folder / "all")
+    other = Model(mesh=half)
+    resumed = pk.optim.AdamW8bit(other.parameters(), rounding="kahan")
     found = saved(other, resumed)
-    before = copy.deepcopy(found)
-    with pytest.raises(dcp.CheckpointException, match=r"Size mismatch .* for optimizer.state.odd.absmax1"):
-        dcp.load(found, checkpoint_id=folder / "odd", process_group=half.get_group())
-    assert_same_tree(saved(other, resumed), before)
+    dcp.load(found, checkpoint_id=folder / "all", process_group=half.get_group())
+    set_optimizer_state_dict(other, resumed, found["optimizer"])
+    assert_near_moments(resumed, optimizer)
+
+
+def moments(optimizer: Any) -> dict[str, Any]:
+    """Whole moments of 8 bits in fp32, by parameter and number."""
+    found = {}
+    for at, (p, state) in enumerate(optimizer.state.items()):
+        for i in (1, 2):
+            if state[f"state{i}"].dtype != torch.uint8:
+                continue
+            codes, scales = state[f"state{i}"].reshape(-1), state[f"absmax{i}"].repeat_interleave(256)
+            values = code_tables.moment_values(codes.device, i == 1)[codes.long()] * scales[: codes.numel()]
+            values = values.view(part_of(p).shape)
+            whole = Layout(p, "p")._dtensor(values, tuple(p.shape)) if is_sharded(p) else values
+            found[f"{at}.{i}"] = whole_of(whole)
+    return found
+
+
+def assert_near_moments(got: Any, want: Any) -> None:
+    """Up to half of the widest step of a map, 0.9 / 64, by which a second rounding to codes is off."""
+    got, want = moments(got), moments(want)
+    assert got.keys() == want.keys() and got
+    for name, value in want.items():
+        assert (got[name] - value).abs().max() <= 0.0071 * value.abs().max(), name
 
 
 def gathered(folder: Path) -> None:
@@ -184,14 +207,20 @@ def gathered(folder: Path) -> None:
     alone, spread = (pk.optim.AdamW8bit(m.parameters()) for m in (odd, parts))
     for m, o in ((odd, alone), (parts, spread)):
         train(m, o, range(2))
-    sentence = r"absmax1: expected shape \(4, 1, 8\), got \(28,\): where parts do not end where blocks do"
-    before = copy.deepcopy(spread.state_dict())
-    with pytest.raises(ValueError, match=sentence):
-        spread.load_state_dict(alone.state_dict())
-    assert_same_tree(spread.state_dict(), before)
-    full = saved(parts, spread, options)["optimizer"]
-    with pytest.raises(ValueError, match=r"absmax1: expected 28 values, .* got 32"):
-        set_optimizer_state_dict(odd, alone, full)
+    same, before = copy.deepcopy((parts, spread))
+    spread.load_state_dict(alone.state_dict())
+    assert_near_moments(spread, alone)
+    full = saved(same, before, options)["optimizer"]
+    set_optimizer_state_dict(odd, alone, full)
+    assert_near_moments(alone, before)
+    damaged = copy.deepcopy(before.state_dict())
+    damaged["state"][0]["absmax1"].to_local()[:, 0] = 256
+    kept = copy.deepcopy(before.state_dict())
+    with pytest.raises(
+        ValueError, match=r"parameter 0 .*: absmax1: expected positions in blocks in the first"
+    ):
+        before.load_state_dict(damaged)
+    assert_same_tree(before.state_dict(), kept)
 
 
 def rounding(folder: Path) -> None:
