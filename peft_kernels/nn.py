@@ -87,7 +87,7 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
             dense = dense.t()
         weight = NF4Weight.quantize(dense, blocksize, double_quant, name=name, format=format)
         new = cls(weight, compute_dtype=compute_dtype)
-        new.register_parameter("bias", linear.bias)  # type: ignore[arg-type]
+        new.register_parameter("bias", linear.bias)
         if not isinstance(linear, NF4Linear) and type(linear) is not nn.Linear:
             new.plain_class = type(linear)
         elif isinstance(linear, NF4Linear):
@@ -108,7 +108,7 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
         new.out_features, new.in_features = weight.shape
         new.compute_dtype, new.plain_class = compute_dtype, type(linear)
         new.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        new.register_parameter("bias", linear.bias)  # type: ignore[arg-type]
+        new.register_parameter("bias", linear.bias)
         return new.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -59,8 +59,9 @@ def in_own_blocks(entry: Mapping[str, Any], shape: Sequence[int], what: str) -> 
     found = dict(entry)
     for i in (1, 2):
         table, codes = found.get(f"absmax{i}"), found.get(f"state{i}")
-        is_table = isinstance(table, Tensor) and tuple(table.shape) == table_shape(shape)
-        if is_table and isinstance(codes, Tensor) and codes.dtype == torch.uint8:
+        if not (isinstance(table, Tensor) and tuple(table.shape) == table_shape(shape)):
+            continue
+        if isinstance(codes, Tensor) and codes.dtype == torch.uint8:
             found[f"state{i}"], found[f"absmax{i}"] = _from_table(codes, table, i == 1, f"{what}: absmax{i}")
     return found
 
