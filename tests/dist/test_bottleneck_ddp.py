@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from bottleneck_models import FAMILIES, stir
