@@ -38,6 +38,7 @@ import peft_kernels as pk
 from peft_kernels.serving import Engine, Request, Sampling
 
 TIMEOUT = 600.0  # seconds that a client waits at most
+LONGEST = 1 << 20  # characters or tokens of a prompt: a tokenizer takes seconds for more
 
 
 class Generate(BaseModel):
@@ -106,7 +107,10 @@ def make_app(engine: Engine, adapters: Path | None = None) -> fastapi.FastAPI:
 
     @app.post("/generate")
     async def generate(given: Generate, client: fastapi.Request) -> dict[str, Any]:
-        request = engine.submit(
+        if len(given.prompt) > LONGEST:
+            raise ValueError(f"prompt: expected a length of at most {LONGEST}, got {len(given.prompt)}")
+        request = await asyncio.to_thread(  # which tokenises: other clients go on meanwhile
+            engine.submit,
             given.prompt,
             given.adapter,
             max_new_tokens=given.max_new_tokens,
@@ -115,7 +119,10 @@ def make_app(engine: Engine, adapters: Path | None = None) -> fastapi.FastAPI:
         await done(request, client)
         if request.finish_reason == "cancelled":
             raise fastapi.HTTPException(504, f"not done after {TIMEOUT:.0f} seconds")
-        tokens = request.result(0)
+        try:
+            tokens = request.result(0)
+        except RuntimeError as error:
+            raise fastapi.HTTPException(500, f"adapter {given.adapter!r}: {error}") from error
         text = None if engine.tokenizer is None else engine.tokenizer.decode(tokens, skip_special_tokens=True)
         return {"tokens": tokens, "text": text, "finish_reason": request.finish_reason}
 

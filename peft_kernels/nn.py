@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .core.nf4_state import PARALLEL
 from .core.wrong_types import refuses_wrong_types
-from .nf4 import loading, offload
+from .nf4 import loading
 from .nf4.model import ModelLink
 from .nf4.sharded import accelerate_loading
 from .nf4.sharded.checks import UNGATHERED, is_dtensor, is_sharded, is_tensor_parallel
@@ -87,7 +87,7 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
             dense = dense.t()
         weight = NF4Weight.quantize(dense, blocksize, double_quant, name=name, format=format)
         new = cls(weight, compute_dtype=compute_dtype)
-        new.register_parameter("bias", linear.bias)  # type: ignore[arg-type]
+        new.register_parameter("bias", linear.bias)
         if not isinstance(linear, NF4Linear) and type(linear) is not nn.Linear:
             new.plain_class = type(linear)
         elif isinstance(linear, NF4Linear):
@@ -108,7 +108,7 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
         new.out_features, new.in_features = weight.shape
         new.compute_dtype, new.plain_class = compute_dtype, type(linear)
         new.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        new.register_parameter("bias", linear.bias)  # type: ignore[arg-type]
+        new.register_parameter("bias", linear.bias)
         return new.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,8 +149,6 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
         return nn.Module.named_modules(self, memo, prefix, remove_duplicate)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_hf_hook":
-            offload.take_packed(value, self)
         if name != "weight" or "weight" not in self.__dict__["_parameters"]:
             return super().__setattr__(name, value)
         if is_sharded(value) or is_tensor_parallel(value):

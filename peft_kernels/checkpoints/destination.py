@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,12 +85,19 @@ def _modules(source: Path) -> set[str]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds a work folder for this process. Raises CheckpointError if another one holds it."""
+    """Holds a work folder for this process. Raises CheckpointError if another one holds it, and warns where
+    the file system has no locks."""
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise CheckpointError(f"{folder}: another run is at work there") from None
+        except OSError as error:  # some NFS and Lustre
+            warnings.warn(
+                f"{folder}: the file system has no locks ({error.strerror}): start no other run for this "
+                "destination until this one has ended",
+                stacklevel=3,
+            )
         yield
 
 

@@ -58,7 +58,7 @@ class PatternTable:
         if _NAME.fullmatch(key):
             return None
         parser = _Parser(key)
-        self._count(20 * len(key) + parser.states)
+        self._count(100 * len(key) + parser.states)
         return parser.start
 
     def _matches(self, start: _State, path: str) -> bool:

@@ -7,6 +7,7 @@ lists, and only differentiable arguments are passed through the autograd functio
 
 from __future__ import annotations
 
+import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -213,6 +214,7 @@ def _differentiable(op: type[Op], overload: OpOverload, ops: Any, rounded: Round
     # The class name is shown by a tensor's grad_fn.
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(f"{overload._namespace}_{op.name}_", (torch.autograd.Function,), methods)
+    function._backward_cls.register_prehook = _register_prehook
 
     # Not Function.apply itself, which only adds support of torch.func's transforms.
     apply = super(torch.autograd.Function, function).apply
@@ -225,6 +227,19 @@ def _differentiable(op: type[Op], overload: OpOverload, ops: Any, rounded: Round
         return (list(output[:split]), *output[split:]) if several else list(output)
 
     return call
+
+
+def _register_prehook(node: Any, hook: Call) -> Any:
+    """Of an autograd node. Refuses torch's split of a backward into one for inputs and one for weights: the
+    second starts from nodes that it keeps weakly if they are in Python, and sums the gradients of all their
+    outputs."""
+    if sys._getframe(1).f_code.co_name == "stage_backward_input":
+        raise RuntimeError(
+            f"{type(node)._forward_cls.__name__}: expected a schedule with whole backwards (ScheduleGPipe, "
+            "Schedule1F1B, ScheduleInterleaved1F1B), got one that computes the gradients of weights later "
+            "(zero bubble), which fails with autograd functions in Python"
+        )
+    return torch._C._FunctionBase.register_prehook(node, hook)
 
 
 class _Saving:

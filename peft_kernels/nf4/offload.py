@@ -1,4 +1,4 @@
-"""NF4 weights that accelerate keeps on the CPU or on disk and loads for each call of their layer.
+"""Packed weights that accelerate keeps on the CPU or on disk and loads for each call of their layer.
 
 `dispatch_model` and `cpu_offload` read a model's state dict, in which a packed weight is several items, and
 assign to the parameter the item of its name.
@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .bitsandbytes_format import STATE_ITEMS, TENSOR_ITEMS
+from .packed_format import ITEMS
 from .weight import NF4Weight
 
 
 def take_packed(hook: Any, layer: nn.Module) -> None:
-    """Makes an accelerate hook load whole NF4 weights for a layer."""
+    """Makes an accelerate hook load whole packed weights for a layer."""
     for one in getattr(hook, "hooks", (hook,)):
         found = getattr(one, "weights_map", None)
         if _offloads(one) and found is not None and not isinstance(found, _Offloaded):
@@ -44,7 +44,8 @@ class _Offloaded(Mapping[str, Tensor]):
         value = self._items[name]
         if name not in self._packed or isinstance(value, NF4Weight):
             return value
-        parts = {key: self._items[key] for key in _keys(name) if key in self._items}
+        keys = [f"{name}.{item}" for item in ITEMS]
+        parts = {key: self._items[key] for key in keys if key in self._items}
         return NF4Weight.from_state_dict({name: value, **parts}, name=name)
 
     def __iter__(self) -> Iterator[str]:
@@ -52,7 +53,3 @@ class _Offloaded(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._items)
-
-
-def _keys(name: str) -> list[str]:
-    return [f"{name}.{item}" for item in (*TENSOR_ITEMS, *STATE_ITEMS)]

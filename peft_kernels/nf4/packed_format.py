@@ -30,6 +30,8 @@ STATE_ITEMS = (*EXPERTS_STATE_ITEMS, _LAYER)
 TENSOR_ITEMS = ("absmax", "nested_absmax", "nested_offset", "scale_values", "zero_points")
 """Items beside the codes: the second and third with double quantisation, the fourth where scales are codes,
 the last where blocks of int4 have zero points."""
+ITEMS = {*TENSOR_ITEMS, *STATE_ITEMS, *bitsandbytes_format.TENSOR_ITEMS, *bitsandbytes_format.STATE_ITEMS}
+"""Items beside the codes in every format that `read` reads."""
 
 
 def holds(state: NF4State) -> bool:

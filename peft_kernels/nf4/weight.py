@@ -41,10 +41,10 @@ __all__ = ["NF4State", "NF4Weight"]
 
 
 class NF4Weight(NF4Tensor):
-    """A (out_features, in_features) weight in 4-bit NormalFloat, optionally with double-quantised scales; or
-    one for each of many experts, (experts, out_features, in_features).
+    """A packed weight (out_features, in_features), in 4-bit NormalFloat or another of `core.formats`; or one
+    for each of many experts, (experts, out_features, in_features).
 
-    The format is that of QLoRA (Dettmers et al. 2023, section 3), bit-identical to bitsandbytes. Create one
+    NF4 is that of QLoRA (Dettmers et al. 2023, section 3), bit-identical to bitsandbytes. Create a weight
     with `quantize`, `from_state_dict` or `from_bnb`. `dtype` is nominal: the dtype of the dense weight;
     matmuls are computed in the dtype of the activations.
 
@@ -187,22 +187,25 @@ class NF4Weight(NF4Tensor):
 
     @property
     def packed(self) -> Tensor | None:
-        """The 4-bit codes, two per byte, the first in the high nibble; None if dense."""
+        """The codes, uint8: two per byte, the first in the high nibble; FP8: one. None if dense."""
         return None if self.is_dense else self._state.packed
 
     @property
     def absmax(self) -> Tensor | None:
-        """Scale of each block: fp32, or uint8 with double quantisation; None if dense."""
+        """Scale of each block: fp32; uint8 codes with double quantisation and in MXFP4 and NVFP4; fp16 or
+        bf16 in int4. None if dense."""
         return None if self.is_dense else self._state.absmax
 
     @property
     def absmax2(self) -> Tensor | None:
-        """Second-level scales, fp32 (ceil(nblocks / 256),); None without double quantisation."""
+        """Second-level scales of double quantisation, fp32 (ceil(nblocks / 256),); in MXFP4 and NVFP4 the
+        values of the codes in `absmax`, fp32 (256,). None otherwise."""
         return None if self.is_dense else self._state.absmax2
 
     @property
     def offset(self) -> Tensor | None:
-        """Mean of the scales, fp32 (); None without double quantisation."""
+        """Mean of the scales with double quantisation, fp32 (); in int4 zero points, uint8 (nblocks,). None
+        otherwise."""
         return None if self.is_dense else self._state.offset
 
     @property

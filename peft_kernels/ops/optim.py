@@ -158,7 +158,7 @@ def _update(args: Any, i: int, factor: Tensor) -> None:
     states = ((args.state1, args.absmax1), (args.state2, args.absmax2))
     for x, (state, absmax) in zip(moments, states, strict=False):
         signed = state is args.state1
-        _write_moment(x, finite, state[i], absmax[i], signed)
+        write_moment(x, finite, state[i], absmax[i], signed)
     rounded = p.to(param.dtype)
     if args.seed is not None and param.dtype == torch.bfloat16:
         rounded = round_stochastically(p, args.seed, i, args.step[i])
@@ -175,7 +175,9 @@ def _moment(state: Tensor, absmax: Tensor, signed: bool, acc: torch.dtype) -> Te
     return (moment_values(flat.device, signed)[flat.long()] * scale).to(acc)
 
 
-def _write_moment(x: Tensor, finite: Tensor, state: Tensor, absmax: Tensor, signed: bool) -> None:
+def write_moment(x: Tensor, finite: Tensor, state: Tensor, absmax: Tensor, signed: bool) -> None:
+    """Writes a moment to `state`, with zeros for what is not finite, and the scales of its blocks to `absmax`
+    if `state` has codes."""
     if state.dtype != torch.uint8:
         state.copy_(x.view_as(state))
         return

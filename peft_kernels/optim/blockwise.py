@@ -82,6 +82,12 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         checked = (*self.defaults, *UNSUPPORTED)
         check_numbers({name: param_group[name] for name in checked if name in param_group})
+        if param_group.get("max_grad_norm") is not None:
+            # ZeroRedundancyOptimizer copies its arguments into the groups of each process's optimizer.
+            raise ValueError(
+                "max_grad_norm: a group cannot have its own; with ZeroRedundancyOptimizer each process would "
+                "clip by the norm of its own parameters: call torch.nn.utils.clip_grad_norm_ before the step"
+            )
         super().add_param_group(param_group)
 
     def override_config(

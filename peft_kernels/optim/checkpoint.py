@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .groups import check_numbers
 from .sharded import Layout, is_sharded, part_of, whole_of
-from .states import Copied, checked, unwrapped
+from .states import Copied, checked, in_own_blocks, unwrapped
 
 State = dict[str, Any]
 
@@ -63,4 +63,4 @@ def _local(entry: State, p: Tensor, what: str) -> State:
     """This process's shard of a parameter's state."""
     if is_sharded(p):
         return Layout(p, what).part(entry)
-    return {name: whole_of(value) for name, value in entry.items()}
+    return in_own_blocks({name: whole_of(value) for name, value in entry.items()}, p.shape, what)

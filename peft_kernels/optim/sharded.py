@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .states import absmax_by_rows, blocks_of, rows_of_whole_blocks
+from .states import blocks_of, in_own_blocks, table_shape, to_table
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -42,9 +41,9 @@ class Layout:
     """How a DTensor parameter and its states are sharded.
 
     Moments are DTensors of the parameter's shape and placements. Blocks never cross shards. If shards are
-    whole rows and whole blocks, absmax is a DTensor (`absmax_by_rows`) sharded like the parameter, with the
-    same values for any number of shards. Otherwise its shape is (shards along each dimension of the
-    parameter..., blocks of the largest shard), zero-padded, which fits only this number of shards.
+    whole rows, absmax is a DTensor (`table_shape`) sharded like the parameter, which fits any number of
+    shards. Otherwise its shape is (shards along each dimension of the parameter..., blocks of the largest
+    shard), zero-padded, which fits only this number of shards.
     """
 
     def __init__(self, parameter: DTensor, what: str) -> None:
@@ -58,7 +57,10 @@ class Layout:
             )
         # Pairs of (mesh dimension, parameter dimension) along which it is sharded.
         self._sharded_dims = [(i, self.placements[i].dim) for i in mesh_dims(parameter)]  # type: ignore[attr-defined]
-        self._by_rows = self._shards_are_whole_blocks()
+        self._by_rows = all(
+            dim == 0 and len(self._sharded_dims) == 1 and self.placements[i].is_shard()
+            for i, dim in self._sharded_dims
+        )
 
     @property
     def number(self) -> int:
@@ -69,18 +71,9 @@ class Layout:
             found = found * self.mesh.size(i) + at[i]
         return 1 + found
 
-    def _shards_are_whole_blocks(self) -> bool:
-        if not self._sharded_dims:
-            return True
-        i, dim = self._sharded_dims[0]
-        if len(self._sharded_dims) > 1 or dim != 0 or not self.placements[i].is_shard():
-            return False
-        rows = -(-self.shape[0] // self.mesh.size(i))
-        return rows == self.shape[0] or rows % rows_of_whole_blocks(self.shape) == 0
-
     def _absmax_shape(self) -> tuple[int, ...]:
         if self._by_rows:
-            return absmax_by_rows(self.shape)
+            return table_shape(self.shape)
         parts, largest = [1] * len(self.shape), list(self.shape)
         for i, dim in self._sharded_dims:
             parts[dim] *= self.mesh.size(i)
@@ -93,11 +86,11 @@ class Layout:
         for name, value in state.items():
             if name.startswith("absmax"):
                 shape = self._absmax_shape()
-                mine = (
-                    absmax_by_rows(self.part_shape) if self._by_rows else (*[1] * len(self.shape), shape[-1])
-                )
-                padded = F.pad(value, (0, prod(mine) - value.numel())).view(mine)
-                found[name] = self._dtensor(padded, shape)
+                if self._by_rows:
+                    value = to_table(value, self.part_shape)
+                else:
+                    value = F.pad(value, (0, shape[-1] - value.numel())).view(*[1] * len(self.shape), -1)
+                found[name] = self._dtensor(value, shape)
             elif name.startswith(("state", "compensation")):
                 found[name] = self._dtensor(value, self.shape)
         return found
@@ -120,7 +113,7 @@ class Layout:
                 found[name] = self._shard(value)
             else:
                 found[name] = whole_of(value)
-        return found
+        return in_own_blocks(found, self.part_shape, self.what) if self._by_rows else found
 
     def _absmax_part(self, name: str, value: Tensor) -> Tensor:
         shape, blocks = self._absmax_shape(), blocks_of(self.shape)
@@ -128,12 +121,13 @@ class Layout:
             value = whole_of(value)
             if not self._by_rows or tuple(value.shape) != (blocks,):
                 expected = f"{shape} or ({blocks},)" if self._by_rows else f"{shape}"
+                hint = "" if self._by_rows else ": parts that are not rows go on in the same number alone"
                 raise ValueError(
-                    f"{self.what}: {name}: expected shape {expected}, got {tuple(value.shape)}: where parts "
-                    "do not end where blocks do, states go on in the same number of parts alone"
+                    f"{self.what}: {name}: expected shape {expected}, got {tuple(value.shape)}{hint}"
                 )
-            value = F.pad(value, (0, prod(shape) - blocks)).view(shape)
-        return self._shard(value).reshape(-1)[: blocks_of(self.part_shape)]
+            value = to_table(value, self.shape)
+        part = self._shard(value)
+        return part if self._by_rows else part.reshape(-1)[: blocks_of(self.part_shape)]
 
     def _shard(self, value: Any) -> Tensor:
         """The local shard of a value that is sharded like the parameter."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import gcd, prod
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.code_tables import dynamic_map, is_dynamic_map
-from ..ops.optim import STATE_BLOCK
+from ..core.code_tables import dynamic_map, is_dynamic_map, moment_values
+from ..ops.optim import STATE_BLOCK, write_moment
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 """Key under which bitsandbytes >= 0.49 nests tensors that FSDP must not gather."""
@@ -29,17 +29,63 @@ def blocks_of(shape: Sequence[int]) -> int:
     return -(-prod(shape) // STATE_BLOCK)
 
 
-def rows_of_whole_blocks(shape: Sequence[int]) -> int:
-    """Smallest number of rows (elements, for a vector) that is a whole number of blocks."""
-    return STATE_BLOCK // gcd(STATE_BLOCK, prod(shape[1:]))
+def _rows(shape: Sequence[int]) -> tuple[int, int]:
+    """A shape as rows and their length."""
+    return (shape[0], prod(shape[1:])) if len(shape) > 0 else (1, 1)
 
 
-def absmax_by_rows(shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of absmax in checkpoints of DTensors, zero-padded: one row per `rows_of_whole_blocks` rows,
-    so that it is sharded along rows like the parameter."""
-    rows = rows_of_whole_blocks(shape)
-    count = -(-shape[0] // rows) if len(shape) > 0 else 1
-    return (count,) if len(shape) < 2 else (count, rows * prod(shape[1:]) // STATE_BLOCK)
+def table_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """The shape of absmax in checkpoints of DTensors: for each row the scales of the blocks that it is in,
+    and before them the position of its first element in the first block, unless all rows are whole blocks. It
+    is sharded along rows like the parameter, and the same for any number of shards."""
+    rows, length = _rows(shape)
+    if length % STATE_BLOCK == 0:
+        return rows, length // STATE_BLOCK
+    return rows, 1 + (length + STATE_BLOCK - 2) // STATE_BLOCK + 1
+
+
+def to_table(absmax: Tensor, shape: Sequence[int]) -> Tensor:
+    """The table of a tensor in blocks."""
+    (rows, length), (_, columns) = _rows(shape), table_shape(shape)
+    if length % STATE_BLOCK == 0:
+        return absmax.view(rows, columns)
+    start = torch.arange(rows, device=absmax.device)[:, None] * length
+    block = start // STATE_BLOCK + torch.arange(columns - 1, device=absmax.device)
+    return torch.cat([start % STATE_BLOCK, absmax[block.clamp(max=blocks_of(shape) - 1)]], 1)
+
+
+def in_own_blocks(entry: Mapping[str, Any], shape: Sequence[int], what: str) -> dict[str, Any]:
+    """A parameter's state whose absmax may be a table of the rows of `shape`, with absmax of blocks."""
+    found = dict(entry)
+    for i in (1, 2):
+        table, codes = found.get(f"absmax{i}"), found.get(f"state{i}")
+        if not (isinstance(table, Tensor) and tuple(table.shape) == table_shape(shape)):
+            continue
+        if isinstance(codes, Tensor) and codes.dtype == torch.uint8:
+            found[f"state{i}"], found[f"absmax{i}"] = _from_table(codes, table, i == 1, f"{what}: absmax{i}")
+    return found
+
+
+def _from_table(codes: Tensor, table: Tensor, signed: bool, what: str) -> tuple[Tensor, Tensor]:
+    """The codes and absmax of a tensor in blocks of its own, from a table of rows that may have been in
+    others; the same codes if the blocks are."""
+    rows, length = _rows(codes.shape)
+    if length % STATE_BLOCK == 0:
+        return codes, table.reshape(-1)
+    first, scales, device = table[:, :1], table[:, 1:], table.device
+    if not bool(((first >= 0) & (first < STATE_BLOCK) & (first == first.floor())).all()):
+        raise ValueError(f"{what}: expected positions in blocks in the first column, got other numbers")
+    first = first.long()
+    start = torch.arange(rows, device=device)[:, None] * length
+    blocks = torch.arange(blocks_of(codes.shape), device=device) * STATE_BLOCK
+    row = blocks // length
+    if torch.equal(first, start % STATE_BLOCK):
+        return codes, scales[row, (first[row, 0] + blocks - row * length) // STATE_BLOCK]
+    scale = scales.gather(1, (first + torch.arange(length, device=device)) // STATE_BLOCK)
+    values = moment_values(device, signed)[codes.to(device).long().view(rows, length)] * scale
+    codes, absmax = torch.empty_like(codes, device=device), table.new_empty(len(blocks))
+    write_moment(values.view(-1), values.view(-1).isfinite(), codes, absmax, signed)
+    return codes, absmax
 
 
 def unwrapped(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,8 +137,6 @@ def _step(entry: Mapping[str, Any], what: str) -> int:
 
 def _absmax(entry: Mapping[str, Any], i: int, parameter: Tensor, what: str) -> Tensor:
     absmax, blocks = _tensor(entry, f"absmax{i}", what), blocks_of(parameter.shape)
-    if absmax.shape == absmax_by_rows(parameter.shape):
-        absmax = absmax.reshape(-1)[:blocks]
     if absmax.numel() != blocks:
         size = -(-parameter.numel() // max(absmax.numel(), 1))
         raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from checkpoint_damage import change_tensors
 from merge_folders import CAUSAL, adapt, edit_config, saved
 from models import tiny_llama
 
-from peft_kernels.checkpoints import convert
+from peft_kernels.checkpoints import convert, destination
 from peft_kernels.checkpoints.convert import quantize_checkpoint
 from peft_kernels.checkpoints.folder import Checkpoint
 from peft_kernels.checkpoints.header import CheckpointError
@@ -294,6 +296,18 @@ def test_concurrent_run(folders: Folders, tmp_path: Path) -> None:
 
     merge_checkpoint(folders.base, folders.adapter, tmp_path / "out", progress=second)
     assert tried and Checkpoint.open(tmp_path / "out")
+
+
+def test_file_system_without_locks(folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(destination.fcntl, "flock", flock)
+    with pytest.warns(
+        UserWarning, match=r"the file system has no locks \(No locks available\): start no other"
+    ):
+        merge_checkpoint(folders.base, folders.adapter, tmp_path / "out")
+    assert Checkpoint.open(tmp_path / "out")
 
 
 def test_too_little_space(folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

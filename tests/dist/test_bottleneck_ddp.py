@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import pytest
-from rounding import CURVE, ONE_LAYER
 import torch
 import torch.distributed as dist
 from bottleneck_models import FAMILIES, stir
 from ranks import MARKS, found_by_rank, free_port
+from rounding import CURVE, ONE_LAYER
 from torch import nn
 
 import peft_kernels as pk

@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rounding import ONE_MODEL
 import pytest
 import torch
 from fsdp_models import (
@@ -29,9 +28,11 @@ from fsdp_models import (
     weight,
 )
 from ranks import rank_tests
+from rounding import ONE_MODEL
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import peft_kernels as pk
 import testing
@@ -331,6 +332,10 @@ def refusals(folder: Path, mesh: Any) -> None:
         ValueError, match=re.escape("weight: expected an NF4 weight sharded by rows (Shard(0))")
     ):
         fully_shard(layer(), mesh=mesh, **columns)
+    for style in (ColwiseParallel, RowwiseParallel):
+        sentence = r"weight: expected a plan of transformers \(.* as parallelize_module makes it"
+        with pytest.raises(ValueError, match=sentence):
+            parallelize_module(layer(), mesh, {"0": style()})
     trained = fully_shard(layer(), mesh=mesh)
     trained[0].weight.requires_grad_()
     with pytest.raises(ValueError, match="NF4 weights are frozen"):
@@ -353,8 +358,8 @@ def compiled(folder: Path, mesh: Any) -> None:
 
 
 CASES: list[Case] = [
-    whole_weights, other_formats, bytes_of_a_model, training, mixed_precision, packed_layers, shard_operations, ignored,
-    inner_hooks, patched_modules, compiled, refusals,
+    whole_weights, other_formats, bytes_of_a_model, training, mixed_precision, packed_layers,
+    shard_operations, ignored, inner_hooks, patched_modules, compiled, refusals,
 ]  # fmt: skip
 
 

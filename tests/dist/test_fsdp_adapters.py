@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rounding import ONE_MODEL
 import pytest
 import torch
 import torch.distributed as dist
 from fsdp_models import RANKS, Case, assert_same_bits, batches, line, llama, shard
 from ranks import rank_tests
+from rounding import ONE_MODEL
 
 import peft_kernels as pk
 from peft_kernels.checkpoints.header import CheckpointError, Entry

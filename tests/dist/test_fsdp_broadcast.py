@@ -6,12 +6,12 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from rounding import ONE_MODEL
 import pytest
 import torch
 import torch.distributed as dist
 from fsdp_models import RANKS, Case, assert_same_bits, batches, line, llama, on, shard, weight
 from ranks import rank_tests
+from rounding import ONE_MODEL
 from test_fsdp_adapters import UNEVEN, empty, saved
 from test_fsdp_checkpoints import assert_same_model, wiped
 from torch import nn

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rounding import ONE_MODEL
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,6 +26,7 @@ from fsdp_models import (
     weight,
 )
 from ranks import rank_tests
+from rounding import ONE_MODEL
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
@@ -291,6 +291,7 @@ def from_meta(folder: Path) -> None:
     report = fsdp.report(model)
     assert len(report.sharded) == 14 and not report.replicated and 0 < len(report.joined) <= 14
     assert report.bytes_here < 0.5 * report.bytes_whole
+    assert str(report).startswith("peft_kernels: 14 packed weights sharded, 0 replicated")
     for name, got in gathered(model).items():
         if ".lora_A." in name:
             assert got.std() > 0.01 and len(torch.unique(got)) == got.numel(), name

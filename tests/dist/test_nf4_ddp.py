@@ -104,8 +104,10 @@ def other_bytes(folder: Path) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             ddp, nbytes = wrapped(model)
-        seen = [str(each.message) for each in caught if "other NF4 weights" in str(each.message)]
-        assert len(seen) == rank and all("process 1 had other NF4 weights than process 0" in t for t in seen)
+        seen = [str(each.message) for each in caught if "other packed weights" in str(each.message)]
+        assert len(seen) == rank and all(
+            "process 1 had other packed weights than process 0" in t for t in seen
+        )
         size = dense_nbytes(model) + sum(weight.nbytes for weight in packed(model).values())
         assert size <= nbytes < size + NEAR_NOTHING
         for weight, want in zip(packed(model).values(), packed(first).values(), strict=True):
@@ -118,7 +120,7 @@ def other_layout(folder: Path) -> None:
     """Both processes raise, and neither waits."""
     for options in ({"blocksize": 64 << dist.get_rank()}, {"format": ("nf4", "fp4")[dist.get_rank()]}):
         with pytest.raises(
-            RuntimeError, match=r"expected NF4 weights of the same .* got others in process 1"
+            RuntimeError, match=r"expected packed weights of the same .* got others in process 1"
         ):
             DistributedDataParallel(adapted(**options))
 
@@ -136,7 +138,7 @@ def in_one_process_only(folder: Path) -> None:
             DistributedDataParallel(model, process_group=group)
     else:
         with pytest.raises(
-            RuntimeError, match=r"expected NF4 weights in every process.*one has not answered"
+            RuntimeError, match=r"expected packed weights in every process.*one has not answered"
         ):
             DistributedDataParallel(model, process_group=group)
     dist.barrier()

@@ -6,11 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rounding import ONE_LAYER, ONE_MODEL, ONE_STEP
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import assert_no_errors, errors_by_rank
+from rounding import ONE_LAYER, ONE_MODEL, ONE_STEP
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -61,6 +61,22 @@ def stages_by_hand(folder: Path) -> None:
 
 def test_stages_by_hand() -> None:
     assert_no_errors(errors_by_rank(2, [stages_by_hand]), "stages_by_hand")
+
+
+def test_split_backward() -> None:
+    """Schedules without bubbles (ScheduleInterleavedZeroBubble) compute gradients of weights later."""
+    from torch.distributed.pipelining._backward import stage_backward_input
+
+    model, x = Blocks(), testing.tensor(4, 64).requires_grad_()
+    y = model(x)
+    sentence = r"_lora_linear_: expected a schedule with whole backwards \(ScheduleGPipe, .*zero bubble"
+    with pytest.raises(RuntimeError, match=sentence):
+        stage_backward_input([y], [torch.ones_like(y)], [x], model.parameters())
+    seen: list[Any] = []
+    y = model.layers[0](x)
+    y.grad_fn.register_prehook(seen.append)  # by anyone else
+    y.sum().backward()
+    assert len(seen) == 1
 
 
 def test_traced_model() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def http(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx
     folder = tmp_path_factory.mktemp("adapters")
     for name in ("one", "two"):
         save_adapter(llama(), folder / name, **ADAPTERS[name])
+    save_adapter(llama(), folder / "large", r=8, lora_alpha=1e38)
     engine = Engine(llama(), max_batch=3)
     engine.register("one", folder / "one")
     server, thread, port = serve.serve_on_loopback(serve.make_app(engine, folder))
@@ -102,6 +104,38 @@ def test_bad_requests_get_plain_errors(http: httpx.Client, tmp_path: Path) -> No
     for answer, status, message in answers:
         assert answer.status_code == status, answer.text
         assert message in answer.json()["detail"] and str(tmp_path.parent) not in answer.text
+
+
+def test_a_slow_tokenizer_does_not_stop_other_clients(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = threading.Event()
+
+    def submit(*_: Any, **__: Any) -> Any:
+        raise ValueError(f"another client was answered: {answered.wait(10)}")
+
+    monkeypatch.setattr(Engine, "submit", submit)
+    answers: list[httpx.Response] = []
+    slow = threading.Thread(target=lambda: answers.append(http.post("/generate", json={"prompt": "a"})))
+    slow.start()
+    assert http.get("/adapters").status_code == 200
+    answered.set()
+    slow.join()
+    assert answers[0].json()["detail"] == "another client was answered: True"
+
+
+@pytest.mark.parametrize("prompt", ["a" * (2 << 20), [5] * (2 << 20)], ids=["text", "tokens"])
+def test_a_prompt_beyond_any_model_is_not_read(http: httpx.Client, prompt: Any) -> None:
+    answer = http.post("/generate", json={"prompt": prompt})
+    assert answer.status_code == 400 and "a length of at most 1048576, got 2097152" in answer.json()["detail"]
+
+
+def test_an_adapter_that_overflows_is_named(http: httpx.Client) -> None:
+    assert http.put("/adapters/large", json={"folder": "large"}).status_code == 200
+    answer = http.post("/generate", json={"prompt": [5], "adapter": "large", "max_new_tokens": 2})
+    assert answer.status_code == 500, answer.text
+    assert "adapter 'large': logits: expected one that is finite" in answer.json()["detail"]
+    assert http.delete("/adapters/large").status_code == 200
 
 
 def test_request_timeout_is_an_error(serve: Any, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:

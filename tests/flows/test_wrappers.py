@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +23,10 @@ from flow_checks import (
 from flow_models import adapted, ids, llama, patched_copy
 from rounding import ONE_MODEL
 from torch import nn
+from transformers_models import qwen_moe
 
 import peft_kernels as pk
+from peft_kernels.core.formats import FORMATS
 
 OWN = pytest.mark.parametrize("base", ["dense", "nf4"])
 
@@ -206,6 +209,32 @@ def test_layer_offloaded_to_host_memory() -> None:
             step(model, lambda m: language_loss(m, ids())), step(stock, lambda m: language_loss(m, ids()))
         )
     assert calls.fused
+
+
+@pytest.mark.parametrize("place", ["cpu_offload", "disk_offload", "dispatch_model"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_offloaded_formats(format: str, place: str, tmp_path: Path) -> None:
+    """Layers and experts of each format compute the same, and are the same when the hooks are removed."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    blocksize = 32 if FORMATS[format].scale == "half" else None
+    stock = pk.quantize_model(qwen_moe().eval(), experts=True, blocksize=blocksize, format=format)
+    model, device = copy.deepcopy(stock), torch.device("cpu")
+    if place == "cpu_offload":
+        accelerate.cpu_offload(model, device)
+    elif place == "disk_offload":
+        accelerate.disk_offload(model, tmp_path, device)
+    else:
+        device_map = {"model": "disk", "lm_head": "cpu"}
+        accelerate.dispatch_model(model, device_map, device, offload_dir=tmp_path, force_hooks=True)
+    packed = [name for name, weight in stock.named_parameters() if isinstance(weight, pk.NF4Weight)]
+    assert packed and all(model.get_parameter(name).is_meta for name in packed)
+    with torch.no_grad():
+        got, want = (each(input_ids=ids()).logits for each in (model, stock))
+    assert torch.equal(got, want)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    items = model.state_dict()
+    for name, value in stock.state_dict().items():
+        torch.testing.assert_close(items[name], value, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from lora_cases import check_lora_linear, check_lora_linear_backward, check_nf4_linear, check_nf4_linear_dx
+from lora_cases import (
+    BEYOND_FP16,
+    check_lora_linear,
+    check_lora_linear_backward,
+    check_nf4_linear,
+    check_nf4_linear_dx,
+    check_ranks_beyond_fp16,
+)
 from numbers_policy import short
 from skips import require
 from test_cuda_paths import FEW, lines_of, sizes
@@ -114,6 +121,12 @@ def test_many_ranks(wgmma: ModuleType, dtype: torch.dtype) -> None:
         case = sizes(130, 136, 128, dtype, 1) | {"r": 64, "adapter": adapter, "needs": "xab"}
         check_lora_linear(case)
         check_lora_linear_backward(case)
+
+
+@pytest.mark.parametrize("large", BEYOND_FP16)
+def test_ranks_beyond_fp16(wgmma: ModuleType, large: str) -> None:
+    assert all("wgmma" in name for name in plan(wgmma, 130, 128, 192, dtype="float16"))
+    check_ranks_beyond_fp16(130, large)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)

@@ -254,3 +254,10 @@ def test_unsupported_group_options(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: is not supported, expected False in a group, got True"):
         optimizer.add_param_group({"params": parameters[1:], name: True})
     assert len(optimizer.param_groups) == 1
+
+
+def test_max_grad_norm_in_a_group() -> None:
+    group = {"params": [nn.Parameter(torch.zeros(3))], "max_grad_norm": None}
+    pk.optim.AdamW8bit([group])
+    with pytest.raises(ValueError, match=r"max_grad_norm: a group cannot have its own; .*clip_grad_norm_"):
+        pk.optim.AdamW8bit([group | {"max_grad_norm": 1.0}])

@@ -84,6 +84,23 @@ def test_calls_of_sdpa_are_counted() -> None:
     assert report.blocks[0].fallbacks.total() == 1
 
 
+def test_replaced_sdpa_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside torch's context_parallel that of torch.nn.functional attends across processes."""
+    functional, calls = torch.nn.functional, []
+    torchs = functional.scaled_dot_product_attention
+    replaced = lambda *args, **kwargs: calls.append(0) or torchs(*args, **kwargs)  # noqa: E731
+    model = llama()
+    report = pk.patch(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(functional, "scaled_dot_product_attention", replaced)
+        model(input_ids=torch.arange(24).view(2, 12))
+    assert len(calls) == 2
+    expected = "2 calls of 2 layers: attention by sdpa, torch's function is replaced, as by context_parallel"
+    assert expected in str(report)
+    model(input_ids=torch.arange(24).view(2, 12))
+    assert len(calls) == 2
+
+
 def test_advice_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory, "_mallopt", lambda: object())
     model = llama()

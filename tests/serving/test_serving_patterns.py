@@ -98,6 +98,17 @@ def test_steps_of_a_table_are_bounded(name: str, monkeypatch: pytest.MonkeyPatch
             table.get("a" * 50, 1)
 
 
+def test_parsing_counts_as_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand patterns are parsed; of a hundred thousand, which would take seconds, only the first."""
+    parsed: list[str] = []
+    parser = patterns._Parser
+    monkeypatch.setattr(patterns, "_Parser", lambda key: parsed.append(key) or parser(key))
+    PatternTable({f"layers.{i}.*": i for i in range(1000)})
+    with pytest.raises(ValueError, match="expected patterns that match within 5000000 steps"):
+        PatternTable({f"{i}.*": i for i in range(100_000)})
+    assert len(parsed) < 15_000
+
+
 def test_many_layer_names_take_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"model.layers.{i}.mlp.up_proj" for i in range(300)]
     monkeypatch.setattr(patterns, "MOST_STEPS", len(names) ** 2)

@@ -61,9 +61,9 @@ ExpertsPlan ExpertsWeight::plan(const Tensor& rows, bool is_dx) const {
     if (!has_vectors_of(dense_)) return {};
     return plan_dense_experts(dtype, experts_, rows.size(0), out_features_, in_features_, card);
   }
-  if (!has_view(*nf4_))
+  if (has_view(*nf4_) && !are_aligned({nf4_->packed()}, 4)) return {};
+  if (!has_gemms(*nf4_))
     return plan_dense_experts(dtype, experts_, rows.size(0), out_features_, in_features_, card);
-  if (!are_aligned({nf4_->packed()}, 4)) return {};
   return plan_experts(is_dx, dtype, experts_, rows.size(0), out_features_, in_features_, nf4_->block_shift(),
                       are_aligned({nf4_->packed()}), card);
 }

@@ -10,8 +10,8 @@
 
 namespace peft_kernels::cuda {
 
-// A dense low-rank term u[m, depth] v that is added to the sums of an NF4 GEMM. u and v are of the
-// activations' 16-bit type, depth a multiple of 16 (0: none).
+// A dense low-rank term u[m, depth] v that is added to the sums of an NF4 GEMM. u and v are bf16, whose range
+// is that of fp32, beside fp16 activations too; depth is a multiple of 16 (0: none).
 struct Slab {
   const void* u;
   const void* v;  // forward [n, depth], used transposed; backward [depth, k]

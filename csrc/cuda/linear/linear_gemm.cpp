@@ -23,7 +23,7 @@ void by_row_pieces(const BaseWeight& base, const at::TensorOptions& options, Row
 
 BaseGemm::BaseGemm(const Tensor& rows, const BaseWeight& base, bool is_dx)
     : rows_(rows), base_(base), is_dx_(is_dx) {
-  if (base.is_dense() || !has_view(base.nf4()) || !are_aligned({base.nf4().packed()})) return;
+  if (base.is_dense() || !has_gemms(base.nf4()) || !are_aligned({base.nf4().packed()})) return;
   plan_ = plan_linear(is_dx, dtype_of(rows, "rows"), rows.size(0), base.out_features(), base.in_features(),
                       base.nf4().block_shift(), current_card());
 }

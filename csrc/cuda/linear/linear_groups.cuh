@@ -33,11 +33,11 @@ struct OneWeight {
 
   template <class T, class Row, class Token, class Sums>
   DEVICE void add_delta(int, int turn, int turns, const Row& row, const Token& token, Sums& sums) const {
-    multiply_slab<T>(p, turn, turns, row, token, sums);
+    multiply_slab(p, turn, turns, row, token, sums);
   }
   template <class T, class Token, class Sums>
   DEVICE void add_delta_dx(int, int turn, int turns, int column, const Token& token, Sums& sums) const {
-    multiply_slab_dx<T>(p, turn, turns, column, token, sums);
+    multiply_slab_dx(p, turn, turns, column, token, sums);
   }
 };
 

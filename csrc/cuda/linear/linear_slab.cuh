@@ -9,14 +9,14 @@ namespace peft_kernels::cuda {
 
 // sums += v u^T, with the steps of 16 dealt to `turns` warps in turn. The lane has rows row(2r) and row(2r +
 // 1) of v in row tile r, and token(i) of u in token tile i.
-template <class T, int kRowTiles, int kTokenTiles, class Row, class Token>
+template <int kRowTiles, int kTokenTiles, class Row, class Token>
 DEVICE void multiply_slab(const LinearParams& params, int turn, int turns, const Row& row, const Token& token,
                           float (&sums)[kRowTiles][kTokenTiles][4]) {
   const int t = lane_index() % 4;
   for (int step = turn; step < params.slab.depth / 16; step += turns) {
     const int at = step * 16 + 4 * t;
     const auto words = [&](const void* matrix, int i) {
-      const T* row = static_cast<const T*>(matrix) + int64_t{i} * params.slab.depth;
+      const bf16* row = static_cast<const bf16*>(matrix) + int64_t{i} * params.slab.depth;
       return load_constant(reinterpret_cast<const Words2*>(row + at));
     };
     uint32_t b[kTokenTiles][2];
@@ -31,28 +31,28 @@ DEVICE void multiply_slab(const LinearParams& params, int turn, int turns, const
       const Words2 low = words(params.slab.v, row(2 * r)), high = words(params.slab.v, row(2 * r + 1));
       const uint32_t a[4] = {low.v[0], high.v[0], low.v[1], high.v[1]};
 #pragma unroll
-      for (int i = 0; i < kTokenTiles; ++i) mma<T>(sums[r][i], a, b[i]);
+      for (int i = 0; i < kTokenTiles; ++i) mma<bf16>(sums[r][i], a, b[i]);
     }
   }
 }
 
 // sums += u v, likewise. The lane has token(i) of u in token tile i, and columns `column` + 2j and + 2j + 1
 // of v in feature tile j.
-template <class T, int kFeatureTiles, int kTokenTiles, class Token>
+template <int kFeatureTiles, int kTokenTiles, class Token>
 DEVICE void multiply_slab_dx(const LinearParams& params, int turn, int turns, int column, const Token& token,
                              float (&sums)[kFeatureTiles][kTokenTiles][4]) {
   for (int at = turn * 16 + 4 * (lane_index() % 4); at < params.slab.depth; at += turns * 16) {
     Words4 v[4];  // rows of it
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      v[i] = load_constant(reinterpret_cast<const Words4*>(static_cast<const T*>(params.slab.v) +
+      v[i] = load_constant(reinterpret_cast<const Words4*>(static_cast<const bf16*>(params.slab.v) +
                                                            int64_t{at + i} * params.k + column));
     }
     uint32_t b[kTokenTiles][2];
 #pragma unroll
     for (int i = 0; i < kTokenTiles; ++i) {
       const auto u = load_constant(reinterpret_cast<const Words2*>(
-          static_cast<const T*>(params.slab.u) + int64_t{token(i)} * params.slab.depth + at));
+          static_cast<const bf16*>(params.slab.u) + int64_t{token(i)} * params.slab.depth + at));
       b[i][0] = u.v[0];
       b[i][1] = u.v[1];
     }
@@ -62,7 +62,7 @@ DEVICE void multiply_slab_dx(const LinearParams& params, int turn, int turns, in
           __byte_perm(v[0].v[j], v[1].v[j], 0x5410), __byte_perm(v[0].v[j], v[1].v[j], 0x7632),
           __byte_perm(v[2].v[j], v[3].v[j], 0x5410), __byte_perm(v[2].v[j], v[3].v[j], 0x7632)};
 #pragma unroll
-      for (int i = 0; i < kTokenTiles; ++i) mma<T>(sums[j][i], a, b[i]);
+      for (int i = 0; i < kTokenTiles; ++i) mma<bf16>(sums[j][i], a, b[i]);
     }
   }
 }
@@ -70,16 +70,15 @@ DEVICE void multiply_slab_dx(const LinearParams& params, int turn, int turns, in
 // ---- From the adapters themselves ---------------------------------------------------------------------
 //
 // For adapters of experts, whose slabs would be larger than the factors they are made of. Each fp32 value of
-// a factor is split as in a slab (lora_slab.cuh): high + low, 16 bits each, of which three products count.
+// a factor is split as in a slab (lora_slab.cuh): high + low, bf16 each, of which three products count.
 
-// Two fp32 values, each split into 16-bit high and low.
+// Two fp32 values, each split into bf16 high and low.
 struct SplitPair {
   uint32_t high, low;
 };
-template <class T>
 DEVICE SplitPair split_pair(float a, float b) {
-  const uint32_t high = pack2<T>(a, b);
-  return {high, pack2<T>(__fadd_rn(a, -low_half<T>(high)), __fadd_rn(b, -high_half<T>(high)))};
+  const uint32_t high = pack2<bf16>(a, b);
+  return {high, pack2<bf16>(__fadd_rn(a, -low_half<bf16>(high)), __fadd_rn(b, -high_half<bf16>(high)))};
 }
 
 template <class T>
@@ -105,7 +104,6 @@ DEVICE void load_factor_pair(const ExpertsDelta& delta, int64_t i, bool exists, 
 }
 
 // Four elements of a row of ranks, from `at` on, as the second operand.
-template <class T>
 DEVICE void split_ranks(const ExpertsDelta& delta, int row, int at, SplitPair (&b)[2]) {
   const float* ranks = delta.ranks + int64_t{row} * delta.rank;
   float value[4];
@@ -113,17 +111,16 @@ DEVICE void split_ranks(const ExpertsDelta& delta, int row, int at, SplitPair (&
   for (int i = 0; i < 4; ++i) {
     value[i] = at + i < delta.rank ? __fmul_rn(delta.scale, load_constant(ranks + at + i)) : 0.0f;
   }
-  b[0] = split_pair<T>(value[0], value[1]);
-  b[1] = split_pair<T>(value[2], value[3]);
+  b[0] = split_pair(value[0], value[1]);
+  b[1] = split_pair(value[2], value[3]);
 }
 
-template <class T>
 DEVICE void multiply_split(const SplitPair (&a)[4], const SplitPair (&b)[2], float (&sum)[4]) {
   const uint32_t a_high[4] = {a[0].high, a[1].high, a[2].high, a[3].high};
   const uint32_t a_low[4] = {a[0].low, a[1].low, a[2].low, a[3].low};
-  mma<T>(sum, a_low, {b[0].high, b[1].high});
-  mma<T>(sum, a_high, {b[0].low, b[1].low});
-  mma<T>(sum, a_high, {b[0].high, b[1].high});
+  mma<bf16>(sum, a_low, {b[0].high, b[1].high});
+  mma<bf16>(sum, a_high, {b[0].low, b[1].low});
+  mma<bf16>(sum, a_high, {b[0].high, b[1].high});
 }
 
 // sums += scale B ranks^T with B [n, rank] of the expert; rows and tokens of the lane as above.
@@ -140,15 +137,15 @@ DEVICE void multiply_delta(const ExpertsDelta& delta, int expert, int n, int tur
       float value[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) value[j] = at + j < delta.rank ? load_factor<T>(delta, from + j) : 0.0f;
-      a[i / 2][i % 2] = split_pair<T>(value[0], value[1]);
-      a[i / 2][i % 2 + 2] = split_pair<T>(value[2], value[3]);
+      a[i / 2][i % 2] = split_pair(value[0], value[1]);
+      a[i / 2][i % 2 + 2] = split_pair(value[2], value[3]);
     }
 #pragma unroll
     for (int i = 0; i < kTokenTiles; ++i) {
       SplitPair b[2];
-      split_ranks<T>(delta, token(i), at, b);
+      split_ranks(delta, token(i), at, b);
 #pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) multiply_split<T>(a[r], b, sums[r][i]);
+      for (int r = 0; r < kRowTiles; ++r) multiply_split(a[r], b, sums[r][i]);
     }
   }
 }
@@ -162,7 +159,7 @@ DEVICE void multiply_delta_dx(const ExpertsDelta& delta, int expert, int k, int 
     const int at = step + 4 * (lane_index() % 4);
     SplitPair b[kTokenTiles][2];
 #pragma unroll
-    for (int i = 0; i < kTokenTiles; ++i) split_ranks<T>(delta, token(i), at, b[i]);
+    for (int i = 0; i < kTokenTiles; ++i) split_ranks(delta, token(i), at, b[i]);
 #pragma unroll
     for (int j = 0; j < kFeatureTiles; ++j) {
       float value[4][2];
@@ -174,10 +171,10 @@ DEVICE void multiply_delta_dx(const ExpertsDelta& delta, int expert, int k, int 
       SplitPair a[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        a[i] = split_pair<T>(value[i / 2 * 2][i % 2], value[i / 2 * 2 + 1][i % 2]);
+        a[i] = split_pair(value[i / 2 * 2][i % 2], value[i / 2 * 2 + 1][i % 2]);
       }
 #pragma unroll
-      for (int i = 0; i < kTokenTiles; ++i) multiply_split<T>(a, b[i], sums[j][i]);
+      for (int i = 0; i < kTokenTiles; ++i) multiply_split(a, b[i], sums[j][i]);
     }
   }
 }

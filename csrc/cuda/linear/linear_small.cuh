@@ -203,7 +203,7 @@ struct LinearSmall {
       left -= groups;
       remove_code_factor<T>(sums_);
       if (slice_.index == 0 && group == 0) {
-        multiply_slab<T>(
+        multiply_slab(
             p_, 0, 1, [&](int i) { return row_of(tile_, i); }, [&](int i) { return token_of(i); }, sums_);
       }
       if (group > 0) {

@@ -233,17 +233,18 @@ class WgmmaBlock {
 #  pragma unroll
       for (int s = 0; s < 4; ++s) operand_.load_slab(feature, stage * 4 + s, a[s]);
       wait(full(slot.index), slot.parity);
-      start_multiplying(a, slot.index, sums);
+      start_multiplying<bf16>(a, slot.index, sums);
       multiply_finish(sums);
       release(slot.index);
       slot.advance();
     }
   }
+  template <class Half = T>
   static DEVICE void start_multiplying(const Fragments& a, int slot, float (&sums)[kSums]) {
     const uint64_t x = describe_rows(x_at(slot));
     multiply_start();
 #  pragma unroll
-    for (int s = 0; s < 4; ++s) multiply_async<T, kTokens>(sums, a[s], x + s * kDescriptorStep);
+    for (int s = 0; s < 4; ++s) multiply_async<Half, kTokens>(sums, a[s], x + s * kDescriptorStep);
     multiply_commit();
   }
   static DEVICE void release(int slot) {

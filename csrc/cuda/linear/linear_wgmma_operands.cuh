@@ -96,7 +96,7 @@ struct WgmmaForward {
 #  pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = feature + i < p.n ? feature + i : p.n - 1;
-      const T* from = static_cast<const T*>(p.slab.v) + int64_t{row} * p.slab.depth + step * 16 + 2 * t;
+      const auto* from = static_cast<const bf16*>(p.slab.v) + int64_t{row} * p.slab.depth + step * 16 + 2 * t;
       const bool exists = step * 16 < p.slab.depth;
       a[i] = exists ? load_constant(reinterpret_cast<const uint32_t*>(from)) : 0;
       a[i + 2] = exists ? load_constant(reinterpret_cast<const uint32_t*>(from + 8)) : 0;
@@ -186,7 +186,8 @@ struct WgmmaBackward {
     const int column = feature < p.k ? feature : 0;
 #  pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const T* from = static_cast<const T*>(p.slab.v) + int64_t{step * 16 + 2 * t + 8 * i} * p.k + column;
+      const auto* from =
+          static_cast<const bf16*>(p.slab.v) + int64_t{step * 16 + 2 * t + 8 * i} * p.k + column;
       const bool exists = step * 16 < p.slab.depth;
       const uint32_t row = exists ? load_constant(reinterpret_cast<const uint32_t*>(from)) : 0,
                      row1 = exists ? load_constant(reinterpret_cast<const uint32_t*>(from + p.k)) : 0;

@@ -50,8 +50,7 @@ class FusedAdapters : public Adapters {
     // In a slab, the zeros of h would multiply the adapters of other rows, and 0 * Inf is not 0.
     if (row_group() || (is_dx && any_drops) || !is_shallow(depth, base)) return {};
     const int64_t v_rows = is_dx ? base.in_features() : base.out_features();
-    const auto dtype = batch_.dtype == DType::kBF16 ? at::kBFloat16 : at::kHalf;
-    const Tensor memory = at::empty({batch_.m + v_rows, depth}, ranks.options().dtype(dtype));
+    const Tensor memory = at::empty({batch_.m + v_rows, depth}, ranks.options().dtype(at::kBFloat16));
     char* u = static_cast<char*>(memory.mutable_data_ptr());
     char* v = u + batch_.m * depth * memory.element_size();
     lora_slab(batch_, static_cast<int>(layer), is_dx, v_rows, ranks.const_data_ptr<float>(), u, v,

@@ -1,4 +1,4 @@
-// Launches PackSlab: the deltas of adapters as one 16-bit product.
+// Launches PackSlab: the deltas of adapters as one product in bf16.
 #include "../core/launch.cuh"
 #include "lora.h"
 #include "lora_slab.cuh"
@@ -11,7 +11,7 @@ SlabAdapter part_of(const LoraBatch& batch, const AdapterView& adapter, bool is_
   const SlabFactor u{ranks + adapter.h_begin, batch.ranks, 1, is_dx ? 1.0f : adapter.scaling, true};
   const SlabFactor v = is_dx ? SlabFactor{adapter.a, 1, batch.k, 1.0f, is_f32}
                              : SlabFactor{adapter.b, adapter.rank, 1, 1.0f, is_f32};
-  return {{u, v}, adapter.rank, is_f32 ? 3 : 2};
+  return {{u, v}, adapter.rank, is_f32 || batch.dtype == DType::kF16 ? 3 : 2};
 }
 
 template <class T>
@@ -19,8 +19,8 @@ void pack(const LoraBatch& batch, int layer, bool is_dx, int64_t v_rows, const f
           void* u, void* v, Stream stream) {
   using Kernel = PackSlab<T>;
   typename Kernel::Params params{};
-  params.side[0] = {static_cast<T*>(u), batch.m, false};
-  params.side[1] = {static_cast<T*>(v), v_rows, is_dx};
+  params.side[0] = {static_cast<bf16*>(u), batch.m, false};
+  params.side[1] = {static_cast<bf16*>(v), v_rows, is_dx};
   params.ld = ld;
   const auto start = [&] {
     const int64_t depth = params.end - params.begin;

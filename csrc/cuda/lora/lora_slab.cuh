@@ -1,4 +1,4 @@
-// Packs the deltas of adapters into one dense product u v of 16-bit values, added to the base GEMM.
+// Packs the deltas of adapters into one dense product u v of bf16 values, added to the base GEMM.
 #pragma once
 
 #include "../core/device.cuh"
@@ -18,10 +18,10 @@ struct SlabAdapter {
   int parts;
 };
 
-// A factor is split into the sum of two 16-bit values, high + low, and a product of two factors is computed
-// as high high + low high + high low; what is left out is below 16-bit precision. So an adapter has three
-// parts, each as deep as its rank; two if the factor of v is 16-bit itself. The rest of the depth is filled
-// with zeros.
+// A factor is split into the sum of two bf16 values, high + low, and a product of two factors is computed
+// as high high + low high + high low; what is left out is below the precision of fp16 and bf16. So an adapter
+// has three parts, each as deep as its rank; two if the factor of v is bf16 itself. The rest of the depth is
+// filled with zeros.
 template <class T>
 struct PackSlab {
   static constexpr int kThreads = 256;
@@ -29,7 +29,7 @@ struct PackSlab {
   static constexpr int kMaxAdapters = 24;
 
   struct Side {
-    T* out;
+    bf16* out;
     int64_t rows;
     bool transposed;  // out is [depth, rows], else [rows, depth]
   };
@@ -55,7 +55,7 @@ struct PackSlab {
   }
 
  private:
-  static DEVICE T element(const Params& p, int which, int64_t row, int64_t at) {
+  static DEVICE bf16 element(const Params& p, int which, int64_t row, int64_t at) {
     for (int i = 0; i < p.adapters; ++i) {
       const SlabAdapter& adapter = p.adapter[i];
       const int64_t depth = int64_t{adapter.rank} * adapter.parts;
@@ -69,11 +69,11 @@ struct PackSlab {
       const float value = factor.is_f32 ? load_constant(static_cast<const float*>(factor.data) + from)
                                         : to_float(load_constant(static_cast<const T*>(factor.data) + from));
       const float scaled = __fmul_rn(factor.scale, value);
-      const T high = from_float<T>(scaled);
+      const bf16 high = from_float<bf16>(scaled);
       // u's low part is the second, v's the third.
-      return part == 1 + which ? from_float<T>(__fadd_rn(scaled, -to_float(high))) : high;
+      return part == 1 + which ? from_float<bf16>(__fadd_rn(scaled, -to_float(high))) : high;
     }
-    return from_float<T>(0.0f);
+    return from_float<bf16>(0.0f);
   }
 };
 

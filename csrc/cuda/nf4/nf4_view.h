@@ -10,6 +10,8 @@ namespace peft_kernels::cuda {
 
 // Whether kernels that multiply and sum take it as an Nf4View; others are dequantised.
 inline bool has_view(const Nf4Tensors& weight) { return !weight.has_bytes() && !weight.has_half_scales(); }
+// Whether kernels of GEMMs take it: they read scales, not the values of their codes.
+inline bool has_gemms(const Nf4Tensors& weight) { return has_view(weight) && !weight.has_scale_values(); }
 
 // Of a weight that has_view().
 inline Nf4View view_of(const Nf4Tensors& weight) {

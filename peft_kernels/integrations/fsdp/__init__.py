@@ -37,7 +37,7 @@ __all__ = [
 
 @dataclass
 class ShardingReport:
-    """Which NF4 weights of a model are sharded. `print(report)` summarises it."""
+    """Which packed weights of a model are sharded. `print(report)` summarises it."""
 
     sharded: list[str] = field(default_factory=list)
     """Names of sharded weights."""
@@ -46,12 +46,12 @@ class ShardingReport:
     joined: list[str] = field(default_factory=list)
     """Names of sharded weights that are copied when gathered, because a shard boundary is inside a block."""
     bytes_here: int = 0
-    """Bytes of all NF4 weights in this process."""
+    """Bytes of all packed weights in this process."""
     bytes_whole: int = 0
 
     def __str__(self) -> str:
         lines = [
-            f"peft_kernels: {len(self.sharded)} NF4 weights sharded, {len(self.replicated)} replicated: "
+            f"peft_kernels: {len(self.sharded)} packed weights sharded, {len(self.replicated)} replicated: "
             f"{self.bytes_here / 1e6:.3g} of {self.bytes_whole / 1e6:.3g} MB in this process"
         ]
         for names, what in (
@@ -64,7 +64,7 @@ class ShardingReport:
 
 
 def report(model: nn.Module) -> ShardingReport:
-    """Which NF4 weights of a model are currently sharded."""
+    """Which packed weights of a model are currently sharded."""
     found = ShardingReport()
     for name, p in model.named_parameters():
         weight: Any = p

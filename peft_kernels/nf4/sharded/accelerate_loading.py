@@ -18,9 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..offload import take_packed
 from ..weight import NF4Weight
 from .checks import is_dtensor, is_sharded
 
+_ASSIGNS = nn.Module.__setattr__.__code__
 _SETTINGS = "ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
@@ -51,7 +53,22 @@ def receive(module: nn.Module, name: str, key: str, state_dict: dict[str, Any]) 
 
 
 class ReceivesWeights:
-    """Mixin for layers whose packed weights may come from process 0."""
+    """Mixin for layers whose packed weights accelerate may send from process 0, or offload."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_hf_hook":
+            take_packed(value, self)  # type: ignore[arg-type]
+        super().__setattr__(name, value)
+
+    def register_parameter(self: Any, name: str, param: Any) -> None:
+        """Refuses torch's `parallelize_module`, which registers DTensors; FSDP2 assigns them."""
+        weight, caller = self._parameters.get(name), sys._getframe(1).f_code
+        if isinstance(weight, NF4Weight) and is_dtensor(param) and caller is not _ASSIGNS:
+            raise ValueError(
+                f"{weight._state.name}: expected a plan of transformers (from_pretrained(..., tp_plan=...)) "
+                "for tensor parallelism of a packed weight, got a DTensor, as parallelize_module makes it"
+            )
+        super().register_parameter(name, param)  # type: ignore[misc]
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         """Keeps packed weights that a move to the meta device would drop under RAM-efficient loading."""

@@ -1,4 +1,4 @@
-"""NF4 weights under DistributedDataParallel, which broadcasts the first process's parameters, frozen ones
+"""Packed weights under DistributedDataParallel, which broadcasts the first process's parameters, frozen ones
 too, as flat tensors of one dtype.
 
 A packed weight takes part as a `BroadcastBuffer` of its bytes instead of being dequantised. Processes that
@@ -106,13 +106,13 @@ def _broadcast(func: Any, tensors: list[BroadcastBuffer], process_group: Any, ro
         dist.all_gather(everyone, own, group=group)
     except RuntimeError as error:
         raise RuntimeError(
-            "DistributedDataParallel: expected NF4 weights in every process, to compare them, and one has "
+            "DistributedDataParallel: expected packed weights in every process, to compare them, and one has "
             f"not answered: load and quantise the same model in each ({error})"
         ) from error
     layouts, contents = torch.stack(everyone).t().tolist()
     if others := [rank for rank, one in enumerate(layouts) if one != layouts[root]]:
         raise RuntimeError(
-            "DistributedDataParallel: expected NF4 weights of the same shapes, dtypes, formats and "
+            "DistributedDataParallel: expected packed weights of the same shapes, dtypes, formats and "
             "blocksizes in each process, got others in process "
             f"{', '.join(map(str, others))} than in process {root}: load the same checkpoint, and quantise "
             "it alike"
@@ -121,7 +121,7 @@ def _broadcast(func: Any, tensors: list[BroadcastBuffer], process_group: Any, ro
         return tensors, func([own], process_group, root, *rest)[1]
     if contents[group.rank()] != contents[root]:
         warnings.warn(
-            f"DistributedDataParallel: process {group.rank()} had other NF4 weights than process {root}, "
+            f"DistributedDataParallel: process {group.rank()} had other packed weights than process {root}, "
             "whose bytes it has taken over",
             stacklevel=2,
         )

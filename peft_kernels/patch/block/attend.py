@@ -1,7 +1,8 @@
 """Our attention as an attention function of transformers.
 
 Calls that ours does not cover run "sdpa": dropout, position biases, masks that are not spans of keys, a
-single query, few products (`small_calls`), devices other than the CPU. Masks are those of "sdpa"."""
+single query, few products (`small_calls`), devices other than the CPU, and all calls while another function
+replaces torch's. Masks are those of "sdpa"."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._nn import scaled_dot_product_attention
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -108,6 +111,8 @@ def _unsupported_reason(
     """Why ours does not cover a call, "" where sdpa is as fast; None if it does."""
     if query.device.type != "cpu" or query.shape[2] == 1 or not _has_kernel(query):
         return ""
+    if functional.scaled_dot_product_attention is not scaled_dot_product_attention:
+        return "torch's function is replaced, as by context_parallel"
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             return what

@@ -107,6 +107,8 @@ def sft(folder: Path) -> None:
 
 
 def resumed(folder: Path) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
     with fsdp2():
         curves = []
         for checkpoint in (None, str(folder / "checkpoint-3")):
@@ -117,6 +119,9 @@ def resumed(folder: Path) -> None:
             made.train(resume_from_checkpoint=checkpoint)
             dist.barrier()
             curves.append(logged(made))
+            assert made.accelerator.is_fsdp2 and isinstance(
+                model.base_model.model.model.layers[0], FSDPModule
+            )
         assert len(curves[0]) == len(curves[1]) == 6
         assert curves[1] == pytest.approx(curves[0], rel=ONE_STEP)
 

@@ -22,7 +22,7 @@ from experts_cases import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_cases import each_sum
+from lora_cases import BEYOND_FP16, each_sum
 from numbers_policy import (
     DTYPES,
     FEATURES,
@@ -111,6 +111,19 @@ def sizes(
     of_adapter = {"r": 8, "adapter": adapter, "strides": "peft"}
     rest = {"bs": 64, "base": base, "dtype": dtype, "bias": "none", "layout": "contiguous"}
     return {"split": split, "n": n, "k": k} | of_adapter | rest
+
+
+@pytest.mark.parametrize("large", BEYOND_FP16)
+@pytest.mark.parametrize("split", ["decode", "uneven"])
+def test_ranks_beyond_fp16(backend: str, split: str, large: str) -> None:
+    c = ExpertsCase(sizes(split, 128, 192, "nested", torch.float16, "fp32"))
+    a, b, scaling = BEYOND_FP16[large]
+    x, ends, *group, bias, _, _, _ = c.forward_args
+    adapter = c.a * a, c.b * b, SCALING * scaling
+    y, h = ops.experts_lora_linear(x, ends, *group, bias, *adapter)
+    dx, _, _ = ops.experts_lora_linear_backward(c.dy, x, h, ends, *group, *adapter, True, True, True)
+    for name, value in {"y": y, "dx": dx}.items():
+        assert_within_rounding(value, c.truth[name], c.magnitude[name], 192 + 8, name)
 
 
 @pytest.mark.parametrize("n,k", [(0, 64), (5, 0)], ids=["no-outputs", "no-inputs"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from numbers_policy import Result, bias_of, check, dense64, once, short
+from numbers_policy import Result, assert_within_rounding, bias_of, check, dense64, once, short
 from torch import Tensor
 
 import testing
@@ -55,6 +55,12 @@ def check_nf4_linear_dx(case: dict[str, Any]) -> None:
 
 
 SCALING = 1.7
+BEYOND_FP16 = {
+    "h": (2.0**20, 2.0**-20, 1.0),
+    "dh": (2.0**-20, 2.0**20, 1.0),
+    "scaling": (1.0, 2.0**-20, 2.0**20),
+}
+"""Factors of A, B and the scaling that leave the deltas as they are."""
 # Sums differ in these; fp16 is summed like bf16.
 SUMS = ((torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.bfloat16, "same"))
 each_sum = pytest.mark.parametrize("dtype,adapter", SUMS, ids=["-".join(map(short, one)) for one in SUMS])
@@ -146,3 +152,15 @@ def check_lora_linear_backward(case: dict[str, Any]) -> None:
         if need in case["needs"]:
             results[name] = Result(g, p, c.truth[name], c.magnitude[name])
     check(results, max(case["m"], case["n"], case["k"]) + case["r"])
+
+
+def check_ranks_beyond_fp16(m: int, large: str) -> None:
+    c = LoraCase(lora_case(m, 128, 192, "nested", torch.float16))
+    a, b, scaling = BEYOND_FP16[large]
+    x, *group, bias, _, _, _, dropout, seed, more = c.forward_args
+    adapter = c.a * a, c.b * b, SCALING * scaling, dropout, seed, more
+    y, h = ops.lora_linear(x, *group, bias, *adapter)
+    dx, _, _ = ops.lora_linear_backward(c.dy, x, h, *group, *adapter, True, True, True)
+    depth = 192 + 8
+    for name, value in {"y": y, "dx": dx}.items():
+        assert_within_rounding(value, c.truth[name], c.magnitude[name], depth, name)

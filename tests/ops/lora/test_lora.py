@@ -9,12 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_cases import (
+    BEYOND_FP16,
     ROWS,
     LoraCase,
     check_lora_linear,
     check_lora_linear_backward,
     check_nf4_linear,
     check_nf4_linear_dx,
+    check_ranks_beyond_fp16,
     each_sum,
     lora_case,
 )
@@ -69,6 +71,13 @@ def test_lora_linear(backend: str, case: dict[str, Any]) -> None:
 @each_lora_case
 def test_lora_linear_backward(backend: str, case: dict[str, Any]) -> None:
     check_lora_linear_backward(case)
+
+
+@pytest.mark.parametrize("large", BEYOND_FP16)
+@pytest.mark.parametrize("m", [5, 130])
+def test_ranks_beyond_fp16(backend: str, m: int, large: str) -> None:
+    """Of h, dh = scaling dy B, or scaling h: 65,504 is the largest number of fp16."""
+    check_ranks_beyond_fp16(m, large)
 
 
 LONG = {"m17-n4096-k64": (17, 4096, 64), "m17-n64-k4096": (17, 64, 4096), "m3000-n32-k48": (3000, 32, 48)}
