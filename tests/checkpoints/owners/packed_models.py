@@ -136,7 +136,16 @@ def _groups(**weights: Any) -> dict[str, Any]:
     return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
 
 
-_GPTQ = {"bits": 4, "group_size": 32, "desc_act": False, "sym": False, "quant_method": "gptq"}
+_GPTQ = {
+    "bits": 4,
+    "group_size": 32,
+    "desc_act": False,
+    "sym": False,
+    "quant_method": "gptq",
+    "dynamic": {r"-:.*\.mtp\..*": {}},
+    "lm_head": False,
+    "pack_dtype": "int32",
+}
 _AWQ = {"bits": 4, "group_size": 32, "zero_point": True, "version": "gemm", "quant_method": "awq"}
 _INT4 = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 _INT4_WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}

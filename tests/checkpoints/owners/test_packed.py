@@ -86,7 +86,8 @@ def test_blocks(kind: str, model: Any) -> None:
     assert (down.offset is not None) == (kind in shifted)
 
 
-def test_without_the_owners_library(kind: str, made: Made, folder: Path, model: Any) -> None:
+def test_without_the_owners_library(kind: str, made: Made, folder: Path, model: Any, tmp_path: Path) -> None:
+    """And saved as it was, with keys of which transformers' configurations know nothing."""
     integration.enable()
     try:
         enabled = Auto.from_pretrained(folder)
@@ -96,6 +97,9 @@ def test_without_the_owners_library(kind: str, made: Made, folder: Path, model: 
         one, other = (each.get_parameter(name)._state.tensors() for each in (enabled, model))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
+    enabled.save_pretrained(tmp_path)
+    assert_same_file(tmp_path, made.tensors)
+    assert stored(tmp_path) == config_of(kind)
 
 
 def test_what_has_no_effect_is_logged(
