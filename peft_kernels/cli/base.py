@@ -112,10 +112,10 @@ def _refuse_conversions(model: Any, packed: Iterable[str], form: str) -> None:
     """Raises CheckpointError for a packed weight that transformers would convert."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    from ..quantize.transformers.layouts import to_read
+    from ..quantize.transformers.layouts import check_own
 
     try:
-        to_read(get_model_conversion_mapping(model), set(packed), form)
+        check_own(get_model_conversion_mapping(model), packed, form)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
 
