@@ -64,9 +64,9 @@ class CompressedTensorsInt4(CompressedTensors, Int4):
     always_zeros = False
 
     def check_beside(
-        self, tensors: Mapping[str, Tensor], stem: str, shape: tuple[int, int], groups: int
+        self, tensors: Mapping[str, Tensor], stem: str, shape: tuple[int, int], length: int
     ) -> None:
-        super().check_beside(tensors, stem, shape, groups)
+        super().check_beside(tensors, stem, shape, length)
         found = tensors.get(_SHAPE)
         if found is not None and not found.is_meta and found.tolist() != [*shape]:
             raise ValueError(

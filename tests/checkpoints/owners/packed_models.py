@@ -50,25 +50,24 @@ class Groups:
     codes: Tensor
     zeros: Tensor
     scales: Tensor
+    length: int
 
     @classmethod
     def of(cls, out: int, into: int, length: int, scales: torch.dtype, symmetric: bool) -> Groups:
         length = into if length == -1 else length
-        shape = (out, into // length)
+        shape = (out, -(-into // length))
         codes = torch.randint(0, 16, (out, into))
         zeros = torch.full(shape, 8) if symmetric else torch.randint(0, 16, shape)
-        return cls(codes, zeros, (0.02 + 0.02 * torch.rand(shape)).to(scales))
+        return cls(codes, zeros, (0.02 + 0.02 * torch.rand(shape)).to(scales), length)
 
     @property
     def values(self) -> Tensor:
-        length = self.codes.shape[1] // self.zeros.shape[1]
-        wide = [each.repeat_interleave(length, 1) for each in (self.zeros, self.scales.float())]
+        wide = [each[:, self.index.long()] for each in (self.zeros, self.scales.float())]
         return (self.codes - wide[0]) * wide[1]
 
     @property
     def index(self) -> Tensor:
-        into, groups = self.codes.shape[1], self.zeros.shape[1]
-        return torch.tensor([i // (into // groups) for i in range(into)], dtype=torch.int32)
+        return torch.tensor([i // self.length for i in range(self.codes.shape[1])], dtype=torch.int32)
 
 
 def gptq(out: int, into: int, length: int = 32, symmetric: bool = False, version: int = 1) -> Weight:
@@ -177,6 +176,7 @@ KINDS = {
     "gptq v2": Kind(lambda *s: gptq(*s, version=2), _GPTQ | {"checkpoint_format": "gptq_v2"}, "gptq-v2"),
     "gptq symmetric": Kind(lambda *s: gptq(*s, symmetric=True), _GPTQ | {"sym": True}, "gptq"),
     "gptq rows": Kind(lambda *s: gptq(*s, length=-1), _GPTQ | {"group_size": -1}, "gptq"),
+    "gptq last": Kind(lambda *s: gptq(*s, length=64), _GPTQ | {"group_size": 64}, "gptq"),
     "awq": Kind(awq, _AWQ, "awq"),
     "awq rows": Kind(lambda *s: awq(*s, length=-1), _AWQ | {"group_size": -1}, "awq"),
     "packed": Kind(packed_int4, _INT4 | _groups(**_INT4_WEIGHTS), "compressed-tensors-int4"),

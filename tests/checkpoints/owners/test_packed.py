@@ -75,14 +75,22 @@ def test_layers_are_packed_and_saved_as_they_were(
 
 
 def test_blocks(kind: str, model: Any) -> None:
-    """Groups as they are, and whole rows of 96 in threes of 32."""
+    """Groups as they are, whole rows of 96 in threes of 32, and so 64 and a shorter last group."""
     down = model.get_parameter("model.layers.0.mlp.down_proj.weight")._state
     rows = {"fp8 rows", "fp8 rows in fp32", "fp8 tensor", "fp8 modelopt"}
     expected = 0 if kind in rows else 128 if KINDS[kind].format == "fp8" else 32
-    up = 0 if kind in rows else 128 if KINDS[kind].format == "fp8" else 64 if "rows" in kind else 32
+    up = (
+        0
+        if kind in rows
+        else 128
+        if KINDS[kind].format == "fp8"
+        else 64
+        if kind.endswith(("rows", "last"))
+        else 32
+    )
     assert down.blocksize == expected
     assert model.get_parameter("model.layers.0.mlp.up_proj.weight")._state.blocksize == up
-    shifted = {"gptq", "gptq v2", "gptq rows", "awq", "awq rows", "packed zeros"}
+    shifted = {"gptq", "gptq v2", "gptq rows", "gptq last", "awq", "awq rows", "packed zeros"}
     assert (down.offset is not None) == (kind in shifted)
 
 

@@ -31,6 +31,10 @@ def _order(t: dict[str, Tensor]) -> None:
     t["g_idx"] = t["g_idx"].flip(0)
 
 
+def _cut(columns: int) -> Change:
+    return lambda t: t.update(qweight=t["qweight"][: columns // 8], g_idx=t["g_idx"][:columns])
+
+
 def _padding(t: dict[str, Tensor]) -> None:
     t["weight_packed"], t["weight_scale"] = t["weight_packed"][:12], t["weight_scale"][:12]
     t["weight_zero_point"] = t["weight_zero_point"][:2].contiguous()
@@ -90,6 +94,21 @@ BROKEN: dict[str, tuple[tuple[str, tuple[int, int]], Change, str]] = {
         GPTQ,
         _as("scales", lambda x: x[:0]),
         "a.scales: expected groups of a multiple of 32 input features, got 0 groups of 64",
+    ),
+    "a last group of 16": (
+        ("gptq last", (16, 96)),
+        _cut(80),
+        "a.scales: expected groups of a multiple of 32 input features, got 2 groups of 80",
+    ),
+    "rows of 48": (
+        ("gptq rows", (16, 64)),
+        _cut(48),
+        "a.scales: expected groups of a multiple of 32 input features, got 1 groups of 48",
+    ),
+    "uneven groups without an index": (
+        ("awq", (16, 96)),
+        _as("scales", lambda x: x[:2]),
+        "a.scales: expected groups of a multiple of 32 input features, got 2 groups of 96",
     ),
     "wide scales": (
         GPTQ,
