@@ -107,12 +107,13 @@ class Int4(Owner):
 
     def _length(self, tensors: Mapping[str, Tensor], into: int, groups: int) -> int:
         """Input features of a group. The last one may have fewer, which only an index of groups can tell: on
-        the meta device its groups are taken to be the shortest that fit."""
+        the meta device a power of two is assumed, as tools take."""
         index = tensors.get(self.index)
         if index is not None and not index.is_meta:
             return max(int((index == 0).sum()), 1)
         length = -(-into // max(groups, 1))
-        return length if index is None else -(-length // _SHORTEST) * _SHORTEST
+        power = 1 << (length - 1).bit_length()
+        return power if index is not None and -(-into // power) == groups else length
 
     def _blocksize(self, stem: str, into: int, groups: int, length: int, uneven: bool) -> int:
         """The longest blocks of which groups consist; with `uneven` the last one may be shorter."""

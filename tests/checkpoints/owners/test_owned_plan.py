@@ -102,6 +102,29 @@ def test_damaged_nvfp4(what: str, tmp_path: Path, capsys: Captured) -> None:
     refused_alike(tmp_path, capsys)
 
 
+MODELOPT = "nvfp4 of modelopt"
+PARTS = [
+    (kind, part) for kind in (MODELOPT, "gptq", "awq", "fp8") for part in OWNERS[FOLDERS[kind].owner].parts
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "everywhere"), [*((*one, False) for one in PARTS), (MODELOPT, "weight_scale_2", True)]
+)
+def test_missing_part(kind: str, part: str, everywhere: bool, tmp_path: Path, capsys: Captured) -> None:
+    """Of one layer or of all, so that nothing may mark them as packed."""
+    FOLDERS[kind].write(tmp_path, num_hidden_layers=1)
+    name = f"model.layers.0.{'mlp.down_proj' if everywhere else 'self_attn.q_proj'}.{part}"
+
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        for each in list(tensors):
+            if each == name or (everywhere and each.endswith(f"_proj.{part}")):
+                del tensors[each]
+
+    change_tensors(tmp_path / FILE, drop)
+    assert refused_alike(tmp_path, capsys) == f"{name}: expected this tensor of a packed weight, got none"
+
+
 def test_packed_embeddings(tmp_path: Path, capsys: Captured) -> None:
     nvfp4(tmp_path, "compressed-tensors")
     name = "model.embed_tokens.weight"
