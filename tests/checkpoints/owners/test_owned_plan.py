@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from all_folders import FOLDERS
+from all_folders import FOLDERS, packed
 from checkpoint_damage import change_json, change_tensors
 from owned_folders import FILE, NVFP4, gpt_oss, nvfp4, nvfp4_config
 from packed_models import KINDS, config_of, gptq
@@ -22,11 +22,12 @@ from peft_kernels.nf4.owners import OWNERS
 Captured = pytest.CaptureFixture[str]
 
 
-@pytest.mark.parametrize("kind", FOLDERS)
+@pytest.mark.parametrize("kind", [*FOLDERS, "gptq last"])
 def test_weights(kind: str, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the byte, and nothing is read but headers and single numbers."""
-    FOLDERS[kind].write(tmp_path)
-    title = OWNERS[FOLDERS[kind].owner].title
+    made = FOLDERS.get(kind) or packed(kind)
+    made.write(tmp_path)
+    title = OWNERS[made.owner].title
     model, original = read(tmp_path, dtype="auto"), Entry.read
 
     def one_number(self: Entry) -> torch.Tensor:
