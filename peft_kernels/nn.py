@@ -165,7 +165,10 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
         self.__class__ = plain  # type: ignore[assignment]
         if not issubclass(plain, nn.Linear):
             self.nf, self.nx = self.__dict__.pop("out_features"), self.__dict__.pop("in_features")
-            value = nn.Parameter(value.t().contiguous(), requires_grad=value.requires_grad)
+            turned = nn.Parameter(value.t().contiguous(), requires_grad=value.requires_grad)
+            # Notes on the parameter, such as transformers' that it is loaded and not to be initialised.
+            turned.__dict__.update(value.__dict__)
+            value = turned
         self.weight = value
         if link is not None:
             link.layer_gone()

@@ -30,17 +30,27 @@ def owner_in(config: Mapping[str, Any]) -> Owner | None:
 
 
 def owned_weights(checkpoint: Checkpoint) -> dict[str, list[str]]:
-    """Names of the packed weights, with their tensors; also of FP8 codes alone, which lack their scales."""
+    """Names of the packed weights, with their tensors; also of those that lack the tensors that mark them."""
     owner, entries = owner_in(checkpoint.config), checkpoint.entries
     if owner is None:
         return {}
     found = owner.weights(entries)
     for name, entry in entries.items():
-        if name.endswith(".weight") and entry.dtype == torch.float8_e4m3fn and name not in found:
-            stem = owner.stem(name)
-            names = (stem + part for part in (*owner.parts, *owner.beside))
-            found[name] = [each for each in names if each in entries]
+        module, _dot, part = name.rpartition(".")
+        weight = f"{module}.weight"
+        if weight not in found and _is_part(owner, part, entry.dtype):
+            stem = owner.stem(weight)
+            names = (stem + part for part in dict.fromkeys((*owner.parts, *owner.beside)))
+            found[weight] = [each for each in names if each in entries]
     return found
+
+
+def _is_part(owner: Owner, part: str, dtype: torch.dtype) -> bool:
+    """Whether only packed weights of layers have a tensor like this."""
+    if part == "weight":
+        codes = dtype == torch.uint8 and owner.codes == part
+        return codes or dtype == torch.float8_e4m3fn
+    return part in owner.parts
 
 
 def read_owned(checkpoint: Checkpoint, weight: str, names: list[str], headers: bool = False) -> NF4State:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,21 +68,23 @@ def base_of(path: Path, model: Any) -> Base:
     base.experts = config.experts or owner is not None
     base.linears = owner is None or not owner.experts
     if owner is not None:
-        base.form["blocksize"] = _blocksize(owner.format, stored)
+        base.form["blocksize"] = _blocksize(owner.format, stored, model)
     if path.is_dir() and any(path.glob("*.safetensors")):
         base.packed = _packed(Checkpoint.open(path), model, packed_form(config))
         base.experts = any(not name.endswith(".weight") for name in base.packed)
     return base
 
 
-def _blocksize(format: str, stored: dict[str, Any]) -> int:
-    """The longest blocks of the groups that an owner's configuration names; if it names none, ones that all
-    rows have."""
+def _blocksize(format: str, stored: dict[str, Any], model: Any) -> int:
+    """The longest blocks of the groups that an owner's configuration names, and of all rows, since a row's
+    last group may be shorter; if it names none, ones that all rows have."""
     form, parts = FORMATS[format], [stored]
     parts += [group.get("weights") or {} for group in (stored.get("config_groups") or {}).values()]
     size = next((part["group_size"] for part in parts if part.get("group_size")), None)
     if size is None or size < 0:
         return min(form.blocksizes) if form.rows_have_blocks else form.default_blocksize
+    if form.rows_have_blocks:
+        size = math.gcd(size, *(each.in_features for each in model.modules() if isinstance(each, nn.Linear)))
     return max((each for each in form.blocksizes if each and size % each == 0), default=min(form.blocksizes))
 
 
@@ -112,10 +115,10 @@ def _refuse_conversions(model: Any, packed: Iterable[str], form: str) -> None:
     """Raises CheckpointError for a packed weight that transformers would convert."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    from ..quantize.transformers.layouts import to_read
+    from ..quantize.transformers.layouts import check_own
 
     try:
-        to_read(get_model_conversion_mapping(model), set(packed), form)
+        check_own(get_model_conversion_mapping(model), packed, form)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
 

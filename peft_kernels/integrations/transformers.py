@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import weakref
 from typing import Any
 
 from transformers import AutoConfig
@@ -17,6 +19,9 @@ __all__ = ["NF4Config", "NF4Quantizer", "disable", "enable", "read_config"]
 
 _theirs: list[tuple[dict[str, Any], str, Any]] = []
 """What `enable` replaced: a mapping of transformers, a key, and its value, None if there was none."""
+
+_in_file: dict[int, dict[str, Any]] = {}
+"""The `quantization_config` of which an object of transformers was made, by its id."""
 
 
 def read_config(path: Any, **kwargs: Any) -> Any:
@@ -75,6 +80,8 @@ def enable() -> None:
     for method in ("mxfp4", "gptq", "awq", "fp8"):
         theirs = auto.AUTO_QUANTIZER_MAPPING[method]
         _replace(auto.AUTO_QUANTIZER_MAPPING, method, functools.partial(_quantizer, theirs))
+        configs = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+        _replace(configs, method, _Remembering(configs[method]))
     # Their configuration needs the library.
     config = auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"]
     _replace(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "compressed-tensors", _Config(config))
@@ -98,8 +105,24 @@ def _replace(mapping: dict[str, Any], key: str, value: Any) -> None:
 
 def _quantizer(theirs: Any, config: Any, pre_quantized: bool = True) -> Any:
     """Ours for packed checkpoints that we read and that should stay packed."""
-    ours = pre_quantized and not getattr(config, "dequantize", False) and _reads(config.to_dict())
-    return (NF4Quantizer if ours else theirs)(config, pre_quantized=pre_quantized)
+    stored = _in_file.get(id(config)) or config.to_dict()
+    if pre_quantized and not getattr(config, "dequantize", False) and _reads(stored):
+        return NF4Quantizer(NF4Config.from_dict(stored), pre_quantized=True)
+    return theirs(config, pre_quantized=pre_quantized)
+
+
+class _Remembering:
+    """Stands for a class of configurations, whose objects have keys of their own and lack some of the file's:
+    remembers what the file had."""
+
+    def __init__(self, theirs: Any) -> None:
+        self.theirs = theirs
+
+    def from_dict(self, config: dict[str, Any]) -> Any:
+        made = self.theirs.from_dict(config)
+        _in_file[id(made)] = copy.deepcopy(config)
+        weakref.finalize(made, _in_file.pop, id(made))
+        return made
 
 
 class _Config:

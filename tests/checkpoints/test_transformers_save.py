@@ -21,6 +21,7 @@ from transformers_models import (
     assert_same_state,
     auto,
     bnb_config,
+    gpt2,
     ids,
     llama,
     loaded,
@@ -103,20 +104,39 @@ def test_overwriting_the_loaded_file(times: int, tmp_path: Path) -> None:
     assert_same_state(model, pk.quantize_model(llama().to(torch.bfloat16)))
 
 
-def test_merged_layer_is_saved_dense(tmp_path: Path) -> None:
-    model = loaded(saved(tmp_path))
-    layer = model.model.layers[0].mlp.up_proj
+@pytest.mark.parametrize(
+    ("kind", "name", "count"),
+    [("llama", "model.layers.0.mlp.up_proj", 14), ("gpt2", "transformer.h.0.mlp.c_fc", 8)],
+)
+def test_merged_layer_is_saved_dense(kind: str, name: str, count: int, tmp_path: Path) -> None:
+    model = loaded(saved(tmp_path, kind), kind)
+    layer = model.get_submodule(name)
     delta = torch.full_like(layer.weight.dequantize(), 0.01)
     layer.weight.data += delta
     model.save_pretrained(tmp_path / "merged")
-    assert "model.layers.0.mlp.up_proj" in stored(tmp_path / "merged")["llm_int8_skip_modules"]
-    again = read(tmp_path / "merged")
-    dense = again.model.layers[0].mlp.up_proj
-    assert type(dense) is nn.Linear and torch.equal(dense.weight, layer.weight.dense)
-    assert len(nf4_layers(again)) == 13
+    assert name in stored(tmp_path / "merged")["llm_int8_skip_modules"]
+    again = read(tmp_path / "merged", kind)
+    dense = again.get_submodule(name)
+    assert type(dense) is layer.plain_class
+    assert_same_state(again, model)
+    assert len(nf4_layers(again)) == count - 1
     layer.weight.data -= delta
     model.save_pretrained(tmp_path / "unmerged")
-    assert_same_state(read(tmp_path / "unmerged"), loaded(saved(tmp_path / "dense")))
+    assert_same_state(read(tmp_path / "unmerged", kind), loaded(saved(tmp_path / "dense", kind), kind))
+
+
+@pytest.mark.parametrize("form", ["nf4", "nvfp4"])
+def test_layers_that_stayed_dense(form: str, tmp_path: Path) -> None:
+    """Those of Conv1D are stored transposed."""
+    nf4 = {"modules_to_not_convert": ["c_fc", "h.1.attn"], "format": form}
+    model = loaded(saved(tmp_path / "dense", "gpt2"), "gpt2", nf4=nf4)
+    model.save_pretrained(tmp_path / "packed")
+    again = read(tmp_path / "packed", "gpt2")
+    assert len(nf4_layers(again)) == 4
+    assert_same_state(again, model)
+    assert torch.equal(
+        again.transformer.h[0].mlp.c_fc.weight, gpt2().to(torch.bfloat16).transformer.h[0].mlp.c_fc.weight
+    )
 
 
 def test_fully_merged_model_has_no_quantization_config(tmp_path: Path) -> None:
@@ -324,7 +344,7 @@ def test_broken_checkpoint(change: Any, sentence: str, tmp_path: Path) -> None:
         read(broken(tmp_path, change))
 
 
-def test_packed_layer_that_the_model_splits(tmp_path: Path) -> None:
+def test_packed_layer_that_the_model_splits() -> None:
     """transformers 4 saved such models, where query, key and value were one layer."""
     conversions = [
         WeightConverter("attn.qkv.weight", ["attn.q.weight", "attn.k.weight"], [Chunk(dim=0)]),
@@ -332,9 +352,8 @@ def test_packed_layer_that_the_model_splits(tmp_path: Path) -> None:
     ]
     expected = r"^h\.0\.attn\.qkv\.weight: expected a dense weight, which this model .*, got 4 bits; quantise"
     with pytest.raises(ValueError, match=expected):
-        layouts.to_read(conversions, {"h.0.attn.qkv.weight"}, "4 bits")
-    assert layouts.to_read(conversions, {"h.0.mlp.wi.weight"}, "4 bits") == conversions[:1]
-    assert layouts.to_read(conversions, {"h.0.other.weight"}, "4 bits") == conversions
+        layouts.check_own(conversions, ["h.0.attn.qkv.weight"], "4 bits")
+    layouts.check_own(conversions, ["h.0.mlp.wi.weight", "h.0.other.weight"], "4 bits")
 
 
 def test_quantize_model_keeps_another_quantizer(tmp_path: Path) -> None:

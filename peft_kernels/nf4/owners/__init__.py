@@ -10,8 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from .awq import Awq
-from .compressed_tensors import CompressedTensorsFp8, CompressedTensorsInt4, CompressedTensorsNvfp4
-from .finegrained_fp8 import FineGrainedFp8
+from .compressed_tensors import (
+    CompressedTensorsFp8,
+    CompressedTensorsInt4,
+    CompressedTensorsMxfp4,
+    CompressedTensorsNvfp4,
+)
+from .finegrained_fp8 import FineGrainedFp8, FineGrainedFp8Whole
 from .gptq import Gptq, GptqV2
 from .modelopt import ModelOptFp8, ModelOptNvfp4
 from .mxfp4 import Mxfp4
@@ -22,6 +27,7 @@ __all__ = ["OWNERS", "Owner", "owner_of"]
 OWNERS: dict[str, Owner] = {
     "mxfp4": Mxfp4(),
     "compressed-tensors": CompressedTensorsNvfp4(),
+    "compressed-tensors-mxfp4": CompressedTensorsMxfp4(),
     "compressed-tensors-int4": CompressedTensorsInt4(),
     "compressed-tensors-fp8": CompressedTensorsFp8(),
     "modelopt": ModelOptNvfp4(),
@@ -30,6 +36,7 @@ OWNERS: dict[str, Owner] = {
     "gptq-v2": GptqV2(),
     "awq": Awq(),
     "fp8": FineGrainedFp8(),
+    "fp8-whole": FineGrainedFp8Whole(),
 }
 """All formats."""
 
@@ -47,5 +54,6 @@ def owner_of(config: Mapping[str, Any]) -> Owner | None:
     if same:
         known = [variant for owner in same for variant in owner.variants]
         got = same[0].variant_of(config)
-        raise ValueError(f"{same[0].variant_key}: expected {one_of(known)} of {method}, got {got!r}")
+        mixed = "; layers in several formats are not loaded" if "mixed" in str(got).lower() else ""
+        raise ValueError(f"{same[0].variant_key}: expected {one_of(known)} of {method}, got {got!r}{mixed}")
     return None

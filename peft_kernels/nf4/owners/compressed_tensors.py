@@ -1,18 +1,20 @@
-"""The formats of compressed-tensors: NVFP4, int4 in groups, and FP8."""
+"""The formats of compressed-tensors: NVFP4, MXFP4, int4 in groups, and FP8."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from ...core.formats import e4m3_values
+from ...core.formats import e4m3_values, e8m0_values
+from ...core.nf4_state import NF4State
 from .config_groups import Grouped
 from .fp8 import BLOCK, Fp8
 from .int4 import Int4
 from .nvfp4 import Nvfp4
-from .owner import Config
+from .owner import Config, check_scales, expect_shape, packed_state, swapped, tensor_of
 
 _REFUSED = ("kv_cache_scheme", "sparsity_config", "transform_config")
 _SHAPE = "weight_shape"
@@ -47,6 +49,39 @@ class CompressedTensorsNvfp4(CompressedTensors, Nvfp4):
         return 1 / one.view(1)
 
 
+class CompressedTensorsMxfp4(CompressedTensors):
+    """The codes as NVFP4's; scales in E8M0, uint8 (out, in / 32)."""
+
+    variants = ("mxfp4-pack-quantized",)
+    title, format = "MXFP4 of compressed-tensors", "mxfp4"
+    allowed: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "num_bits": (4,), "type": ("float",), "group_size": (32,), "symmetric": (True,)
+    }  # fmt: skip
+    codes, scale = "weight_packed", "weight_scale"
+    parts = (codes, scale)
+    marks = (codes,)
+
+    def read(self, tensors: Mapping[str, Tensor], weight: str) -> tuple[NF4State, dict[str, Tensor]]:
+        stem = self.stem(weight)
+        codes = tensor_of(tensors, stem, self.codes, torch.uint8)
+        scales = tensor_of(tensors, stem, self.scale, torch.uint8)
+        expect_shape(stem + self.scale, ("out", "in / 32"), scales.shape)
+        out, blocks = scales.shape
+        expect_shape(stem + self.codes, (out, blocks * self.blocksize // 2), codes.shape)
+        values = e8m0_values(scales.device)
+        check_scales(stem + self.scale, scales, values)
+        shape = (out, blocks * self.blocksize)
+        return packed_state(self.format, shape, codes, scales, values.clone(), weight), {}
+
+    def write(self, state: NF4State, aside: Mapping[str, Tensor], weight: str) -> dict[str, Tensor]:
+        assert state.packed is not None and state.absmax is not None
+        stem, (out, into) = self.stem(weight), state.shape
+        return {
+            stem + self.codes: swapped(state.packed),
+            stem + self.scale: state.absmax.view(out, into // self.blocksize),
+        }
+
+
 class CompressedTensorsInt4(CompressedTensors, Int4):
     """Eight codes of a row in a word; the names say that codes and zero points are signed, but the words hold
     them from 0."""
@@ -64,9 +99,9 @@ class CompressedTensorsInt4(CompressedTensors, Int4):
     always_zeros = False
 
     def check_beside(
-        self, tensors: Mapping[str, Tensor], stem: str, shape: tuple[int, int], groups: int
+        self, tensors: Mapping[str, Tensor], stem: str, shape: tuple[int, int], length: int
     ) -> None:
-        super().check_beside(tensors, stem, shape, groups)
+        super().check_beside(tensors, stem, shape, length)
         found = tensors.get(_SHAPE)
         if found is not None and not found.is_meta and found.tolist() != [*shape]:
             raise ValueError(

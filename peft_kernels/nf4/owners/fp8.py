@@ -36,8 +36,9 @@ class Fp8(Owner):
         out, into = codes.shape
         grid = -(-out // BLOCK[0]), -(-into // BLOCK[1])
         in_blocks = scale.shape == grid
-        if not in_blocks and (self.blocks_alone or (scale.numel() != 1 and scale.shape != (out, 1))):
-            expected = "" if self.blocks_alone else f", ({out}, 1) or one number"
+        rows = scale.numel() == 1 or scale.shape in ((out,), (out, 1))
+        if not in_blocks and (self.blocks_alone or not rows):
+            expected = "" if self.blocks_alone else f", ({out}, 1), ({out},) or one number"
             raise ValueError(
                 f"{stem + self.scale}: expected shape {grid}{expected}, got {tuple(scale.shape)}"
             )
@@ -56,7 +57,7 @@ class Fp8(Owner):
             format=self.format,
         )
         assert state.absmax is not None
-        changed = scale.dtype != torch.float32 or scale.numel() != state.absmax.numel()
+        changed = scale.dtype != torch.float32 or scale.shape != (grid if in_blocks else (out, 1))
         return state, kept(tensors, (*self.beside, *([self.scale] if changed else [])))
 
     def write(self, state: NF4State, aside: Mapping[str, Tensor], weight: str) -> dict[str, Tensor]:
@@ -73,13 +74,14 @@ class Fp8(Owner):
     def _as_in_file(self, scale: Tensor, old: Tensor, name: str) -> Tensor:
         """Scales in the shape and dtype that they had in the file. Raises ValueError if these cannot hold
         them."""
-        new = scale.view(-1)[: old.numel()].to(old.dtype).view(old.shape)
-        if not torch.equal(new.float().expand_as(scale), scale):
+        flat = scale.view(-1)
+        new = flat[: old.numel()].to(old.dtype)
+        if not torch.equal(new.float().expand_as(flat), flat):
             raise ValueError(
                 f"{name}: expected scales that {old.dtype} of shape {tuple(old.shape)} can hold, as in the "
                 "file, got a weight that was packed again; leave it dense (merged) to save it"
             )
-        return new
+        return new.view(old.shape)
 
 
 def _check_codes(name: str, codes: Tensor) -> None:

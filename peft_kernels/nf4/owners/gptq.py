@@ -12,6 +12,8 @@ from torch import Tensor
 from .int4 import Int4
 from .owner import Config, tensor_of
 
+_OTHER_BITS = (2, 3, 8)
+
 
 class Gptq(Int4):
     """The first version of the format stores words of zero points less 1 in each code. The words were
@@ -34,7 +36,19 @@ class Gptq(Int4):
             raise ValueError(f"bits: expected 4, for {self.title}, got {config.get('bits')!r}")
 
     def read(self, tensors: Mapping[str, Tensor], weight: str) -> Any:
-        tensor_of(tensors, self.stem(weight), self.index, torch.int32)
+        stem = self.stem(weight)
+        words, points = tensors.get(self.codes), tensors.get(self.zeros)
+        index = tensor_of(tensors, stem, self.index, torch.int32)
+        if words is not None and points is not None and words.dim() == points.dim() == 2:
+            for bits in _OTHER_BITS:
+                if (words.shape[0] * 32, points.shape[1] * 32) == (
+                    index.numel() * bits,
+                    words.shape[1] * bits,
+                ):
+                    raise ValueError(
+                        f"{stem + self.codes}: expected 4 bits for all layers, got {bits} for this one; "
+                        "layers of several widths (`dynamic`) are not loaded"
+                    )
         return super().read(tensors, weight)
 
     def configuration(self, config: Config, dense: list[str]) -> dict[str, Any]:

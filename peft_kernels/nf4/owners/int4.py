@@ -6,6 +6,7 @@ point: a value is (code - zero point) * scale. Files differ in how words hold co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -17,6 +18,8 @@ from ...core.formats import FORMATS, SCALE_DTYPES
 from ...core.nf4_state import NF4State
 from .int4_words import NATURAL, PER_WORD, Words
 from .owner import Owner, check_finite, expect_shape, kept, tensor_of
+
+_SHORTEST = min(FORMATS["int4"].blocksizes)
 
 
 class Int4(Owner):
@@ -43,25 +46,26 @@ class Int4(Owner):
         groups = scales.shape[0 if self.transposed else -1] if scales.dim() == 2 else "groups"
         expect_shape(stem + self.scale, self._in_file(out, groups), scales.shape)
         assert isinstance(groups, int)
-        blocksize = self._blocksize(stem, into, groups)
+        length = self._length(tensors, into, groups)
+        self.check_beside(tensors, stem, (out, into), length)
+        blocksize = self._blocksize(stem, into, groups, length, self.index in tensors)
         check_finite(stem + self.scale, scales)
-        self.check_beside(tensors, stem, (out, into), groups)
         offset = self._zero_points(tensors, stem, out, groups)
-        again = into // groups // blocksize
+        of_block = torch.arange(0, into, blocksize, device=scales.device) // length
         scales = scales.T if self.transposed else scales
         state = NF4State(
             (out, into),
             blocksize,
             self._codes.packed(words),
-            _repeated(scales, again),
+            _repeated(scales, of_block),
             None,
-            None if offset is None else _repeated(offset, again),
+            None if offset is None else _repeated(offset, of_block),
             double_quant=offset is not None,
             name=weight,
             format=self.format,
         )
         # Groups that are longer than blocks are found again by the shape of the scales.
-        return state, kept(tensors, (*self.beside, *([self.scale] if again > 1 else [])))
+        return state, kept(tensors, (*self.beside, *([self.scale] if length > blocksize else [])))
 
     def write(self, state: NF4State, aside: Mapping[str, Tensor], weight: str) -> dict[str, Tensor]:
         assert state.packed is not None and state.absmax is not None
@@ -69,14 +73,15 @@ class Int4(Owner):
         groups = into // state.blocksize
         if self.scale in aside:
             groups = aside[self.scale].shape[0 if self.transposed else 1]
-        scales = self._grouped(state.absmax, out, groups, stem + self.scale)
+        blocks = self._length(aside, into, groups) // state.blocksize
+        scales = self._grouped(state.absmax, out, blocks, stem + self.scale)
         scales = (scales.T if self.transposed else scales).contiguous()
         found = {stem + self.codes: self._codes.of_packed(state.packed), stem + self.scale: scales}
         offset = state.offset
         if offset is None and self.always_zeros:
             offset = torch.full_like(state.absmax, ZERO_POINT, dtype=torch.uint8)
         if offset is not None:
-            points = self._grouped(offset, out, groups, stem + self.zeros)
+            points = self._grouped(offset, out, blocks, stem + self.zeros)
             if int(points.max()) > 15:
                 raise ValueError(
                     f"{stem + self.zeros}: expected zero points up to 15, got {int(points.max())}"
@@ -100,28 +105,37 @@ class Int4(Owner):
             shape[axis] = f"{length} / 8" if isinstance(length, str) else -(-length // PER_WORD)
         return tuple(reversed(shape) if self.transposed else shape)
 
-    def _blocksize(self, stem: str, into: int, groups: int) -> int:
-        """The longest blocks of which a group consists."""
-        length = into // groups if groups and into % groups == 0 else 0
-        allowed = FORMATS[self.format].blocksizes
-        found = [size for size in allowed if length and length % size == 0]
-        if not found:
+    def _length(self, tensors: Mapping[str, Tensor], into: int, groups: int) -> int:
+        """Input features of a group. The last one may have fewer, which only an index of groups can tell: on
+        the meta device a power of two is assumed, as tools take."""
+        index = tensors.get(self.index)
+        if index is not None and not index.is_meta:
+            return max(int((index == 0).sum()), 1)
+        length = -(-into // max(groups, 1))
+        power = 1 << (length - 1).bit_length()
+        return power if index is not None and -(-into // power) == groups else length
+
+    def _blocksize(self, stem: str, into: int, groups: int, length: int, uneven: bool) -> int:
+        """The longest blocks of which groups consist; with `uneven` the last one may be shorter."""
+        common = math.gcd(length, into)
+        found = [size for size in FORMATS[self.format].blocksizes if common % size == 0]
+        if not found or -(-into // length) != groups or (into % length and not uneven):
             raise ValueError(
-                f"{stem + self.scale}: expected groups of a multiple of {allowed[0]} input features, got "
+                f"{stem + self.scale}: expected groups of a multiple of {_SHORTEST} input features, got "
                 f"{groups} groups of {into}"
             )
         return max(found)
 
     def check_beside(
-        self, tensors: Mapping[str, Tensor], stem: str, shape: tuple[int, int], groups: int
+        self, tensors: Mapping[str, Tensor], stem: str, shape: tuple[int, int], length: int
     ) -> None:
-        """Raises ValueError for a tensor that is kept aside and does not fit."""
+        """Raises ValueError for a tensor that is kept aside and does not fit groups of this length."""
         index = tensors.get(self.index)
         if index is None or index.device.type == "meta":
             return
         name, into = stem + self.index, shape[1]
         expect_shape(name, (into,), index.shape)
-        columns = torch.arange(into, device=index.device) // (into // groups)
+        columns = torch.arange(into, device=index.device) // length
         if not torch.equal(index.long(), columns):
             raise ValueError(
                 f"{name}: expected groups of consecutive input features, got another order (desc_act, or "
@@ -143,18 +157,19 @@ class Int4(Owner):
                 return None
         return points
 
-    def _grouped(self, blocks: Tensor, out: int, groups: int, name: str) -> Tensor:
-        """What blocks have, (out, groups) by group. Raises ValueError if blocks of one group differ."""
-        each = blocks.view(out, groups, -1)
-        first = each[..., 0]
-        if bool((each != each[..., :1]).any()):
+    def _grouped(self, values: Tensor, out: int, blocks: int, name: str) -> Tensor:
+        """What blocks have, (out, groups) by group of so many blocks. Raises ValueError if blocks of one
+        group differ."""
+        each = values.view(out, -1)
+        first = each[:, ::blocks]
+        if not torch.equal(first.repeat_interleave(blocks, 1)[:, : each.shape[1]], each):
             raise ValueError(
                 f"{name}: expected one value for each group of the file, got a weight that was packed again, "
-                f"with {each.shape[-1]}; leave it dense (merged) to save it"
+                f"with {blocks}; leave it dense (merged) to save it"
             )
         return first
 
 
-def _repeated(of_groups: Tensor, times: int) -> Tensor:
-    """A new flat tensor with what each block has."""
-    return of_groups.repeat_interleave(times, 1).contiguous().view(-1)
+def _repeated(of_groups: Tensor, of_block: Tensor) -> Tensor:
+    """A new flat tensor with what each block has, given the group of each."""
+    return of_groups[:, of_block].view(-1)

@@ -1,4 +1,4 @@
-"""The formats of NVIDIA's Model Optimizer: NVFP4, and FP8 with a scale for each weight."""
+"""The formats of NVIDIA's Model Optimizer: NVFP4, and FP8 with a scale for each weight or row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ModelOpt(Grouped):
 class ModelOptNvfp4(ModelOpt, Nvfp4):
     """The scale of the whole weight multiplies."""
 
-    variants = ("NVFP4",)
+    variants = ("NVFP4", "W4A16_NVFP4")
     title = "NVFP4 of modelopt"
     codes, whole = "weight", "weight_scale_2"
     parts = (codes, "weight_scale", whole)
@@ -35,7 +35,9 @@ class ModelOptNvfp4(ModelOpt, Nvfp4):
 
 
 class ModelOptFp8(ModelOpt, Fp8):
-    variants = ("FP8",)
+    """With a scale of the weight, or of each row."""
+
+    variants = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
     title = "FP8 of modelopt"
     allowed: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "num_bits": (8,), "type": ("float",), "symmetric": (True,)

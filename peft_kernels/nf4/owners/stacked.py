@@ -74,7 +74,7 @@ def apart(state: NF4State, rows: list[int]) -> Iterator[list[NF4State]]:
             offset = None if one.offset is None else one.offset[scale:end]
             packed, absmax = one.packed[row : row + count], one.absmax[scale:end]
             part = dataclasses.replace(one, shape=shape, packed=packed, absmax=absmax, offset=offset)
-            parts.append(own_table(part) if form.by_code else part)
+            parts.append(own_table(part) if form.scale == "e4m3" else part)
             row, scale = row + count, end
         yield parts
 

@@ -103,13 +103,31 @@ class Gather(ConversionOps):
 
 
 class Quantize(_Conversion):
-    """Quantises a dense weight."""
+    """Quantises dense weights: those of the results of a model's conversion that are to be packed."""
+
+    def __init__(
+        self, config: NF4Config, errors: Errors, files: MappedFiles, packs: Callable[[str], bool]
+    ) -> None:
+        super().__init__(config, errors, files)
+        self.packs = packs
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return type(self)(self.config, self.errors, self.files, self.packs)
 
     def convert(self, input_dict: dict[str, Any], *_: Any, **about: Any) -> dict[str, Any]:
-        return {
-            key: self.guarded(key, _owner(about, key), value[0] if isinstance(value, list) else value)
-            for key, value in input_dict.items()
-        }
+        found = {}
+        for key, value in input_dict.items():
+            layer, value = _owner(about, key), value[0] if isinstance(value, list) else value
+            found[key] = (
+                self.guarded(key, layer, value) if self.packs(key) else self._dense(key, layer, value)
+            )
+        return found
+
+    @staticmethod
+    def _dense(key: str, layer: Any, value: Tensor) -> Tensor:
+        own = getattr(layer, key.rpartition(".")[2])
+        expect_shape(key, tuple(own.shape), tuple(value.shape))
+        return value.to(own.dtype)
 
     def _convert(self, key: str, layer: Any, value: Tensor) -> nn.Parameter:
         own, config = getattr(layer, key.rpartition(".")[2]), self.config
@@ -208,10 +226,6 @@ class Read(_Conversion):
     def _dense(self, weight: Tensor) -> Tensor:
         return weight if self.dtype is None else weight.to(self.dtype)
 
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return _Written()
-
 
 class ReadExperts(Read):
     """Assembles the items of packed experts. `items` maps patterns to suffixes of items."""
@@ -245,13 +259,6 @@ class ReadExperts(Read):
         expect_shape(key, shape, tuple(packed.shape))
         packed._state.name = key
         return nn.Parameter(packed, requires_grad=False)
-
-
-class _Written(ConversionOps):
-    """The identity: a state dict has bitsandbytes' items already."""
-
-    def convert(self, input_dict: dict[str, Any], *_: Any, **about: Any) -> dict[str, Any]:
-        return input_dict
 
 
 def packed_form(config: NF4Config) -> str:

@@ -2,18 +2,26 @@
 
 Some models split tensors of their files (q, k and v out of one), transpose or concatenate them, and undo that
 when saved. Packed weights cannot be split or transposed: they are saved and read in the model's own layout,
-under its own names.
+under its own names, and so are dense weights that would be in one tensor with them. Conversions spare these.
 """
 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, PrefixChange, WeightConverter
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    PrefixChange,
+    WeightConverter,
+    apply_converters,
+)
 
 from ...nf4 import packed_format
 from ...nf4.bitsandbytes_format import STATE_ITEMS, TENSOR_ITEMS
@@ -84,25 +92,66 @@ def in_four_bits(names: Iterable[str], owner: Owner | None) -> tuple[set[str], s
     return layers, experts
 
 
-def to_read(conversions: Iterable[Any], packed: set[str], form: str) -> list[Any]:
-    """A model's conversions without those of weights that are packed under the model's own names.
+@dataclass(frozen=True)
+class TensorsOf:
+    """Whether a name is that of a weight, of an item of one (`weight.absmax`), or another one."""
 
-    Raises ValueError for a packed weight that the model would convert.
-    """
-    kept = []
+    weights: frozenset[str]
+    others: frozenset[str]
+
+    def __call__(self, name: str) -> bool:
+        if name in self.others:
+            return True
+        while name and name not in self.weights:
+            name = name.rpartition(".")[0]
+        return bool(name)
+
+    def __deepcopy__(self, memo: Any) -> TensorsOf:
+        """transformers copies a conversion for each tensor that it makes."""
+        return self
+
+
+class Sparing(WeightConverter):
+    """A conversion that leaves some tensors as they are."""
+
+    __slots__ = ("spares",)
+    spares: TensorsOf
+
+    @classmethod
+    def of(cls, conversion: WeightConverter, spares: TensorsOf) -> Sparing:
+        sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+        new = cls(list(sources), list(targets), list(conversion.operations), conversion.force_cpu)
+        new.scope_prefix, new.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
+        new.spares = spares
+        return new
+
+    def copy(self, source_patterns: Any, target_patterns: Any, **kwargs: Any) -> Any:
+        new: Any = super().copy(source_patterns, target_patterns, **kwargs)
+        new.spares = self.spares
+        return new
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        return (source_key, None) if self.spares(source_key) else super().rename_source_key(source_key)
+
+
+def sparing(conversions: Iterable[Any], spares: TensorsOf) -> list[Any]:
+    """The conversions; those that do more than renaming leave those tensors."""
+    return [Sparing.of(each, spares) if isinstance(each, WeightConverter) else each for each in conversions]
+
+
+def check_own(conversions: Iterable[Any], packed: Iterable[str], form: str) -> None:
+    """Raises ValueError for a packed weight that the model would convert to another one."""
+    packed = list(packed)
     for conversion in conversions:
-        own = False
-        for key in packed if isinstance(conversion, WeightConverter) else ():
-            new, pattern = conversion.rename_source_key(key)
-            if pattern is not None and new != key:
-                raise ValueError(
-                    f"{key}: expected a dense weight, which this model converts to {new}, got {form}; "
-                    "quantise the checkpoint in 16 bits"
-                )
-            own = own or pattern is not None
-        if not own:
-            kept.append(conversion)
-    return kept
+        if isinstance(conversion, WeightConverter):
+            copied = Sparing.of(conversion, TensorsOf(frozenset(), frozenset()))  # looking marks it as used
+            for key in packed:
+                new, pattern = copied.rename_source_key(key)
+                if pattern is not None and new != key:
+                    raise ValueError(
+                        f"{key}: expected a dense weight, which this model converts to {new}, got {form}; "
+                        "quantise the checkpoint in 16 bits"
+                    )
 
 
 def gathering(
@@ -128,42 +177,47 @@ def merges_experts(conversion: Any) -> bool:
     return kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 
 
-def forget_loading(model: Any, gathered: Iterable[tuple[Any, Any]]) -> None:
-    """Restores the model's conversions after loading, without those for packed experts, which are saved as
-    they are."""
+def forget_loading(model: Any, replaced: Iterable[tuple[Any, Any]]) -> None:
+    """Restores the model's conversions after loading, without those that read packed weights: these are saved
+    as they are."""
     conversions = getattr(model, _CONVERSIONS, None)
     if conversions:
-        own = {id(replacement): conversion for conversion, replacement in gathered}
-        vars(model)[_CONVERSIONS] = [own.get(id(c), c) for c in conversions if not _reads_experts(c)]
+        own = {id(replacement): conversion for conversion, replacement in replaced}
+        found = [own.get(id(conversion), conversion) for conversion in conversions]
+        vars(model)[_CONVERSIONS] = [each for each in found if not _reads_packed(each)]
 
 
-def _reads_experts(conversion: Any) -> bool:
-    operations = getattr(conversion, "operations", ())
-    return any(isinstance(operation, ReadExperts) for operation in operations)
+def _reads_packed(conversion: Any) -> bool:
+    return any(isinstance(operation, Read) for operation in getattr(conversion, "operations", ()))
 
 
-def keep_own(model: Any, packed: set[str]) -> None:
-    """Makes the next save keep the named weights in the model's own layout."""
+def stored_together(model: Any, conversions: Iterable[Any]) -> list[set[str]]:
+    """Sets of names of a model's tensors that have a tensor of a file in common."""
+    back: list[Any] = [each.reverse_transform() for each in conversions if isinstance(each, WeightConverter)]
+    back.reverse()
+    found: dict[str, set[str]] = defaultdict(set)
+    for named in (model.named_parameters, model.named_buffers) if back else ():
+        for name, _ in named(remove_duplicate=False):
+            stored, pattern = apply_converters(name, back)
+            if pattern is not None:
+                found[stored].add(name)
+    return list(found.values())
+
+
+def keep_own(model: Any, packed: set[str], items: Iterable[str] = ()) -> None:
+    """Makes the next save keep the named weights in the model's own layout, and dense ones that would be in
+    one tensor with them. `items` are tensors of packed weights under other names."""
     conversions = getattr(model, _CONVERSIONS, None)
     if conversions is None:  # as transformers does for a model that was not loaded
         found = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [each for each in found if not isinstance(each, PrefixChange)]
-    kept = [each for each in conversions if not _touches(each, packed)]
-    if len(kept) < len(conversions):
+    if any(isinstance(each, WeightConverter) for each in conversions):
+        own = packed.union(*(names for names in stored_together(model, conversions) if names & packed))
         vars(model)[_KEPT] = vars(model).get(_CONVERSIONS)
-        vars(model)[_CONVERSIONS] = kept
+        vars(model)[_CONVERSIONS] = sparing(conversions, TensorsOf(frozenset(own), frozenset(items)))
 
 
 def restore(model: Any) -> None:
     """Undoes `keep_own`."""
     if _KEPT in vars(model):
         vars(model)[_CONVERSIONS] = vars(model).pop(_KEPT)
-
-
-def _touches(conversion: Any, packed: set[str]) -> bool:
-    if not isinstance(conversion, WeightConverter):
-        return False
-    if any(isinstance(operation, Read) for operation in conversion.operations):
-        return False
-    reverse = conversion.reverse_transform()
-    return any(reverse.rename_source_key(name)[1] is not None for name in packed)

@@ -38,15 +38,6 @@ def state_dict(model: nn.Module, owner: Owner) -> dict[str, Tensor]:
     return items
 
 
-def stacked(model: nn.Module) -> set[str]:
-    """Names of the weights of experts that are saved as layers, as the file had them."""
-    return {
-        f"{name}.{key}"
-        for name, module in model.named_modules()
-        for key in getattr(module, "stacks", None) or ()
-    }
-
-
 def _stack(module: Any, key: str) -> Stacked | None:
     return (getattr(module, "stacks", None) or {}).get(key)
 

@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,9 +64,12 @@ class NF4Quantizer(HfQuantizer):
         self.report = QuantizeReport()
         self.in_four_bits: set[str] = set()
         self.experts_in_four_bits: set[str] = set()
+        self.items: dict[str, list[str]] = {}  # names of the tensors of an owner's packed weights
+        self.packs: Callable[[str], bool] = bool  # whether the weight of a name will be packed
+        self.with_packed: set[str] = set()  # names of those, and of tensors in one with them in the file
         self.stacks: dict[str, stacking.Stack] = {}  # weights of experts that are layers in the file
         self.experts: dict[str, Any] = {}  # modules that will hold packed weights, by name
-        self.gathered: list[tuple[Any, Any]] = []
+        self.replaced: list[tuple[Any, Any]] = []
         self.files = MappedFiles()
 
     def is_serializable(self) -> bool:
@@ -95,13 +99,17 @@ class NF4Quantizer(HfQuantizer):
         return FORMATS[config.format].bytes_per_value(config.blocksize, config.double_quant)
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        """transformers asks for one of several tensors that it makes of one: whether any is packed."""
+        return self._packs(model, param_name) or param_name in self.with_packed
+
+    def _packs(self, model: Any, param_name: str) -> bool:
         module, _dot, name = param_name.rpartition(".")
         if name == "weight":
             return isinstance(model.get_submodule(module), NF4Linear)
         return module in self.experts and name in weight_names(model.get_submodule(module))
 
     def get_quantize_ops(self) -> Quantize:
-        return Quantize(self.quantization_config, self.errors, self.files)
+        return Quantize(self.quantization_config, self.errors, self.files, self.packs)
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
         tensor_parallel.check_distributed_config(model)
@@ -109,22 +117,31 @@ class NF4Quantizer(HfQuantizer):
         if cut:
             self._prepare_to_cut(model, weight_conversions)
         if not self.pre_quantized:
+            self.packs = functools.partial(self._packs, model)
+            for names in layouts.stored_together(model, weight_conversions):
+                if any(map(self.packs, names)):
+                    self.with_packed |= names
             if not self.experts:
                 return list(weight_conversions)
-            packs = functools.partial(self.param_needs_quantization, model)
-            self.gathered = layouts.gathering(weight_conversions, packs, self.files)
-            return [stands_for for _, stands_for in self.gathered]
+            self.replaced = layouts.gathering(weight_conversions, self.packs, self.files)
+            return [stands_for for _, stands_for in self.replaced]
         rest = self.quantization_config, self.errors, self.files
         renamings = [each for each in weight_conversions if isinstance(each, WeightRenaming)]
         experts = [apply_renamings(name, renamings) for name in sorted(self.experts_in_four_bits)]
         stacked = {name for stack in self.stacks.values() for name in stack.names}
-        self.gathered = stacking.replaced(weight_conversions, self.stacks, *rest)
-        others = layouts.to_read(
-            [stands_for for _, stands_for in self.gathered],
-            {*self.in_four_bits, *experts} - stacked,
-            packed_form(self.quantization_config),
-        )
-        return [*others, *layouts.reading_experts(experts, *rest), layouts.reading(*rest, cut)]
+        layers = [apply_renamings(name, renamings) for name in sorted(self.in_four_bits - stacked)]
+        items = [
+            apply_renamings(item, renamings)
+            for name in self.items.keys() - stacked
+            for item in self.items[name]
+        ]
+        pairs = stacking.replaced(weight_conversions, self.stacks, *rest)
+        readers = [reader for _, reader in pairs]
+        layouts.check_own(readers, [*layers, *experts], packed_form(self.quantization_config))
+        spares = layouts.TensorsOf(frozenset((*layers, *experts)), frozenset(items))
+        readers = layouts.sparing(readers, spares)
+        self.replaced = [(own, reader) for (own, _), reader in zip(pairs, readers, strict=True)]
+        return [*readers, *layouts.reading_experts(experts, *rest), layouts.reading(*rest, cut)]
 
     def _prepare_to_cut(self, model: Any, weight_conversions: Any) -> None:
         """Before a tensor-parallel plan is applied: makes layers that are dense in the file ordinary ones,
@@ -160,9 +177,13 @@ class NF4Quantizer(HfQuantizer):
         names = config.modules_to_not_convert
         if self.pre_quantized:
             names = []  # the file determines which layers are in 4 bits
+            text = model.config.get_text_config(decoder=True)
+            if text is not model.config:  # where the file may have had it; the model's own stands for it
+                vars(text).pop("quantization_config", None)
             stored = layouts.names_in(checkpoint_files or ())
             found = layouts.in_four_bits(stored, config.owner)
             self.in_four_bits, self.experts_in_four_bits = found
+            self.items = {} if config.owner is None else config.owner.weights(stored)
             self.stacks = stacking.stacks_of(model, stored, config.owner)
         elif names is not None and self.by_their_rules:
             patterns = [*names, *(model._keep_in_fp32_modules or ())]
@@ -183,8 +204,9 @@ class NF4Quantizer(HfQuantizer):
         errors, report, link = self.errors, self.report, ModelLink()
         self.errors, self.report, self.files = Errors(), QuantizeReport(), MappedFiles()
         errors.check()
-        layouts.forget_loading(model, self.gathered)
-        self.gathered, self.stacks = [], {}
+        layouts.forget_loading(model, self.replaced)
+        self.replaced, self.stacks, self.items = [], {}, {}
+        self.packs, self.with_packed = bool, set()
         for experts in self.experts.values():
             if packed_weights(experts):
                 adopt(experts, self.quantization_config.compute_dtype)
@@ -216,7 +238,6 @@ class NF4Quantizer(HfQuantizer):
         linear = {name.removesuffix(".weight") for name in packed if name.endswith(".weight")}
         owner = self.quantization_config.owner
         layouts.restore(model)
-        layouts.keep_own(model, packed - owned.stacked(model))
         if packed:
             experts = len(linear) < len(packed)
             dense = names_of_dense(model, linear) if owner is None else owned.now_dense(model, self.loaded)
@@ -227,7 +248,11 @@ class NF4Quantizer(HfQuantizer):
         else:  # all merged or permanently dense
             vars(model.config).pop("quantization_config", None)
         if packed and owner is not None:
-            return owned.state_dict(model, owner), {}
+            items = owned.state_dict(model, owner)
+            names = (name for weight in owner.weights(items).values() for name in weight)
+            layouts.keep_own(model, packed, names)
+            return items, {}
+        layouts.keep_own(model, packed)
         cut = any(is_tensor_parallel(weight) for weight in model.parameters())
         return tensor_parallel.gather_state_dict(model) if cut else None, {}
 

@@ -23,7 +23,7 @@ def _nvfp4(owner: str) -> Made:
     return Made(lambda folder, **options: nvfp4(folder, owner, True, **options), owner)
 
 
-def _packed(kind: str) -> Made:
+def packed(kind: str) -> Made:
     return Made(lambda folder, **options: make(folder, kind, **options), KINDS[kind].owner)
 
 
@@ -38,7 +38,9 @@ def _owner(form: str) -> str:
 
 FOLDERS: dict[str, Made] = {"mxfp4": Made(gpt_oss, "mxfp4")}
 FOLDERS |= {f"nvfp4 of {owner}": _nvfp4(owner) for owner in NVFP4}
-FOLDERS |= {kind: _packed(kind) for kind in KINDS}
+AS_OTHERS = {"gptq last", "fp8 whole", "fp8 modelopt rows"}
+"""Kinds that are as others once they are read."""
+FOLDERS |= {kind: packed(kind) for kind in KINDS if kind not in AS_OTHERS}
 EXPERTS = {f"experts in {form}": form for form in ("fp8", *FORMS)}
 """The formats of mixtures whose experts are layers in the file."""
 FOLDERS |= {

@@ -63,7 +63,7 @@ PROJECTIONS = {
 """An expert's layers in the file: gate, up and down."""
 
 
-FORMS = ("gptq", "gptq v2", "gptq symmetric", "awq", "packed", "packed zeros")
+FORMS = ("gptq", "gptq v2", "gptq symmetric", "awq", "packed", "packed zeros", "packed mxfp4")
 FORMS += tuple(f"nvfp4 of {owner}" for owner in NVFP4)
 """Formats with two codes in a byte."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from checkpoint_damage import change_json, write
-from owned_folders import FILE
+from owned_folders import E2M1, FILE
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers_models import llama
@@ -50,25 +50,24 @@ class Groups:
     codes: Tensor
     zeros: Tensor
     scales: Tensor
+    length: int
 
     @classmethod
     def of(cls, out: int, into: int, length: int, scales: torch.dtype, symmetric: bool) -> Groups:
         length = into if length == -1 else length
-        shape = (out, into // length)
+        shape = (out, -(-into // length))
         codes = torch.randint(0, 16, (out, into))
         zeros = torch.full(shape, 8) if symmetric else torch.randint(0, 16, shape)
-        return cls(codes, zeros, (0.02 + 0.02 * torch.rand(shape)).to(scales))
+        return cls(codes, zeros, (0.02 + 0.02 * torch.rand(shape)).to(scales), length)
 
     @property
     def values(self) -> Tensor:
-        length = self.codes.shape[1] // self.zeros.shape[1]
-        wide = [each.repeat_interleave(length, 1) for each in (self.zeros, self.scales.float())]
+        wide = [each[:, self.index.long()] for each in (self.zeros, self.scales.float())]
         return (self.codes - wide[0]) * wide[1]
 
     @property
     def index(self) -> Tensor:
-        into, groups = self.codes.shape[1], self.zeros.shape[1]
-        return torch.tensor([i // (into // groups) for i in range(into)], dtype=torch.int32)
+        return torch.tensor([i // self.length for i in range(self.codes.shape[1])], dtype=torch.int32)
 
 
 def gptq(out: int, into: int, length: int = 32, symmetric: bool = False, version: int = 1) -> Weight:
@@ -116,16 +115,26 @@ def fp8(
     codes[codes & 127 == 127] = 0x7E
     weight = codes.view(torch.float8_e4m3fn)
     grid = -(-out // 128), -(-into // 128)
-    scale = (0.0005 + 0.0005 * torch.rand({"block": grid, "channel": (out, 1), "tensor": shape}[kind])).to(
-        dtype
-    )
+    scale = (
+        0.0005
+        + 0.0005 * torch.rand({"block": grid, "channel": (out, 1), "flat": (out,), "tensor": shape}[kind])
+    ).to(dtype)
     values = weight.float()
     for row in range(out):
         for begin in range(0, into, 128):
-            where = {"block": (row // 128, begin // 128), "channel": (row, 0)}.get(kind)
+            where = {"block": (row // 128, begin // 128), "channel": (row, 0), "flat": (row,)}.get(kind)
             one = scale.float().view(()) if where is None else scale[where].float()
             values[row, begin : begin + 128] *= one
     return {"weight": weight, name: scale}, values
+
+
+def mxfp4(out: int, into: int) -> Weight:
+    codes = torch.randint(0, 256, (out, into // 2), dtype=torch.uint8)
+    scales = torch.randint(116, 121, (out, into // 32), dtype=torch.uint8)
+    table = torch.tensor(E2M1)
+    wide = torch.stack((table[(codes & 15).long()], table[(codes >> 4).long()]), -1).flatten(-2)
+    scale = torch.exp2(scales.float() - 127).repeat_interleave(32, 1)
+    return {"weight_packed": codes, "weight_scale": scales}, wide * scale
 
 
 def with_input(made: Weight, name: str = "input_scale") -> Weight:
@@ -136,7 +145,16 @@ def _groups(**weights: Any) -> dict[str, Any]:
     return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
 
 
-_GPTQ = {"bits": 4, "group_size": 32, "desc_act": False, "sym": False, "quant_method": "gptq"}
+_GPTQ = {
+    "bits": 4,
+    "group_size": 32,
+    "desc_act": False,
+    "sym": False,
+    "quant_method": "gptq",
+    "dynamic": {r"-:.*\.mtp\..*": {}},
+    "lm_head": False,
+    "pack_dtype": "int32",
+}
 _AWQ = {"bits": 4, "group_size": 32, "zero_point": True, "version": "gemm", "quant_method": "awq"}
 _INT4 = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 _INT4_WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
@@ -160,7 +178,7 @@ class Kind:
 
     @property
     def format(self) -> str:
-        return "fp8" if "fp8" in self.owner else "int4"
+        return next((each for each in ("mxfp4", "fp8") if each in self.owner), "int4")
 
 
 KINDS = {
@@ -168,6 +186,7 @@ KINDS = {
     "gptq v2": Kind(lambda *s: gptq(*s, version=2), _GPTQ | {"checkpoint_format": "gptq_v2"}, "gptq-v2"),
     "gptq symmetric": Kind(lambda *s: gptq(*s, symmetric=True), _GPTQ | {"sym": True}, "gptq"),
     "gptq rows": Kind(lambda *s: gptq(*s, length=-1), _GPTQ | {"group_size": -1}, "gptq"),
+    "gptq last": Kind(lambda *s: gptq(*s, length=64), _GPTQ | {"group_size": 64}, "gptq"),
     "awq": Kind(awq, _AWQ, "awq"),
     "awq rows": Kind(lambda *s: awq(*s, length=-1), _AWQ | {"group_size": -1}, "awq"),
     "packed": Kind(packed_int4, _INT4 | _groups(**_INT4_WEIGHTS), "compressed-tensors-int4"),
@@ -181,7 +200,17 @@ KINDS = {
         _INT4 | _groups(**_INT4_WEIGHTS | {"strategy": "channel", "group_size": None}),
         "compressed-tensors-int4",
     ),
+    "packed mxfp4": Kind(
+        mxfp4,
+        _INT4
+        | _groups(num_bits=4, type="float", symmetric=True, strategy="group", group_size=32)
+        | {"format": "mxfp4-pack-quantized"},
+        "compressed-tensors-mxfp4",
+    ),
     "fp8": Kind(lambda *s: fp8(*s, dtype=torch.bfloat16), _BLOCKS, "fp8", True),
+    "fp8 whole": Kind(
+        lambda *s: fp8(*s, "tensor", shape=()), _BLOCKS | {"weight_block_size": None}, "fp8-whole", True
+    ),
     "fp8 static": Kind(
         lambda *s: with_input(fp8(*s), "activation_scale"),
         _BLOCKS | {"activation_scheme": "static"},
@@ -211,6 +240,11 @@ KINDS = {
     "fp8 modelopt": Kind(
         lambda *s: with_input(fp8(*s, "tensor", "weight_scale", shape=())),
         {"quant_method": "modelopt", "quant_algo": "FP8"} | _groups(**_FP8_WEIGHTS),
+        "modelopt-fp8",
+    ),
+    "fp8 modelopt rows": Kind(
+        lambda *s: fp8(*s, "flat", "weight_scale"),
+        {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"} | _groups(**_FP8_WEIGHTS),
         "modelopt-fp8",
     ),
 }  # fmt: skip

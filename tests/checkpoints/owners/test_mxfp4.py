@@ -272,7 +272,7 @@ def test_dequantize(folder: Path, tmp_path: Path) -> None:
 # Plain from_pretrained
 
 
-def test_enable(folder: Path) -> None:
+def test_enable(folder: Path, tmp_path: Path) -> None:
     from transformers.quantizers import auto
 
     before = [dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)]
@@ -285,3 +285,5 @@ def test_enable(folder: Path) -> None:
     finally:
         integration.disable()
     assert [dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)] == before
+    model.save_pretrained(tmp_path)
+    assert stored(tmp_path) == stored(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from all_folders import FOLDERS
+from all_folders import FOLDERS, packed
 from checkpoint_damage import change_json, change_tensors
 from owned_folders import FILE, NVFP4, gpt_oss, nvfp4, nvfp4_config
 from packed_models import KINDS, config_of, gptq
@@ -22,11 +22,12 @@ from peft_kernels.nf4.owners import OWNERS
 Captured = pytest.CaptureFixture[str]
 
 
-@pytest.mark.parametrize("kind", FOLDERS)
+@pytest.mark.parametrize("kind", [*FOLDERS, "gptq last"])
 def test_weights(kind: str, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the byte, and nothing is read but headers and single numbers."""
-    FOLDERS[kind].write(tmp_path)
-    title = OWNERS[FOLDERS[kind].owner].title
+    made = FOLDERS.get(kind) or packed(kind)
+    made.write(tmp_path)
+    title = OWNERS[made.owner].title
     model, original = read(tmp_path, dtype="auto"), Entry.read
 
     def one_number(self: Entry) -> torch.Tensor:
@@ -100,6 +101,29 @@ def test_damaged_nvfp4(what: str, tmp_path: Path, capsys: Captured) -> None:
     nvfp4(tmp_path, "compressed-tensors")
     change_tensors(tmp_path / FILE, BROKEN[what][0])
     refused_alike(tmp_path, capsys)
+
+
+MODELOPT = "nvfp4 of modelopt"
+PARTS = [
+    (kind, part) for kind in (MODELOPT, "gptq", "awq", "fp8") for part in OWNERS[FOLDERS[kind].owner].parts
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "everywhere"), [*((*one, False) for one in PARTS), (MODELOPT, "weight_scale_2", True)]
+)
+def test_missing_part(kind: str, part: str, everywhere: bool, tmp_path: Path, capsys: Captured) -> None:
+    """Of one layer or of all, so that nothing may mark them as packed."""
+    FOLDERS[kind].write(tmp_path, num_hidden_layers=1)
+    name = f"model.layers.0.{'mlp.down_proj' if everywhere else 'self_attn.q_proj'}.{part}"
+
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        for each in list(tensors):
+            if each == name or (everywhere and each.endswith(f"_proj.{part}")):
+                del tensors[each]
+
+    change_tensors(tmp_path / FILE, drop)
+    assert refused_alike(tmp_path, capsys) == f"{name}: expected this tensor of a packed weight, got none"
 
 
 def test_packed_embeddings(tmp_path: Path, capsys: Captured) -> None:

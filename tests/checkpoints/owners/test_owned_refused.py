@@ -155,7 +155,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "mixed": (
         "compressed-tensors",
         {"format": "mixed-precision"},
-        "format: expected 'nvfp4-pack-quantized', 'pack-quantized', 'float-",
+        "format: expected 'nvfp4-pack-quantized', 'mxfp4-pack-quantized', 'pack-quantized', "
+        "'float-quantized' or 'naive-quantized' of compressed-tensors, got 'mixed-precision'; layers in "
+        "several formats are not loaded",
     ),
     "int4": ("compressed-tensors", {"format": "pack-quantized"}, f"{GROUP}.type: expected 'int', for INT4"),
     "group size": (
@@ -200,7 +202,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "awq": (
         "modelopt",
         {"quant_algo": "NVFP4_AWQ"},
-        "quant_algo: expected 'NVFP4' or 'FP8' of modelopt, got 'NVFP4_AWQ'",
+        "quant_algo: expected 'NVFP4', 'W4A16_NVFP4', 'FP8' or 'FP8_PER_CHANNEL_PER_TOKEN' of modelopt, got "
+        "'NVFP4_AWQ'",
     ),
     "modelopt group": ("modelopt", _weights(group_size=32), f"{GROUP}.group_size: expected 16"),
 }
@@ -229,7 +232,7 @@ def test_known_variants(owner: str) -> None:
 def test_stored_configurations() -> None:
     with pytest.raises(ValueError, match=r"^stored: expected the configuration of one of mxfp4, compressed"):
         NF4Config(format="mxfp4", stored={"quant_method": "hqq"})
-    with pytest.raises(ValueError, match=r"^quant_algo: expected 'NVFP4' or 'FP8' of modelopt, got 'INT4'"):
+    with pytest.raises(ValueError, match=r"^quant_algo: expected 'NVFP4', .* of modelopt, got 'INT4'"):
         NF4Config(format="nvfp4", stored=nvfp4_config("modelopt") | {"quant_algo": "INT4"})
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from owned_folders import assert_same_file, stored
+from owned_folders import E2M1, assert_same_file, stored
 from packed_models import KINDS, Made, config_of, make
 from torch import Tensor
-from transformers_models import Auto, nf4_layers, read, transformers
+from transformers_models import Auto, nf4_layers, read, same_bits, transformers
 
 from peft_kernels.core.nf4_state import NF4State
 from peft_kernels.integrations import transformers as integration
@@ -37,6 +37,10 @@ def values(state: NF4State) -> Tensor:
         blocks = (codes.view(-1, state.blocksize), state.absmax.float(), state.offset)
         zeros = torch.full_like(state.absmax, 8, dtype=torch.uint8) if blocks[2] is None else blocks[2]
         return ((blocks[0].int() - zeros[:, None].int()) * blocks[1][:, None]).view(out, into)
+    if state.format == "mxfp4":
+        assert state.absmax2 is not None
+        codes = torch.stack((state.packed >> 4, state.packed & 15), -1).view(-1, 32)
+        return (torch.tensor(E2M1)[codes.int()] * state.absmax2[state.absmax.int()][:, None]).view(out, into)
     found = state.packed.view(torch.float8_e4m3fn).float()
     if not state.blocksize:
         return found * state.absmax[:, None]
@@ -65,6 +69,8 @@ def test_layers_are_packed_and_saved_as_they_were(
         if state.format == "int4":
             assert nbytes(state) == dense.numel() // 2 + scales * (2 if state.offset is None else 3)
             assert scales == dense.numel() // block
+        elif state.format == "mxfp4":
+            assert nbytes(state) == dense.numel() // 2 + dense.numel() // 32 + 4 * 256
         else:
             assert nbytes(state) == dense.numel() + 4 * scales
         expected += nbytes(state)
@@ -75,18 +81,29 @@ def test_layers_are_packed_and_saved_as_they_were(
 
 
 def test_blocks(kind: str, model: Any) -> None:
-    """Groups as they are, and whole rows of 96 in threes of 32."""
+    """Groups as they are, whole rows of 96 in threes of 32, and so 64 and a shorter last group."""
     down = model.get_parameter("model.layers.0.mlp.down_proj.weight")._state
-    rows = {"fp8 rows", "fp8 rows in fp32", "fp8 tensor", "fp8 modelopt"}
+    rows = {"fp8 rows", "fp8 rows in fp32", "fp8 tensor", "fp8 whole", "fp8 modelopt", "fp8 modelopt rows"}
     expected = 0 if kind in rows else 128 if KINDS[kind].format == "fp8" else 32
-    up = 0 if kind in rows else 128 if KINDS[kind].format == "fp8" else 64 if "rows" in kind else 32
+    up = (
+        0
+        if kind in rows
+        else 128
+        if KINDS[kind].format == "fp8"
+        else 64
+        if kind.endswith(("rows", "last"))
+        else 32
+    )
     assert down.blocksize == expected
     assert model.get_parameter("model.layers.0.mlp.up_proj.weight")._state.blocksize == up
-    shifted = {"gptq", "gptq v2", "gptq rows", "awq", "awq rows", "packed zeros"}
+    if KINDS[kind].format == "mxfp4":
+        return
+    shifted = {"gptq", "gptq v2", "gptq rows", "gptq last", "awq", "awq rows", "packed zeros"}
     assert (down.offset is not None) == (kind in shifted)
 
 
-def test_without_the_owners_library(kind: str, made: Made, folder: Path, model: Any) -> None:
+def test_without_the_owners_library(kind: str, made: Made, folder: Path, model: Any, tmp_path: Path) -> None:
+    """And saved as it was, with keys of which transformers' configurations know nothing."""
     integration.enable()
     try:
         enabled = Auto.from_pretrained(folder)
@@ -95,7 +112,10 @@ def test_without_the_owners_library(kind: str, made: Made, folder: Path, model: 
     for name in made.dense:
         one, other = (each.get_parameter(name)._state.tensors() for each in (enabled, model))
         assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one)
+        assert all(same_bits(one[key], other[key]) for key in one)
+    enabled.save_pretrained(tmp_path)
+    assert_same_file(tmp_path, made.tensors)
+    assert stored(tmp_path) == config_of(kind)
 
 
 def test_what_has_no_effect_is_logged(

@@ -31,6 +31,10 @@ def _order(t: dict[str, Tensor]) -> None:
     t["g_idx"] = t["g_idx"].flip(0)
 
 
+def _cut(columns: int) -> Change:
+    return lambda t: t.update(qweight=t["qweight"][: columns // 8], g_idx=t["g_idx"][:columns])
+
+
 def _padding(t: dict[str, Tensor]) -> None:
     t["weight_packed"], t["weight_scale"] = t["weight_packed"][:12], t["weight_scale"][:12]
     t["weight_zero_point"] = t["weight_zero_point"][:2].contiguous()
@@ -58,6 +62,12 @@ BROKEN: dict[str, tuple[tuple[str, tuple[int, int]], Change, str]] = {
     ),
     "short g_idx": (GPTQ, _as("g_idx", lambda x: x[:32]), "a.g_idx: expected shape (64), got (32,)"),
     "8 bits": (
+        GPTQ,
+        lambda t: t.update(qweight=t["qweight"].repeat(2, 1), qzeros=t["qzeros"].repeat(1, 2)),
+        "a.qweight: expected 4 bits for all layers, got 8 for this one; layers of several widths (`dynamic`) "
+        "are not loaded",
+    ),
+    "more codes": (
         GPTQ,
         _as("qweight", lambda x: x.repeat(2, 1)),
         "a.g_idx: expected shape (128), got (64,)",
@@ -90,6 +100,21 @@ BROKEN: dict[str, tuple[tuple[str, tuple[int, int]], Change, str]] = {
         GPTQ,
         _as("scales", lambda x: x[:0]),
         "a.scales: expected groups of a multiple of 32 input features, got 0 groups of 64",
+    ),
+    "a last group of 16": (
+        ("gptq last", (16, 96)),
+        _cut(80),
+        "a.scales: expected groups of a multiple of 32 input features, got 2 groups of 80",
+    ),
+    "rows of 48": (
+        ("gptq rows", (16, 64)),
+        _cut(48),
+        "a.scales: expected groups of a multiple of 32 input features, got 1 groups of 48",
+    ),
+    "uneven groups without an index": (
+        ("awq", (16, 96)),
+        _as("scales", lambda x: x[:2]),
+        "a.scales: expected groups of a multiple of 32 input features, got 2 groups of 96",
     ),
     "wide scales": (
         GPTQ,
@@ -172,17 +197,17 @@ BROKEN: dict[str, tuple[tuple[str, tuple[int, int]], Change, str]] = {
     "fewer rows": (
         ROWS,
         _as("weight_scale", lambda x: x[:100]),
-        "a.weight_scale: expected shape (2, 3), (192, 1) or one number, got (100, 1)",
+        "a.weight_scale: expected shape (2, 3), (192, 1), (192,) or one number, got (100, 1)",
     ),
-    "a flat scale": (
-        ROWS,
-        _as("weight_scale", lambda x: x.view(-1)),
-        "a.weight_scale: expected shape (2, 3), (192, 1) or one number, got (192,)",
+    "a flat scale in blocks": (
+        BLOCKS,
+        _as("weight_scale_inv", lambda x: x.view(-1)),
+        "a.weight_scale_inv: expected shape (2, 3), got (6,)",
     ),
     "two scales": (
         WHOLE,
         _as("weight_scale", lambda x: x.repeat(2)),
-        "a.weight_scale: expected shape (2, 3), (192, 1) or one number, got (2,)",
+        "a.weight_scale: expected shape (2, 3), (192, 1), (192,) or one number, got (2,)",
     ),
     "Inf whole scale": (
         WHOLE,
@@ -293,9 +318,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "awq in 8 bits": ("awq", {"bits": 8}, "bits: expected 4, for AWQ, got 8"),
     "gemv": ("awq", {"version": "gemv"}, "version: expected 'gemm' of AWQ, got 'gemv'"),
     "blocks of 64": (
-        "fp8", {"weight_block_size": [64, 128]}, "weight_block_size: expected [128, 128], got [64, 128]"
+        "fp8",
+        {"weight_block_size": [64, 128]},
+        "weight_block_size: expected [128, 128] or None, got [64, 128]",
     ),
-    "no blocks": ("fp8", {"weight_block_size": None}, "weight_block_size: expected [128, 128], got None"),
     "int8": ("packed", _weights("packed", num_bits=8), f"{GROUP}.num_bits: expected 4, for INT4, got 8"),
     "floats": (
         "packed", _weights("packed", type="float"), f"{GROUP}.type: expected 'int', for INT4, got 'float'"
@@ -329,13 +355,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "another format": (
         "packed",
         {"format": "int-quantized"},
-        "format: expected 'nvfp4-pack-quantized', 'pack-quantized', 'float-quantized' or 'naive-quantized' "
-        "of compressed-tensors, got 'int-quantized'",
+        "format: expected 'nvfp4-pack-quantized', 'mxfp4-pack-quantized', 'pack-quantized', "
+        "'float-quantized' or 'naive-quantized' of compressed-tensors, got 'int-quantized'",
     ),
     "modelopt in int4": (
         "fp8 modelopt",
         {"quant_algo": "W4A16_AWQ"},
-        "quant_algo: expected 'NVFP4' or 'FP8' of modelopt, got 'W4A16_AWQ'",
+        "quant_algo: expected 'NVFP4', 'W4A16_NVFP4', 'FP8' or 'FP8_PER_CHANNEL_PER_TOKEN' of modelopt, got "
+        "'W4A16_AWQ'",
     ),
     "modelopt's weights": (
         "fp8 modelopt", _weights("fp8 modelopt", num_bits=4), f"{GROUP}.num_bits: expected 8, for FP8, got 4"
