@@ -3,6 +3,8 @@ calling it."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.modules.module import (
@@ -36,6 +38,17 @@ def hooks_on_all() -> str:
     ):
         return HOOKED_ALL
     return ""
+
+
+def class_forward(cls: type[Any]) -> Any:
+    """The forward of a class of modules. None if torch.jit compiled it: each instance has its own."""
+    return getattr(cls, "forward", None)
+
+
+def is_compiled_by_jit(module: nn.Module) -> bool:
+    """Whether torch.jit scripted or traced a module: it has no forward in Python, and no dictionaries of
+    parameters and children."""
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def more_than_forward(module: nn.Module) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor  # parameters while torch.export traces
 
 from ..core import dispatch
-from ..core.module_calls import more_than_forward
+from ..core.module_calls import class_forward, is_compiled_by_jit, more_than_forward
 from ..nf4 import bitsandbytes_format
 from ..nf4.sharded.checks import UNGATHERED, is_sharded, is_tensor_parallel
 from ..nf4.weight import NF4State, NF4Weight
@@ -79,6 +79,8 @@ def _replaced_reason(module: nn.Module, device: torch.device | None) -> str:
     d = module.__dict__
     if fused.is_own(module, d["forward"]):
         return ""
+    if is_compiled_by_jit(module):
+        return f"{type(module).__name__} is compiled by torch.jit"
     hook = d.get("_hf_hook")
     if hook is None or not fused.is_own(module, d.get("_old_forward")):
         if is_tensor_parallel(d["_parameters"].get("weight")):
@@ -102,7 +104,7 @@ def _replaced_reason(module: nn.Module, device: torch.device | None) -> str:
 
 def linear_kind(layer: nn.Module) -> str:
     """DENSE, TRANSPOSED or FOUR_BIT, or "" if the forward of the layer is not a known one."""
-    forward: Any = fused.plain_class(layer).forward
+    forward = class_forward(fused.plain_class(layer))
     kind = _linear_forwards.get(forward)
     if kind is None:
         name = getattr(forward, "__module__", ""), getattr(forward, "__qualname__", "")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ...core.backends.base import DTYPES
+from ...core.module_calls import class_forward
 from .. import sources
 from ..eligibility import device_reason as device_reason
 from ..fused import Fallback, plain_class
@@ -108,7 +109,7 @@ def is_norm(module: nn.Module) -> bool:
 def norm(module: nn.Module) -> Norm | Fallback:
     """What the class of a norm computes, if it is known."""
     cls: Any = plain_class(module)
-    key = cls.forward, getattr(cls, "_norm", None)
+    key = class_forward(cls), getattr(cls, "_norm", None)
     found = _norms.get(key)
     if found is None:
         found = _norms[key] = _norm(*key)
