@@ -14,7 +14,8 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-HOOKED = "hooks on the base layer or an adapter, which a fused forward would skip"
+from .wrong_types import an
+
 HOOKED_ALL = "hooks on all modules (register_module_forward_hook), which a fused forward would skip"
 
 GLOBAL_HOOKS = (
@@ -56,7 +57,7 @@ def more_than_forward(module: nn.Module) -> str:
     the call of all modules or of a class; torch.export does so only to know which module runs."""
     d = module.__dict__
     if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
-        return HOOKED
+        return f"hooks on {an(module)}, which a fused forward would skip; remove them to fuse it"
     cls = type(module)
     replaced = cls.__call__ is not _call or cls._call_impl is not _call_impl
     if replaced and not torch.compiler.is_compiling():

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor  # parameters while torch.e
 
 from ..core import dispatch
 from ..core.module_calls import class_forward, is_compiled_by_jit, more_than_forward
+from ..core.wrong_types import an
 from ..nf4 import bitsandbytes_format
 from ..nf4.sharded.checks import UNGATHERED, is_sharded, is_tensor_parallel
 from ..nf4.weight import NF4State, NF4Weight
@@ -85,7 +86,7 @@ def _replaced_reason(module: nn.Module, device: torch.device | None) -> str:
     if hook is None or not fused.is_own(module, d.get("_old_forward")):
         if is_tensor_parallel(d["_parameters"].get("weight")):
             return PARALLEL
-        return f"the forward of a {type(module).__name__} was replaced on the instance"
+        return f"the forward of {an(module)} was replaced on the instance"
     for one in getattr(hook, "hooks", (hook,)):
         if type(one).__name__ != "AlignDevicesHook" or one.no_grad:
             return f"an accelerate hook inside ({type(one).__name__})"
@@ -171,7 +172,7 @@ def fused_operands(
     if weight is None:
         weight = d.get("weight")
         if weight is None:
-            return Fallback(f"the weight of a {type(layer).__name__} is not a parameter")
+            return Fallback(f"the weight of {an(layer)} is not a parameter")
     bias = parameters["bias"] if "bias" in parameters else layer.bias  # noqa: SIM401 (evaluates both)
     autocast = spec.autocast
     dtype = out_dtype = spec.dtype if autocast is None else autocast
@@ -195,7 +196,7 @@ def fused_operands(
         if type(weight) not in _ORDINARY:
             if is_sharded(weight):
                 return Fallback(f"the base weight is sharded: {UNGATHERED}")
-            return Fallback(f"the base weight is a {type(weight).__name__}")
+            return Fallback(f"the base weight is {an(weight)}")
         compute = dtype
         if weight.dtype != dtype:
             if autocast is None:
