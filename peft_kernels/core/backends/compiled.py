@@ -23,6 +23,7 @@ _TORCH = re.compile(rb"PEFT_KERNELS_TORCH=([^;]{1,40});")
 _CUDART = re.compile(rb"PEFT_KERNELS_CUDART=(\d{5,6});")
 _PACKAGE = Path(__file__).parents[2]
 _REBUILD = "rebuild it (pip install --no-deps --force-reinstall .)"
+_AGAIN = "; then pip install --no-deps --force-reinstall --no-cache-dir (its cache has the one without)"
 _STALE = "was built from other sources than this package: rebuild it (pip install .)"
 
 
@@ -124,7 +125,11 @@ class CompiledBackend:
                 )
             if any(_PACKAGE.glob("_C*.torch*.so")):
                 return "this wheel has none of its kernels: install one that has, or build from source"
-            return self.not_built if (reason := _reasons().get(self.name)) is None else f"not built: {reason}"
+            return (
+                self.not_built
+                if (reason := _reasons().get(self.name)) is None
+                else f"not built: {reason}{_AGAIN}"
+            )
         for library in (self.file, self.file.with_name(f"libpeft_kernels_{self.name}.so")):
             if library.exists() and _is_cut(library):
                 return f"{library} is cut off: reinstall it (pip install --force-reinstall --no-deps ...)"
