@@ -233,7 +233,7 @@ def cpu_extension(emulate: bool) -> Any:
         name="peft_kernels._C",
         # Those that take longest come first, so that no core waits for one at the end.
         sources=(EMULATED_SOURCES if emulate else []) + isa_sources() + CPU_SOURCES,
-        depends=headers("csrc/common", "csrc/cpu", "tests/ops/cpu/amx"),
+        depends=headers("csrc/common", "csrc/cpu", *(["tests/ops/cpu/amx"] if emulate else [])),
         include_dirs=[generated_headers()],
         extra_compile_args={"cxx": compile_args + sanitize_flags()},
         extra_link_args=sanitize_flags(),
@@ -341,6 +341,15 @@ def cuda_extension(toolkit: Toolkit, architectures: list[str]) -> Any:
     return extension
 
 
+def readme() -> str:
+    """README.md for a package index, where links to files of the repository lead nowhere, which has no public
+    address yet: they become names of files."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[[^\]]*\]\((?!https?:)[^)]+\)\n*", "", text)
+    text = re.sub(r"\[([^\]]+)\]\((?!https?:|#)([^)]+)\)", r"\1 (\2)", text)
+    return f"{text}\nThe source distribution has the pages in docs/.\n"
+
+
 REASONS: dict[str, str] = {}
 """Why a back end is not built, by its name."""
 
@@ -417,4 +426,9 @@ def extensions() -> tuple[list[Any], dict[str, Any]]:
 
 if __name__ == "__main__":
     ext_modules, commands = extensions()
-    setup(ext_modules=ext_modules, cmdclass=commands)
+    setup(
+        ext_modules=ext_modules,
+        cmdclass=commands,
+        long_description=readme(),
+        long_description_content_type="text/markdown",
+    )

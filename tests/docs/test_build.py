@@ -149,6 +149,14 @@ def test_clang_is_told_apart_from_no_compiler(monkeypatch: pytest.MonkeyPatch, t
     assert build["compiler_problem"]() == told
 
 
+def test_the_readme_of_an_index_has_no_links_to_files() -> None:
+    text = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["readme"]()
+    assert re.findall(r"\]\((?!https?:)[^)]*\)", text) == [] and "![" not in text
+    named = re.findall(r"\(((?:docs|examples)/[^)#]+|CONTRIBUTING.md)", text)
+    assert len(named) > 20 and "(docs/gpu.md)" in text
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_left_out_on_request(setup: Setup, tmp_path: Path) -> None:
     status, said = setup(torch.version.cuda, CUDA_HOME=str(tmp_path), PEFT_KERNELS_CUDA="0")
     assert status == 0 and "WARNING" not in said
