@@ -1,5 +1,5 @@
 # Each target sets up what it needs (a virtual environment in .venv, packages, compiled kernels) and rebuilds only what
-# changed. Needs Python 3.10 or later with venv, make, bash and a C++ compiler; the GPU tests and the CUDA kernels need nvcc.
+# changed. Needs Python 3.11 or later with venv, make, bash and a C++ compiler; the GPU tests and the CUDA kernels need nvcc.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -28,8 +28,8 @@ help: ## List the targets
 INSTALL = $(BIN)/pip install -q --no-compile -c constraints.txt
 
 $(VENV)/.packages: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "$(PYTHON): expected Python 3.10 or later, got $$($(PYTHON) -V); set PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON): expected Python 3.11 or later, got $$($(PYTHON) -V); set PYTHON=..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "cannot make a virtual environment: install your system's package python3-venv"; exit 1; }
 	@echo "Installing torch, transformers and PEFT into $(VENV): one to two minutes"
@@ -231,7 +231,7 @@ bench: $(VENV)/.built $(VENV)/.packages-bench ## Measure against torch, bitsandb
 # --strict makes a broken link an error; --quiet would hide it.
 docs: $(VENV)/.packages $(VENV)/.packages-docs ## Build the documentation into build/docs, without a network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
-	@echo "build/docs/index.html"
+	@echo "build/docs/index.html; with the search: python3 -m http.server -d build/docs, then http://localhost:8000"
 
 lint: $(VENV)/.packages $(VENV)/.packages-lint ## Check style and types
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import os
 import platform
 import re
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 sys.path.append(str(ROOT / "tools"))
@@ -156,10 +158,14 @@ def assigned(body: list[ast.stmt], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def generated_headers() -> str:
-    """The folder of generated.h. One file includes it: a new schema recompiles only that."""
+    """The folder of generated.h. One file includes it: a new schema recompiles only that.
+
+    Its name, and so every command line, has torch's version: another torch recompiles every file. ninja does
+    not look at torch's headers, which it takes for the system's.
+    """
     import torch
 
-    folder = ROOT / "build" / "generated"
+    folder = ROOT / "build" / "generated" / f"torch-{torch.__version__}"
     folder.mkdir(parents=True, exist_ok=True)
     values = {"PEFT_KERNELS_SPEC_HASH": spec_hash(), "PEFT_KERNELS_TORCH": torch.__version__}
     header, text = folder / "generated.h", "".join(f'#define {k} "{v}"\n' for k, v in values.items())
@@ -209,8 +215,8 @@ def compiler_problem() -> str | None:
         except OSError as error:
             return f"no C++ compiler ({error})"
     if result.returncode != 0:
-        kind = "GCC 10 or later is needed on x86" if IS_X86 else "a C++17 compiler is needed"
-        return f"{command[0]} does not compile a small file ({kind}): {result.stderr.strip()[:400]}"
+        needed = "GCC 10 or later; not yet with clang" if IS_X86 else "a C++17 compiler"
+        return f"{command[0]} does not compile a small file (needed: {needed}): {result.stderr.strip()[:400]}"
     return None
 
 
@@ -227,7 +233,7 @@ def cpu_extension(emulate: bool) -> Any:
         name="peft_kernels._C",
         # Those that take longest come first, so that no core waits for one at the end.
         sources=(EMULATED_SOURCES if emulate else []) + isa_sources() + CPU_SOURCES,
-        depends=headers("csrc/common", "csrc/cpu", "tests/ops/cpu/amx"),
+        depends=headers("csrc/common", "csrc/cpu", *(["tests/ops/cpu/amx"] if emulate else [])),
         include_dirs=[generated_headers()],
         extra_compile_args={"cxx": compile_args + sanitize_flags()},
         extra_link_args=sanitize_flags(),
@@ -335,10 +341,33 @@ def cuda_extension(toolkit: Toolkit, architectures: list[str]) -> Any:
     return extension
 
 
-def left_out(what: str, problem: str, wanted: bool | None) -> None:
+def readme() -> str:
+    """README.md for a package index, where links to files of the repository lead nowhere, which has no public
+    address yet: they become names of files."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[[^\]]*\]\((?!https?:)[^)]+\)\n*", "", text)
+    text = re.sub(r"\[([^\]]+)\]\((?!https?:|#)([^)]+)\)", r"\1 (\2)", text)
+    return f"{text}\nThe source distribution has the pages in docs/.\n"
+
+
+REASONS: dict[str, str] = {}
+"""Why a back end is not built, by its name."""
+
+
+class WritesReasons(build_py):
+    """Puts REASONS into the package, where `peft-kernels info` finds them: pip hides what a build prints."""
+
+    def run(self) -> None:
+        super().run()
+        if REASONS and not self.editable_mode:
+            Path(self.build_lib, "peft_kernels", "not_built.json").write_text(json.dumps(REASONS))
+
+
+def left_out(name: str, what: str, problem: str, wanted: bool | None) -> None:
     """Warns that a back end is not built; exits if it was requested."""
     if wanted:
         raise SystemExit(f"{what} was requested, but cannot be built: {problem}")
+    REASONS[name] = problem
     print(f"WARNING: peft_kernels is installed WITHOUT its {what}: {problem}", file=sys.stderr)
 
 
@@ -351,11 +380,22 @@ def extensions() -> tuple[list[Any], dict[str, Any]]:
     except ImportError as error:
         problem = f"torch cannot be imported ({error})"
     if problem is not None:
-        left_out("C++ back end", problem, cpu)
+        left_out("cpu", "C++ back end", problem, cpu)
         if cuda:
-            left_out("CUDA back end", problem, cuda)
-        return [], {}
+            left_out("cuda", "CUDA back end", problem, cuda)
+        REASONS["cuda"] = problem
+        return [], {"build_py": WritesReasons}
 
+    REASONS.update(
+        {
+            name: f"{variable} was 0"
+            for name, variable, wanted in (
+                ("cpu", "PEFT_KERNELS_CPU", cpu),
+                ("cuda", "PEFT_KERNELS_CUDA", cuda),
+            )
+            if wanted is False
+        }
+    )
     found: list[Any] = []
     emulate, ptx = bool(switch("PEFT_KERNELS_EMULATE")), bool(switch("PEFT_KERNELS_PTX"))
     if emulate or ptx or "PEFT_KERNELS_ISA" in os.environ:  # a developer's build
@@ -367,7 +407,7 @@ def extensions() -> tuple[list[Any], dict[str, Any]]:
         BuildExtension = with_hopper(BuildExtension, toolkit)
     if ptx:
         if toolkit.problem is not None:
-            left_out("library of CUDA kernels for tests", toolkit.problem, wanted=True)
+            left_out("ptx", "library of CUDA kernels for tests", toolkit.problem, wanted=True)
         found.append(ptx_extension(toolkit))
     if cuda is not False:
         problem, architectures, changes = toolkit.problem, [], []
@@ -379,11 +419,16 @@ def extensions() -> tuple[list[Any], dict[str, Any]]:
                 print(f"CUDA back end: compute capability {change}", file=sys.stderr)
             found.append(cuda_extension(toolkit, architectures))
         elif cuda or "built without CUDA" not in problem:
-            left_out("CUDA back end", problem, cuda)
+            left_out("cuda", "CUDA back end", problem, cuda)
     # BuildExtension chooses the C++ standard that torch's headers need (at least C++17).
-    return found, {"build_ext": BuildExtension}
+    return found, {"build_ext": BuildExtension, "build_py": WritesReasons}
 
 
 if __name__ == "__main__":
     ext_modules, commands = extensions()
-    setup(ext_modules=ext_modules, cmdclass=commands)
+    setup(
+        ext_modules=ext_modules,
+        cmdclass=commands,
+        long_description=readme(),
+        long_description_content_type="text/markdown",
+    )

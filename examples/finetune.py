@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune_data import UserError, docstring_examples, encode, in_order, read_jsonl, split
+from finetune_data import FORMS, UserError, docstring_examples, encode, in_order, read_jsonl, split
 from finetune_turns import STEPS, inherited, run_in_turns
 
 # torch, transformers and PEFT take seconds to import: functions import them when needed, so that --help and
@@ -121,7 +121,10 @@ def run(args: argparse.Namespace) -> int:
     if args.resume:
         start = read_start(args.output / "start.json", settings)
     else:
-        loss, answer = lib.loss_of(model, validation), lib.generate(model, tokenizer, sample.prompt)
+        loss, answer = (
+            lib.loss_of(model, validation),
+            lib.generate(model, tokenizer, sample.prompt, sample.before),
+        )
         start = {"settings": settings, "loss": loss, "sample": answer}
         (args.output / "start.json").write_text(json.dumps(start), encoding="utf-8")
     stage("before", f"validation loss {start['loss']:.3f}")
@@ -159,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
             "prompt": sample.prompt,
             "reference": sample.response,
             "before": start["sample"],
-            "after": lib.generate(model, tokenizer, sample.prompt),
+            "after": lib.generate(model, tokenizer, sample.prompt, sample.before),
         },
     }
     stage("after", f"validation loss {metrics['loss_after']:.3f}, adapter saved in {adapter}")
@@ -276,7 +279,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", type=Path, metavar="PATH", help="a transformers model folder (SmolLM2-135M-Instruct)")
-    add("--data", type=Path, metavar="FILE.jsonl", help='lines of {"prompt": "...", "response": "..."}')
+    add("--data", type=Path, metavar="FILE.jsonl", help=f"lines of {FORMS}")
     add("--output", type=Path, default=Path("demo-output"), metavar="FOLDER", help="(demo-output)")
     add("--resume", action="store_true", help="continue from the last checkpoint in the output folder")
     add("--compare", action="store_true", help="train stock PEFT + bitsandbytes too, in turns")

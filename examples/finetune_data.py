@@ -8,7 +8,7 @@ import random
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,11 @@ MAX_SIGNATURE_CHARS = 240
 SKIPPED = frozenset({"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "ensurepip"})
 # Not the run's --seed: runs with different seeds must have the same validation examples.
 SPLIT_SEED = 20240229
+ROLES = ("system", "user", "assistant")
+FORMS = (
+    '{"prompt": "...", "response": "..."} or "completion", '
+    'or {"messages": [{"role": "user", "content": "..."}, ...]}'
+)
 IGNORED = -100  # label of positions without loss
 
 Encoded = dict[str, list[int]]
@@ -34,6 +39,8 @@ class UserError(Exception):
 class Example:
     prompt: str
     response: str
+    before: tuple[tuple[str, str], ...] = ()
+    """Earlier messages of a conversation: role and text."""
 
 
 def split(examples: list[Example]) -> tuple[list[Example], list[Example]]:
@@ -106,7 +113,7 @@ def summarise(docstring: str) -> str | None:
 
 
 def read_jsonl(path: Path) -> list[Example]:
-    """Reads `{"prompt": "...", "response": "..."}` lines; blank lines and other keys are ignored.
+    """Reads lines of one example each, in a form of FORMS; blank lines and other keys are ignored.
 
     Raises:
         UserError: with the file, the line and the problem.
@@ -123,40 +130,73 @@ def _example(line: bytes, where: str) -> Example:
         record = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON in UTF-8: {error}") from None
-    found = [record.get(key) for key in ("prompt", "response")] if isinstance(record, dict) else [None]
-    if not all(isinstance(text, str) and text.strip() for text in found):
+    messages = _messages(record) if isinstance(record, dict) else []
+    if [role for role, _ in messages[-2:]] != ["user", "assistant"]:
         raise UserError(
-            f'{where}: expected {{"prompt": "...", "response": "..."}}, two texts that are not empty, '
+            f"{where}: expected {FORMS}, texts that are not empty, last a user's and the assistant's, "
             f"got {json.dumps(record)[:60]}"
         )
-    return Example(*found)
+    *before, (_, prompt), (_, response) = messages
+    return Example(prompt, response, tuple(before))
 
 
-def prompt_text(prompt: str, tokenizer: Any) -> str:
-    """The prompt in the model's chat template, if it has one."""
+def _messages(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Roles and texts of a record; empty if it has another form."""
+    messages = record.get("messages")
+    if messages is None:  # TRL's completion is our response; each may be a list of messages
+        parts = (
+            ("user", record.get("prompt")),
+            ("assistant", record.get("response", record.get("completion"))),
+        )
+        turns = [
+            part if isinstance(part, list) else [{"role": role, "content": part}] for role, part in parts
+        ]
+        messages = [*turns[0], *turns[1]]
+    found = []
+    for one in messages if isinstance(messages, list) else []:
+        role, text = (one.get("role"), one.get("content")) if isinstance(one, dict) else (None, None)
+        if role not in ROLES or not isinstance(text, str) or not text.strip():
+            return []
+        found.append((role, text))
+    return found
+
+
+def prompt_text(prompt: str, tokenizer: Any, before: Iterable[tuple[str, str]] = ()) -> str:
+    """The prompt, after the messages before it, in the model's chat template, if it has one."""
     if tokenizer.chat_template is None:
+        if before:
+            raise UserError(
+                "--data: expected one prompt an example, the model has no chat template; got several"
+            )
         return f"{tokenizer.bos_token or ''}{prompt}\n\n"
-    turns = [{"role": "user", "content": prompt}]
+    turns = [{"role": role, "content": text} for role, text in (*before, ("user", prompt))]
     return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
 def encode(examples: list[Example], tokenizer: Any, max_length: int) -> list[Encoded]:
-    """Tokenises; responses are truncated to fit, and examples whose prompt reaches `max_length` are skipped.
+    """Tokenises; responses are truncated to fit, and examples whose prompt reaches `max_length` are skipped,
+    and both are counted in a printed line.
 
     Only responses have labels.
     """
-    texts = [prompt_text(example.prompt, tokenizer) for example in examples]
+    texts = [prompt_text(example.prompt, tokenizer, example.before) for example in examples]
     prompts = tokenizer(texts, add_special_tokens=False).input_ids
     responses = tokenizer([example.response for example in examples], add_special_tokens=False).input_ids
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    found = []
+    found, cut = [], 0
     for prompt, response in zip(prompts, responses, strict=True):
         ids = [*prompt, *response, *end][:max_length]
         if len(prompt) < max_length:
+            cut += len(prompt) + len(response) + len(end) > max_length
             labels = [IGNORED] * len(prompt) + ids[len(prompt) :]
             found.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
     if not found:
         raise UserError(f"--max-length: the prompts alone reach {max_length} tokens")
+    if cut or len(found) < len(examples):
+        left = f"{len(examples) - len(found)} left out, whose prompts alone are that long"
+        print(
+            f"--max-length {max_length}: of {len(examples)} examples, {left}; {cut} with their response cut"
+        )
     return found
 
 

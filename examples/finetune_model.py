@@ -302,9 +302,9 @@ def loss_of(model: nn.Module, batches: list[dict[str, Tensor]], ahead: int = 0) 
     return float(torch.cat(found).mean())
 
 
-def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 24) -> str:
+def generate(model: Any, tokenizer: Any, prompt: str, before: Any = (), max_new_tokens: int = 24) -> str:
     """The model's greedy answer on one line."""
-    text = prompt_text(prompt, tokenizer)
+    text = prompt_text(prompt, tokenizer, before)
     inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
     with evaluating(model), autocast():

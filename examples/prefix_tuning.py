@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune import Stages, distance, finish, fraction, positive, run_or_tell
-from finetune_data import docstring_examples, encode, read_jsonl, split
+from finetune_data import FORMS, docstring_examples, encode, read_jsonl, split
 
 # Relative RMS difference of logits at most. Folding only changes the rounding of the keys and values that the
 # MLP computed for a batch.
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
     adapter = args.output / "adapter"
     model.save_pretrained(adapter)
-    answer = lib.generate(model, tokenizer, sample.prompt)
+    answer = lib.generate(model, tokenizer, sample.prompt, sample.before)
     del model
     again = PeftModel.from_pretrained(lib.load_base(folder, "peft_kernels"), adapter)
     pk.patch(again)
@@ -121,7 +121,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="3 steps and a few held-out examples")
     add("--model", type=Path, metavar="PATH", help="a transformers model folder (SmolLM2-135M-Instruct)")
-    add("--data", type=Path, metavar="FILE.jsonl", help='lines of {"prompt": "...", "response": "..."}')
+    add("--data", type=Path, metavar="FILE.jsonl", help=f"lines of {FORMS}")
     add("--output", type=Path, default=Path("prefix-output"), metavar="FOLDER", help="(prefix-output)")
     add("--steps", type=positive, metavar="N", help="optimiser steps (60)")
     add("--batch-size", type=positive, default=4, metavar="N", help="examples a step (4)")

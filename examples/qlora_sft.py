@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """QLoRA with TRL's SFTTrainer on peft_kernels: load, quantise, LoRA, patch, train, save, merge. Copy it.
 
+Needs TRL: pip install 'peft_kernels[trl]', in a clone '.[trl]'.
+
 python examples/qlora_sft.py [MODEL_FOLDER [OUTPUT_FOLDER [STEPS]]]
 """
 

@@ -106,6 +106,9 @@ def method(column: str, name: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"}.intersection(words):
+        print((__doc__ or "").strip())
+        return 0
     new = dict(word.split("=", 1) for word in words if "=" in word)
     new |= methods(Path(word) for word in words if "=" not in word)
     if not new:

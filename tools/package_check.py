@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
@@ -209,6 +210,10 @@ def main() -> None:
         run([python, "setup.py", "-q", "sdist", "-d", folder], ROOT, **nothing)
         (sdist,) = folder.glob("*.tar.gz")
         log(f"{sdist.name}: {sdist.stat().st_size / 1e6:.1f} MB")
+        with tarfile.open(sdist) as tar:
+            shipped = {name.partition("/")[2] for name in tar.getnames()}
+        wrong = {"Makefile", "tests"} & shipped | {"docs/index.md", "csrc/cpu"} - shipped
+        expect(not wrong, f"{sdist.name}: expected the files of the build and the pages, got other {wrong}")
         run([*pip, "install", "-q", "--no-compile", options.torch, "numpy"], folder)
         log(f"torch {run([python, '-c', 'import torch; print(torch.__version__)'], folder).strip()}")
         compiler = str(quick_compiler(folder))

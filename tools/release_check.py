@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import figures
+import requirements
 import versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +38,10 @@ BUDGETS = {
     "*cu*.whl": 40,
 }
 """Largest size in MB of a file in dist/; the last pattern that fits counts."""
+
+
+NEWEST_PYTHON = "3.14"
+"""The newest that the pinned torch has wheels for."""
 
 
 class Failed(Exception):
@@ -125,6 +130,20 @@ def pages_have_the_supported_versions() -> str:
 
 
 # What takes long.
+
+
+@check("extras", is_long=True)
+def extras_resolve() -> str:
+    """pip finds versions of all extras that fit together, on the oldest and the newest Python."""
+    oldest = requirements.project()["requires-python"].removeprefix(">=")
+    extras = requirements.project()["optional-dependencies"]
+    wanted = sorted({"torch", "numpy", *requirements.requirements(extras, extras)})
+    for python in (oldest, NEWEST_PYTHON):
+        # Nothing is installed; a target folder is what pip needs to resolve for another Python.
+        how = ["--dry-run", "--ignore-installed", "--only-binary=:all:", "--target", str(LOGS / "none")]
+        command = [sys.executable, "-m", "pip", "install", "-q", *how, "--python-version", python]
+        run([*command, "-c", "constraints.txt", *wanted], f"extras-{python}")
+    return f"Python {oldest} and {NEWEST_PYTHON}"
 
 
 def make(target: str) -> str:

@@ -7,15 +7,10 @@ same environment).
 from __future__ import annotations
 
 import sys
+import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
-
-try:
-    import tomllib
-except ImportError:  # Python 3.10
-    from pip._vendor import tomli as tomllib
-
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -130,7 +130,7 @@ def _checked_config(about: Any) -> tuple[str, AdapterConfig]:
 
 def _read_entries(path: Path) -> dict[str, Entry]:
     if not os.path.isfile(path):
-        raise CheckpointError(f"{path.parent}: expected a {WEIGHTS}, got none")
+        raise CheckpointError(f"{path.parent}: expected {WEIGHTS}, got none")
     return read_header(path, LARGEST_HEADER)[0]
 
 

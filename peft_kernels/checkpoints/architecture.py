@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,11 @@ import torch
 from .checks import nf4_weights, quantised_otherwise, read_nf4
 from .folder import Checkpoint
 from .header import CheckpointError, shown
+from .json_file import read_json
 from .names import Names
 from .owned import joined_stack, owned_stacks, owned_weights, owner_in, read_owned
+
+ADAPTER = "adapter_config.json"
 
 
 def on_meta(checkpoint: Checkpoint) -> Any:
@@ -29,6 +33,16 @@ def on_meta(checkpoint: Checkpoint) -> Any:
         return cls._from_config(config)
 
 
+def of_an_adapter(folder: Path) -> str:
+    """What to do with a folder that has an adapter's configuration, and no model's."""
+    try:
+        config = read_json(folder / ADAPTER, 10_000_000)
+    except CheckpointError:
+        config = None
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    return f"an adapter, expected a model; its base is {shown(base) if base else 'not named'}"
+
+
 class Comparison(NamedTuple):
     """Result of comparing a checkpoint with the architecture that config.json names."""
 
@@ -43,13 +57,15 @@ class Comparison(NamedTuple):
 def compare(checkpoint: Checkpoint) -> Comparison:
     if not checkpoint.path.is_dir():
         return Comparison([], reason="a file has no configuration")
+    if not checkpoint.config and (checkpoint.path / ADAPTER).is_file():
+        return Comparison([], reason=of_an_adapter(checkpoint.path))
     method = quantised_otherwise(checkpoint.config)
     if method and owner_in(checkpoint.config) is None:
         return Comparison([], reason=f"it is quantised by {method}, which has other tensors")
     try:
         model = on_meta(checkpoint)
     except Exception as error:
-        return Comparison([], reason=" ".join(str(error).split())[:100] or type(error).__name__)
+        return Comparison([], reason=str(error).strip().partition("\n")[0] or type(error).__name__)
     return compare_with(checkpoint, model)
 
 

@@ -26,7 +26,7 @@ def read_json(path: Path, largest: int) -> Any:
     except CheckpointError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{path.parent}: expected a {path.name}, got none") from error
+        raise CheckpointError(f"{path.parent}: expected {path.name}, got none") from error
     except OSError as error:
         raise CheckpointError(f"{path.name}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:

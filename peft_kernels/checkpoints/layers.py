@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..core.code_tables import WEIGHT_DTYPES
+from ..core.wrong_types import an
 from ..nf4.bitsandbytes_format import QUANT_TYPES
 from ..nf4.experts_packing import computes_experts
 from ..quantize.architectures import HEAD_NAMES
@@ -154,7 +155,7 @@ def _leave_to_bitsandbytes(
     for name, module in list(chosen.items()):
         if type(module) is not nn.Linear and type(module).__name__ != "Conv1D":
             del chosen[name]
-            left[name] = f"a {type(module).__name__}, which bitsandbytes' loaders do not read in 4 bits"
+            left[name] = f"{an(module)}, which bitsandbytes' loaders do not read in 4 bits"
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
     skip_modules = sorted({*heads, *linear} - chosen.keys())
     for name in [name for name in chosen if _skips(skip_modules, name)]:

@@ -73,9 +73,7 @@ class LoraFolder:
         config = read_config(path / CONFIG, hint)
         check_config(config)
         if not (path / WEIGHTS).is_file():
-            raise CheckpointError(
-                f"{path}: expected a {WEIGHTS}, got none; save_pretrained of PEFT writes it"
-            )
+            raise CheckpointError(f"{path}: expected {WEIGHTS}, got none; save_pretrained of PEFT writes it")
         found = cls(path, config)
         for key, entry in read_header(path / WEIGHTS, _MAX_JSON_BYTES)[0].items():
             found._add(key, entry, hint)

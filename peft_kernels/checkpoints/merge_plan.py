@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..core.code_tables import WEIGHT_DTYPES
+from ..core.wrong_types import an
 from .base_names import BaseNames
 from .changes import AddedBias, Both, Change, Experts, LowRank, Replaced
 from .folder import Checkpoint
@@ -105,7 +106,7 @@ class _Planner:
         kind = self._base.kind_of(module, embedding, bool(self._config.get("fan_in_fan_out")))
         if kind is None:
             expected = "an embedding" if embedding else "a linear layer"
-            got = f"a {type(module).__name__}" if module is not None else f"one in {self._base.what}"
+            got = an(module) if module is not None else f"one in {self._base.what}"
             raise CheckpointError(f"{WEIGHTS}: {shown(path)}: expected {expected}, got {got}{WITH_PEFT}")
         a, b = (parts["embedding_a"], parts["embedding_b"]) if embedding else (parts["a"], parts["b"])
         r, out_features, in_features = a.shape[0], b.shape[0], a.shape[1]

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoints.architecture import ADAPTER, of_an_adapter
+from ..checkpoints.folder import CONFIG
 from ..checkpoints.header import CheckpointError
 from ..nf4.experts_packing import weight_names
 from ..quantize.targets import choose_experts, choose_layers
@@ -30,13 +32,19 @@ def build(path: Path) -> Any:
         import transformers
     except ImportError:
         raise CheckpointError("transformers is not installed: pip install 'peft_kernels[hf]'") from None
+    folder = path if path.is_dir() else path.parent
+    if not (folder / CONFIG if path.is_dir() else path).is_file():
+        if (folder / ADAPTER).is_file():
+            raise CheckpointError(f"{folder}: {of_an_adapter(folder)}")
+        # transformers would ask a hub for it.
+        raise CheckpointError(f"{path}: expected a folder with {CONFIG}, or such a file, got none")
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         config.__dict__.pop("quantization_config", None)  # build the dense model
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers may raise anything for an unknown configuration
-        reason = " ".join(str(error).split())[:200]
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path}: expected the configuration of a language model ({reason})") from error
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 
+from .. import __version__
 from ..checkpoints.header import CheckpointError
 from . import doctor, info, inspect, merge, plan, quantize
 from .output import Output
@@ -23,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         epilog="exit codes: 0 all is well, 1 it failed or faults were found, 2 wrong arguments",
     )
+    parser.add_argument("--version", action="version", version=f"peft-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in _COMMANDS:
         text = (module.__doc__ or "").strip()

@@ -186,7 +186,7 @@ def _differentiable(op: type[Op], overload: OpOverload, ops: Any, rounded: Round
         dy: Any = grads[0]
         if first_is_list or op.num_outputs > 1:
             dy = grads[: len(results[0]) if first_is_list else op.num_outputs]
-        if dy is None:  # no loss depends on it
+        if all(d is None for d in (dy if isinstance(dy, tuple) else [dy])):  # no loss depends on it
             return (None,) * len(ctx.needs_input_grad)
         with _Without(_AUTOCAST):
             if op.twice_differentiable or not torch.is_grad_enabled():
@@ -275,8 +275,8 @@ class _Saving:
         if self._saved_outputs:
             tensors += [results[i] for i in self._saved_outputs]
             ctx.mark_non_differentiable(*(results[i] for i in self._saved_outputs if i >= self._num_outputs))
-            # Zeros for missing gradients would take as much memory as the results.
-            ctx.set_materialize_grads(False)
+        # Zeros for missing gradients would take as much memory as the results, and be passed on.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.rest, ctx.meta = rest, meta
 

@@ -82,8 +82,9 @@ class Op:
     @staticmethod
     def backward(ops: Any, args: Any, results: Any, need: Any, dy: Any) -> dict[str, Any]:
         """Gradients by argument name, at least those that `need` marks. `dy` is the gradient of the first
-        result, or with several `num_outputs` a tuple of theirs, each maybe None. `ops`: the namespace to
-        call."""
+        result; if that is a list, or with several `num_outputs`, a tuple of gradients, of which some are None
+        where no loss depends on a result. What depends on those alone has the gradient None, as in torch.
+        `ops`: the namespace to call."""
         raise NotImplementedError
 
     @staticmethod

@@ -129,6 +129,11 @@ def _words(kind: Any) -> str:
     return WORDS.get(kind) or _named(kind)
 
 
+def an(value: Any) -> str:
+    """The class of a value, with its article: "an NF4Weight"."""
+    return _named(type(value))
+
+
 def _named(kind: Any) -> str:
     name: str = {"HoldsNF4": "NF4Weight", "NF4State": "NF4Weight"}.get(kind.__name__, kind.__name__)
     return f"{'an' if name[0] in 'AEIOUaeio' or name.startswith('NF') else 'a'} {name}"

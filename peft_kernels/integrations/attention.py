@@ -13,6 +13,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..core.wrong_types import an
 from ..patch.block.attend import attention_forward, register
 from ..patch.block.attention_function import NAME
 
@@ -31,18 +32,18 @@ def use(model: nn.Module) -> None:
         GPT-OSS, softcap of Gemma 2). Nothing is changed then.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a model of transformers, got a {type(model).__name__}")
+        raise TypeError(f"model: expected a model of transformers, got {an(model)}")
     found = _models(model)
     if not found:
-        raise TypeError(f"model: expected a model of transformers, got a {type(model).__name__} without one")
+        raise TypeError(f"model: expected a model of transformers, got {an(model)} without one")
     for one in found:
         if not one._can_set_attn_implementation():
-            raise ValueError(f"model: a {type(one).__name__} does not let its attention be chosen")
+            raise ValueError(f"model: {an(one)} does not let its attention be chosen")
         for part in one.modules():
             if isinstance(part, PreTrainedModel) and not _is_sdpas(part):
                 raise ValueError(
                     'model: expected one that supports "sdpa", which ours replaces, '
-                    f"got a {type(part).__name__}, which does not"
+                    f"got {an(part)}, which does not"
                 )
     register()
     for one in found:

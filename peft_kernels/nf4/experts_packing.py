@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..core.module_calls import class_forward
 from .experts_forward import experts_forward
 from .loading import load_layer
 from .model import ModelLink
@@ -29,8 +30,7 @@ def is_experts(module: nn.Module) -> bool:
 
 def computes_experts(module: nn.Module) -> bool:
     """Whether a module has transformers' own experts forward, which `experts_implementation` selects."""
-    forward: Any = type(module).forward
-    home = getattr(forward, "__globals__", {}).get("__name__")
+    home = getattr(class_forward(type(module)), "__globals__", {}).get("__name__")
     return home == _HOME and hasattr(module, "has_gate")
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from ..core import dispatch
-from ..quantize.model import report_of
+from ..core.wrong_types import an
+from ..quantize.report import nbytes_of, report_of
 from . import fused
 from .block.attention_function import FusedAttentionFunction
 from .examination import Examination
@@ -78,7 +80,7 @@ def patch(model: nn.Module, without: str | Iterable[str] = (), dry_run: bool = F
 def _parts(without: Any) -> frozenset[str]:
     given = (without,) if isinstance(without, str) else without
     if not isinstance(given, Iterable):
-        raise TypeError(f"without: expected names of parts, got a {type(without).__name__}")
+        raise TypeError(f"without: expected names of parts, got {an(without)}")
     parts = frozenset(given)
     if unknown := parts - PARTS.keys():
         got = ", ".join(sorted(map(repr, unknown)))
@@ -174,7 +176,8 @@ def explain(model: nn.Module | None = None) -> str:
     report = _patch(model, records[0].without if records else frozenset(), dry_run=True)
     report.dry_run = not records and any(entry.planned for entry in report.entries)
     quantised = report_of(model)
-    lines = [] if quantised is None else [str(quantised)]
+    # Its bytes are those when it was quantised; a cast or an adapter changed them.
+    lines = [] if quantised is None else [str(replace(quantised, bytes_after=nbytes_of(model)))]
     lines.append(str(report))
     if report.dry_run:
         lines.append("the model is not patched: pk.patch(model) does it")
@@ -183,5 +186,5 @@ def explain(model: nn.Module | None = None) -> str:
 
 def _check_model(model: Any, function: str) -> None:
     if not isinstance(model, nn.Module):
-        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        got = f"the class {model.__name__}" if isinstance(model, type) else an(model)
         raise TypeError(f"model: {function} expected an nn.Module, got {got}")

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor  # parameters while torch.export traces
 
 from ..core import dispatch
-from ..core.module_calls import more_than_forward
+from ..core.module_calls import class_forward, is_compiled_by_jit, more_than_forward
+from ..core.wrong_types import an
 from ..nf4 import bitsandbytes_format
 from ..nf4.sharded.checks import UNGATHERED, is_sharded, is_tensor_parallel
 from ..nf4.weight import NF4State, NF4Weight
@@ -79,11 +80,13 @@ def _replaced_reason(module: nn.Module, device: torch.device | None) -> str:
     d = module.__dict__
     if fused.is_own(module, d["forward"]):
         return ""
+    if is_compiled_by_jit(module):
+        return f"{type(module).__name__} is compiled by torch.jit"
     hook = d.get("_hf_hook")
     if hook is None or not fused.is_own(module, d.get("_old_forward")):
         if is_tensor_parallel(d["_parameters"].get("weight")):
             return PARALLEL
-        return f"the forward of a {type(module).__name__} was replaced on the instance"
+        return f"the forward of {an(module)} was replaced on the instance"
     for one in getattr(hook, "hooks", (hook,)):
         if type(one).__name__ != "AlignDevicesHook" or one.no_grad:
             return f"an accelerate hook inside ({type(one).__name__})"
@@ -102,7 +105,7 @@ def _replaced_reason(module: nn.Module, device: torch.device | None) -> str:
 
 def linear_kind(layer: nn.Module) -> str:
     """DENSE, TRANSPOSED or FOUR_BIT, or "" if the forward of the layer is not a known one."""
-    forward: Any = fused.plain_class(layer).forward
+    forward = class_forward(fused.plain_class(layer))
     kind = _linear_forwards.get(forward)
     if kind is None:
         name = getattr(forward, "__module__", ""), getattr(forward, "__qualname__", "")
@@ -169,7 +172,7 @@ def fused_operands(
     if weight is None:
         weight = d.get("weight")
         if weight is None:
-            return Fallback(f"the weight of a {type(layer).__name__} is not a parameter")
+            return Fallback(f"the weight of {an(layer)} is not a parameter")
     bias = parameters["bias"] if "bias" in parameters else layer.bias  # noqa: SIM401 (evaluates both)
     autocast = spec.autocast
     dtype = out_dtype = spec.dtype if autocast is None else autocast
@@ -193,7 +196,7 @@ def fused_operands(
         if type(weight) not in _ORDINARY:
             if is_sharded(weight):
                 return Fallback(f"the base weight is sharded: {UNGATHERED}")
-            return Fallback(f"the base weight is a {type(weight).__name__}")
+            return Fallback(f"the base weight is {an(weight)}")
         compute = dtype
         if weight.dtype != dtype:
             if autocast is None:

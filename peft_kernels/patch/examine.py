@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..core.module_calls import is_compiled_by_jit
 from ..nf4.experts_packing import NF4Experts
 from .block import attention, decoder_layer, gated_mlp, rms_norm
 from .eligibility import is_linear4bit, is_packed, layer_reason, linear_kind, unsupported_reason
@@ -80,6 +81,8 @@ def examine(
     module: nn.Module, family: str, layers: Layers | None = None, without: Collection[str] = ()
 ) -> Examination | None:
     """Examines a module for one family of fused forwards. None if it is not of that family."""
+    if is_compiled_by_jit(module):
+        return None
     layers = _Layers() if layers is None else layers
     if family == ATTENTION:
         return attention.examine(module, layers, without)

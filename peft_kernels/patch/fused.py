@@ -21,6 +21,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
+from ..core.module_calls import is_compiled_by_jit
+
 RECORD = "_peft_kernels"
 """The attribute of a fused module that holds its Record."""
 
@@ -235,7 +237,8 @@ def _first_class(cls: Any) -> type[nn.Module]:
 def is_own(module: Any, forward: Any) -> bool:
     """Whether a `forward` set on the instance is that of its class, bound: a removed hook leaves it
     behind."""
-    return getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
+    cls: Any = type(module)
+    return getattr(forward, "__self__", None) is module and forward.__func__ is cls.forward
 
 
 def _rebind(module: nn.Module, old: Any, new: Any) -> None:
@@ -264,6 +267,8 @@ def replaced_reason(module: nn.Module) -> str:
     if RECORD in module.__dict__ and not isinstance(module, Fused):
         return f"its class was changed after patch(), to {type(module).__qualname__}"
     forward = module.__dict__.get("forward")
+    if is_compiled_by_jit(module):
+        return "it is compiled by torch.jit"
     if forward is None or hasattr(forward, REPLACES):
         return ""
     if is_own(module, forward) or is_own(module, module.__dict__.get("_old_forward")):

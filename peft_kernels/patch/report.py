@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 from ..host_memory import returns_freed_memory
 from .block.attention_function import AttentionFacts, function_reason
 from .eligibility import NO_KERNEL
-from .examine import LAYER, LOSS, PREFIX, examine, layers
+from .examine import LAYER, LOSS, MLP, PREFIX, examine, layers
 from .fused import Record, record_of, replaced_reason
 from .prefix.eligibility import not_recomputable
 
@@ -132,14 +133,17 @@ class PatchReport:
 
     def __str__(self) -> str:
         verb = "would be fused" if self.dry_run else "fused"
-        lines = [f"peft_kernels: {len(self.fused)} of {len(self.layers)} layers {verb}{self._lost()}"]
+        layers = f"{len(self.fused)} of {len(self.layers)} layers {verb}" if self.layers else ""
+        lines = [f"peft_kernels: {layers or 'no LoRA or 4-bit layers'}{self._lost()}"]
         if not self.entries:
             lines.append(
-                "nothing to patch: no PEFT LoRA layer, bitsandbytes Linear4bit or NF4Linear in this model"
+                "nothing to patch: no PEFT LoRA layer, bitsandbytes Linear4bit or NF4Linear in this model "
+                "(bottleneck adapters of this package are fused without a patch)"
             )
         lines += [f"{e.kind}: {e.note}" for e in (*self.prefixes, *self.losses) if e.fused]
         for kind, count in Counter(block.kind for block in self.blocks if block.fused).items():
             lines.append(f"across layers: {count} x {kind}")
+        lines += self._compiled()
         noted = ((e.note, 1, e) for e in self.blocks if e.fused and e.note)
         lines += _by_reason("in part", noted, "")
         entries = self.entries
@@ -157,6 +161,18 @@ class PatchReport:
         lost = Counter(family for family, reason in reasons if reason and not reason.endswith(NO_KERNEL))
         parts = [f"{family} ({count} of {found[family]})" for family, count in lost.items()]
         return f"; not fully fused: {', '.join(parts)}" if parts else ""
+
+    def _compiled(self) -> list[str]:
+        """The fused parts that have no effect in a model that torch.compile has compiled, by name."""
+        model, dynamo = self._model(), sys.modules.get("torch._dynamo.eval_frame")
+        wrapper: Any = getattr(dynamo, "OptimizedModule", ())  # of torch.compile(model), not model.compile()
+        modules = () if model is None else model.modules()
+        if not any(getattr(m, "_compiled_call_impl", None) or isinstance(m, wrapper) for m in modules):
+            return []
+        parts = dict.fromkeys(e.family for e in (*self.blocks, *self.losses) if e.fused and e.family != MLP)
+        if not parts:
+            return []
+        return [f"in what torch.compile compiled, the model's own code runs for: {', '.join(parts)}"]
 
     def _advice(self) -> list[str]:
         """What else would speed up a whole model."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from ..core.wrong_types import an
 from ..patch.prefix.eligibility import is_prefix_config
 
 
@@ -21,7 +22,7 @@ def adapter_of(model: Any, name: str | None) -> PrefixAdapter:
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
-        raise TypeError(f"model: expected a PeftModel, got a {type(model).__name__}")
+        raise TypeError(f"model: expected a PeftModel, got {an(model)}")
     name = model.active_adapter if name is None else name
     config = model.peft_config.get(name)
     if config is None:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from ..core.wrong_types import an
 from ..nf4.experts_packing import NF4Experts, computes_experts, is_experts, weight_names
 from ..nf4.sharded.checks import is_dtensor
 from ..nn import NF4Linear
@@ -36,24 +37,24 @@ def targets(
         owners.update(id(part) for parts in (module._modules, module._parameters) for part in parts.values())
     adapters = set(_adapter_modules(model))
     stay = heads(model) if skip is None else {}
-    default = "a head that may be trained; skip=() would pack it"
     for name, module in model.named_modules():
         if isinstance(module, NF4Linear) or module in adapters:
             continue
         if not isinstance(module, nn.Linear) and not is_linear(module):
             continue
         weight = module._parameters.get("weight")
-        named = HEAD_NAMES if skip is None else skip
         if not is_linear(module):
             left[name] = _reason_other(module)
-        elif any(fits(part, name) for part in named):
-            left[name] = "named in skip" if skip is not None else default
-        elif module in stay:
-            left[name] = f"{stay[module]}; skip=() would pack it"
+        elif skip is not None and any(fits(part, name) for part in skip):
+            left[name] = "named in skip"
         elif owners[id(weight)] > 1 or owners[id(module)] > 1 or f"{name}.weight" in tied:
             left[name] = "it shares its weight with another place in the model"
+        elif skip is None and any(fits(part, name) for part in HEAD_NAMES):
+            left[name] = "a head that may be trained; skip=() would pack it"
+        elif module in stay:
+            left[name] = f"{stay[module]}; skip=() would pack it"
         elif type(weight) is not nn.Parameter:
-            left[name] = f"its weight is a {type(weight).__name__}"
+            left[name] = f"its weight is {an(weight)}"
         else:
             yield name, module
 
@@ -121,10 +122,10 @@ def expert_targets(
         parts = [module, *(module._parameters[key] for key in weight_names(module))]
         if any(fits(part, name) for part in skip or ()):
             left[name] = "named in skip"
-        elif module in stay:
-            left[name] = f"{stay[module]}; skip=() would pack it"
         elif any(owners[id(part)] > 1 for part in parts) or any(key.startswith(f"{name}.") for key in tied):
             left[name] = "it shares its weights with another place in the model"
+        elif module in stay:
+            left[name] = f"{stay[module]}; skip=() would pack it"
         else:
             yield name, module
 

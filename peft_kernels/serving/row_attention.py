@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
+from ..core.wrong_types import an
+
 NAME = "peft_kernels_rows"
 
 
@@ -59,7 +61,7 @@ def attention(
     """`query` is (rows, heads, 1, features). A token attends to its row's whole cache, so there is no
     mask."""
     if not isinstance(key, RowTensors):
-        raise RuntimeError(f"cache: expected the caches of rows, got keys of a {type(key).__name__}")
+        raise RuntimeError(f"cache: expected the caches of rows, got keys of {an(key)}")
     inner: Any = AttentionInterface._global_mapping.get(key.implementation)
     if inner is None:  # "eager" is defined by each model
         inner = sys.modules[type(module).__module__].eager_attention_forward

@@ -255,7 +255,7 @@ def test_fallbacks_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(pk, "patch", with_hook)
     result = case.run(ONCE)
-    assert "original forward in 2 layers: hooks on the base layer" in result.remarks[OURS]
+    assert "original forward in 2 layers: hooks on a" in result.remarks[OURS]
     assert result.remarks[OURS] in result.line()
     assert f"{OURS}: {result.remarks[OURS]} ({case.name})" in report.render([result])
     assert line_of(result)["remarks"] == result.remarks

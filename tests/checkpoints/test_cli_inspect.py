@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoint_damage import INDEX, change_json, write, write_checkpoint
 
+import peft_kernels as pk
 import testing
 from peft_kernels.checkpoints.folder import Checkpoint
 from peft_kernels.cli.inspect import _ranges, grouped
@@ -122,6 +123,19 @@ def test_folder_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (
         code == 1 and "pytorch_model.bin is another format: save the model as safetensors" in report["error"]
     )
+
+
+def test_an_adapter_is_called_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "adapter_model.safetensors", {"base_model.model.q.lora_A.weight": torch.ones(3, 3)})
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "the/base"}')
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "an adapter, expected a model; its base is the/base" in capsys.readouterr().out
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0 and capsys.readouterr().out == f"peft-kernels {pk.__version__}\n"
 
 
 def test_tensor_larger_than_one_chunk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

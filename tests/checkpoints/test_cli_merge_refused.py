@@ -115,7 +115,7 @@ REFUSED: dict[str, tuple[Callable[[Folders], Any], str]] = {
     "names": (config(modules_to_save=[1]), r"modules_to_save: expected a list of names, got \[1\]"),
     "pattern": (config(alpha_pattern={"(a|a)*b\\1": 2}), r"alpha_pattern: "),
     # The adapter's tensors
-    "no-safetensors": (only_bin, r"expected a adapter_model.safetensors, got none; save_pretrained"),
+    "no-safetensors": (only_bin, r"expected adapter_model.safetensors, got none; save_pretrained"),
     "rank": (
         config(r=8),
         r"1\.self_attn\.q_proj: expected r=8 as adapter_config.json has it, got 4|expected r=8",

@@ -322,11 +322,23 @@ def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         with pytest.raises(SystemExit) as caught:
             main(["plan", str(tmp_path), *wrong])
         assert caught.value.code == 2
+    capsys.readouterr()
+    for path in (tmp_path, tmp_path / "nothing", tmp_path / "config.json"):
+        assert main(["plan", str(path)]) == 1  # without asking a hub
+        told = f"{path}: expected a folder with config.json, or such a file, got none"
+        assert capsys.readouterr().err == f"peft-kernels: {told}\n"
+    (tmp_path / "config.json").write_text("{}")
     assert main(["plan", str(tmp_path)]) == 1
     assert "expected the configuration of a language model" in capsys.readouterr().err
     config_of("llama").save_pretrained(tmp_path)
     assert main(["plan", str(tmp_path), "--target-modules", "q_prj"]) == 1
     assert "expected names of linear layers, got 'q_prj'" in capsys.readouterr().err
+
+
+def test_an_adapter_has_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "the/base"}')
+    assert main(["plan", str(tmp_path)]) == 1
+    assert f"{tmp_path}: an adapter, expected a model; its base is the/base" in capsys.readouterr().err
 
 
 def test_size_units() -> None:

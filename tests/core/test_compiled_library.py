@@ -182,6 +182,36 @@ def test_a_library_for_another_cuda_is_not_loaded(
     assert re.search(rf"^cuda +not usable: .*{re.escape(message)}", out, re.M), out
 
 
+@needs_cpu
+@pytest.mark.parametrize("which", ["ops", "kernels"])
+def test_a_library_that_is_cut_off_is_not_loaded(python: Python, compiled: Path, which: str) -> None:
+    """The process would end in SIGBUS. In a wheel the kernels are in a library beside the ops."""
+    ops = in_wheel(compiled, MINOR, library())
+    path = ops if which == "ops" else ops.with_name("libpeft_kernels_cpu.so")
+    content = library().read_bytes()
+    path.write_bytes(content[: len(content) - 100])
+    out = python(USE, compiled).stdout
+    assert re.search(rf"^cpu +not usable: {re.escape(str(path))} is cut off: reinstall it", out, re.M)
+
+
+def test_the_reason_of_the_build_is_repeated(python: Python, compiled: Path) -> None:
+    """Which pip hid."""
+    (compiled / "peft_kernels" / "not_built.json").write_text('{"cpu": "clang++ does not do"}')
+    out = python("from peft_kernels.cli.main import main; main(['info'])", compiled).stdout
+    assert re.search(
+        r"^cpu +not usable: not built: clang\+\+ does not do; then pip install .* --no-cache-dir", out, re.M
+    )
+
+
+def test_a_wheel_for_cpus_does_not_ask_for_nvcc(python: Python, compiled: Path) -> None:
+    in_wheel(compiled, "9.10", Path(__file__))
+    code = "import torch; torch.version.cuda = '13.0'; import peft_kernels as pk; print(pk.explain())"
+    out = python(code, compiled).stdout
+    assert re.search(
+        r"^cuda +not usable: this wheel has none of its kernels: install one that has", out, re.M
+    )
+
+
 def test_an_empty_library_is_not_loaded(python: Python, compiled: Path) -> None:
     """As an interrupted copy leaves it."""
     (compiled / "peft_kernels" / f"_C.torch{MINOR}.so").touch()

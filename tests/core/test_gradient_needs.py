@@ -11,6 +11,7 @@ from gradient_cases import SCALING, Mlp, MultiLora, N, call, gradients, gradient
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import peft_kernels as pk
 import testing
 
 
@@ -87,6 +88,48 @@ def test_only_needed_gradients_of_lists_are_computed(backend: str, kind: str, tr
     assert computed_a == sum(name[0] == "a" for name in names)
     assert computed_b == sum(name[0] == "b" and name[:2] != "bi" for name in names)
     assert calls[-1][-3] is ("x" in names)
+
+
+def outputs_of(kind: str) -> tuple[dict[str, Tensor], list[Tensor], list[set[str]]]:
+    """Leaves of a call with several outputs, the outputs, and the names of what each depends on."""
+    if kind == "multi_lora_linear":
+        c = case_of(kind, "dense", torch.float32)
+        of = [{"x", "w0", "a1", "b1", "a2", "b2"}, {"x", "w1", "bias1", "a0", "b0"}, {"x", "w2", "bias2"}]
+        return c.leaves(), c.call(), of
+    if kind == "add_rms_norm":
+        named = {n: leaf(*s, dtype=torch.float32, seed=1) for n, s in (("x", (3, 8)), ("residual", (3, 8)))}
+        named["weight"] = leaf(8, dtype=torch.float32, seed=2)
+        return named, list(pk.add_rms_norm(**named)), [{"x", "residual", "weight"}, {"x", "residual"}]
+    named = {name: leaf(1, 2, 3, 4, dtype=torch.float32, seed=1) for name in "qk"}
+    if kind == "cast":
+        return named, ops.cast(list(named.values()), torch.bfloat16), [{"q"}, {"k"}]
+    angles = testing.tensor(1, 2, 4, seed=3)
+    return named, list(pk.rotary(**named, cos=angles.cos(), sin=angles.sin())), [{"q"}, {"k"}]
+
+
+class Unused(torch.autograd.Function):
+    """Returns its argument, and no gradient of it, like torch's int8 ops."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        return None
+
+
+@pytest.mark.parametrize("kind", ["multi_lora_linear", "add_rms_norm", "rotary", "cast"])
+def test_what_a_loss_does_not_depend_on_has_no_gradient(backend: str, kind: str) -> None:
+    """Zeros in its place would let weight decay and momentum move a parameter."""
+    for used in range(len(outputs_of(kind)[1]) + 1):
+        leaves, outputs, of = outputs_of(kind)
+        loss: Any = sum(Unused.apply(y).sum() for y in outputs)
+        if used < len(outputs):
+            loss = loss + outputs[used].sum()
+        loss.backward()
+        got = {name for name, value in leaves.items() if value.grad is not None}
+        assert got == (of[used] if used < len(outputs) else set())
 
 
 def saved_by(call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:

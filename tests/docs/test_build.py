@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.cpp_extension
+from setuptools import Distribution
+from setuptools.command.build_py import build_py
 from tool_modules import tool_module
 
 import testing
@@ -113,6 +116,45 @@ def test_a_wheel_is_built_with_any_major_version(
     with pytest.raises(SystemExit) as caught:
         wheels.toolkit()
     assert re.search(words, str(caught.value))
+
+
+def test_reasons_are_written_into_the_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """So `peft-kernels info` can repeat them."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PEFT_KERNELS_CUDA", "0")
+    for name in ("CPU", "EMULATE", "PTX", "ISA"):
+        monkeypatch.delenv(f"PEFT_KERNELS_{name}", raising=False)
+    build = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    found, commands = build["extensions"]()
+    assert not found
+    monkeypatch.setattr(build_py, "run", lambda self: None)
+    command = commands["build_py"](Distribution())
+    command.build_lib = str(tmp_path)
+    (tmp_path / "peft_kernels").mkdir()
+    command.run()
+    reasons = json.loads((tmp_path / "peft_kernels" / "not_built.json").read_text())
+    assert reasons["cpu"].startswith("no C++ compiler (") and "no-such-compiler" in reasons["cpu"]
+
+
+def test_clang_is_told_apart_from_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    clang = tmp_path / "clang++"
+    clang.write_text("#!/bin/sh\necho unknown pragma >&2; exit 1\n")
+    clang.chmod(0o755)
+    monkeypatch.setenv("CXX", str(clang))
+    build = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    needed = "GCC 10 or later; not yet with clang" if build["IS_X86"] else "a C++17 compiler"
+    told = f"{clang} does not compile a small file (needed: {needed}): unknown pragma"
+    assert build["compiler_problem"]() == told
+
+
+def test_the_readme_of_an_index_has_no_links_to_files() -> None:
+    text = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["readme"]()
+    assert re.findall(r"\]\((?!https?:)[^)]*\)", text) == [] and "![" not in text
+    named = re.findall(r"\(((?:docs|examples)/[^)#]+|CONTRIBUTING.md)", text)
+    assert len(named) > 20 and "(docs/gpu.md)" in text
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_left_out_on_request(setup: Setup, tmp_path: Path) -> None:
@@ -237,6 +279,21 @@ def test_no_supported_architecture(setup: Setup, tmp_path: Path, wanted: str) ->
 def test_misspelled_architecture(setup: Setup, tmp_path: Path) -> None:
     status, said = setup("13.0", CUDA_HOME=toolkit(tmp_path, "13.0"), TORCH_CUDA_ARCH_LIST="hoper")
     assert status != 0 and "TORCH_CUDA_ARCH_LIST: expected" in said and "got 'hoper'" in said
+
+
+def test_every_command_line_has_the_version_of_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Objects that were compiled for another torch would be linked into a library with the new version."""
+    build = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    changes = {"ROOT": tmp_path, "headers": lambda *_: [], "isa_sources": list, "spec_hash": str}
+    for name, value in changes.items():
+        monkeypatch.setitem(build["cpu_extension"].__globals__, name, value)
+    found = []
+    for version in ("2.98.0", "2.99.0+cpu"):
+        monkeypatch.setattr(torch, "__version__", version)
+        extension = build["cpu_extension"](False)
+        found.append([folder for folder in extension.include_dirs if version in folder])
+        assert f'PEFT_KERNELS_TORCH "{version}"' in Path(*found[-1], "generated.h").read_text()
+    assert found[0] != found[1]
 
 
 def included(path: Path, seen: set[Path]) -> str:

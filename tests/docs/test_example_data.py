@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -125,16 +127,49 @@ def test_jsonl_is_read(tmp_path: Path) -> None:
     assert data.read_jsonl(path) == [data.Example("a", "b"), data.Example("ü", "é")]
 
 
+def test_chats_are_read(tmp_path: Path) -> None:
+    def said(role: str, content: str) -> dict[str, str]:
+        return {"role": role, "content": content}
+
+    path, asked, answered = tmp_path / "chats.jsonl", said("user", "a"), said("assistant", "b")
+    records = [
+        {"messages": [said("system", "s"), asked, said("assistant", "c"), asked, answered]},
+        {"prompt": [said("system", "s"), asked], "completion": [answered]},
+        {"prompt": "a", "completion": "b"},
+    ]
+    path.write_text("\n".join(map(json.dumps, records)))
+    first, second, third = data.read_jsonl(path)
+    assert first == data.Example("a", "b", (("system", "s"), ("user", "a"), ("assistant", "c")))
+    assert second == data.Example("a", "b", (("system", "s"),)) and third == data.Example("a", "b")
+    plain = SimpleNamespace(chat_template=None, bos_token=None)
+    with pytest.raises(data.UserError, match="the model has no chat template"):
+        data.prompt_text("a", plain, second.before)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         (b"{", "not JSON in UTF-8: Expecting property name enclosed in double quotes"),
         (b"\xff\xfe", "not JSON in UTF-8: 'utf-8' codec can't decode byte 0xff"),
         (b"[" * 100_000, "not JSON in UTF-8: maximum recursion depth exceeded"),
-        (b'["a", "b"]', 'two texts that are not empty, got ["a", "b"]'),
-        (b'{"prompt": "a"}', 'two texts that are not empty, got {"prompt": "a"}'),
-        (b'{"prompt": 3, "response": "b"}', 'two texts that are not empty, got {"prompt": 3'),
-        (b'{"prompt": " ", "response": "b"}', 'two texts that are not empty, got {"prompt": " "'),
+        (b'["a", "b"]', 'texts that are not empty, last a user\'s and the assistant\'s, got ["a", "b"]'),
+        (
+            b'{"prompt": "a"}',
+            'texts that are not empty, last a user\'s and the assistant\'s, got {"prompt": "a"}',
+        ),
+        (
+            b'{"prompt": 3, "response": "b"}',
+            "texts that are not empty, last a user's and the assistant's, got {\"prompt\": 3",
+        ),
+        (b'{"prompt": " ", "response": "b"}', 'last a user\'s and the assistant\'s, got {"prompt": " "'),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}]}',
+            'assistant\'s, got {"messages": [{"role": "user"',
+        ),
+        (
+            b'{"messages": [{"role": "tool", "content": "a"}]}',
+            'assistant\'s, got {"messages": [{"role": "tool"',
+        ),
     ],
     ids=lambda value: None if isinstance(value, bytes) else value[-30:],
 )

@@ -208,7 +208,9 @@ def test_the_demo_model_is_found_without_importing_it(
 # The parts of a run
 
 
-def test_only_responses_have_labels_and_prompts_use_the_template(tiny: Path) -> None:
+def test_only_responses_have_labels_and_prompts_use_the_template(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from finetune_model import load_tokenizer
 
     tokenizer = load_tokenizer(tiny / "model")
@@ -220,8 +222,17 @@ def test_only_responses_have_labels_and_prompts_use_the_template(tiny: Path) -> 
     assert short["labels"] == [data.IGNORED] * 3 + [word[2], word[3], end]
     # Truncated before the end token.
     assert long["input_ids"] == [word[7], word[1], word[1], word[1], word[8], word[4]]
+    assert capsys.readouterr().out == (
+        "--max-length 6: of 2 examples, 0 left out, whose prompts alone are that long; "
+        "1 with their response cut\n"
+    )
     (only,) = data.encode(examples, tokenizer, max_length=5)  # the other's response is truncated away
     assert only["input_ids"] == short["input_ids"][:5]
+    assert "1 left out, whose prompts alone are that long; 1 with" in capsys.readouterr().out
+    data.encode(examples[:1], tokenizer, max_length=6)
+    assert capsys.readouterr().out == ""
+    (chat,) = data.encode([data.Example("w1", "w2", (("user", "w5"),))], tokenizer, max_length=9)
+    assert chat["input_ids"] == [word[7], word[5], word[8], word[2], end]
     with pytest.raises(data.UserError, match="--max-length: the prompts alone reach 3 tokens"):
         data.encode(examples, tokenizer, max_length=3)
 

@@ -298,6 +298,17 @@ def test_check_that_raises_is_a_failure(tool: ModuleType, long_check: Any) -> No
     assert row[0] == "FAILED" and row[2].startswith("the check itself failed: FileNotFoundError: ")
 
 
+def test_extras_are_resolved_on_the_promised_pythons(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(tool, "run", lambda command, name: calls.append(list(command)))
+    assert tool.extras_resolve() == "Python 3.11 and 3.14"
+    for python, command in zip(("3.11", "3.14"), calls, strict=True):
+        assert command[command.index("--python-version") + 1] == python and "--dry-run" in command
+        assert {"torch", "kernels>=0.17", "trl>=1.16", "uvicorn", "mkdocs-material"} < {*command}
+
+
 def test_list_and_only(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main(["--list", "--only", "tag|wheels"]) == 0
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["tag", "wheels"]

@@ -40,6 +40,13 @@ def test_bad_arguments_are_reported(arguments: list[str], words: str) -> None:
     assert done.returncode == 2 and words in done.stderr
 
 
+def test_figures_has_help() -> None:
+    done = subprocess.run(
+        [sys.executable, str(TOOLS / "figures.py"), "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and "NAME=VALUE" in done.stdout and not done.stderr
+
+
 def test_another_peft_is_installed_into_a_folder(
     tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 import peft_kernels as pk
 from peft_kernels.nn import NF4Linear
-from peft_kernels.quantize.model import report_of
+from peft_kernels.quantize.report import nbytes_of, report_of
 
 
 def kinds(model: nn.Module) -> dict[str, type]:
@@ -247,6 +247,23 @@ def test_report() -> None:
         assert report_of(twin) == report and report_of(twin) is not report
     assert report_of(nn.ModuleDict({"inner": model})) is report
     assert len(pickle.dumps(report)) < 2000
+
+
+@pytest.mark.parametrize("name", ["lm_head", "o"])
+def test_a_tied_head_is_not_said_to_be_packed_by_skip(name: str) -> None:
+    model = models.Net()
+    model.embedding = nn.Embedding(*model.get_submodule(name).weight.shape)
+    model.embedding.weight = model.get_submodule(name).weight
+    for skip in (None, ()):
+        left = report_of(pk.quantize_model(copy.deepcopy(model), skip=skip)).left
+        assert left[name] == "it shares its weight with another place in the model"
+
+
+def test_explain_says_what_the_model_takes_now() -> None:
+    model = pk.quantize_model(models.Net().to(torch.bfloat16)).float()
+    now, before = (f"{n / 1e6:.3g} MB" for n in (nbytes_of(model), report_of(model).bytes_before))
+    assert nbytes_of(model) != report_of(model).bytes_after
+    assert f"the model takes {now} of {before}\n" in pk.explain(model)
 
 
 def test_second_call_adds_to_the_report() -> None:

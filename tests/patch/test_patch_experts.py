@@ -237,7 +237,7 @@ def test_report() -> None:
     assert str(pk.patch(model)) == str(report)
     experts_of(model).register_forward_hook(lambda *_: None)
     model(tokens())
-    assert "1 call of 1 layer: hooks on the base layer" in str(report) and expected in str(report)
+    assert "1 call of 1 layer: hooks on a Qwen3MoeExperts" in str(report) and expected in str(report)
 
 
 def test_adapters_added_after_patch() -> None:

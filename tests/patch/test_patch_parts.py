@@ -67,6 +67,19 @@ def test_attention_chosen_after_the_patch() -> None:
     assert "in part" not in str(report)
 
 
+@pytest.mark.parametrize("how", ["in place", "wrapped"])
+def test_a_compiled_model_is_said_to_run_its_own_code(how: str) -> None:
+    model = models.tiny_llama()
+    pk.patch(model)
+    told = "in what torch.compile compiled, the model's own code runs for: "
+    assert told not in pk.explain(model)
+    if how == "in place":
+        model.compile(backend="eager")
+    else:
+        model = torch.compile(model, backend="eager")
+    assert f"{told}decoder layer, attention, norm, loss without logits" in pk.explain(model)
+
+
 def test_calls_of_sdpa_are_counted() -> None:
     config = transformers.GPT2Config(
         n_layer=1, n_head=2, n_embd=32, vocab_size=64, bos_token_id=1, eos_token_id=2

@@ -124,3 +124,42 @@ def test_an_error_leaves_the_model_as_it_was(what: str, monkeypatch: pytest.Monk
     assert torch.equal(model(input_ids=ids()).logits, expected)
     monkeypatch.undo()
     assert pk.patch(model).losses[0].fused
+
+
+class PlainNorm(nn.Module):
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_modules_compiled_by_torch_jit(when: str) -> None:
+    """They have no forward in Python, and no dictionaries of parameters and children."""
+    model = models.tiny_llama(num_hidden_layers=1)
+    layer, head = model.model.layers[0], nn.Linear(64, model.config.vocab_size, bias=False)
+    head.weight = model.lm_head.weight
+    parts: dict[str, Any] = {
+        "model.layers.0.self_attn.q_proj": torch.jit.script(layer.self_attn.q_proj),
+        "model.layers.0.input_layernorm": torch.jit.script(PlainNorm(layer.input_layernorm.weight)),
+        "model.layers.0.mlp.act_fn": torch.jit.script(nn.SiLU()),
+        "model.layers.0.mlp.down_proj": torch.jit.trace(layer.mlp.down_proj, torch.randn(2, 96)),
+        "lm_head": torch.jit.script(head),
+        "beside": torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))),
+    }
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["v_proj", "up_proj"]))
+    want, base = model(input_ids=ids(), labels=ids()).loss, model.get_base_model()
+    report = pk.patch(model) if when == "after" else None
+    for name, part in parts.items():
+        base.set_submodule(name, part)
+    report = report or pk.patch(model)
+    for _ in range(2):
+        torch.testing.assert_close(model(input_ids=ids(), labels=ids()).loss, want)
+    assert report.layers and all(layer.fused for layer in report.layers), report.details()
+    assert "fused" in str(report) and "fused" in pk.explain(model)
+    assert pk.unpatch(model)
+    torch.testing.assert_close(model(input_ids=ids(), labels=ids()).loss, want)
+    pk.quantize_model(base)
+    assert isinstance(layer.mlp.gate_proj, pk.nn.NF4Linear) and base.lm_head is parts["lm_head"]

@@ -143,10 +143,10 @@ def _rename_layer(path: str) -> Damage:
 
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "truncated": (_truncate, "adapter_model.safetensors: "),
-    "no-config": (lambda f: (f / "adapter_config.json").unlink(), "expected a adapter_config.json, got none"),
+    "no-config": (lambda f: (f / "adapter_config.json").unlink(), "expected adapter_config.json, got none"),
     "no-weights": (
         lambda f: (f / "adapter_model.safetensors").unlink(),
-        "expected a adapter_model.safetensors",
+        "expected adapter_model.safetensors",
     ),
     "no-json": (lambda f: (f / "adapter_config.json").write_text("{"), "expected a JSON object"),
     "list": (lambda f: (f / "adapter_config.json").write_text("[]"), "expected peft_type 'LORA', got"),

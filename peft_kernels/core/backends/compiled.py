@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import mmap
+import os
 import re
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ _TORCH = re.compile(rb"PEFT_KERNELS_TORCH=([^;]{1,40});")
 _CUDART = re.compile(rb"PEFT_KERNELS_CUDART=(\d{5,6});")
 _PACKAGE = Path(__file__).parents[2]
 _REBUILD = "rebuild it (pip install --no-deps --force-reinstall .)"
+_AGAIN = "; then pip install --no-deps --force-reinstall --no-cache-dir (its cache has the one without)"
 _STALE = "was built from other sources than this package: rebuild it (pip install .)"
 
 
@@ -119,7 +123,16 @@ class CompiledBackend:
                     f"this wheel has kernels for torch {versions}, this is torch {torch.__version__}: "
                     "install one of these, or build from source (pip install .)"
                 )
-            return self.not_built
+            if any(_PACKAGE.glob("_C*.torch*.so")):
+                return "this wheel has none of its kernels: install one that has, or build from source"
+            return (
+                self.not_built
+                if (reason := _reasons().get(self.name)) is None
+                else f"not built: {reason}{_AGAIN}"
+            )
+        for library in (self.file, self.file.with_name(f"libpeft_kernels_{self.name}.so")):
+            if library.exists() and _is_cut(library):
+                return f"{library} is cut off: reinstall it (pip install --force-reinstall --no-deps ...)"
         with (
             self.file.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
@@ -141,6 +154,26 @@ class CompiledBackend:
                 f"this is torch for CUDA {torch.version.cuda}: {_REBUILD}"
             )
         return None
+
+
+def _is_cut(library: Path) -> bool:
+    """Whether a library ends before its table of sections, which linkers put at its end. The process would
+    die where it reads the missing pages."""
+    with library.open("rb") as file:
+        header = file.read(64)
+        if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
+            return False  # the loader says what it is
+        (start,), (size, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+        return bool(start + size * count > file.seek(0, os.SEEK_END))
+
+
+def _reasons() -> dict[str, str]:
+    """Why the installation did not build a back end, as setup.py wrote it: pip hides what a build prints."""
+    try:
+        found: dict[str, str] = json.loads((_PACKAGE / "not_built.json").read_text(encoding="utf-8"))
+    except OSError:
+        return {}
+    return found
 
 
 def _cuda_major() -> int | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.wrong_types import an
 from ...nf4.sharded.checks import is_dtensor, is_sharded
 from ...nf4.sharded.ranks import first_value, groups_of, local_slices, make_parameter
 from ...nf4.weight import NF4Weight
@@ -71,7 +72,7 @@ def unsupported_reason(model: Any) -> str | None:
                 type(magnitude).__name__ != "DoraLinearLayer" or magnitude.fan_in_fan_out
             ):
                 return (
-                    f"use_dora: expected False for {name}, a {type(layer.get_base_layer()).__name__} on the "
+                    f"use_dora: expected False for {name}, {an(layer.get_base_layer())} on the "
                     "meta device, got True: only linear layers are supported there"
                 )
     known = {id(tensors[key]) for tensors, key in initialisable(model)}

@@ -45,7 +45,9 @@ class Rotary(Op):
 
     @staticmethod
     def backward(ops: Any, args: Any, results: Any, need: Any, dy: Any) -> dict[str, Any]:
-        return {"x": ops.rotary(list(dy), args.cos, args.sin, not args.inverse, args.x[0].dtype)}
+        given = [d for d in dy if d is not None]
+        rotated = iter(ops.rotary(given, args.cos, args.sin, not args.inverse, args.x[0].dtype))
+        return {"x": [None if d is None else next(rotated) for d in dy]}
 
 
 @names_wrong_types

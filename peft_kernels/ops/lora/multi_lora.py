@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import and_
 from typing import Any
 
 import torch
@@ -70,12 +71,16 @@ class MultiLoraLinear(Op):
     def backward(ops: Any, args: Any, results: Any, need: Any, dy: Sequence[Tensor | None]) -> dict[str, Any]:
         x, compute_dtype = args.x, args.compute_dtype
         whole = [x.new_zeros(y.shape) if d is None else d for d, y in zip(dy, results.y, strict=True)]
+        used = [d is not None for d in dy]
+        need_weight, need_bias = (list(map(and_, wanted, used)) for wanted in (need.weight, need.bias))
+        used = [used[j] for j in args.layer]
+        need_a, need_b = (list(map(and_, wanted, used)) for wanted in (need.lora_a, need.lora_b))
         dx, da, db = ops.multi_lora_linear_backward(
             whole, x, results.h, *columns(args.bases), args.lora_a, args.lora_b, args.layer, args.scaling,
-            args.dropout_p, args.seed, args.group, args.row_group, compute_dtype, need.x, need.lora_a,
-            need.lora_b,
+            args.dropout_p, args.seed, args.group, args.row_group, compute_dtype, need.x, need_a, need_b,
         )  # fmt: skip
-        dw, dbias = layer_gradients(ops, whole, x, compute_dtype, args.bias, need.weight, need.bias)
+        dw, dbias = layer_gradients(ops, whole, x, compute_dtype, args.bias, need_weight, need_bias)
+        da, db = ([d if u else None for d, u in zip(found, used, strict=True)] for found in (da, db))
         return {"x": dx, "weight": dw, "bias": dbias, "lora_a": da, "lora_b": db}
 
     @staticmethod

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.backends.base import DTYPES
+from ...core.wrong_types import an
 from ...ops.arguments import autocast_dtype, is_traced
 from ...ops.block.rms_norm import add_rms_norm, rms_norm
 from ...ops.casts import add_residual
@@ -90,7 +91,9 @@ def _rounds_to(half: Any, kwargs: dict[str, Any], x: Tensor) -> torch.dtype | No
 
 def examine(module: nn.Module, layers: Layers) -> Examination | None:
     if eligibility.layer(module) is None:
-        return None
+        above = eligibility.layer_of_subclass(module)
+        reason = f"a subclass of {above} with a forward of its own"
+        return Examination.of("decoder layer", module, FusedDecoderLayer, reason) if above else None
     reasons = ((name, _norm_reason(module._modules[name], layers)) for name in eligibility.NORM_NAMES)
     reason = next((f"{name}: {reason}" for name, reason in reasons if reason), "")
     return Examination.of("decoder layer", module, FusedDecoderLayer, reason)
@@ -99,5 +102,5 @@ def examine(module: nn.Module, layers: Layers) -> Examination | None:
 def _norm_reason(norm: Any, layers: Layers) -> str:
     found = norms.examine(norm, layers)
     if found is None:
-        return f"a {type(norm).__name__}, which is none of the norms known here"
+        return f"{an(norm)}, which is none of the norms known here"
     return found.reason or eligibility.device_reason(norm.weight, "add_rms_norm")

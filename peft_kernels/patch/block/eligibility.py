@@ -7,7 +7,7 @@ not by name. Functions that return only a reason return "" if there is none.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ...core.backends.base import DTYPES
+from ...core.module_calls import class_forward
+from ...core.wrong_types import an
 from .. import sources
 from ..eligibility import device_reason as device_reason
 from ..fused import Fallback, plain_class
@@ -101,14 +103,14 @@ class Attention(NamedTuple):
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module looks like a root mean square norm of transformers."""
-    name = plain_class(module).__name__
-    return name.endswith("RMSNorm") and not module._modules and module._parameters.get("weight") is not None
+    named = any(cls.__name__.endswith("RMSNorm") for cls in plain_class(module).__mro__)
+    return named and not module._modules and module._parameters.get("weight") is not None
 
 
 def norm(module: nn.Module) -> Norm | Fallback:
     """What the class of a norm computes, if it is known."""
     cls: Any = plain_class(module)
-    key = cls.forward, getattr(cls, "_norm", None)
+    key = class_forward(cls), getattr(cls, "_norm", None)
     found = _norms.get(key)
     if found is None:
         found = _norms[key] = _norm(*key)
@@ -125,7 +127,7 @@ def _norm(forward: Function, helper: Function | None) -> Norm | Fallback:
 def weight_reason(weight: Any, device: torch.device | None = None) -> str:
     """Why the weight of a norm cannot be used on an x on `device` (None: the device of the weight)."""
     if type(weight) not in ORDINARY:
-        return f"the weight is a {type(weight).__name__}"
+        return f"the weight is {an(weight)}"
     if weight.dtype not in DTYPES or weight.dim() != 1:
         return f"the weight is of {weight.dtype} and shape {tuple(weight.shape)}"
     if device is not None and device != weight.device:
@@ -142,6 +144,13 @@ def layer(module: nn.Module) -> tuple[tuple[str, Any], ...] | None:
     if forward not in _layers:
         _layers[forward] = None if sources.like(forward, *_LAYERS) is None else _defaults(forward)
     return _layers[forward]
+
+
+def layer_of_subclass(module: nn.Module) -> str:
+    """The class with Llama's forward that the class of a decoder layer replaces the forward of, or ""."""
+    above = plain_class(module).__mro__[1:]
+    forwards: Iterator[tuple[str, Any]] = ((cls.__name__, class_forward(cls)) for cls in above)
+    return next((name for name, forward in forwards if sources.like(forward, *_LAYERS) is not None), "")
 
 
 def _defaults(forward: Function) -> tuple[tuple[str, Any], ...]:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ...core import dispatch
-from ...core.module_calls import HOOKED
 from ...ops.arguments import is_traced
 from ...ops.gated import ACTIVATIONS, gated_mlp_args
 from ...ops.lora.multi_lora import AdaptedLinear, rounding
@@ -68,7 +67,7 @@ class Facts:
                     return f"{name}.{key} was changed after patch()"
             reason = hook_reason(now)
             if reason:
-                return f"hooks on {name}, which a fused forward would skip" if reason is HOOKED else reason
+                return f"{name}: {reason}"
         return ""
 
 

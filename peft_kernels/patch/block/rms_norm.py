@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.backends.base import DTYPES
+from ...core.wrong_types import an
 from ...nf4.sharded.checks import is_dtensor
 from ...ops.arguments import is_traced
 from ...ops.block.rms_norm import rms_norm
@@ -49,7 +50,7 @@ def operands(module: Any, x: Tensor) -> tuple[Tensor, float, dict[str, Any]] | F
     if reason:
         return Fallback(reason)
     if x.dtype not in DTYPES or type(x) not in eligibility.ORDINARY:
-        return Fallback(f"x is a {type(x).__name__} of {x.dtype}")
+        return Fallback(f"x is {an(x)} of {x.dtype}")
     return weight, getattr(module, kind.eps), {"offset": kind.offset, "casting": kind.casting}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...core.code_tables import WEIGHT_DTYPES
+from ...core.wrong_types import an
 from ...nf4.experts_packing import NF4Experts, weight_names
 from ...nf4.weight import NF4Weight
 from .. import sources, verify
@@ -82,7 +83,7 @@ def _wrapper_reason(wrapper: Any, experts: Any) -> str:
 def never_reason(base: Any) -> str:
     """Why no adapter on the parameters of this module can ever run fused."""
     if not all(hasattr(base, name) for name in ("has_gate", "has_bias", "is_transposed")):
-        return f"no fused forward over the parameters of a {type(base).__name__}"
+        return f"no fused forward over the parameters of {an(base)}"
     return ""
 
 

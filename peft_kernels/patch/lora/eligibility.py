@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.wrong_types import an
 from ...ops.arguments import is_traced
 from ...ops.lora.multi_lora import Adapter
 from .. import sources, verify
@@ -112,14 +113,14 @@ def adapter_operands(
     if reason:
         return Fallback(reason)
     if type(down).forward is not _linear_forward or type(up).forward is not _linear_forward:
-        return Fallback(f"an adapter is a {type(down).__name__} and a {type(up).__name__}")
+        return Fallback(f"an adapter is {an(down)} and {an(up)}")
     kind = type(dropout)
     if kind is nn.Identity:
         dropout_p = 0.0
     elif kind is nn.Dropout:
         dropout_p = dropout.p if dropout.training else 0.0
     else:
-        return Fallback(f"lora_dropout is a {kind.__name__}")
+        return Fallback(f"lora_dropout is {an(dropout)}")
     a, b, scaling = _weight(down), _weight(up), module.scaling[name]
     rounds = spec.autocast == dtype
     if rounds:

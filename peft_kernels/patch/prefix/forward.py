@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ...core.wrong_types import an
 from ..examination import Examination, Layers
 from ..fused import RECORD, Fused, plain_class
 from . import eligibility
@@ -47,7 +48,7 @@ class FusedPrefix(Fused):
         if prefix_cache.share(prompt, batch_size, dtype):
             setattr(prompt, prefix_cache.MARK, self.active_peft_config.num_virtual_tokens)
             return prompt
-        record.fallbacks[f"a prefix in a {type(prompt).__name__}"] += 1
+        record.fallbacks[f"a prefix in {an(prompt)}"] += 1
         return stock(batch_size, *args, **kwargs)
 
     @property

@@ -137,7 +137,7 @@ def two_adapters() -> tuple[Any, str]:
 def hooks() -> tuple[Any, str]:
     model = MODELS["head-lora"]()
     model.get_output_embeddings().register_forward_hook(lambda *args: None)
-    return model, "hooks on the base layer or an adapter"
+    return model, "hooks on a Linear"
 
 
 @pytest.mark.parametrize("case", [dropout_before_the_adapter, two_adapters, hooks])
