@@ -261,7 +261,13 @@ class NF4State:
             self.wrote()
         else:
             self.additions.append(addition)
+
+    def merged_values(self) -> Tensor | None:
+        """The dense values for a computation. Warns here and not in the merge: `merge_and_unload` leaves a
+        dense layer, which its caller wants."""
+        if self.merged and self.factor is None and not torch.compiler.is_compiling():
             warn_of_growth("merged", self)
+        return self.dense
 
     def wrote(self) -> None:
         """After any other write: dense from now on, unless the packed form's values were written."""

@@ -153,8 +153,8 @@ def _assign_data(func: Any, self: NF4Tensor, value: Tensor) -> None:
             name=old.name,
             format=old.format,
         )
-        if packed:
-            warn_of_growth("merged" if getattr(self, "_in_merge", 0) else "for good", state)
+        if packed and not getattr(self, "_in_merge", 0):
+            warn_of_growth("for good", state)
         value = type(self)(state, value.dtype)
     _plainly(func, self, value)
     self._state = value._state

@@ -59,7 +59,7 @@ def base_weight(
     fits x or `in_features`."""
     state: Any = weight._state if isinstance(weight, HoldsNF4) else weight
     packed = isinstance(state, NF4State)
-    dense = state.dense if packed else state
+    dense = state.merged_values() if packed else state
     if dense is None:
         if state is not weight and _requires_grad(weight):
             raise ValueError(

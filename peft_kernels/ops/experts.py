@@ -293,7 +293,7 @@ def experts_lora_linear(
 def _experts_of(x: Tensor, ends: Tensor, weight: Weight) -> tuple[tuple[int, int, int], Base]:
     state: Any = weight._state if isinstance(weight, HoldsNF4) else weight
     packed = isinstance(state, NF4State)
-    dense = state.dense if packed else state
+    dense = state.merged_values() if packed else state
     if len(state.shape) != 3:
         expected = "(experts, out_features, in_features)"
         raise ValueError(f"weight: expected shape {expected}, got {tuple(state.shape)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
+import models
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,15 +89,34 @@ def test_write_to_a_wrapped_dtype_rounds_to_that_dtype() -> None:
 def test_memory_growth_warns_once_per_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nf4_state, "_warned", set())
     weight = pk.NF4Weight.quantize(testing.tensor(12, 64), name="model.q.weight")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weight.add_(1)  # merge_and_unload leaves a dense layer
     with pytest.warns(
         UserWarning, match=r"^model\.q\.weight: 4\.5\d bytes for each value .* until it is unmerged"
     ):
-        weight.add_(1)
+        pk.nf4_linear(testing.tensor(2, 64), weight)
     with pytest.warns(UserWarning, match=r"^model\.q\.weight: 4 bytes for each value .* from now on"):
         weight.mul_(2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make().add_(1).mul_(2)
+
+
+def test_a_merge_into_dense_layers_does_not_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the recipe does it; what stays merged and packed warns when it is called."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    monkeypatch.setattr(nf4_state, "_warned", set())
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(pk.quantize_model(models.tiny_llama(num_hidden_layers=1)), config)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="until it is unmerged"):
+        model(input_ids=torch.ones(1, 3, dtype=torch.int64))
+    model.unmerge_adapter()
+    nf4_state._warned.clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*bytes for each value")
+        model.merge_and_unload()(input_ids=torch.ones(1, 3, dtype=torch.int64))
 
 
 def test_writing_the_same_values_stays_packed() -> None:
