@@ -15,6 +15,7 @@ from .json_file import read_json
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+_QUANTIZATION = "quantization_config"
 _LARGEST_JSON = 100_000_000
 _NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot")
@@ -51,7 +52,9 @@ class Checkpoint(Mapping[str, Tensor]):
         found = cls(path, {}, [path])
         index = None
         if path.is_dir():
-            found.config = found._json(path / CONFIG) if (path / CONFIG).exists() else {}
+            found.config = (
+                with_own_quantization(found._json(path / CONFIG)) if (path / CONFIG).exists() else {}
+            )
             index = found._index(path / INDEX) if (path / INDEX).exists() else None
             found.files = _shards(path) if index is None else sorted({path / file for file in index.values()})
             found.faults += [] if index is not None else _missing_shards(found.files)
@@ -148,3 +151,12 @@ def _shards(folder: Path) -> list[Path]:
         hint = f" ({others[0]} is another format: save the model as safetensors first)" if others else ""
         raise CheckpointError(f"{folder}: expected .safetensors files, got none{hint}")
     return found
+
+
+def with_own_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with the text model's `quantization_config` as the model's, if that has none."""
+    text = config.get("text_config")
+    if config.get(_QUANTIZATION) or not isinstance(text, dict) or not text.get(_QUANTIZATION):
+        return config
+    rest = {key: value for key, value in text.items() if key != _QUANTIZATION}
+    return config | {"text_config": rest, _QUANTIZATION: text[_QUANTIZATION]}

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..checkpoints.checks import nf4_weights, quantised_otherwise
-from ..checkpoints.folder import CONFIG, Checkpoint
+from ..checkpoints.folder import CONFIG, Checkpoint, with_own_quantization
 from ..checkpoints.header import CheckpointError, shown
 from ..checkpoints.json_file import read_json
 from ..checkpoints.names import Names
@@ -50,7 +50,8 @@ def base_of(path: Path, model: Any) -> Base:
     Raises CheckpointError for files that are damaged or do not fit the model, as loading does.
     """
     found = read_json(path / CONFIG if path.is_dir() else path, 10_000_000)
-    stored = found.get("quantization_config") if isinstance(found, dict) else None
+    found = with_own_quantization(found) if isinstance(found, dict) else {}
+    stored = found.get("quantization_config")
     if not stored:
         return Base()
     if not isinstance(stored, dict):

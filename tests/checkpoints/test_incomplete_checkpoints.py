@@ -150,7 +150,7 @@ def test_incomparable_models_are_reported(tmp_path: Path, capsys: pytest.Capture
     for changes, words in (
         ({"architectures": ["LlamaWithMore"]}, "transformers has no LlamaWithMore"),
         ({"model_type": "unheard-of"}, "unheard-of"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "it is quantised by fp8"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "it is quantised by hqq"),
     ):
         (source / "config.json").write_text(config)
         change_json(source / "config.json", **changes)

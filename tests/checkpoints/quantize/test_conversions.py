@@ -26,6 +26,8 @@ from transformers_models import (
 )
 
 import peft_kernels as pk
+from peft_kernels.checkpoints.checks import faults
+from peft_kernels.checkpoints.folder import Checkpoint
 from peft_kernels.integrations import transformers as integration
 from peft_kernels.nf4.experts_packing import packed_weights
 
@@ -166,6 +168,7 @@ def test_configuration_of_the_text_model(tmp_path: Path) -> None:
         config["text_config"]["quantization_config"] = config.pop("quantization_config")
 
     change_json(tmp_path / "config.json", move)
+    assert list(faults(Checkpoint.open(tmp_path))) == []
     integration.enable()
     try:
         again = loaded(type(model), tmp_path)
