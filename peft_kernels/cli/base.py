@@ -19,6 +19,7 @@ from ..checkpoints.owned import joined_stack, owned_stacks, owned_weights, owner
 from ..checkpoints.rows import read_layout
 from ..core.formats import FORMATS
 from ..core.nf4_state import NF4State
+from ..core.wrong_types import an
 from ..nf4.experts_packing import computes_experts
 from ..quantize.architectures import is_linear
 
@@ -130,8 +131,7 @@ def _check(model: Any, name: str, shape: tuple[int, ...], form: str) -> None:
     if module is None:
         return  # loading ignores it, and says so
     if not (is_linear(module) or isinstance(module, nn.Linear) or computes_experts(module)):
-        kind = type(module).__name__
-        raise CheckpointError(f"{name}: expected a dense weight for a {kind}, got {form}")
+        raise CheckpointError(f"{name}: expected a dense weight for {an(module)}, got {form}")
     expected = tuple(module._parameters[key].shape)
     if getattr(module, "is_transposed", False) or (is_linear(module) and not isinstance(module, nn.Linear)):
         expected = (*expected[:-2], expected[-1], expected[-2])

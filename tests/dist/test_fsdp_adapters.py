@@ -37,7 +37,7 @@ ZERO = {"an embedding": ["lora_B", "lora_embedding_A"], "orthogonal": [], "not s
 """Matrices that start as zeros, if not B alone."""
 REFUSED: dict[str, dict[str, Any]] = {
     r"init_lora_weights: expected True, .* got 'eva', which": {"init_lora_weights": "eva"},
-    r"use_dora: expected False for .*embed_tokens, a Embedding": {
+    r"use_dora: expected False for .*embed_tokens, an Embedding": {
         "use_dora": True,
         "target_modules": ["embed_tokens"],
     },

@@ -68,7 +68,7 @@ def test_adapters_are_loaded_used_and_removed(http: httpx.Client) -> None:
         (http.post("/generate", json=ask | {"adapter": "two"}), "expected one that is registered"),
         (http.post("/generate", json=ask | {"prompt": []}), "expected at least one token"),
         (http.put("/adapters/up", json={"folder": "../one"}), "expected one inside the server's"),
-        (http.put("/adapters/none", json={"folder": "none"}), "expected a adapter_config.json, got none"),
+        (http.put("/adapters/none", json={"folder": "none"}), "expected adapter_config.json, got none"),
     ):
         assert answer.status_code == 400 and message in answer.json()["detail"]
 
@@ -96,7 +96,7 @@ def test_bad_requests_get_plain_errors(http: httpx.Client, tmp_path: Path) -> No
         (
             http.put("/adapters/none", json={"folder": "none"}),
             400,
-            "none: expected a adapter_config.json, got none",
+            "none: expected adapter_config.json, got none",
         ),
         (http.put("/adapters/one", json={"folder": "two"}), 400, "name: 'one' is the adapter in one: unload"),
         (http.post("/generate", json={"prompt": [5], "temperature": -1}), 400, "temperature: expected 0 or"),

@@ -134,7 +134,7 @@ def test_parameters_of_a_linear_layer() -> None:
     report = pk.patch(model)
     assert [str(layer) for layer in report.original] == [
         "original base_model.model.0 (PEFT LoRA on weight of NF4Linear): "
-        "no fused forward over the parameters of a NF4Linear"
+        "no fused forward over the parameters of an NF4Linear"
     ]
     assert torch.equal(model(tokens()), plain)
     weight = model.base_model.model[0].get_base_layer().weight

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
+from ...core.wrong_types import an
 from ...nf4.experts_packing import computes_experts
 from ...nf4.owners import Owner
 from ...nf4.sharded import tensor_parallel
@@ -220,8 +221,8 @@ class Read(_Conversion):
         return copied
 
     def _packed(self, key: str, layer: Any) -> ValueError:
-        form, kind = packed_form(self.config), type(layer).__name__
-        return ValueError(f"{key}: expected a dense weight for a {kind}, got {form}")
+        form = packed_form(self.config)
+        return ValueError(f"{key}: expected a dense weight for {an(layer)}, got {form}")
 
     def _dense(self, weight: Tensor) -> Tensor:
         return weight if self.dtype is None else weight.to(self.dtype)

@@ -136,7 +136,7 @@ def test_packed_embeddings(tmp_path: Path, capsys: Captured) -> None:
         tensors |= {f"{name}_packed": codes, f"{name}_scale": scales, f"{name}_global_scale": torch.ones(1)}
 
     change_tensors(tmp_path / FILE, pack)
-    assert "expected a dense weight for a Embedding" in refused_alike(tmp_path, capsys)
+    assert "expected a dense weight for an Embedding" in refused_alike(tmp_path, capsys)
 
 
 def test_one_packed_layer_of_experts(tmp_path: Path, capsys: Captured) -> None:

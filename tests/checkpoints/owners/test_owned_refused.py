@@ -136,7 +136,7 @@ def test_packed_embeddings(tmp_path: Path) -> None:
 
     change_tensors(tmp_path / FILE, pack)
     with pytest.raises(
-        ValueError, match=rf"^{name}: expected a dense weight for a Embedding, got NVFP4 of c"
+        ValueError, match=rf"^{name}: expected a dense weight for an Embedding, got NVFP4 of c"
     ):
         read(tmp_path)
 

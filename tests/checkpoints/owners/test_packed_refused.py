@@ -256,12 +256,12 @@ FILES: dict[str, tuple[str, Change, str]] = {
         "fp8",
         lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"].to(
             torch.float8_e4m3fn)}),
-        r"^model\.embed_tokens\.weight: expected a dense weight for a Embedding, got FP8$",
+        r"^model\.embed_tokens\.weight: expected a dense weight for an Embedding, got FP8$",
     ),
     "FP8 embeddings with scales": (
         "fp8",
         lambda t: t.update({"model.embed_tokens.weight_scale_inv": torch.ones(1, 2)}),
-        r"^model\.embed_tokens\.weight: expected a dense weight for a Embedding, got FP8$",
+        r"^model\.embed_tokens\.weight: expected a dense weight for an Embedding, got FP8$",
     ),
 }  # fmt: skip
 
