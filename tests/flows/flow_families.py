@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -71,8 +72,8 @@ LEFT_OUT = {
 }
 
 
-def families() -> list[str]:
-    return [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in LEFT_OUT and not _nested(name)]
+def families(known: Iterable[str] = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) -> list[str]:
+    return [name for name in known if name not in LEFT_OUT and not _nested(name)]
 
 
 def _nested(name: str) -> bool:
@@ -81,7 +82,7 @@ def _nested(name: str) -> bool:
     return bool(getattr(kind, "sub_configs", None))
 
 
-def tiny(name: str, **options: Any) -> Any:
+def tiny(name: str, auto: Any = transformers.AutoModelForCausalLM, **options: Any) -> Any:
     """A model of the family in evaluation mode, without dropout and router jitter. `options` go to its
     configuration."""
     kind = transformers.models.auto.configuration_auto.CONFIG_MAPPING[name]
@@ -95,6 +96,6 @@ def tiny(name: str, **options: Any) -> Any:
         chosen.pop("head_dim", None)
         chosen["num_key_value_heads"] = 4
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(kind(**chosen | OVERRIDES.get(name, {}) | options))
+    model = auto.from_config(kind(**chosen | OVERRIDES.get(name, {}) | options))
     model.config.use_cache = False
     return model.float().eval()

@@ -62,14 +62,14 @@ class LinearCrossEntropy(Op):
         return *_scores(args), x.new_empty(x.shape if args.need_dx else (0, x.shape[1]))
 
     differentiable = ("x",)
-    saved_meta = ("x", "weight", "absmax", "absmax2", "offset", "bias", "labels", "loss")
+    saved_meta = ("x", "weight", "absmax", "absmax2", "offset", "bias", "loss")
     saved_outputs = ("lse", "entropy", "top", "mean", "dx")
 
     @staticmethod
     def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
         if results.dx.shape != args.x.shape:
             raise RuntimeError("need_dx: expected True where x is differentiated, got False")
-        return {"x": (results.dx * dy[:, None]).to(args.x.dtype)}
+        return {"x": (results.dx * _scored(args, dy)[:, None]).to(args.x.dtype)}
 
     @staticmethod
     def flops(args: Any) -> int:
@@ -143,6 +143,7 @@ class LinearCrossEntropyBackward(Op):
         x, h, k = args.x, args.h, args.x.shape[1]
         acc = accumulator_dtype(x.dtype)
         fakes, args = LinearCrossEntropyBackward.fake(args), _rounded(args)
+        dloss = _scored(args, args.dloss.to(acc))
         found: list[list[Any]] = [[] for _ in range(5)]  # one entry per piece; dx and dh are summed
         dx, dh, dw, dbias, db = found
         for begin, end in _columns(args):
@@ -150,7 +151,7 @@ class LinearCrossEntropyBackward(Op):
             parts: list[Any] = [None if t is None else t[begin:end] for t in (args.bias, args.lora_b)]
             bias, b = parts
             logits = _logits(ops, args, x, base, end - begin, bias, h, b)
-            d = _logit_gradients(args, *logits, args.lse, args.labels, begin) * args.dloss.to(acc)[:, None]
+            d = _logit_gradients(args, *logits, args.lse, args.labels, begin) * dloss[:, None]
             rounded = d.to(x.dtype)
             if args.need_dx:
                 dx = [sum(dx, _input_gradient(ops, rounded, base, k).to(acc))]
@@ -194,6 +195,11 @@ def _rounded(args: Any) -> Any:
     if args.base.absmax is not None:
         return args
     return args._replace(base=Base(args.base.weight.to(args.x.dtype)))
+
+
+def _scored(args: Any, dloss: Tensor) -> Tensor:
+    """dloss with zeros in rows without a label: a mean over no token sends them inf, and inf * 0 is NaN."""
+    return dloss.where(args.labels != args.ignore_index, 0.0)
 
 
 def _piece(

@@ -64,8 +64,8 @@ def linear_cross_entropy(
         Shifts labels by one along the last dimension, and ignores the last token, as causal language models
         are trained. Logits and hidden are not copied.
     reduction : str
-        "mean" over the tokens that have a label (NaN without any, as in torch), "sum", or "none": the losses
-        in the shape of labels, 0 where ignored.
+        "mean" over the tokens that have a label (without any: NaN, as in torch, and gradients of 0), "sum",
+        or "none": the losses in the shape of labels, 0 where ignored.
     num_items_in_batch : int or Tensor, optional
         With "mean": divisor of the sum instead of the number of tokens. Trainer passes it under gradient
         accumulation.

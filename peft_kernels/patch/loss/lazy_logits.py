@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ...ops.arguments import autocast_dtype
 from ...ops.loss.token_loss import linear_cross_entropy
 from . import lazy_ops
 from .recipe import Head, Recipe, Seal, Step, of_head
@@ -283,7 +284,12 @@ def _cross_entropy(
             reduction=reduction, logit_scale=recipe.inner * (cap or 1.0), softcap=cap,
             label_smoothing=label_smoothing,
         )  # fmt: skip
-    return loss.to(dtype)
+    return loss.to(_loss_dtype(dtype, logits.device.type))
+
+
+def _loss_dtype(logits: torch.dtype, device: str) -> torch.dtype:
+    """Of F.cross_entropy here: autocast runs it in fp32."""
+    return torch.float32 if autocast_dtype(device) is not None and logits.itemsize < 4 else logits
 
 
 _LAZY_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(

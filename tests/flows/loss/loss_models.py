@@ -11,6 +11,7 @@ import models
 import peft
 import peft_models
 import torch
+import transformers
 from flow_checks import Calls
 from flow_models import adapted, llama
 from torch import Tensor
@@ -29,6 +30,13 @@ def family(name: str, **settings: Any) -> Any:
         if hasattr(model, key):  # Cohere stores it
             setattr(model, key, value)
     return model
+
+
+def t5() -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0)
+    return transformers.T5ForConditionalGeneration(config).eval()
 
 
 def with_head(kind: str) -> Any:
@@ -56,6 +64,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: family("gpt2"),
     "gptj": lambda: family("gptj"),
     "bert": lambda: family("bert"),
+    "t5": t5,
     **{f"head-{kind}": lambda kind=kind: with_head(kind) for kind in
        ("frozen", "tied", "nf4", "bnb", "lora", "lora-nf4", "saved")},
 }  # fmt: skip

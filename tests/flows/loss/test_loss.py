@@ -73,6 +73,21 @@ def test_arguments_of_the_loss(option: str) -> None:
     assert type(positional.logits) is LazyLogits
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_batch_without_labels_has_gradients_of_zero(name: str) -> None:
+    """The mean over no token is NaN, in torch too. A micro-batch of this kind leaves what others gave."""
+    stock = MODELS[name]()
+    model, _ = patched(stock)
+    given = batch()
+    given["labels"] = torch.full_like(given["labels"], -100)
+    with Calls() as calls:
+        got = step(model, given)
+    assert losses_of(calls) == 1
+    assert got.pop("loss").isnan() and got and not any(g.any() for g in got.values())
+    want = step(stock, given)
+    assert want.pop("loss").isnan() and not any(g.any() for g in want.values())
+
+
 def test_logits_to_keep() -> None:
     """The labels are those of the kept positions."""
     stock = llama(vocab_size=VOCABULARY)

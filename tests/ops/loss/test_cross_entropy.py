@@ -159,6 +159,36 @@ def test_rows_do_not_mix(backend: str) -> None:
     torch.testing.assert_close(dx[others], clean[5][others])
 
 
+@pytest.mark.parametrize("rows", [6, 300])
+@pytest.mark.parametrize("kind", ["frozen", "nested", "trained", "adapter"])
+def test_ignored_rows_have_a_gradient_of_zero(backend: str, kind: str, rows: int) -> None:
+    """Whatever comes in: inf from a mean over no token, or NaN. It changes no other gradient either."""
+    if backend == "triton" and rows > 100:
+        pytest.skip("triton: each row is a program of its own, as where they are fewer")
+    x, bias = testing.tensor(rows, 32).requires_grad_(), testing.tensor(60, seed=3)
+    weight = weight_of("nested" if kind == "nested" else "dense", 60, 32, x.dtype)
+    leaves = {"hidden": x, "bias": bias} if kind in ("trained", "adapter") else {"hidden": x}
+    if kind == "trained":
+        leaves["weight"] = weight
+    if kind == "adapter":
+        leaves["lora_a"], leaves["lora_b"] = testing.tensor(4, 32, seed=4), testing.tensor(60, 4, seed=5)
+    leaves = {name: t.requires_grad_() for name, t in leaves.items()}
+
+    def gradients(labels: Tensor, *dy: Tensor, **options: str) -> tuple[Tensor, ...]:
+        given: dict[str, Any] = {"weight": weight, "bias": bias, **leaves, **options}
+        losses = pk.linear_cross_entropy(labels=labels, **given)
+        return torch.autograd.grad(losses, tuple(leaves.values()), dy or None)
+
+    assert not any(g.any() for g in gradients(torch.full((rows,), IGNORED)))
+    labels, dy = labels_of(rows, 60), testing.tensor(rows, seed=9)
+    dy[4::5] = 0.0
+    want = gradients(labels, dy, reduction="none")
+    for value in (float("nan"), float("inf")):
+        dy[4::5] = value
+        got = gradients(labels, dy, reduction="none")
+        assert not got[0][4::5].any() and all(map(torch.equal, got, want))
+
+
 @pytest.mark.parametrize(
     "base,dtype",
     [
