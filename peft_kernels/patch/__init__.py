@@ -56,8 +56,9 @@ def patch(model: nn.Module, without: str | Iterable[str] = (), dry_run: bool = F
         - "norms" (CPU): RMS norms. They have no second derivatives.
         - "residuals" (CPU): the residual sum of a decoder layer like Llama's in one op with the norm after
           it.
-        - "loss" (CPU): models of transformers compute the loss of their labels by `linear_cross_entropy`.
-          `outputs.logits` are then computed when they are read: do that before the optimizer's step.
+        - "loss" (CPU): the head of a model of transformers returns logits that are computed when they are
+          read: do that before the optimizer's step. F.cross_entropy, the model's or your own, computes the
+          loss from them by `linear_cross_entropy`, without reading them.
     dry_run : bool
         Change nothing; the report says what would be fused.
 
@@ -112,7 +113,7 @@ def _patch(model: nn.Module, without: frozenset[str], dry_run: bool) -> PatchRep
 
 
 def _can_install(found: Examination, module: nn.Module) -> bool:
-    return not fused.replaced_reason(module) or (found.mixin is LossModel and has_trl_head(module))
+    return found.mixin is LossModel or not fused.replaced_reason(module)  # of that only the head is called
 
 
 def _install(report: PatchReport, plan: list[tuple[nn.Module, LayerReport, Examination]]) -> None:
@@ -144,6 +145,10 @@ def _install(report: PatchReport, plan: list[tuple[nn.Module, LayerReport, Exami
         entry.record = record
         if entry.family == LOSS and has_trl_head(module):
             module.forward = module.forward  # now ours is set around it
+    for entry in report.losses:
+        for head in heads(entry._module()) if entry.record is not None else ():
+            if (of_head := fused.record_of(head)) is not None:
+                of_head.of_model = entry.record
 
 
 def unpatch(model: nn.Module) -> int:

@@ -18,6 +18,7 @@ from .lora.eligibility import class_reason, is_lora
 from .lora.forward import FusedLora, lora_reason
 from .lora.linear4bit import FusedLinear4bit
 from .loss import forward as loss_forward
+from .loss.eligibility import heads
 from .prefix import forward as prefix_forward
 
 LAYER, MLP, NORM, ATTENTION, DECODER_LAYER = "layer", "gated MLP", "norm", "attention", "decoder layer"
@@ -110,8 +111,12 @@ def examine_all(
     if LAYER in families:
         for name, module, found in layers(model, known):
             yield name, module, LAYER, found
+    lazy: set[nn.Module] = set()  # heads, which a model may share with one that wraps it
     for name, module in model.named_modules():
         for family in families:
             other = None if family == LAYER else examine(module, family, known, without)
+            if family == LOSS and other is not None:
+                own = set(heads(module)) - lazy
+                other, lazy = other if own else None, lazy | own
             if other is not None:
                 yield name, module, family, other

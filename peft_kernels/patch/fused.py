@@ -47,6 +47,8 @@ class Record:
     """Calls that took the original forward, by reason."""
     facts: Any = None
     """Found when the module was patched, for kinds that need it."""
+    of_model: Record | None = None
+    """Of a head: the record of its model, which counts calls that compute logits."""
     without: frozenset[str] = frozenset()
     """The parts that `patch` was told to leave out."""
     cached: Any = None

@@ -44,7 +44,7 @@ class LayerReport:
         module = self._module()
         if module is None or (self.record is not None and record_of(module) is not self.record):
             return self.as_found
-        if reason := replaced_reason(module):
+        if self.family != LOSS and (reason := replaced_reason(module)):
             return reason
         if self.record is not None and self.record.facts is not None:
             changed: str = self.record.facts.change_reason(module)

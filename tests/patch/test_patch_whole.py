@@ -62,7 +62,7 @@ def test_the_first_line_names_what_is_lost(lost: str, monkeypatch: pytest.Monkey
     first, norm = base.model.layers[0], base.model.norm
     if lost.startswith("attention"):  # its projections and rotary embedding only
         monkeypatch.setattr(sys.modules[type(base).__module__], "apply_rotary_pos_emb", lambda *_: None)
-    wrapped: dict[str, Any] = {"gated": first.mlp, "norm": norm, "loss": base}
+    wrapped: dict[str, Any] = {"gated": first.mlp, "norm": norm, "loss": base.lm_head}
     if module := wrapped.get(lost.split(" ")[0]):
         module.forward = torch.autocast("cpu", dtype=torch.bfloat16)(module.forward)
     lost = "loss without logits (1 of 1)" if lost == "loss" else lost

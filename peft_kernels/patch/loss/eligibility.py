@@ -1,73 +1,58 @@
-"""Finds models of transformers that compute a loss from labels, and the layers that compute their logits."""
+"""Finds the layers that compute the logits of a model of transformers."""
 
 from __future__ import annotations
 
-import inspect
 import sys
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
 from .. import eligibility
 from ..eligibility import TRANSPOSED, layer_reason, linear_kind
-from ..fused import plain_class, replaced_reason
+from ..fused import replaced_reason
 from ..lora.eligibility import is_lora
 from ..lora.forward import lora_reason
 
 
-def takes_labels(module: nn.Module) -> bool:
-    """Whether a module is a model of transformers that computes a loss from labels and its head's logits."""
+def heads(model: Any) -> list[Any]:
+    """The layers that compute the logits of a model of transformers: its head, or the copies of it that PEFT
+    trains. None for another module, or a model with a list of heads."""
     if "transformers" not in sys.modules:
-        return False
+        return []
     from transformers import PreTrainedModel
 
-    if not isinstance(module, PreTrainedModel) or _labels_at(module) is None:
-        return False
-    return _head(module) is not None
-
-
-def computes_loss(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether this call of such a model computes the loss."""
-    if "labels" in kwargs:
-        return kwargs["labels"] is not None
-    at = _labels_at(model)
-    return at is not None and len(args) > at and args[at] is not None
-
-
-def _labels_at(model: nn.Module) -> int | None:
-    """The position of `labels` among the arguments of a model's forward."""
-    cls: Any = plain_class(model)
-    return _labels_position(cls)
-
-
-@cache
-def _labels_position(cls: Any) -> int | None:
-    names = list(inspect.signature(cls.forward).parameters)
-    return names.index("labels") - 1 if "labels" in names else None
-
-
-def _head(model: Any) -> nn.Module | None:
+    if not isinstance(model, PreTrainedModel):
+        return []
     try:
-        head: nn.Module | None = model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):  # models without a head, or with a list of heads
-        return None
-    return head
-
-
-def heads(model: nn.Module) -> list[nn.Module]:
-    """The layers that compute a model's logits: its head, or the copies of it that PEFT trains."""
-    head: Any = _head(model)
+        head: Any = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return []
+    if not isinstance(head, nn.Module):
+        return []
     trained = getattr(head, "modules_to_save", None)
     if isinstance(trained, nn.ModuleDict):
         return [head.original_module, *trained.values()]
-    return [head]
+    return [getattr(head, "token_adapter", head)]
+
+
+def is_tokens(layer: Any) -> bool:
+    """Whether this is a layer of which PEFT trains the rows of some tokens."""
+    peft = sys.modules.get("peft.tuners.trainable_tokens")
+    return peft is not None and isinstance(layer, peft.TrainableTokensLayer)
 
 
 def device_reason(weight: Tensor) -> str:
     """Why the loss of a head with this weight is not computed without logits, or "". Heads may be trained."""
     ops = "linear_cross_entropy", "linear_cross_entropy_trained"
     return next(filter(None, (eligibility.device_reason(weight, op) for op in ops)), "")
+
+
+def freed_reason(layer: nn.Module) -> str:
+    """Why the weights of a layer are gone after its forward, or ""."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and isinstance(layer, fsdp.FSDPModule):
+        return "FSDP2 shards the head as a unit of its own"
+    return "DeepSpeed shards the head" if any(hasattr(p, "ds_id") for p in layer.parameters()) else ""
 
 
 def head_reason(layer: nn.Module) -> str:
@@ -79,6 +64,7 @@ def head_reason(layer: nn.Module) -> str:
         return f"the head: {reason}"
     if is_lora(layer):
         return lora_reason(layer)
+    layer = layer.base_layer if is_tokens(layer) else layer  # type: ignore[assignment]
     if linear_kind(layer) in ("", TRANSPOSED):
         return f"its head is a {type(layer).__name__}"
     return layer_reason(layer)

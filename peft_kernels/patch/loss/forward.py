@@ -1,17 +1,13 @@
-"""The loss of a model of transformers without computing its logits.
+"""Models of transformers whose head returns logits that are not computed yet (`lazy_logits`).
 
-While a model computes a loss its head returns logits that are not computed yet (`lazy_logits`). The model's
-own code handles these like any other logits and returns them in its outputs.
+The model's own code, or whoever computes a loss from its outputs, handles these like any other logits.
 """
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +22,9 @@ from ..lora.eligibility import is_lora
 from ..lora.forward import FusedLora, adapted_operands, rounded
 from ..lora.linear4bit import FusedLinear4bit
 from . import eligibility, few_rows, trl_head
+from .eligibility import is_tokens
 from .lazy_logits import lazy_logits
-from .recipe import Head, Seal
+from .recipe import Head, HeadCall
 
 
 @dataclass
@@ -43,40 +40,8 @@ class LossFacts:
         return f"the head, a {type(late[0]).__name__}, was added after patch(); patch again" if late else ""
 
 
-class _Computing(threading.local):
-    """The model that computes a loss on this thread."""
-
-    record: Record | None = None
-    seals: list[Seal] = []  # noqa: RUF012 - replaced before anything is added
-    """Those of the logits returned to it."""
-
-
-_now = _Computing()
-
-
-@contextmanager
-def _computing(record: Record | None) -> Iterator[None]:
-    before, _now.record, _now.seals = (_now.record, _now.seals), record, []
-    try:
-        yield
-    finally:
-        seals, (_now.record, _now.seals) = _now.seals, before
-        for seal in seals:
-            seal.close()
-
-
 class LossModel(Fused):
-    """A model that computes a loss from labels."""
-
-    signed: ClassVar[bool] = True
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        stock = super().forward  # type: ignore[misc]
-        record = self.__dict__.get(RECORD)
-        if record is None or torch.compiler.is_compiling():
-            return stock(*args, **kwargs)
-        with _computing(record if eligibility.computes_loss(self, args, kwargs) else None):
-            return stock(*args, **kwargs)
+    """A model with such a head."""
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
         if name == "forward" and RECORD in self.__dict__ and trl_head.is_added(value):
@@ -89,26 +54,30 @@ class LazyHead(Fused):
 
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         stock = super().forward  # type: ignore[misc]
-        record = None if torch.compiler.is_compiling() else _now.record
-        if record is None or RECORD not in self.__dict__ or _has_few_logits(self, x):
+        own = self.__dict__.get(RECORD)
+        record = None if own is None or torch.compiler.is_compiling() else own.of_model
+        if record is None or _is_read_at_once(self, x):
             return stock(x, *args, **kwargs)
         logits = Fallback("extra arguments") if args or kwargs else _logits(self, x, record)
         if isinstance(logits, Tensor):
             return logits
         record.fallbacks[f"logits are computed for the loss, {logits.reason}"] += 1
-        with _computing(None):
-            return stock(x, *args, **kwargs)
+        return stock(x, *args, **kwargs)
 
 
 class LazyLinear(LazyHead):
     """A head that otherwise runs its own forward, except for a few rows without a gradient."""
 
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if _now.record is None and RECORD in self.__dict__ and not torch.compiler.is_compiling():
+        if RECORD in self.__dict__ and not torch.compiler.is_compiling():
             found = None if args or kwargs else few_rows.logits(self, x)
             if found is not None:
                 return found
         return super().forward(x, *args, **kwargs)
+
+
+class LazyTokens(LazyHead):
+    """A head of which PEFT trains the rows of some tokens."""
 
 
 class LazyLinear4bit(LazyHead, FusedLinear4bit):
@@ -123,14 +92,16 @@ def head_mixin(layer: nn.Module) -> type[LazyHead]:
     """The class to install in a layer that computes logits."""
     if is_lora(layer):
         return LazyLora
+    if is_tokens(layer):
+        return LazyTokens
     return LazyLinear4bit if is_linear4bit(layer) else LazyLinear
 
 
 def examine(module: nn.Module, layers: Layers) -> Examination | None:
-    """Examines a model that computes a loss from labels and logits."""
-    if not eligibility.takes_labels(module):
-        return None
+    """Examines a model that computes logits."""
     heads = eligibility.heads(module)
+    if not heads:
+        return None
     reasons = [eligibility.head_reason(layer) for layer in heads]
     if any(record_of(layer) is not None and not has(layer, LazyHead) for layer in heads):
         reasons.append("its head was patched without the loss; unpatch first")
@@ -138,17 +109,21 @@ def examine(module: nn.Module, layers: Layers) -> Examination | None:
     return Examination.of("loss without logits,", module, LossModel, reason, LossFacts())
 
 
-def _has_few_logits(layer: Any, x: Any) -> bool:
-    return (
-        isinstance(x, Tensor)
-        and x.numel() // max(x.shape[-1], 1) * layer.out_features < small_calls.FEW_LOGITS
-    )
+def _is_read_at_once(layer: Any, x: Any) -> bool:
+    """Whether there are few logits, or those of one token of each sequence, as in generation."""
+    if not isinstance(x, Tensor) or not x.dim():
+        return False
+    rows = x.numel() // max(x.shape[-1], 1)
+    few = rows * getattr(layer, "base_layer", layer).out_features < small_calls.FEW_LOGITS
+    return few or not (torch.is_grad_enabled() or x.shape[-2:-1] != (1,))
 
 
 def _logits(layer: Any, x: Any, record: Record) -> Tensor | Fallback:
     """Logits that are not computed yet."""
     if type(x) is not Tensor or torch._C._are_functorch_transforms_active() or is_traced():
         return Fallback(f"hidden states are a {type(x).__name__}, or a transform of torch.func is active")
+    if reason := eligibility.freed_reason(layer):
+        return Fallback(reason)
     operands: Any = _operands(layer, x)
     if isinstance(operands, Fallback):
         return operands
@@ -164,9 +139,7 @@ def _logits(layer: Any, x: Any, record: Record) -> Tensor | Fallback:
         one = rounded(one, base.dtype)
         parts = one.lora_a, one.lora_b, one.scaling
     head = Head(x.to(base.dtype), base.weight, base.bias, *parts)
-    seal = Seal(head)
-    _now.seals.append(seal)
-    return lazy_logits(head, base.out_dtype, seal, record.facts.reads)
+    return lazy_logits(HeadCall(head, layer), base.out_dtype, record.facts.reads)
 
 
 def _operands(layer: Any, x: Tensor) -> Any:
@@ -178,6 +151,21 @@ def _operands(layer: Any, x: Tensor) -> Any:
         if found != Fallback():
             return found
         base = fused_operands(layer.get_base_layer(), spec, called=False)  # PEFT runs it alone
+    elif is_tokens(layer):
+        base = _with_tokens(layer, spec)
     else:
         base = fused_operands(layer, spec, rounds_frozen=False)
     return base if isinstance(base, Fallback) else (base, [])
+
+
+def _with_tokens(layer: Any, spec: Any) -> Any:
+    """The base layer with the trained rows, as PEFT computes it."""
+    base = fused_operands(layer.base_layer, spec, called=False)
+    active = [] if layer.disable_adapters or layer.merged else layer.active_adapters
+    if layer.disable_adapters and layer.merged:
+        return Fallback("adapters that are merged, and to be unmerged")
+    if isinstance(base, Fallback) or not active:
+        return base
+    if len(active) > 1 or base.bias is not None:
+        return Fallback("several adapters of the head's tokens, or its bias, which PEFT leaves out")
+    return base._replace(weight=layer.get_merged_weights(active).to(base.dtype))

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo  # the public one imports Dynamo at once
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ...ops.arguments import autocast_dtype
 from ...ops.loss.token_loss import linear_cross_entropy
 from . import lazy_ops
-from .recipe import Head, Recipe, Seal, Step, of_head
+from .recipe import HeadCall, Recipe, Step, of_head
 
 
 @dataclass
@@ -46,16 +48,21 @@ class LazyLogits(Tensor):
     _state: State
 
     @classmethod
+    @_disable_dynamo  # in a compiled function it runs as it is, between graphs
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA or (func is Tensor.register_hook and _is_torch_hook(args[1])):
+        wanted = _wanted_gradients(func, args, kwargs) if func in _GRADIENTS else []
+        for one in wanted:
+            call = one._state.recipe.call
+            if call.is_scored:
+                raise RuntimeError(
+                    f"logits: expected no {_GRADIENTS[func]}, for a loss was computed without them and has "
+                    'no gradient with respect to them; do it before the loss, or patch with without="loss"'
+                )
+            call.is_plain = True
+        if wanted or func in _METADATA or (func is Tensor.register_hook and _is_torch_hook(args[1])):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _GRADIENTS and _wants_gradient(func, args, kwargs):
-            raise RuntimeError(
-                f"logits: expected no {_GRADIENTS[func]}, for the loss is computed without logits and has no "
-                'gradient with respect to them; patch with without="loss"'
-            )
         logits = args[0] if args else None
         if isinstance(logits, LazyLogits) and is_lazy(logits):
             if func in _LAZY_FUNCTIONS:
@@ -67,6 +74,7 @@ class LazyLogits(Tensor):
         return _call_materialized(func, args, kwargs)
 
     @classmethod
+    @_disable_dynamo
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
@@ -88,12 +96,13 @@ class LazyLogits(Tensor):
         return tree_map(lambda t: own.get(id(t), t), out)  # in-place ops return their argument
 
 
-def lazy_logits(head: Head, dtype: torch.dtype, seal: Seal, reads: Counter[str]) -> Tensor:
-    """Lazy logits of the head, (*hidden.shape[:-1], vocabulary)."""
+def lazy_logits(call: HeadCall, dtype: torch.dtype, reads: Counter[str]) -> Tensor:
+    """Lazy logits of a head, (*hidden.shape[:-1], vocabulary)."""
+    head = call.head
     shape = (*head.hidden.shape[:-1], head.weight.shape[0])
     like = torch.empty(shape, dtype=dtype, device="meta")
     steps: tuple[Step, ...] = () if dtype == head.hidden.dtype else (lambda t: t.to(dtype),)
-    logits: LazyLogits = _Deferred.apply(Recipe(head, seal, steps), like, reads, *head.tensors)
+    logits: LazyLogits = _Deferred.apply(Recipe(call, steps), like, reads, *head.tensors)
     _set_node(logits)
     return logits
 
@@ -105,7 +114,7 @@ def without_values(like: Tensor, state: State) -> LazyLogits:
         like.shape,
         strides=like.stride(),
         dtype=like.dtype,
-        device=state.recipe.head.hidden.device,
+        device=state.recipe.call.head.hidden.device,
     )
     logits._state = state
     return logits
@@ -118,14 +127,10 @@ class _Deferred(torch.autograd.Function):
         return without_values(like, State(recipe, reads))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        recipe: Recipe = ctx.recipe
-        recipe.seal.check()
-        head = recipe.head.detached(leaves=True)
-        wanted = [t for t in head.tensors if t.requires_grad]
-        with torch.enable_grad():
-            found = iter(torch.autograd.grad(recipe.compute(head), wanted, dy, allow_unused=True))
-        return None, None, None, *(next(found) if t.requires_grad else None for t in head.tensors)
+        call: HeadCall = ctx.recipe.call
+        return None, None, None, *call.gradients(dy.to(call.head.hidden.dtype))
 
 
 class _Tanh(torch.autograd.Function):
@@ -141,8 +146,7 @@ class _Tanh(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         recipe: Recipe = ctx.recipe
-        recipe.seal.check()
-        return torch.ops.aten.tanh_backward.default(dy, recipe.compute(recipe.head))
+        return torch.ops.aten.tanh_backward.default(dy, recipe.compute())
 
 
 # Materialising.
@@ -157,9 +161,9 @@ def materialize(logits: LazyLogits, by: str) -> Tensor:
             if state.base is not None:
                 state.value = state.recipe.steps[-1](materialize(state.base, by))
             else:
-                state.recipe.seal.check()
+                state.recipe.call.check()
                 state.reads[by] += 1
-                state.value = state.recipe.compute(state.recipe.head)
+                state.value = state.recipe.compute()
     return state.value
 
 
@@ -193,6 +197,8 @@ def _layout(t: Tensor) -> Any:
 
 def is_lazy(logits: LazyLogits) -> bool:
     """Whether neither these nor the logits they are a view of have values, which may have been written to."""
+    if logits._state.recipe.call.is_plain:
+        return False
     at: LazyLogits | None = logits
     while at is not None:
         if at._state.value is not None:
@@ -273,8 +279,8 @@ def _cross_entropy(
     if len(shape) != 2 or target.shape != shape[:-1]:
         return NotImplemented
     recipe: Recipe = logits._state.recipe
-    recipe.seal.check()
-    head, cap = recipe.head, recipe.outer
+    recipe.call.check()
+    head, cap = recipe.call.head, recipe.outer
     if not logits.requires_grad:
         head = head.detached(leaves=False)
     with of_head(head):
@@ -284,6 +290,7 @@ def _cross_entropy(
             reduction=reduction, logit_scale=recipe.inner * (cap or 1.0), softcap=cap,
             label_smoothing=label_smoothing,
         )  # fmt: skip
+    recipe.call.is_scored = True
     return loss.to(_loss_dtype(dtype, logits.device.type))
 
 
@@ -329,13 +336,15 @@ _GRADIENTS: dict[Any, str] = {
 }
 
 
-def _wants_gradient(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether the call is for a gradient with respect to logits."""
+def _wanted_gradients(func: Any, args: Any, kwargs: Any) -> list[LazyLogits]:
+    """The logits of which the call wants the gradient."""
+    if func is Tensor.register_hook and _is_torch_hook(args[1]):
+        return []
     if func is torch.autograd.grad:
         inputs = args[1] if len(args) > 1 else kwargs["inputs"]
     else:
         inputs = kwargs.get("inputs") if func is torch.autograd.backward else args[0]
-    return any(isinstance(t, LazyLogits) for t in tree_leaves(inputs))
+    return [t for t in tree_leaves(inputs) if isinstance(t, LazyLogits)]
 
 
 def _is_torch_hook(hook: Any) -> bool:

@@ -48,7 +48,7 @@ def _same(op: Any, before: Tensor, recipe: Recipe, *, memory_format: Any = None)
 def _to(
     op: Any, before: Tensor, recipe: Recipe, *, dtype: Any = None, device: Any = None, **others: Any
 ) -> LazyResult | None:
-    if device not in (None, recipe.head.hidden.device) or any(others.values()):
+    if device not in (None, recipe.call.head.hidden.device) or any(others.values()):
         return None
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         return None
@@ -94,7 +94,7 @@ def _index(op: Any, before: Tensor, recipe: Recipe, indices: Sequence[Tensor | N
     if taken >= before.dim():
         return None
     kept = [None if t is None else t.clone() for t in indices]  # the caller may write to them
-    shape = op(recipe.rows(recipe.head.hidden.detach()[..., :1]), kept).shape[:-1]
+    shape = op(recipe.rows(recipe.call.head.hidden.detach()[..., :1]), kept).shape[:-1]
     like = torch.empty((*shape, before.shape[-1]), dtype=before.dtype, device="meta")
     return _append_like(like, recipe, lambda t: op(t, kept), lambda rows: op(rows, kept))
 

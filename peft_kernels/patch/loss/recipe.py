@@ -1,7 +1,9 @@
-"""How to compute lazy logits: the operands of the head, and the steps of the model after it."""
+"""How to compute lazy logits: the call of the head, and the steps of the model after it."""
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,9 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ...core.fingerprint import bits_hash
 from ...core.nf4_state import NF4State
 from ...ops.arguments import no_autocast
 from ...ops.linear import nf4_linear
@@ -54,51 +57,92 @@ class Head(NamedTuple):
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-class Seal:
-    """Checks that the operands of a head have the same bits as when its model returned.
+class HeadCall:
+    """One call of a head, by the module `layer`."""
 
-    Version counters are not enough: fused optimizers, bitsandbytes, writes through `.data` or numpy, and
-    FSDP2, which gathers weights again, do not change them. So the bits are hashed once for each forward.
-    """
+    def __init__(self, head: Head, layer: nn.Module) -> None:
+        self.head = head
+        self.is_scored = False
+        """Whether a loss was computed without these logits."""
+        self.is_plain = False
+        """Whether all that follows computes with their values."""
+        self._layer = layer
+        self._is_stepped = False
+        self._has_gradients = torch.is_grad_enabled()
+        self._before = self._state()
+        self._graph: tuple[Any, list[Tensor]] | None = None
+        _watch_optimizers()
+        _calls[id(self)] = self
 
-    def __init__(self, head: Head) -> None:
-        self._head = head
-        self._hashes: dict[str, Tensor | None] | None = None
+    def logits(self) -> Tensor:
+        """Their values, computed as in the forward."""
+        self.check()
+        leaves = self.head.detached(leaves=self._has_gradients)
+        plain = no_autocast(self.head.hidden.device.type)
+        # Hooks for saved tensors that are active now are for those of the caller.
+        with plain, torch.enable_grad(), saved_tensors_hooks(_unchanged, _unchanged):
+            logits = leaves.logits()
+            view = logits.view_as(logits)  # torch takes no edge of a Function in Python
+            if self._graph is None and view.requires_grad:  # not below autograd
+                self._graph = get_gradient_edge(view), leaves.tensors  # which keeps no values
+        return logits.detach()
 
-    def close(self) -> None:
-        """Called when the model's forward has returned. Nothing is checked before."""
-        self._hashes = self._found()
+    def gradients(self, dy: Tensor) -> list[Tensor | None]:
+        """Of the operands, which are `head.tensors`."""
+        self.check()
+        if self._graph is None:
+            self.logits()
+        if self._graph is None:
+            return [None] * len(self.head.tensors)
+        edge, leaves = self._graph
+        wanted = [t for t in leaves if t.requires_grad]
+        found = iter(torch.autograd.grad(edge, wanted, dy, retain_graph=True, allow_unused=True))
+        return [next(found) if t.requires_grad else None for t in leaves]
 
     def check(self) -> None:
-        """Raises RuntimeError if the logits would have other values now."""
-        if self._hashes is None:
-            return
-        now = self._found()
-        pairs = [(before, now.get(name)) for name, before in self._hashes.items()]
-        if len(now) != len(pairs) or not all(
-            a is not None and b is not None and torch.equal(a, b) for a, b in pairs
-        ):
+        """Raises RuntimeError if the logits would have other values now. Writes through `.data` or numpy are
+        not found, as in torch."""
+        if self._is_stepped or self._state() != self._before:
             raise RuntimeError(
                 "logits: expected to be read before the head's weights or the hidden states change, got a "
                 'read after; read them sooner, or patch with without="loss"'
             )
 
-    def _found(self) -> dict[str, Tensor | None]:
-        parts = {name: t for name, t in self._head._asdict().items() if isinstance(t, Tensor)}
-        if isinstance(self._head.weight, NF4State):
-            parts |= self._head.weight.tensors()
-        with torch.no_grad():
-            return {f"{name} {tuple(t.shape)} {t.dtype}": _hash(t) for name, t in parts.items()}
+    def note_step(self, trained: set[int]) -> None:
+        """An optimizer has changed parameters with these ids. Fused ones and bitsandbytes' change no version
+        counter, nor does FSDP2, which gathers weights into the same tensor again."""
+        self._is_stepped |= any(id(p) in trained for p in self._layer.parameters() if p.requires_grad)
+
+    def _state(self) -> Any:
+        parts = [t for t in self.head if isinstance(t, Tensor)]
+        if isinstance(self.head.weight, NF4State):
+            parts += [t for t in self.head.weight.tensors().values() if t is not None]
+        versions = [None if t.is_inference() else t._version for t in parts]
+        memory = [t.untyped_storage() for t in parts]  # FSDP2 frees that of weights
+        merged = list(getattr(self._layer, "merged_adapters", ()))  # PEFT merges through `.data`
+        return versions, [(m._cdata, m.nbytes()) for m in memory], merged
 
 
-def _hash(t: Tensor) -> Tensor | None:
-    """None for freed memory, as FSDP2 leaves it, and during CUDA graph capture: a replay has other values."""
-    if t.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    if t.numel() and not t.untyped_storage().nbytes():
-        return None
-    transposed = t.dim() == 2 and not t.is_contiguous()  # avoids a copy
-    return bits_hash(t.t() if transposed else t)
+_calls: weakref.WeakValueDictionary[int, HeadCall] = weakref.WeakValueDictionary()
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Once, when the first head is called."""
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    references = _calls.valuerefs()
+    if references:
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for reference in references:
+            if (call := reference()) is not None:
+                call.note_step(trained)
+
+
+def _unchanged(t: Tensor) -> Tensor:
+    return t
 
 
 @dataclass(frozen=True)
@@ -106,8 +150,7 @@ class Recipe:
     """How to compute logits from a head: by `steps`, in order. Each row is inner * z, or with a softcap outer
     * tanh(inner * z), where z is the head's output for that row."""
 
-    head: Head
-    seal: Seal
+    call: HeadCall
     steps: tuple[Step, ...] = ()
     row_steps: tuple[Step, ...] = ()
     """The same steps on hidden, (..., hidden_size); they select and reshape rows only."""
@@ -119,9 +162,9 @@ class Recipe:
             hidden = step(hidden)
         return hidden
 
-    def compute(self, head: Head) -> Tensor:
-        with no_autocast(head.hidden.device.type):
-            logits = head.logits()
+    def compute(self) -> Tensor:
+        with no_autocast(self.call.head.hidden.device.type):
+            logits = self.call.logits()
             for step in self.steps:
                 logits = step(logits)
         return logits

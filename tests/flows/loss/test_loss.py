@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -10,13 +11,28 @@ from typing import Any
 
 import pytest
 import torch
-from flow_checks import Calls, assert_same_numbers
+import torch.nn.functional as F
+import transformers
+from flow_checks import Calls, assert_near, assert_same_numbers
 from flow_models import adapted, in_fp64, llama
-from loss_models import BLOCK, MODELS, VOCABULARY, batch, family, losses_of, patched, step, without_noise
-from rounding import FAR, ONE_MODEL
+from loss_models import (
+    BLOCK,
+    MODELS,
+    VOCABULARY,
+    batch,
+    disabled,
+    family,
+    losses_of,
+    patched,
+    step,
+    without_noise,
+)
+from peft_models import gradients
+from rounding import FAR, ONE_MODEL, ONE_STEP
 from torch import Tensor
 
 import peft_kernels as pk
+import testing
 from peft_kernels.patch.loss.lazy_logits import LazyLogits
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -109,11 +125,99 @@ def test_auxiliary_loss_is_kept() -> None:
     torch.testing.assert_close(without_noise(got, want), without_noise(want, want), rtol=FAR, atol=ONE_MODEL)
 
 
-def test_without_labels_nothing_changes() -> None:
+def test_the_head_alone_decides() -> None:
+    """Whoever computes the loss, with labels or without, in training and evaluation. Not in generation, where
+    the logits of one token of each sequence are read at once."""
     model, report = patched(llama(vocab_size=VOCABULARY))
-    found = model(input_ids=batch()["input_ids"])
-    assert type(found.logits) is Tensor and found.loss is None and not report.losses[0].fallbacks
-    assert type(model.generate(batch()["input_ids"], max_new_tokens=2, do_sample=False)) is Tensor
+    tokens = {"input_ids": batch()["input_ids"]}
+    for each in (model.train(), model.eval()):
+        assert type(each(**tokens).logits) is LazyLogits
+        with torch.no_grad():
+            assert type(each(**tokens).logits) is LazyLogits
+            assert type(each(**tokens, logits_to_keep=1).logits) is Tensor
+    assert type(model.generate(**tokens, max_new_tokens=2, do_sample=False)) is Tensor
+    assert not report.losses[0].fallbacks and not report.losses[0].record.facts.reads
+
+
+def wrapped_in_autocast(model: Any) -> None:
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+
+
+def wrapped_by_a_decorator(model: Any) -> None:
+    forward = model.forward
+    model.forward = functools.wraps(forward)(lambda *args, **kwargs: forward(*args, **kwargs))
+
+
+@pytest.mark.parametrize("wrap", [wrapped_in_autocast, wrapped_by_a_decorator])
+def test_a_forward_wrapped_before_patch(wrap: Any) -> None:
+    stock, model = MODELS["head-lora"](), MODELS["head-lora"]()
+    for each in (stock, model):
+        wrap(each.get_base_model())
+    report = pk.patch(model, BLOCK)
+    with Calls() as calls:
+        loss = model(**batch()).loss
+    assert losses_of(calls) == 1 and report.losses[0].fused, str(report)
+    torch.testing.assert_close(loss, stock(**batch()).loss, rtol=0.02, atol=0.02)
+
+
+def encoder_decoder() -> Any:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes["vocab_size"] = VOCABULARY
+    parts = [
+        transformers.BertConfig(**sizes),
+        transformers.BertConfig(**sizes, is_decoder=True, add_cross_attention=True),
+    ]
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*parts, pad_token_id=0)
+    torch.manual_seed(0)
+    return transformers.EncoderDecoderModel(
+        config.__class__(**config.to_dict() | {"decoder_start_token_id": 1})
+    )
+
+
+def vision_encoder_decoder() -> Any:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    image = transformers.ViTConfig(**sizes, image_size=16, patch_size=8)
+    text = transformers.BertConfig(**sizes, vocab_size=VOCABULARY, is_decoder=True, add_cross_attention=True)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(image, text)
+    config.pad_token_id, config.decoder_start_token_id = 0, 1
+    torch.manual_seed(0)
+    return transformers.VisionEncoderDecoderModel(config)
+
+
+@pytest.mark.parametrize("made", [encoder_decoder, vision_encoder_decoder])
+def test_models_in_models(made: Any) -> None:
+    """The loss is the outer model's, the head the inner one's: listed once."""
+    stock = made().eval()
+    model, report = patched(stock)
+    given = batch()
+    if made is vision_encoder_decoder:
+        given["pixel_values"] = testing.tensor(len(given.pop("input_ids")), 3, 16, 16)
+    with Calls() as calls:
+        got = step(model, given)
+    assert losses_of(calls) == 1 and [entry.name for entry in report.losses] == [""]
+    want = step(stock, given)
+    assert_near(without_noise(got, want), without_noise(want, want), ONE_STEP)
+    assert not report.losses[0].record.facts.reads and not report.losses[0].fallbacks
+
+
+def test_the_head_of_trained_tokens() -> None:
+    """PEFT wraps a head that is tied to embeddings with `trainable_token_indices`."""
+    stock = adapted(
+        llama(vocab_size=VOCABULARY, tie_word_embeddings=True), trainable_token_indices=[5, 7, 60]
+    )
+    for name, delta in stock.named_parameters():
+        if "trainable_tokens" in name:
+            delta.data.add_(0.3)
+    model, report = patched(stock)
+    with Calls() as calls:
+        got = step(model, batch())
+    assert losses_of(calls) == 1 and report.losses[0].fused
+    assert_near(got, step(stock, batch()), ONE_STEP)
+    with disabled(model), disabled(stock):
+        torch.testing.assert_close(model(**batch()).loss, stock(**batch()).loss)
+    model.merge_adapter()
+    stock.merge_adapter()
+    torch.testing.assert_close(model(**batch()).loss, stock(**batch()).loss)
 
 
 def test_report() -> None:
@@ -179,6 +283,9 @@ def test_foreign_heads(when: str) -> None:
     with Calls() as calls:
         model(**batch()).loss.backward()
     assert losses_of(calls) == 0
+    if when == "late":
+        pk.patch(model)
+        assert type(model(**batch()).logits) is LazyLogits and report.losses[0].fused
 
 
 @pytest.mark.parametrize("backward_hook", [False, True])
@@ -192,6 +299,28 @@ def test_hooks_on_a_plain_head(backward_hook: bool) -> None:
         else:
             each.lm_head.register_forward_hook(lambda m, x, y: y * 2)
     torch.testing.assert_close(step(model, batch()), step(stock, batch()))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("function", ["loss", "kl", "highest"])
+def test_compiled_losses_and_metrics(function: str) -> None:
+    functions: dict[str, Any] = {
+        "loss": lambda out: F.cross_entropy(out.logits.flatten(0, 1), batch()["input_ids"].flatten()),
+        "kl": lambda out: F.kl_div(out.logits.log_softmax(-1), torch.full((VOCABULARY,), 0.01)),
+        "highest": lambda out: out.logits.argmax(-1).float().mean(),
+    }
+    torch.compiler.reset()
+    stock = llama(vocab_size=VOCABULARY, num_hidden_layers=1)
+    model, _ = patched(stock)
+    compiled = torch.compile(functions[function], backend="aot_eager")
+    for _ in range(2):
+        got, want = compiled(model(**batch())), functions[function](stock(**batch()))
+        torch.testing.assert_close(got, want)
+    if function != "highest":
+        for value in (got, want):
+            value.backward()
+        assert_near(gradients(model), gradients(stock))
+    torch.compiler.reset()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -218,15 +347,15 @@ def test_copies_pickles_and_signature() -> None:
 
 
 def test_several_models_at_once() -> None:
-    """In threads, and a model called in another's forward."""
+    """In threads, with and without labels, and a model called in another's forward."""
     model, other = patched(llama(vocab_size=VOCABULARY))[0], patched(llama(vocab_size=VOCABULARY))[0]
     inner: list[Any] = []
     handle = model.model.norm.register_forward_pre_hook(
         lambda *args: inner.append(other(input_ids=batch()["input_ids"]).logits)
     )
-    assert type(model(**batch()).logits) is LazyLogits and type(inner[0]) is Tensor
+    assert type(model(**batch()).logits) is type(inner[0]) is LazyLogits
     handle.remove()
     with ThreadPoolExecutor(2) as pool:
         given = [batch(), {"input_ids": batch()["input_ids"]}] * 8
         kinds = list(pool.map(lambda each: type(model(**each).logits), given))
-    assert kinds == [LazyLogits, Tensor] * 8
+    assert kinds == [LazyLogits] * 16

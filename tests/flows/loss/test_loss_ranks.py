@@ -69,6 +69,23 @@ def fsdp2(folder: Path) -> None:
         compare(head, wrap)
 
 
-CASES = [ddp, fsdp2]
+def fsdp2_head(folder: Path) -> None:
+    """A head that is a unit of its own is freed before the loss: its logits are computed."""
+    stock = with_head("frozen")
+    model = copy.deepcopy(stock)
+    report = pk.patch(model)
+    fully_shard(model.get_output_embeddings())
+    fully_shard(model)
+    batch = ids(0, rows=2, vocabulary=VOCABULARY)
+    loss = language_loss(model, batch)
+    loss.backward()
+    wanted = language_loss(stock, batch)
+    wanted.backward()
+    assert_near({"loss": loss.detach()}, {"loss": wanted.detach()}, ONE_STEP)
+    assert_near(whole(gradients(model)), gradients(stock), ONE_STEP)
+    assert "FSDP2 shards the head as a unit of its own" in str(report)
+
+
+CASES = [ddp, fsdp2, fsdp2_head]
 
 errors, test_on_two_processes = rank_tests(2, CASES)

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from flow_checks import assert_near, step
 from flow_models import llama
 from loss_models import MODELS, VOCABULARY, batch, patched, without_noise
+from peft_models import gradients
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import peft_kernels as pk
 import testing
 from peft_kernels.ops.loss.token_loss import linear_cross_entropy
-from peft_kernels.patch.loss import lazy_logits
+from peft_kernels.patch.loss import lazy_logits, recipe
 from peft_kernels.patch.loss.lazy_logits import LazyLogits
 
 
@@ -248,7 +249,8 @@ def test_unsupported_reads_raise() -> None:
     out = model(**batch())
     for allow_unused in (False, True):
         with pytest.raises(
-            RuntimeError, match=r"logits: expected no torch.autograd.grad with respect to them, for the loss"
+            RuntimeError,
+            match=r"logits: expected no torch.autograd.grad with respect to them, for a loss was",
         ):
             torch.autograd.grad(out.loss + out.logits.mean(), [out.logits], allow_unused=allow_unused)
     with pytest.raises(RuntimeError, match=r"expected no torch.autograd.backward with them as inputs"):
@@ -260,6 +262,39 @@ def test_unsupported_reads_raise() -> None:
     logits = out.logits.detach().requires_grad_()
     (dy,) = torch.autograd.grad(logits.sum(), logits)
     assert bool((dy == 1).all())
+
+
+def test_the_gradient_of_logits_before_the_loss() -> None:
+    """Until a loss was computed without them, logits have a gradient, and the loss then reads them."""
+    stock = llama(vocab_size=VOCABULARY)
+    model, report = patched(stock)
+    found = []
+    for each in (model, stock):
+        out = each(input_ids=batch()["input_ids"])
+        rows, seen = out.logits.float().view(-1, VOCABULARY), []
+        out.logits.retain_grad()
+        out.logits.register_hook(seen.append)
+        loss = F.cross_entropy(rows, batch()["input_ids"].view(-1))
+        (grad,) = torch.autograd.grad(loss, [out.logits], retain_graph=True)
+        loss.backward()
+        found.append({"grad": grad, "kept": out.logits.grad, "seen": seen[-1], **gradients(each)})
+    assert_near(*found)
+    assert report.losses[0].record.facts.reads == {"cross_entropy": 1}, report
+
+
+def test_a_read_computes_the_head_once_for_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = patched(MODELS["head-frozen"]())
+    stock, calls = recipe.Head.logits, 0
+
+    def counted(head: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return stock(head)
+
+    monkeypatch.setattr(recipe.Head, "logits", counted)
+    logits = model(input_ids=batch()["input_ids"]).logits
+    (logits.softmax(-1).square().mean() + logits.logsumexp(-1).mean()).backward()
+    assert calls == 1
 
 
 def test_logits_may_be_a_leaf() -> None:
