@@ -89,8 +89,8 @@ def truncate(folder: Path) -> None:
 
 KEY = "encoder.layer.0.output.dense.up"
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no-config": (lambda f: (f / CONFIG).unlink(), f"expected a {CONFIG}, got none"),
-    "no-weights": (lambda f: (f / WEIGHTS).unlink(), f"expected a {WEIGHTS}, got none"),
+    "no-config": (lambda f: (f / CONFIG).unlink(), f"expected {CONFIG}, got none"),
+    "no-weights": (lambda f: (f / WEIGHTS).unlink(), f"expected {WEIGHTS}, got none"),
     "no-json": (lambda f: (f / CONFIG).write_bytes(b"\xff{"), "expected a JSON object, got something else"),
     "of-peft": (
         lambda f: (f / CONFIG).write_text('{"peft_type": "LORA"}'),

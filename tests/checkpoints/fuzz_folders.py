@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from all_folders import EXPERTS, FOLDERS
+from all_folders import AS_OTHERS, EXPERTS, FOLDERS, packed
 from checkpoint_damage import DAMAGE, WILD
 from fuzz_checks import check_sentence, check_values, fill
 from safetensors import SafetensorError
@@ -41,7 +41,7 @@ def folders(parent: Path, only: Container[str] | None = None) -> list[Folder]:
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("peft_kernels").setLevel(logging.ERROR)
     write: dict[str, Callable[[Path], Any]] = {}
-    for made in FOLDERS.values():
+    for made in (*FOLDERS.values(), *map(packed, sorted(AS_OTHERS))):
         options = TINY | ({"num_local_experts": 2, "head_dim": 16} if OWNERS[made.owner].experts else {})
         write.setdefault(f"of {made.owner}", functools.partial(made.write, **options))
     for kind, form in EXPERTS.items():
