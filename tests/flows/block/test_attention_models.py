@@ -278,7 +278,7 @@ def test_compiled(calls: Calls) -> None:
 
 
 def test_use(calls: Calls) -> None:
-    for wrong, got in ((torch.nn.Linear(2, 2), "a Linear without one"), (3, "a int")):
+    for wrong, got in ((torch.nn.Linear(2, 2), "a Linear without one"), (3, "an int")):
         with pytest.raises(TypeError, match=f"model: expected a model of transformers, got {got}"):
             use(wrong)  # type: ignore[arg-type]
     model = llama().eval()
