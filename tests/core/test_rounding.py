@@ -31,12 +31,13 @@ def product(rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: i
 
 
 def wrong_element(got: Tensor, truth: Tensor) -> None:
-    """By 64 ulp of a typical one."""
-    got.view(-1)[77] += 64 * torch.finfo(got.dtype).eps * truth.square().mean().sqrt().item()
+    """By 256 ulp of a typical one. Its bound is 7.6 (2 e + 1) ulp, where e is the RMS error of torch in ulp
+    (at most 3.2 for 256 terms), and twice that in a column of large elements."""
+    got.view(-1)[77] += 256 * torch.finfo(got.dtype).eps * truth.square().mean().sqrt().item()
 
 
 FAULTS: dict[str, Callable[[Tensor, Tensor], None]] = {
-    "one of 4096 elements by 64 ulp": wrong_element,
+    "one of 4096 elements by 256 ulp": wrong_element,
     "an unwritten element": lambda got, _: got.view(-1)[5:6].fill_(math.nan),  # type: ignore[dict-item,return-value]
     "an infinite element": lambda got, _: got.view(-1)[5:6].fill_(math.inf),  # type: ignore[dict-item,return-value]
     "all by 1%": lambda got, _: got.mul_(1.01),  # type: ignore[dict-item,return-value]

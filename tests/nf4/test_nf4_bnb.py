@@ -23,6 +23,7 @@ ops = torch.ops.peft_kernels
 def test_tables_equal_bitsandbytes() -> None:
     from bitsandbytes.functional import create_dynamic_map, get_4bit_type
 
+    require_map_of_bitsandbytes()
     assert torch.equal(get_4bit_type("nf4", device="cpu"), torch.tensor(code_tables.NF4_CODE))
     assert torch.equal(create_dynamic_map(), code_tables.dynamic_map(CPU))
     assert torch.equal(create_dynamic_map(signed=False), code_tables.dynamic_map(CPU, signed=False))
@@ -114,6 +115,7 @@ def test_dequantized_values(backend: str, nested: bool, dtype: torch.dtype) -> N
     state = params.quant_state
     absmax = state.absmax
     if nested:
+        require_map_of_bitsandbytes()
         absmax = bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     data = params.data.view(-1)
     codes = torch.stack((data >> 4, data & 15), 1).view(-1, 64)
