@@ -154,10 +154,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def other_isas() -> set[str]:
-    """The instruction sets besides scalar and the one that this machine chooses."""
+    """The instruction sets besides the one that this machine chooses."""
     names = {*testing.ISA_LEVELS, *testing.EMULATED.values()}
     chosen = BACKENDS["cpu"].extension.isa_levels()[-1] if testing.unavailable("cpu") is None else ""
-    return names - {"scalar", chosen}
+    return names - {chosen}
 
 
 def backends_of(item: pytest.Item, others: set[str]) -> str:

@@ -1,6 +1,6 @@
 """Models of transformers whose head returns logits that are not computed yet (`lazy_logits`).
 
-The model's own code, or whoever computes a loss from its outputs, handles these like any other logits.
+The model's own code, the trainer, or a loss function uses these like other logits.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class HeadCall:
         self.is_scored = False
         """Whether a loss was computed without these logits."""
         self.is_plain = False
-        """Whether all that follows computes with their values."""
+        """Whether an op outside the family has read their values, so that later ops compute with these."""
         self._layer = layer
         self._is_stepped = False
         self._has_gradients = torch.is_grad_enabled()
