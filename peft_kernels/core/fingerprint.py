@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .registry import NAMESPACE
-
 # Constants of splitmix64, as signed 64-bit integers.
 _STEP, _MIX1, _MIX2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
 _CHUNK = {"cpu": 1 << 16}
@@ -25,27 +23,18 @@ def fingerprint(value: Any) -> Any:
         return ("sparse", tuple(value.shape), fingerprint(value.indices()), fingerprint(value.values()))
     if value.numel() == 0 or value.dim() == 0:
         return (value.dtype, tuple(value.shape), value.tolist())
-    return (value.dtype, tuple(value.shape), int(bits_hash(value)))
+    return (value.dtype, tuple(value.shape), int(_bits_hash(value)))
 
 
-def bits_hash(value: Tensor) -> Tensor:
-    """A 64-bit hash of the bits of a dense tensor: int64 () on its device, without synchronisation. Needs 8
-    MB of scratch for a contiguous tensor, on a CPU less than the cache.
-
-    The compiled library for its device computes it once that is loaded (core/bits_hash* in csrc/cpu and
-    csrc/cuda)."""
+def _bits_hash(value: Tensor) -> Tensor:
+    """A 64-bit hash of the bits of a dense tensor, int64 () on its device. Needs 8 MB of scratch for a
+    contiguous tensor, on a CPU less than the cache."""
     bits = value.detach().contiguous().view(-1)
     total = torch.zeros((), dtype=torch.int64, device=value.device)
-    if not bits.numel():
-        return total
     itemsize = next((n for n in (8, 4, 2, 1) if bits.nbytes % n == 0 and bits.data_ptr() % n == 0), 1)
     words = bits.view(torch.uint8).view(
         {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[itemsize]
     )
-    library = getattr(torch.ops, f"{NAMESPACE}_{words.device.type}_library")
-    if itemsize == 8 and hasattr(library, "bits_hash"):
-        found = library.bits_hash(words)
-        return found if isinstance(found, Tensor) else torch.tensor(found)
     size = _CHUNK.get(value.device.type, _LARGE_CHUNK)
     keys = torch.arange(min(size, words.numel()), device=value.device) * _STEP
     for start in range(0, words.numel(), size):

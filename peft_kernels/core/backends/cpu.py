@@ -1,6 +1,6 @@
 """Back end `cpu`: C++ kernels for CPU tensors, in the compiled library `peft_kernels._C`.
 
-Its other functions are properties of the build, spans of keys in a mask, and a hash of bits.
+Its other functions are properties of the build, and spans of keys in a mask.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from .compiled import CompiledBackend, Library
 
 
 class CpuLibrary(Library):
-    """Its functions and its classes (library_ops.cpp, attention_ops.cpp, bits_hash.cpp and decoder_layer.cpp
-    in csrc/cpu)."""
+    """Its functions and its classes (library_ops.cpp, attention_ops.cpp, decoder_layer.cpp in csrc/cpu)."""
 
     def __init__(self, file: str, namespace: str) -> None:
         super().__init__(file, namespace)

@@ -21,8 +21,7 @@ import peft_kernels as pk
 import testing
 from peft_kernels.core import fingerprint as fingerprints
 from peft_kernels.core import nf4_state
-from peft_kernels.core.backends import cpu
-from peft_kernels.core.fingerprint import bits_hash, fingerprint
+from peft_kernels.core.fingerprint import fingerprint
 from peft_kernels.nn import NF4Linear
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
@@ -163,18 +162,6 @@ def test_fingerprints_differ_between_tensors(monkeypatch: pytest.MonkeyPatch) ->
     on_any_device = fingerprint(big)
     monkeypatch.setitem(fingerprints._CHUNK, "cpu", 1000)
     assert fingerprint(big) == on_any_device and fingerprint(value) == first
-
-
-@pytest.mark.skipif(cpu.BACKEND.probe() is not None, reason=str(cpu.BACKEND.probe()))
-@pytest.mark.parametrize("words", [1, 1000, 3 * 2**16 + 5])
-def test_library_and_torch_give_the_same_hash(words: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cpu.BACKEND.extension.bits_hash  # loads it
-    value = testing.tensor(words, dtype=torch.float64)
-    value[::3] *= -1
-    found = bits_hash(value)
-    assert bits_hash(value.nextafter(value + 1)) != found
-    monkeypatch.setattr(fingerprints, "NAMESPACE", "nowhere")
-    assert bits_hash(value) == found
 
 
 @PATCHED
