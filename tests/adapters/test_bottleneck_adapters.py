@@ -95,7 +95,7 @@ def test_training(family: str, base: str) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert losses[-1] < 0.8 * losses[0], losses
+    assert losses[-1] < losses[0] - 0.3, losses  # dropout alone moves it by less than a tenth
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
