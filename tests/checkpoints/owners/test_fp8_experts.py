@@ -13,7 +13,7 @@ from experts_folders import DTYPES, EXPERTS, MODELS, check_dequantize, in_file, 
 from moe_routes import on_same_routes
 from owned_folders import assert_same_file, stored, trained, with_adapters
 from packed_models import Made, config_of
-from rounding import ONE_MODEL
+from rounding import ONE_STEP
 from safetensors import safe_open
 from transformers_models import Auto, ids, logits, read, read_config, transformers
 
@@ -160,7 +160,7 @@ def test_training_equals_the_dense_model(
     """Of transformers' reader, without and with the patch."""
     _, expected = trained(theirs(folder, dtype=torch.float32), steps=3, **LORA)
     _, found = trained(read(folder, dtype=torch.float32), patch, steps=3, **LORA)
-    assert found == pytest.approx(expected, rel=ONE_MODEL) and found[-1] < 0.99 * found[0]
+    assert found == pytest.approx(expected, rel=ONE_STEP) and found[-1] < 0.99 * found[0]
 
 
 def test_saved_after_training(kind: str, made: Made, folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from owned_folders import assert_same_file, stored, trained
 from packed_models import KINDS, Made, config_of, dense_twin
-from rounding import ONE_MODEL
+from rounding import ONE_STEP
 from transformers_models import Auto, ids, logits, nf4_layers, read
 
 import testing
@@ -53,7 +53,7 @@ def test_training_equals_the_dense_model(
     """And the base is saved as it was, after training."""
     _, expected = trained(Auto.from_pretrained(twin, dtype=torch.float32))
     tuned, found = trained(read(folder, dtype=torch.float32), patch)
-    assert found == pytest.approx(expected, rel=ONE_MODEL) and found[-1] < 0.95 * found[0]
+    assert found == pytest.approx(expected, rel=ONE_STEP) and found[-1] < 0.95 * found[0]
     tuned.unload().to(torch.bfloat16).save_pretrained(tmp_path / "saved")
     assert_same_file(tmp_path / "saved", made.tensors)
 
