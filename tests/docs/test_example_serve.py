@@ -7,13 +7,16 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from serving_models import ADAPTERS, llama, prompt, save_adapter
 
 from peft_kernels.serving import Engine
+from peft_kernels.serving.decoder import Decoder
 
 for _name in ("fastapi", "uvicorn", "httpx"):
     pytest.importorskip(_name, reason=f"{_name} is not installed")
@@ -131,11 +134,34 @@ def test_a_prompt_beyond_any_model_is_not_read(http: httpx.Client, prompt: Any) 
 
 
 def test_an_adapter_that_overflows_is_named(http: httpx.Client) -> None:
-    assert http.put("/adapters/large", json={"folder": "large"}).status_code == 200
-    answer = http.post("/generate", json={"prompt": [5], "adapter": "large", "max_new_tokens": 2})
-    assert answer.status_code == 500, answer.text
-    assert "adapter 'large': logits: expected one that is finite" in answer.json()["detail"]
-    assert http.delete("/adapters/large").status_code == 200
+    answer = http.put("/adapters/large", json={"folder": "large"})
+    assert answer.status_code == 400, answer.text
+    assert "adapter 'large': expected finite logits in torch.float32" in answer.json()["detail"]
+    assert "scaling up to 1.2e+37" in answer.json()["detail"]
+
+
+def test_logits_that_are_not_finite_end_one_request(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt with which an adapter overflows that does not with others; the batch goes on."""
+    start, both = Decoder.start, threading.Barrier(2, timeout=60)
+
+    def broken(self: Decoder, given: Any, rows: Any) -> Any:
+        logits, cache = start(self, given, rows)
+        return (logits * torch.nan if given == [7] else logits), cache
+
+    def post(prompt: list[int]) -> httpx.Response:
+        both.wait()
+        body = {"prompt": prompt, "adapter": "one", "max_new_tokens": 40}
+        return http.post("/generate", json=body)
+
+    monkeypatch.setattr(Decoder, "start", broken)
+    with ThreadPoolExecutor() as pool:
+        good, bad = pool.map(post, ([5, 6], [7]))
+    assert bad.status_code == 500, bad.text
+    told = "adapter 'one': logits: expected finite numbers, got nan as the largest for token 1"
+    assert told in bad.json()["detail"]
+    assert good.status_code == 200 and good.json()["finish_reason"] in ("length", "stop")
 
 
 def test_request_timeout_is_an_error(serve: Any, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
