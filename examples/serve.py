@@ -165,8 +165,11 @@ def make_app(engine: Engine, adapters: Path | None = None) -> fastapi.FastAPI:
             raise fastapi.HTTPException(504, f"not done after {TIMEOUT:.0f} seconds")
         try:
             tokens = request.result(0)
-        except RuntimeError as error:
-            raise fastapi.HTTPException(500, f"adapter {given.adapter!r}: {error}") from error
+        except ValueError:  # of the adapter's folder
+            raise
+        except Exception as error:
+            told = str(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
+            raise fastapi.HTTPException(500, f"adapter {given.adapter!r}: {told}") from error
         text = None if engine.tokenizer is None else engine.tokenizer.decode(tokens, skip_special_tokens=True)
         return request, text
 

@@ -147,15 +147,25 @@ def test_an_adapter_that_overflows_is_named(http: httpx.Client) -> None:
     assert "scaling up to 1.2e+37" in answer.json()["detail"]
 
 
-def test_logits_that_are_not_finite_end_one_request(
-    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (torch.nan, "logits: expected finite numbers, got nan as the largest for token 1: the model"),
+        (IndexError("of the model"), "IndexError: of the model"),
+    ],
+    ids=["not-finite", "error"],
+)
+def test_a_fault_ends_one_request(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch, fault: Any, told: str
 ) -> None:
     """A prompt with which an adapter overflows that does not with others; the batch goes on."""
     start, both = Decoder.start, threading.Barrier(2, timeout=60)
 
     def broken(self: Decoder, given: Any, rows: Any) -> Any:
         logits, cache = start(self, given, rows)
-        return (logits * torch.nan if given == [7] else logits), cache
+        if given == [7] and isinstance(fault, Exception):
+            raise fault
+        return (logits * fault if given == [7] else logits), cache
 
     def post(prompt: list[int]) -> httpx.Response:
         both.wait()
@@ -166,8 +176,7 @@ def test_logits_that_are_not_finite_end_one_request(
     with ThreadPoolExecutor() as pool:
         good, bad = pool.map(post, ([5, 6], [7]))
     assert bad.status_code == 500, bad.text
-    told = "adapter 'one': logits: expected finite numbers, got nan as the largest for token 1"
-    assert told in bad.json()["detail"]
+    assert bad.json()["detail"].startswith(f"adapter 'one': {told}")
     assert good.status_code == 200 and good.json()["finish_reason"] in ("length", "stop")
 
 
