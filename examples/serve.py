@@ -7,8 +7,10 @@ GET    /adapters                                    known adapters, and which ar
 PUT    /adapters/{name}   {"folder"}                load one while requests run
 DELETE /adapters/{name}                             remove it
 POST   /generate          {"prompt", "adapter", "max_new_tokens", "temperature", "seed"}
+POST   /v1/chat/completions  {"messages": [{"role", "content"}], "model", "max_tokens", "temperature", "seed"}
 
-Needs `pip install 'peft_kernels[serve]'`. A prompt is a text, or a list of token ids.
+Needs `pip install 'peft_kernels[serve]'`. A prompt is a text, or a list of token ids. Chats have the shape of
+OpenAI's API and use the tokenizer's chat template; "model" is an adapter, empty for the model alone.
 """
 
 from __future__ import annotations
@@ -21,17 +23,19 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fastapi
+import jinja2
 import torch
 import uvicorn
 from fastapi.exceptions import RequestValidationError
 from finetune import positive
-from pydantic import BaseModel, Field
+from pydantic import AliasChoices, BaseModel, Field
 from tqdm import tqdm
 
 import peft_kernels as pk
@@ -41,12 +45,30 @@ TIMEOUT = 600.0  # seconds that a client waits at most
 LONGEST = 1 << 20  # characters or tokens of a prompt: a tokenizer takes seconds for more
 
 
-class Generate(BaseModel):
-    prompt: str | list[int]
-    adapter: str | None = None
-    max_new_tokens: int = Field(64, ge=1, le=4096)
+class Options(BaseModel):
+    """What all requests have, also by OpenAI's names."""
+
+    adapter: str | None = Field(None, validation_alias=AliasChoices("adapter", "model"))
+    max_new_tokens: int = Field(
+        64, ge=1, le=4096,
+        validation_alias=AliasChoices("max_new_tokens", "max_tokens", "max_completion_tokens"),
+    )  # fmt: skip
     temperature: float = 0.0
     seed: int | None = None
+
+
+class Generate(Options):
+    prompt: str | list[int]
+
+
+class Message(BaseModel):
+    role: str = Field(max_length=LONGEST)  # a limit also refuses lone surrogates
+    content: str = Field(max_length=LONGEST)
+
+
+class Chat(Options, extra="forbid"):
+    messages: list[Message] = Field(min_length=1)
+    stream: Literal[False] = False
 
 
 class Folder(BaseModel):
@@ -107,12 +129,34 @@ def make_app(engine: Engine, adapters: Path | None = None) -> fastapi.FastAPI:
 
     @app.post("/generate")
     async def generate(given: Generate, client: fastapi.Request) -> dict[str, Any]:
-        if len(given.prompt) > LONGEST:
-            raise ValueError(f"prompt: expected a length of at most {LONGEST}, got {len(given.prompt)}")
+        check_length("prompt", len(given.prompt))
+        request, text = await answer(given, given.prompt, client)
+        return {"tokens": request.tokens, "text": text, "finish_reason": request.finish_reason}
+
+    @app.post("/v1/chat/completions")
+    async def chat(given: Chat, client: fastapi.Request) -> dict[str, Any]:
+        check_length("messages", sum(len(one.role) + len(one.content) for one in given.messages))
+        prompt = await asyncio.to_thread(chat_tokens, engine.tokenizer, given.messages)
+        request, text = await answer(given, prompt, client)
+        message = {"role": "assistant", "content": text}
+        old, new = len(request.prompt), len(request.tokens)
+        return {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": given.adapter or "",
+            "choices": [{"index": 0, "message": message, "finish_reason": request.finish_reason}],
+            "usage": {"prompt_tokens": old, "completion_tokens": new, "total_tokens": old + new},
+        }
+
+    async def answer(
+        given: Options, prompt: str | list[int], client: fastapi.Request
+    ) -> tuple[Request, str | None]:
+        """The finished request and its text."""
         request = await asyncio.to_thread(  # which tokenises: other clients go on meanwhile
             engine.submit,
-            given.prompt,
-            given.adapter,
+            prompt,
+            given.adapter or None,
             max_new_tokens=given.max_new_tokens,
             sampling=Sampling(temperature=given.temperature, seed=given.seed),
         )
@@ -121,12 +165,31 @@ def make_app(engine: Engine, adapters: Path | None = None) -> fastapi.FastAPI:
             raise fastapi.HTTPException(504, f"not done after {TIMEOUT:.0f} seconds")
         try:
             tokens = request.result(0)
-        except RuntimeError as error:
-            raise fastapi.HTTPException(500, f"adapter {given.adapter!r}: {error}") from error
+        except ValueError:  # of the adapter's folder
+            raise
+        except Exception as error:
+            told = str(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
+            raise fastapi.HTTPException(500, f"adapter {given.adapter!r}: {told}") from error
         text = None if engine.tokenizer is None else engine.tokenizer.decode(tokens, skip_special_tokens=True)
-        return {"tokens": tokens, "text": text, "finish_reason": request.finish_reason}
+        return request, text
 
     return app
+
+
+def check_length(name: str, length: int) -> None:
+    if length > LONGEST:
+        raise ValueError(f"{name}: expected a length of at most {LONGEST}, got {length}")
+
+
+def chat_tokens(tokenizer: Any, messages: list[Message]) -> list[int]:
+    """The token ids of a chat up to its next answer."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("messages: expected a tokenizer with a chat template, got none: use /generate")
+    turns = [one.model_dump() for one in messages]
+    try:
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    except jinja2.TemplateError as error:  # templates refuse roles that they do not know
+        raise ValueError(f"messages: the model's chat template: {error}") from error
 
 
 async def done(request: Request, client: fastapi.Request) -> None:

@@ -3,8 +3,8 @@
 "Saved" means saved by autograd for backward; t is the number of tokens of a batch, e the element size of the
 model's dtype. tests/checkpoints/test_cli_plan.py compares everything with measured models.
 
-Assumes attention by a fused kernel (sdpa, flash), no padding mask, LoRA layers and gated MLPs fused by
-`pk.patch`, adapters in fp32, everything else in one dtype, no cache.
+Assumes a model patched by `pk.patch`, attention by a fused kernel (sdpa, flash), no padding mask, adapters in
+fp32, everything else in one dtype, no cache.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from ..nf4.weight import NF4Weight
 from .sizes import Block, Experts, Linear, Mixture, Model, Run
 
 _FP32, _INT64 = 4, 8
+LOGIT_BYTES = 256 << 20
+"""At most so many bytes of logits are computed at a time on a GPU."""
 
 
 @lru_cache(maxsize=4096)
@@ -111,13 +113,13 @@ def activations(model: Model, run: Run) -> int:
 
 
 def checkpointed(model: Model, run: Run) -> int:
-    """With checkpointing: each layer's input, and in backward one layer's activations."""
-    return checkpoints(model, run) + layer(model, run)
+    """With checkpointing: each layer's input, and in backward one layer's activations, which include it."""
+    return checkpoints(model, run) + layer(model, run) - _hidden(model, run)
 
 
 def checkpoints(model: Model, run: Run) -> int:
     """Saved by the forward with checkpointing, excluding the loss. Includes the embedding's output."""
-    return model.layers * run.tokens * _block(model).hidden * _itemsize(model, run) + _around(model, run)
+    return model.layers * _hidden(model, run) + _around(model, run)
 
 
 def layer(model: Model, run: Run) -> int:
@@ -127,15 +129,16 @@ def layer(model: Model, run: Run) -> int:
     return norms + _attention(block, run, e) + _mlp(block, model, run) + _inserted(block, run, e)
 
 
-def logits(model: Model, run: Run) -> int:
-    """The logits, which the model's output holds, and their log-softmax in fp32, which cross-entropy
-    saves."""
-    return run.tokens * model.vocabulary * (_itemsize(model, run) + _FP32)
+def loss(model: Model, run: Run) -> int:
+    """Saved by the loss without logits: a log-sum-exp per token, and the gradient of its input if the head is
+    frozen."""
+    return run.tokens * _FP32 + (0 if run.method == "full" else _hidden(model, run))
 
 
-def loss_backward(model: Model, run: Run) -> int:
-    """Additional in the loss's backward: gradients of the log-softmax and of the logits in fp32."""
-    return 2 * run.tokens * model.vocabulary * _FP32
+def loss_work(model: Model, run: Run) -> int:
+    """Additional while the loss runs: the logits of some tokens, and the gradient of its input."""
+    logits = run.tokens * model.vocabulary * _itemsize(model, run)
+    return min(logits, LOGIT_BYTES) + _hidden(model, run)
 
 
 def layer_backward(model: Model, run: Run) -> int:
@@ -148,14 +151,15 @@ def layer_backward(model: Model, run: Run) -> int:
 
 
 def total(model: Model, run: Run, checkpointing: bool) -> int:
-    """Peak memory from the second step on, with gradients accumulated: in the loss's backward, or in that of
-    the last layer (recomputed with checkpointing), when only the logits are left of the loss."""
+    """Peak memory from the second step on, with gradients accumulated: in the loss, or in the backward of the
+    last layer (recomputed with checkpointing), when the model's output still holds the head's input."""
     fixed = weights(model, run) + adapters(model, run) + gradients(model, run) + optimiser(model, run)
-    loss = logits(model, run) + loss_backward(model, run)
-    last = run.tokens * model.vocabulary * _itemsize(model, run) + layer_backward(model, run)
+    in_loss = loss(model, run) + loss_work(model, run)
+    last = _hidden(model, run) + layer_backward(model, run)
     if checkpointing:
-        return fixed + checkpoints(model, run) + max(loss, last + layer(model, run))
-    return fixed + activations(model, run) + max(loss, last)
+        recomputed = checkpointed(model, run) - checkpoints(model, run)
+        return fixed + checkpoints(model, run) + max(in_loss, last + recomputed)
+    return fixed + activations(model, run) + max(in_loss, last)
 
 
 def largest_batch(fits: Callable[[int], bool], limit: int = 1 << 16) -> int:
@@ -196,10 +200,14 @@ def _trained_itemsize(model: Model, run: Run) -> int:
     return model.itemsize if run.method == "full" else _FP32
 
 
+def _hidden(model: Model, run: Run) -> int:
+    """A tensor of activations between layers."""
+    return run.tokens * _block(model).hidden * _itemsize(model, run)
+
+
 def _norm(size: int, model: Model, run: Run) -> int:
-    """RMSNorm of transformers saves x in fp32 and 1 / rms per token, and if its weight is trained, the
-    normalised x in the model's dtype."""
-    return run.tokens * (size * _FP32 + _FP32 + (size * model.itemsize if run.method == "full" else 0))
+    """A fused RMSNorm saves x and 1 / rms per token."""
+    return run.tokens * (size * _itemsize(model, run) + _FP32)
 
 
 def _head_norms(block: Block, model: Model, run: Run) -> int:
@@ -232,9 +240,9 @@ def _attention(block: Block, run: Run, e: int) -> int:
 
 
 def _mlp(block: Block, model: Model, run: Run) -> int:
-    """down(act(gate) * up). Unfused: act saves gate, the multiplication saves act(gate) and up, a trained
-    down its input. Fused with adapters: the input, gate, up and h of each adapter, in the dtype of the
-    GEMMs."""
+    """down(act(gate) * up). Unfused, without LoRA: act saves gate, the multiplication saves act(gate) and up,
+    a trained down its input. Fused with LoRA: the input, gate, up and h of each adapter, in the dtype of
+    the GEMMs."""
     if block.mixture is not None:
         return _mixture(block, block.mixture, model, run)
     on = block.adapted & {"gate_proj", "up_proj", "down_proj"}
@@ -290,7 +298,9 @@ def _first_layer(model: Model, run: Run) -> int:
 
 
 def _first_head_norms(block: Block, model: Model, run: Run) -> int:
-    on = block.adapted & {"q_proj", "k_proj"} if run.method in ("lora", "qlora", "dora") else frozenset()
+    on = block.adapted if run.method in ("lora", "qlora", "dora") else frozenset()
+    if run.method != "dora" and on & {"q_proj", "k_proj", "v_proj"}:  # one op for all three
+        return 0
     sizes = {"q_proj": (block.q, block.heads), "k_proj": (block.kv, block.kv_heads)}
     left = [sizes[name] for name in sizes if name not in on]
     return sum(_norm(size, model, run) + run.tokens * _FP32 * (heads - 1) for size, heads in left)

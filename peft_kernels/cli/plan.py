@@ -25,7 +25,7 @@ from .sizes import METHODS, OPTIMISERS, Model, Run
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
-_ASSUMED = "layers fused by pk.patch, attention by a fused kernel, no padding, gradients accumulated"
+_ASSUMED = "a model patched by pk.patch, attention by a fused kernel, no padding, gradients accumulated"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,8 +135,8 @@ def _plan(model: Model, one: Run, limit: int | None) -> dict[str, Any]:
     plan |= {
         "activations": memory.activations(model, one),
         "activations_checkpointed": memory.checkpointed(model, one),
-        "logits": memory.logits(model, one),
-        "loss_backward": memory.loss_backward(model, one),
+        "loss": memory.loss(model, one),
+        "loss_work": memory.loss_work(model, one),
         "total": memory.total(model, one, checkpointing=False),
         "total_checkpointed": memory.total(model, one, checkpointing=True),
     }
@@ -192,8 +192,8 @@ def _print(plans: dict[str, dict[str, Any]], limit: int | None, out: Output) -> 
         ("optimiser", "optimiser state"),
         ("activations", "activations"),
         ("activations_checkpointed", "  with checkpointing"),
-        ("logits", "logits"),
-        ("loss_backward", "backward of the loss"),
+        ("loss", "loss"),
+        ("loss_work", "  while it runs"),
         ("total", "most at any time"),
         ("total_checkpointed", "  with checkpointing"),
     ]

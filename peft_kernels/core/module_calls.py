@@ -16,7 +16,9 @@ from torch.nn.modules.module import (
 
 from .wrong_types import an
 
-HOOKED_ALL = "hooks on all modules (register_module_forward_hook), which a fused forward would skip"
+HOOKED_ALL = (
+    "hooks on all modules (register_module_forward_hook), which a fused forward would skip; remove them"
+)
 
 GLOBAL_HOOKS = (
     "_global_forward_hooks",
@@ -61,5 +63,5 @@ def more_than_forward(module: nn.Module) -> str:
     cls = type(module)
     replaced = cls.__call__ is not _call or cls._call_impl is not _call_impl
     if replaced and not torch.compiler.is_compiling():
-        return f"{cls.__name__} replaces __call__, which a fused forward would skip"
+        return f"{cls.__name__} replaces __call__, which a fused forward would skip; nothing to do"
     return hooks_on_all()

@@ -205,7 +205,8 @@ def reason_other_table(params4bit: Any) -> str | None:
         found = (
             ""
             if is_dynamic_map(code)
-            else f"its scales have another table than the standard one{_of_old_cpus(code)}"
+            else f"its scales have another table than the standard one{_of_old_cpus(code)}; quantise the "
+            "dense weight again"
         )
         setattr(quant_state, _OTHER_TABLE, found)
     return found or None
@@ -214,7 +215,7 @@ def reason_other_table(params4bit: Any) -> str | None:
 def _of_old_cpus(code: Tensor) -> str:
     """bitsandbytes before 0.50 replaced the first value when it quantised on a CPU."""
     made_there = code.numel() == 256 and float(code.view(-1)[0]) == -1.0
-    return ", as bitsandbytes before 0.50 made on CPUs: quantise the dense weight again" if made_there else ""
+    return ", as bitsandbytes before 0.50 made on CPUs" if made_there else ""
 
 
 def is_quantized(params4bit: Any) -> bool:
@@ -226,18 +227,18 @@ def is_quantized(params4bit: Any) -> bool:
 def reason_unusable(params4bit: Any) -> str | None:
     """Why a Params4bit cannot be used in place, or None. Reads no data."""
     if not is_quantized(params4bit):
-        return "the weight is not quantised yet (move it to its device first)"
+        return "the weight is not quantised yet; move it to its device first"
     quant_state = params4bit.quant_state
     if getattr(quant_state, "packing_format_for_cpu", False):
         return (
             "bitsandbytes repacked the weight for CPU inference and rounded its scales; reload the checkpoint"
         )
     if quant_state.quant_type not in QUANT_TYPES:
-        return f"quantisation type {quant_state.quant_type}, expected nf4 or fp4"
+        return f"quantisation type {quant_state.quant_type}, expected nf4 or fp4; quantise it to one of these"
     if len(quant_state.shape) != 2:
-        return f"shape {tuple(quant_state.shape)}, expected two dimensions"
+        return f"shape {tuple(quant_state.shape)}, expected two dimensions; nothing to do"
     if quant_state.nested and quant_state.state2.blocksize != NESTED_BLOCKSIZE:
-        return f"nested blocksize {quant_state.state2.blocksize}, expected {NESTED_BLOCKSIZE}"
+        return f"nested blocksize {quant_state.state2.blocksize}, expected {NESTED_BLOCKSIZE}; nothing to do"
     return None
 
 

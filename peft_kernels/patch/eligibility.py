@@ -25,8 +25,10 @@ from . import fused, sources
 from .fused import Fallback
 from .input_spec import InputSpec
 
-NO_KERNEL = "has no kernel for it here"
-PARALLEL = "tensor parallelism: its forward runs between collectives, which a fused one would skip"
+NO_KERNEL = "has no kernel for it here; see pk.explain()"
+PARALLEL = (
+    "tensor parallelism: its forward runs between collectives, which a fused one would skip; nothing to do"
+)
 
 Forward = Callable[..., Any]
 
@@ -81,22 +83,22 @@ def _replaced_reason(module: nn.Module, device: torch.device | None) -> str:
     if fused.is_own(module, d["forward"]):
         return ""
     if is_compiled_by_jit(module):
-        return f"{type(module).__name__} is compiled by torch.jit"
+        return f"{type(module).__name__} is compiled by torch.jit; nothing to do"
     hook = d.get("_hf_hook")
     if hook is None or not fused.is_own(module, d.get("_old_forward")):
         if is_tensor_parallel(d["_parameters"].get("weight")):
             return PARALLEL
-        return f"the forward of {an(module)} was replaced on the instance"
+        return f"the forward of {an(module)} was replaced on the instance; restore it to fuse it"
     for one in getattr(hook, "hooks", (hook,)):
         if type(one).__name__ != "AlignDevicesHook" or one.no_grad:
-            return f"an accelerate hook inside ({type(one).__name__})"
+            return f"an accelerate hook inside ({type(one).__name__}); remove it to fuse it"
         if one.offload or one.io_same_device:
-            return "an accelerate hook inside that offloads weights"
+            return "an accelerate hook inside that offloads weights; keep the weights on the device"
         target = one.execution_device
         if device is not None and target is not None:
             target = torch.device("cuda", target) if isinstance(target, int) else torch.device(target)
             if target != device:
-                return f"x is on {device}, an accelerate hook moves it to {target}"
+                return f"x is on {device}, an accelerate hook moves it to {target}; keep both on one device"
     return ""
 
 
@@ -146,8 +148,8 @@ def _four_bit_reason(weight: Any) -> str | None:
 def unsupported_reason(layer: Any) -> str:
     """Why the forward of a layer without a `linear_kind` cannot be fused."""
     if hasattr(layer, "base_layer"):
-        return "another tuner layer lies between it and its base layer"
-    return f"no fused forward over a base of type {type(layer).__name__}"
+        return "another tuner layer lies between it and its base layer; use one tuner"
+    return f"no fused forward over a base of type {type(layer).__name__}; nothing to do"
 
 
 def fused_operands(
@@ -172,7 +174,7 @@ def fused_operands(
     if weight is None:
         weight = d.get("weight")
         if weight is None:
-            return Fallback(f"the weight of {an(layer)} is not a parameter")
+            return Fallback(f"the weight of {an(layer)} is not a parameter; remove the parametrization")
     bias = parameters["bias"] if "bias" in parameters else layer.bias  # noqa: SIM401 (evaluates both)
     autocast = spec.autocast
     dtype = out_dtype = spec.dtype if autocast is None else autocast
@@ -196,11 +198,13 @@ def fused_operands(
         if type(weight) not in _ORDINARY:
             if is_sharded(weight):
                 return Fallback(f"the base weight is sharded: {UNGATHERED}")
-            return Fallback(f"the base weight is {an(weight)}")
+            return Fallback(f"the base weight is {an(weight)}; use a plain or packed weight")
         compute = dtype
         if weight.dtype != dtype:
             if autocast is None:
-                return Fallback(f"x is {spec.dtype}, the base weight {weight.dtype}")
+                return Fallback(
+                    f"x is {spec.dtype}, the base weight {weight.dtype}; use one dtype, or autocast"
+                )
             if rounds_frozen or weight.dtype != torch.float32 or weight.requires_grad:
                 weight = weight.to(dtype)
         if kind is TRANSPOSED:

@@ -54,7 +54,11 @@ def examine_layer(module: nn.Module) -> Examination | None:
         return Examination(kind, None if never else FusedLora, never or lora_reason(module))
     if is_linear4bit(module):
         known = bool(linear_kind(module))
-        reason = layer_reason(module) if known else "a subclass with its own forward, or an unknown version"
+        reason = (
+            layer_reason(module)
+            if known
+            else "a subclass with its own forward, or an unknown version; nothing to do"
+        )
         return Examination(f"bitsandbytes {name}", FusedLinear4bit if known else None, reason)
     return None
 

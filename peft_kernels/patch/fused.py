@@ -267,10 +267,12 @@ def replaced_reason(module: nn.Module) -> str:
     """Why the forward of a module's class does not run when the module is called, or "". It does under a hook
     of accelerate, and in the wrappers that accelerate's `prepare` puts around a patched forward."""
     if RECORD in module.__dict__ and not isinstance(module, Fused):
-        return f"its class was changed after patch(), to {type(module).__qualname__}"
+        return (
+            f"its class was changed after patch(), to {type(module).__qualname__}; unpatch, and patch again"
+        )
     forward = module.__dict__.get("forward")
     if is_compiled_by_jit(module):
-        return "it is compiled by torch.jit"
+        return "it is compiled by torch.jit; nothing to do"
     if forward is None or hasattr(forward, REPLACES):
         return ""
     if is_own(module, forward) or is_own(module, module.__dict__.get("_old_forward")):
@@ -281,4 +283,4 @@ def replaced_reason(module: nn.Module) -> str:
     if inner is plain_class(module).forward:
         return "its forward was wrapped on the instance before patch(), as accelerate does; patch first"
     name = getattr(forward, "__qualname__", type(forward).__name__)
-    return f"its forward was replaced on the instance, by {name}"
+    return f"its forward was replaced on the instance, by {name}; restore it to fuse it"

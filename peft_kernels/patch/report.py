@@ -51,7 +51,7 @@ class LayerReport:
             if changed:
                 return changed
         found = examine(module, self.family, without=self.without)
-        return "no layer of this kind any more" if found is None else found.reason
+        return "no layer of this kind any more; patch again" if found is None else found.reason
 
     @property
     def note(self) -> str:

@@ -44,7 +44,7 @@ def lora(module: Any, active: Sequence[str], mixin: type[Fused], reason: str) ->
     name = next(iter(active), None) or next(iter(module.lora_A), None)
     weight = getattr(module.base_layer, "weight", None)
     if name is None or weight is None or weight.device.type == "meta":
-        return f"{reason}, and could not be tried on this layer"
+        return f"{reason}, and could not be tried on this layer; load its weights and an adapter first"
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     x = torch.randn(2, module.in_features, generator=torch.Generator().manual_seed(1)).to(
         weight.device, dtype
@@ -68,7 +68,7 @@ def parameters(wrappers: Sequence[Any], mixin: type[Fused], reason: str) -> str:
     name = next((name for wrapper in wrappers for name in wrapper.lora_A), None)
     inputs = _routed(module)
     if name is None or inputs[0].device.type == "meta":
-        return f"{reason}, and could not be tried on this layer"
+        return f"{reason}, and could not be tried on this layer; load its weights and an adapter first"
 
     def parts(twin: Any) -> list[Tensor]:
         return [p for key, p in twin.named_parameters() if f".{name}." in f".{key}." and "lora_" in key]
@@ -86,7 +86,7 @@ def experts(module: Any) -> tuple[str, bool]:
     inputs = _routed(module)
     x = inputs[0]
     if x.device.type == "meta":
-        return f"{name} could not be tried, its weights are on the meta device", False
+        return f"{name} could not be tried, its weights are on the meta device; load them", False
     if hooked := hooks_on_all():
         return f"{name} could not be tried: {hooked}", False
     try:
@@ -95,11 +95,15 @@ def experts(module: Any) -> tuple[str, bool]:
             for run in (plain_class(module).forward, experts_forward)
         )
     except Exception as error:  # an unknown forward may raise anything
-        return f"{name}: a trial failed ({type(error).__name__}: {error})", True
+        return f"{name}: a trial failed ({type(error).__name__}: {error}); nothing to do", True
     if not all(0 < float(t.norm()) < float("inf") for t in theirs):
-        return f"{name} could not be tried, its weights are not loaded", False
+        return f"{name} could not be tried, its weights are not loaded; load them", False
     worst = _worst(ours, theirs)
-    return ("" if worst <= _TOLERANCE[x.dtype] else f"{name} gives other results (off by {worst:.2g})"), True
+    return (
+        ""
+        if worst <= _TOLERANCE[x.dtype]
+        else f"{name} gives other results (off by {worst:.2g}); nothing to do"
+    ), True
 
 
 def _trial(
@@ -126,12 +130,14 @@ def _trial(
         fuse(twin, mixin, record)
         ours = results(twin)
     except Exception as error:  # an unknown forward may raise anything
-        return f"{reason}, and a trial failed ({type(error).__name__}: {error})"
+        return (
+            f"{reason}, and a trial failed ({type(error).__name__}: {error}); nothing to do with this version"
+        )
     if record.fallbacks:
         return f"{reason}, and could not be tried: {next(iter(record.fallbacks))}"
     worst = _worst(ours, theirs)
     if not worst <= _TOLERANCE.get(dtype, 1e-3):
-        return f"{reason}, and gives other results (off by {worst:.2g})"
+        return f"{reason}, and gives other results (off by {worst:.2g}); nothing to do with this version"
     logger.info("%s; tried on one layer, the fused forward gives the same (%.2g)", reason, worst)
     return ""
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .. import adapters
 from .decoder import Decoder
 from .layers import Rows
 from .request import Request
-from .store import BudgetInUse, Resident, Store
+from .store import BudgetInUse, Resident, Store, bottleneck_rows
 
 
 @dataclass
@@ -97,7 +94,7 @@ class Batch:
     def _begin(self, request: Request) -> Running:
         name = request.adapter
         adapter = None if name is None else self._store.get(name, self.in_use())
-        with _bottlenecks(self._decoder.model, [adapter]):
+        with bottleneck_rows(self._decoder.model, [adapter]):
             logits, cache = self._decoder.start(
                 request.prompt, Rows([None if adapter is None else adapter.lora])
             )
@@ -139,15 +136,9 @@ class Batch:
             or any(a is not b for a, b in zip(before.adapters, there, strict=True))
         ):
             rows = Rows([None if one is None else one.lora for one in there])
-            before = self._composition = Composition(there, rows, _bottlenecks(self._decoder.model, there))
+            before = self._composition = Composition(there, rows, bottleneck_rows(self._decoder.model, there))
         return before
 
     def _fail(self, error: Exception) -> None:
         for request in self.requests:
             request.finish("error", error)
-
-
-def _bottlenecks(model: Any, there: Sequence[Resident | None]) -> Any:
-    """A context in which rows use their bottleneck adapters."""
-    names = [None if one is None else one.bottleneck for one in there]
-    return adapters.rows(model, names) if any(names) else nullcontext()

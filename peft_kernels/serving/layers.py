@@ -39,6 +39,11 @@ class LoraLayer:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.lora_a, self.lora_b, self.scale) if t is not None)
 
+    def factors(self) -> dict[str, Tensor]:
+        """What an input is multiplied by, by name."""
+        found = {"lora_A": self.lora_a, "lora_B": self.lora_b, "scaling": torch.tensor(self.scaling)}
+        return found if self.scale is None else found | {"magnitude/norm": self.scale}
+
 
 LoraLayers = Mapping[nn.Module, LoraLayer]
 """The layers of an adapter, by the linear layers of the model."""

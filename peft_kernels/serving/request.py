@@ -150,7 +150,10 @@ class Request:
         how, token = self.sampling, logits.argmax()
         largest = logits[token]
         if not largest.isfinite():
-            raise RuntimeError(f"logits: expected one that is finite and the largest, got {float(largest)}")
+            raise RuntimeError(
+                f"logits: expected finite numbers, got {float(largest)} as the largest for token "
+                f"{len(self.tokens) + 1}: the model or its adapter overflows with this prompt"
+            )
         if how.temperature == 0:
             return int(token)
         logits = (logits - largest) / max(how.temperature, _COLDEST)

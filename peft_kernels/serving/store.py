@@ -5,24 +5,28 @@ from __future__ import annotations
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters.files import CONFIG as BOTTLENECK_CONFIG
 from ..adapters.files import LARGEST_HEADER
 from ..adapters.files import WEIGHTS as BOTTLENECK_WEIGHTS
-from ..checkpoints.header import read_header
+from ..checkpoints.header import CheckpointError, read_header
 from .decoder import Decoder
-from .layers import LoraLayers
+from .layers import LoraLayers, Rows
 from .lora import read_lora
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+_PROBE = (0, 1, 2, 3)
+"""The tokens that a loaded adapter is tried with."""
 
 
 class BudgetInUse(Exception):
@@ -111,7 +115,7 @@ class Store:
         BudgetInUse
             It does not fit beside the adapters in use.
         ValueError
-            It exceeds the budget, or its folder is damaged. Nothing is changed.
+            It exceeds the budget, its folder is damaged, or its outputs are not finite. Nothing is changed.
         """
         found = self.resident.get(name)
         if found is None:
@@ -127,11 +131,13 @@ class Store:
         model = self.decoder.model
         if layers is None:
             adapters.load(model, self.folders[name], load_as=name)
-            found = Resident(_bottleneck_bytes(model, name), bottleneck=name)
+            parameters = (p for one in _bottlenecks(model, name).values() for p in one.parameters())
+            found = Resident(sum(p.nbytes for p in parameters), bottleneck=name)
         else:
             found = Resident(sum(layer.nbytes for layer in layers.values()), lora=layers)
         self._sizes[name] = found.nbytes
         try:
+            self._check_finite(name, found)
             for other in self._to_evict(name, found.nbytes, in_use):
                 self._drop(other)
         except BaseException:
@@ -142,6 +148,25 @@ class Store:
             self.decoder.switch.attach(list(layers))
         self.resident[name] = found
         return found
+
+    def _check_finite(self, name: str, adapter: Resident) -> None:
+        """Computes a few tokens: weights that are finite in the file may overflow in the model's dtype.
+        Raises CheckpointError for NaN or Inf."""
+        model = self.decoder.model
+        with bottleneck_rows(model, [adapter]):
+            logits, _ = self.decoder.start(_PROBE, Rows([adapter.lora]))
+        if bool(logits.max().isfinite()):
+            return
+        sizes = {
+            path: {name: _largest(factor) for name, factor in factors.items()}
+            for path, factors in _factors(model, adapter).items()
+        }
+        worst = max(sizes, key=lambda path: prod(max(1.0, size) for size in sizes[path].values()))
+        told = ", ".join(f"{name} up to {size:.2g}" for name, size in sizes[worst].items())
+        raise CheckpointError(
+            f"adapter {name!r}: expected finite logits in {self.decoder.dtype}, got NaN or Inf: its largest "
+            f"weights are in {worst}: {told}"
+        )
 
     def _check_fits(self, name: str, nbytes: int) -> None:
         if self.budget is not None and nbytes > self.budget:
@@ -176,6 +201,27 @@ class Store:
         self.decoder.release()
 
 
-def _bottleneck_bytes(model: nn.Module, name: str) -> int:
-    found = (a for site in adapters.manage.sites(model) if (a := site.get(name)) is not None)
-    return sum(p.nbytes for adapter in found for p in adapter.parameters())
+def bottleneck_rows(model: nn.Module, there: Sequence[Resident | None]) -> Any:
+    """A context in which rows use their bottleneck adapters."""
+    names = [None if one is None else one.bottleneck for one in there]
+    return adapters.rows(model, names) if any(names) else nullcontext()
+
+
+def _factors(model: nn.Module, adapter: Resident) -> dict[str, dict[str, Tensor]]:
+    """What an adapter multiplies its inputs by, by layer and name."""
+    if adapter.lora is not None:
+        paths = {module: path for path, module in model.named_modules()}
+        return {paths[layer]: lora.factors() for layer, lora in adapter.lora.items()}
+    found = {} if adapter.bottleneck is None else _bottlenecks(model, adapter.bottleneck)
+    return {path: dict(one.named_parameters()) for path, one in found.items()}
+
+
+def _largest(weight: Tensor) -> float:
+    """The largest magnitude; infinite if there is a NaN."""
+    return float(weight.abs().nan_to_num(torch.inf).max())
+
+
+def _bottlenecks(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """A bottleneck adapter's parameters by layer."""
+    found = ((site.place.last, site.get(name)) for site in adapters.manage.sites(model))
+    return {path: adapter for path, adapter in found if adapter is not None}

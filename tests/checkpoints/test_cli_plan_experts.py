@@ -16,6 +16,7 @@ from plan_measures import (
     enable_checkpointing,
     measured_activations,
     planned,
+    planned_activations,
     planned_to_measured_peak,
     relative_difference,
 )
@@ -95,12 +96,13 @@ def test_activations_of_packed_experts(kind: str, parameters: list[str], prepare
     model = plan_model(kind, parameters)
     run = Run("qlora", BATCH, SEQ, RANK, experts=True, prepared=prepared)
     real = trainable(kind, True, parameters, prepared)
-    assert relative_difference(memory.activations(model, run), measured_activations(real)) < 0.01
+    assert relative_difference(planned_activations(model, run), measured_activations(real)) < 0.01
     assert relative_difference(memory.weights(model, run), nbytes(real, False)) < 0.001
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-def test_peak(checkpointing: bool) -> None:
+def test_peak(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "LOGIT_BYTES", 0)
     batch, seq = 1, 96
     model, run = plan_model("qwen3_moe"), Run("qlora", batch, seq, RANK, experts=True)
     real = trainable("qwen3_moe", True)

@@ -294,6 +294,10 @@ def test_the_site_builds_without_a_network(tmp_path: Path) -> None:
         html = page.read_text(encoding="utf-8")
         loaded = re.findall(r'<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)="((?:https?:)?//[^"]+)"', html)
         assert loaded == [], f"{page.name} loads what a machine without a network lacks"
+        assert 'search_from_disk.js"></script>' in html and 'class="md-search__input"' in html
+    told = (tmp_path / "site" / "search_from_disk.js").read_text(encoding="utf-8")
+    assert 'querySelector(".md-search__input").placeholder =' in told and 'protocol === "file:"' in told
+    assert "python3 -m http.server -d build/docs" in told, "how to get the search, as in the README"
     functions = (tmp_path / "site" / "api" / "functions.html").read_text(encoding="utf-8")
     assert "Differentiable in x and bias" in functions, "no docstrings in the reference"
 

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import socket
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from serving_models import ADAPTERS, llama, prompt, save_adapter
 
 from peft_kernels.serving import Engine
+from peft_kernels.serving.decoder import Decoder
 
 for _name in ("fastapi", "uvicorn", "httpx"):
     pytest.importorskip(_name, reason=f"{_name} is not installed")
 
 import httpx  # noqa: E402
+import tokenizers  # noqa: E402
+import transformers  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +40,16 @@ def serve() -> Any:
 
 
 @pytest.fixture(scope="module")
-def http(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def engine() -> Engine:
+    return Engine(llama(), max_batch=3)
+
+
+@pytest.fixture(scope="module")
+def http(serve: Any, engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     folder = tmp_path_factory.mktemp("adapters")
     for name in ("one", "two"):
         save_adapter(llama(), folder / name, **ADAPTERS[name])
     save_adapter(llama(), folder / "large", r=8, lora_alpha=1e38)
-    engine = Engine(llama(), max_batch=3)
     engine.register("one", folder / "one")
     server, thread, port = serve.serve_on_loopback(serve.make_app(engine, folder))
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
@@ -131,11 +141,142 @@ def test_a_prompt_beyond_any_model_is_not_read(http: httpx.Client, prompt: Any) 
 
 
 def test_an_adapter_that_overflows_is_named(http: httpx.Client) -> None:
-    assert http.put("/adapters/large", json={"folder": "large"}).status_code == 200
-    answer = http.post("/generate", json={"prompt": [5], "adapter": "large", "max_new_tokens": 2})
-    assert answer.status_code == 500, answer.text
-    assert "adapter 'large': logits: expected one that is finite" in answer.json()["detail"]
-    assert http.delete("/adapters/large").status_code == 200
+    answer = http.put("/adapters/large", json={"folder": "large"})
+    assert answer.status_code == 400, answer.text
+    assert "adapter 'large': expected finite logits in torch.float32" in answer.json()["detail"]
+    assert "scaling up to 1.2e+37" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (torch.nan, "logits: expected finite numbers, got nan as the largest for token 1: the model"),
+        (IndexError("of the model"), "IndexError: of the model"),
+    ],
+    ids=["not-finite", "error"],
+)
+def test_a_fault_ends_one_request(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch, fault: Any, told: str
+) -> None:
+    """A prompt with which an adapter overflows that does not with others; the batch goes on."""
+    start, both = Decoder.start, threading.Barrier(2, timeout=60)
+
+    def broken(self: Decoder, given: Any, rows: Any) -> Any:
+        logits, cache = start(self, given, rows)
+        if given == [7] and isinstance(fault, Exception):
+            raise fault
+        return (logits * fault if given == [7] else logits), cache
+
+    def post(prompt: list[int]) -> httpx.Response:
+        both.wait()
+        body = {"prompt": prompt, "adapter": "one", "max_new_tokens": 40}
+        return http.post("/generate", json=body)
+
+    monkeypatch.setattr(Decoder, "start", broken)
+    with ThreadPoolExecutor() as pool:
+        good, bad = pool.map(post, ([5, 6], [7]))
+    assert bad.status_code == 500, bad.text
+    assert bad.json()["detail"].startswith(f"adapter 'one': {told}")
+    assert good.status_code == 200 and good.json()["finish_reason"] in ("length", "stop")
+
+
+@pytest.fixture
+def chat_tokenizer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Words from the model's vocabulary, with a chat template; the engine has it during the test."""
+    first = ["<unk>", "<s>", "</s>", ":", "user", "assistant", "a", "b"]
+    words = {word: i for i, word in enumerate([*first, *(f"w{i}" for i in range(len(first), 128))])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for turn in messages %}"
+        "{% if turn.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+        "{{ turn.role }} : {{ turn.content }} {% endfor %}"
+        "{% if add_generation_prompt %}assistant :{% endif %}"
+    )
+    monkeypatch.setattr(engine, "tokenizer", tokenizer)
+    return tokenizer
+
+
+def test_chat_applies_the_template(http: httpx.Client, chat_tokenizer: Any) -> None:
+    turns = [("user", "a b"), ("assistant", "b"), ("user", "a")]
+    ids = [1, 4, 3, 6, 7, 5, 3, 7, 4, 3, 6, 5, 3]  # one <s>, and the header of the answer
+    plain = http.post("/generate", json={"prompt": ids, "adapter": "one", "max_new_tokens": 5}).json()
+    answer = http.post(
+        "/v1/chat/completions",
+        json={
+            "model": "one",
+            "messages": [{"role": role, "content": content} for role, content in turns],
+            "max_tokens": 5,
+            "temperature": 0,
+            "stream": False,
+        },
+    )
+    assert answer.status_code == 200, answer.text
+    found = answer.json()
+    (choice,) = found["choices"]
+    assert choice["message"] == {"role": "assistant", "content": plain["text"]} and plain["text"]
+    assert choice["index"] == 0 and choice["finish_reason"] == plain["finish_reason"]
+    new = len(plain["tokens"])
+    assert found["usage"] == {
+        "prompt_tokens": len(ids), "completion_tokens": new, "total_tokens": len(ids) + new,
+    }  # fmt: skip
+    assert found["object"] == "chat.completion" and found["model"] == "one"
+    assert found["id"] and isinstance(found["created"], int)
+
+
+def test_chat_without_a_model_asks_the_base(http: httpx.Client, chat_tokenizer: Any) -> None:
+    messages = [{"role": "user", "content": "a"}]
+    plain = http.post("/generate", json={"prompt": [1, 4, 3, 6, 5, 3], "max_new_tokens": 5}).json()
+    for model in ({}, {"model": ""}):
+        answer = http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 5} | model)
+        assert answer.json()["choices"][0]["message"]["content"] == plain["text"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "message"),
+    [
+        ({"messages": []}, 422, "body.messages: "),
+        ({"messages": [{"role": "user"}]}, 422, "body.messages.0.content: Field required"),
+        ({"messages": [{"role": "user", "content": "a\ud800"}]}, 422, "body.messages.0.content: "),
+        ({"messages": [{"role": "tool", "content": "a"}]}, 400, "messages: the model's chat template: no to"),
+        (
+            {"messages": [{"role": "user", "content": "a" * (1 << 20)}] * 2},
+            400,
+            "messages: expected a length",
+        ),
+        ({"max_tokens": 0}, 422, "body.max_tokens: Input should be greater than or equal to 1"),
+        ({"max_tokens": 100}, 400, "expected at most 64 tokens in all, got 6 of the prompt and 100 new ones"),
+        ({"model": "nine"}, 400, "adapter: expected one that is registered"),
+        ({"temperature": -1}, 400, "temperature: expected 0 or a positive number"),
+        ({"stream": True}, 422, "body.stream: Input should be False"),
+        ({"stop": ["a"]}, 422, "body.stop: Extra inputs are not permitted"),
+    ],
+    ids=lambda given: next(iter(given)) if isinstance(given, dict) else None,
+)
+def test_bad_chats_get_plain_errors(
+    http: httpx.Client, chat_tokenizer: Any, changes: Any, status: int, message: str
+) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2} | changes
+    typed = {"content-type": "application/json"}
+    answer = http.post("/v1/chat/completions", content=json.dumps(body), headers=typed)
+    assert answer.status_code == status, answer.text
+    assert message in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["no-template", "no-tokenizer"])
+def test_chat_without_a_template(
+    http: httpx.Client, engine: Engine, chat_tokenizer: Any, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat_tokenizer.chat_template = None
+    if not there:
+        monkeypatch.setattr(engine, "tokenizer", None)
+    answer = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "a"}]})
+    assert answer.status_code == 400, answer.text
+    assert "messages: expected a tokenizer with a chat template, got none" in answer.json()["detail"]
 
 
 def test_request_timeout_is_an_error(serve: Any, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 import peft_kernels as pk
+from peft_kernels.core.module_calls import HOOKED_ALL
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Full backward hook is firing")
-HOOKED_ALL = "hooks on all modules (register_module_forward_hook), which a fused forward would skip"
 
 MODELS: dict[str, Callable[[], Any]] = {
     "lora": lambda: adapted(llama()),

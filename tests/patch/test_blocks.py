@@ -124,7 +124,7 @@ def test_settings_of_the_activation_that_change_after_patching(setting: str, op_
     setattr(model.base_model.model[0].act_fn, setting, 3.0)
     got = run(model, x)
     assert op_counts["gated_mlp"] == 1
-    assert report.blocks[0].fallbacks == {f"act_fn.{setting} was changed after patch()": 1}
+    assert report.blocks[0].fallbacks == {f"act_fn.{setting} was changed after patch(); patch again": 1}
     pk.unpatch(model)
     assert testing.relative_error(got["y"], before) > 0.1
     assert_near(got, run(model, x))

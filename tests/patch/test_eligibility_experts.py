@@ -49,7 +49,9 @@ def test_a_trained_base_gets_its_gradient() -> None:
     plain = run(model, tokens())
     report = pk.patch(model)
     got = run(model, tokens())
-    assert fallbacks(report) == ["gate_up_proj is trained"] and got.keys() == plain.keys()
+    assert (
+        fallbacks(report) == ["gate_up_proj is trained; freeze it to fuse it"] and got.keys() == plain.keys()
+    )
     assert all(torch.equal(got[name], plain[name]) for name in got)
 
 
@@ -58,7 +60,7 @@ def test_a_trained_bias() -> None:
     experts_of(model).down_proj_bias.requires_grad_()
     report = pk.patch(model)
     got = run(model, tokens())
-    assert fallbacks(report) == ["down_proj_bias is trained"] and any(
+    assert fallbacks(report) == ["down_proj_bias is trained; freeze it to fuse it"] and any(
         "down_proj_bias" in name for name in got
     )
 
@@ -94,7 +96,7 @@ def test_a_weight_that_is_computed_in_each_call() -> None:
     plain = copy.deepcopy(model)(tokens())  # PEFT 0.21 leaves its own parametrization on this one
     report = pk.patch(model)
     assert testing.relative_error(model(tokens()), plain) < ONE_LAYER
-    assert fallbacks(report) == ["down_proj is not a parameter"]
+    assert fallbacks(report) == ["down_proj is not a parameter; remove the parametrization"]
 
 
 class Doubled(nn.Module):
@@ -108,7 +110,7 @@ def test_extra_arguments_raise_peft_s_error() -> None:
     rows, index = tokens(), torch.zeros(ROWS, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="mixed"):
         model.base_model.model.experts(rows, index, rows[:, :1], adapter_names=["default"] * ROWS)
-    assert fallbacks(report) == ["extra arguments (adapter_names)"]
+    assert fallbacks(report) == ["extra arguments (adapter_names); call it without them"]
 
 
 def test_two_wrappers_around_one_parameter() -> None:
@@ -134,7 +136,7 @@ def test_parameters_of_a_linear_layer() -> None:
     report = pk.patch(model)
     assert [str(layer) for layer in report.original] == [
         "original base_model.model.0 (PEFT LoRA on weight of NF4Linear): "
-        "no fused forward over the parameters of an NF4Linear"
+        "no fused forward over the parameters of an NF4Linear; nothing to do"
     ]
     assert torch.equal(model(tokens()), plain)
     weight = model.base_model.model[0].get_base_layer().weight

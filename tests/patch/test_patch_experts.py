@@ -307,7 +307,7 @@ def test_hooks_on_all_modules(base: str) -> None:
     found = calls(model)
     assert found == calls(stock) and any("act_fn" in name for name in found)
     assert fallbacks(report) == [
-        "hooks on all modules (register_module_forward_hook), which a fused forward would skip"
+        "hooks on all modules (register_module_forward_hook), which a fused forward would skip; remove them"
     ]
     model(tokens())
     assert report.layers[0].fallbacks.total() == 1 and report.layers[0].fused

@@ -64,7 +64,10 @@ def test_what_is_not_fused_has_a_line_and_its_article() -> None:
     base.model.layers[1].self_attn.q_proj.lora_dropout["default"] = nn.AlphaDropout(0.1)
     text = str(pk.patch(model))
     assert "decoder layer (1 of 2)" in text and "norm (1 of 5)" in text
-    assert "a subclass of LlamaDecoderLayer with a forward of its own: base_model.model.model" in text
+    assert (
+        "a subclass of LlamaDecoderLayer with a forward of its own; nothing to do: base_model.model.model"
+        in text
+    )
     assert "lora_dropout is an AlphaDropout" in text
     text = str(pk.patch(base.model.embed_tokens))
     assert text.startswith("peft_kernels: no LoRA or 4-bit layers\nnothing to patch: ")
@@ -104,4 +107,6 @@ def test_accelerate_hooks_inside_a_layer(part: str) -> None:
     assert not report.original and not report.layers[0].fallbacks, "x is there already: nothing to move"
     hooks.add_hook_to_module(inside, hooks.AlignDevicesHook("cpu", offload=True))
     assert testing.relative_error(model(x), plain) < ONE_MODEL
-    assert report.layers[0].fallbacks == {"an accelerate hook inside that offloads weights": 1}
+    assert report.layers[0].fallbacks == {
+        "an accelerate hook inside that offloads weights; keep the weights on the device": 1
+    }

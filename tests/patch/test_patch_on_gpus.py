@@ -17,7 +17,7 @@ from peft_kernels.core.op import OPS
 from peft_kernels.patch.block import decoder_layer
 
 NORMS = ("rms_norm", "add_rms_norm", "rms_norm_backward")
-NONE = "cuda has no kernel for it here"
+NONE = "cuda has no kernel for it here; see pk.explain()"
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_damage import change_json, change_tensors
-from serving_models import llama, prompt, save_adapters
+from serving_models import ADAPTERS, llama, prompt, save_adapter, save_adapters, save_bottleneck
 
 import peft_kernels as pk
 from peft_kernels.checkpoints.header import CheckpointError
@@ -109,6 +109,65 @@ def test_adapter_larger_than_the_budget(folders: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match="'one': expected at most budget_bytes=1000 bytes, got"):
         bad.result()
     assert len(good.result()) == NEW and resident(engine) == []
+
+
+def test_weights_that_overflow_in_the_adapter_dtype(tmp_path: Path) -> None:
+    folder = save_adapter(llama("dense", torch.bfloat16), tmp_path / "a", **ADAPTERS["one"])
+    path = folder / "adapter_model.safetensors"
+    state = safetensors.load_file(path)
+    next(iter(state.values()))[0, 0] = 3.4e38  # below fp32's maximum, and above bf16's
+    safetensors.save_file(state, path)
+    engine = Engine(llama("dense", torch.bfloat16), adapter_dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"expected finite numbers in torch\.bfloat16, got NaN or Inf"):
+        engine.load("a", folder)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tensor", "value", "weight"),
+    [
+        (torch.float16, "up_proj.lora_A", 3e6, r"mlp.up_proj: lora_A up to 3e\+06,"),
+        (torch.float16, "up_proj.lora_B", 3e6, r"mlp.up_proj: .*, lora_B up to 3e\+06,"),
+        (torch.bfloat16, "k_proj.lora_A", 3.4e38, r"self_attn.k_proj: lora_A up to 3.4e\+38,"),
+        (torch.float32, "o_proj.lora_magnitude", 3e38, r"self_attn.o_proj: .*, magnitude/norm up to .*e\+3"),
+        (torch.float32, "", 0.0, r".*: .*, scaling up to 1.2e\+37"),
+    ],
+    ids=["A-fp16", "B-fp16", "A-bf16", "magnitude", "scaling"],
+)
+def test_weights_that_overflow_in_the_models_dtype(
+    tmp_path: Path, dtype: torch.dtype, tensor: str, value: float, weight: str
+) -> None:
+    """They are finite in the file and in fp32."""
+    options = {"r": 8, "lora_alpha": 16.0 if tensor else 1e38, "use_dora": "magnitude" in tensor}
+    folder = save_adapter(llama("dense", dtype), tmp_path / "a", **options)
+    path = folder / "adapter_model.safetensors"
+    state = safetensors.load_file(path)
+    next(value for key, value in state.items() if tensor in key).view(-1)[0] = value or 1.0
+    safetensors.save_file(state, path)
+    engine = Engine(llama("dense", dtype), max_batch=2)
+    told = rf"adapter 'a': expected finite logits in {dtype}, got NaN or Inf: .* in model.layers.0.{weight}"
+    with pytest.raises(CheckpointError, match=told):
+        engine.load("a", folder)
+    assert engine.adapters == []
+    engine.register("a", folder)
+    bad, good = ask(engine, "a"), ask(engine, None)
+    engine.run()
+    with pytest.raises(CheckpointError, match=told):
+        bad.result()
+    assert len(good.result()) == NEW
+
+
+def test_bottleneck_weights_that_overflow(tmp_path: Path) -> None:
+    model = llama()
+    folder = save_bottleneck(llama(), tmp_path, "pfeiffer")
+    path = folder / "bottleneck_adapter.safetensors"
+    state = safetensors.load_file(path)
+    state[next(key for key in state if key.endswith("down_proj.up"))][0, 0] = 3.4e38
+    safetensors.save_file(state, path)
+    engine = Engine(model)
+    with pytest.raises(CheckpointError, match=r"'a': .* in .*mlp.down_proj: .* up up to 3.4e\+38"):
+        engine.load("a", folder)
+    assert engine.adapters == []
+    engine.load("a", save_bottleneck(llama(), tmp_path / "good", "pfeiffer"))
 
 
 Damage = Callable[[Path], None]

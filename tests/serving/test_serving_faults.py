@@ -15,13 +15,10 @@ from serving_models import ADAPTERS, llama, prompt, save_adapter, small
 from torch import Tensor
 
 import peft_kernels as pk
-from peft_kernels.checkpoints.header import CheckpointError
 from peft_kernels.core import dispatch
 from peft_kernels.patch.fused import Fused
 from peft_kernels.serving import Engine, Request, Sampling
 from peft_kernels.serving.fair_lock import FairLock
-
-safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 
 NEW = 6
 
@@ -146,17 +143,6 @@ def test_name_is_free_after_its_adapter_did_not_fit(folders: dict[str, Path], tm
     assert engine.adapters[0].nbytes == 2 * 128 * 4
 
 
-def test_weights_that_overflow_in_the_adapter_dtype(tmp_path: Path) -> None:
-    folder = save_adapter(llama("dense", torch.bfloat16), tmp_path / "a", **ADAPTERS["one"])
-    path = folder / "adapter_model.safetensors"
-    state = safetensors.load_file(path)
-    next(iter(state.values()))[0, 0] = 3.4e38  # below fp32's maximum, and above bf16's
-    safetensors.save_file(state, path)
-    engine = Engine(llama("dense", torch.bfloat16), adapter_dtype=torch.bfloat16)
-    with pytest.raises(CheckpointError, match=r"expected finite numbers in torch\.bfloat16, got NaN or Inf"):
-        engine.load("a", folder)
-
-
 def test_invalid_logits_fail_only_their_request(engine: Engine) -> None:
     (wanted,) = engine.generate([prompt(0, 5)], max_new_tokens=NEW, eos_token_id=())
     bad, good = ask(engine, seed=1, sampling=Sampling(1.0, seed=0)), ask(engine)
@@ -169,7 +155,9 @@ def test_invalid_logits_fail_only_their_request(engine: Engine) -> None:
 
     engine._decoder.step = broken  # type: ignore[method-assign]
     engine.run()
-    with pytest.raises(RuntimeError, match="logits: expected one that is finite and the largest, got nan"):
+    with pytest.raises(
+        RuntimeError, match="logits: expected finite numbers, got nan as the largest for token 2:"
+    ):
         bad.result()
     assert good.result() == wanted
 

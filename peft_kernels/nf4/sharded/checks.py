@@ -13,7 +13,7 @@ from .fsdp_tensor import NF4Shard
 from .local_rows import LocalRows
 
 UNGATHERED = (
-    "this process has some rows of it, as FSDP2 shards it, expected all: call the module that fully_shard "
+    "this process has some rows of it, as FSDP2 shards it, expected all; call the module that fully_shard "
     "was given, or unshard() it first"
 )
 

@@ -81,7 +81,7 @@ def attention_forward(
     reason, spans = _unsupported_reason(query, key, value, dropout, scaling, kwargs), None
     if reason is None and attention_mask is not None:
         spans = spans_of(attention_mask, query, key)
-        reason = "a mask that is not one or two spans of keys a row" if spans is None else None
+        reason = "a mask that is not one or two spans of keys a row; nothing to do" if spans is None else None
     if reason is not None:
         record = None if torch.compiler.is_compiling() else record_of(module)
         if record is not None:
@@ -112,19 +112,19 @@ def _unsupported_reason(
     if query.device.type != "cpu" or query.shape[2] == 1 or not _has_kernel(query):
         return ""
     if functional.scaled_dot_product_attention is not scaled_dot_product_attention:
-        return "torch's function is replaced, as by context_parallel"
+        return "torch's function is replaced, as by context_parallel; nothing to do"
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             return what
     if dropout:
-        return "dropout of attention weights"
+        return "dropout of attention weights; set attention_dropout to 0"
     if kwargs.get("position_bias") is not None:
-        return "position biases"
+        return "position biases; nothing to do"
     if key.shape != value.shape or query.shape[3] != key.shape[3] or query.shape[0] != key.shape[0]:
-        return "keys and values of different sizes"
+        return "keys and values of different sizes; nothing to do"
     if not _is_of_one_type(query, key, value):
-        return f"queries in {query.dtype}, keys in {key.dtype}"
-    return None if scaling is None or scaling > 0 else "a scale that is not positive"
+        return f"queries in {query.dtype}, keys in {key.dtype}; use one dtype"
+    return None if scaling is None or scaling > 0 else "a scale that is not positive; nothing to do"
 
 
 def _is_of_one_type(*sides: Tensor) -> bool:

@@ -116,7 +116,9 @@ def _project(module: Any, x: Tensor) -> tuple[Sequence[Tensor], Sequence[torch.d
     compute, dtype = bases[0].compute_dtype, bases[0].dtype
     for name, base in zip(PROJECTIONS, bases, strict=True):
         if (base.compute_dtype, base.dtype) != (compute, dtype):
-            return Fallback(f"{name}: computes in {base.compute_dtype}, {PROJECTIONS[0]} in {compute}")
+            return Fallback(
+                f"{name}: computes in {base.compute_dtype}, {PROJECTIONS[0]} in {compute}; use one dtype"
+            )
     if compute == spec.autocast:  # which rounds the input of adapters too
         dtype = compute
     return multi_lora_linear(x.to(dtype), layers, None, compute), [base.out_dtype for base in bases]

@@ -61,11 +61,11 @@ def function_reason(module: Any) -> str:
     """Why an attention module that has a choice does not run our attention function, or ""."""
     name = module.config._attn_implementation
     if name not in (REPLACED, NAME):
-        return f"its attention function is {name!r}"
+        return f"its attention function is {name!r}; use {REPLACED!r} to fuse it"
     functions = _forward(module).__globals__["ALL_ATTENTION_FUNCTIONS"]
     function = functions.get(name)
     if not (function.__module__ or "").startswith(("transformers.", __package__)):
-        return f"{name!r} is {function.__module__}.{function.__qualname__}"
+        return f"{name!r} is {function.__module__}.{function.__qualname__}; nothing to do"
     weight = next(module.parameters(), None)
     return "" if weight is None else eligibility.device_reason(weight, "attention")
 

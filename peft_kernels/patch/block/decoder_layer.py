@@ -27,7 +27,7 @@ def _run(layer: Any, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Te
         return Fallback()
     defaults = eligibility.layer(layer)
     if defaults is None:
-        return Fallback("its forward was replaced")
+        return Fallback("its forward was replaced; restore it to fuse it")
     x = hidden_states
     if not isinstance(x, Tensor) or eligibility.device_reason(x, "add_rms_norm") or len(args) > len(defaults):
         return Fallback()
@@ -92,7 +92,7 @@ def _rounds_to(half: Any, kwargs: dict[str, Any], x: Tensor) -> torch.dtype | No
 def examine(module: nn.Module, layers: Layers) -> Examination | None:
     if eligibility.layer(module) is None:
         above = eligibility.layer_of_subclass(module)
-        reason = f"a subclass of {above} with a forward of its own"
+        reason = f"a subclass of {above} with a forward of its own; nothing to do"
         return Examination.of("decoder layer", module, FusedDecoderLayer, reason) if above else None
     reasons = ((name, _norm_reason(module._modules[name], layers)) for name in eligibility.NORM_NAMES)
     reason = next((f"{name}: {reason}" for name, reason in reasons if reason), "")
@@ -102,5 +102,5 @@ def examine(module: nn.Module, layers: Layers) -> Examination | None:
 def _norm_reason(norm: Any, layers: Layers) -> str:
     found = norms.examine(norm, layers)
     if found is None:
-        return f"{an(norm)}, which is none of the norms known here"
+        return f"{an(norm)}, which is none of the norms known here; nothing to do"
     return found.reason or eligibility.device_reason(norm.weight, "add_rms_norm")

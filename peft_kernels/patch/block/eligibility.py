@@ -121,17 +121,22 @@ def _norm(forward: Function, helper: Function | None) -> Norm | Fallback:
     name = sources.like(forward, *_NORMS)
     if name == f"{_GEMMA}.forward" and (helper is None or sources.like(helper, f"{_GEMMA}._norm") is None):
         name = None
-    return Fallback("its forward is none of the norms known here") if name is None else _NORMS[name]
+    return (
+        Fallback("its forward is none of the norms known here; nothing to do")
+        if name is None
+        else _NORMS[name]
+    )
 
 
 def weight_reason(weight: Any, device: torch.device | None = None) -> str:
     """Why the weight of a norm cannot be used on an x on `device` (None: the device of the weight)."""
     if type(weight) not in ORDINARY:
-        return f"the weight is {an(weight)}"
+        return f"the weight is {an(weight)}; use a plain parameter"
     if weight.dtype not in DTYPES or weight.dim() != 1:
-        return f"the weight is of {weight.dtype} and shape {tuple(weight.shape)}"
+        got = f"{weight.dtype} and shape {tuple(weight.shape)}"
+        return f"the weight is of {got}; use a vector in fp32, bf16 or fp16"
     if device is not None and device != weight.device:
-        return f"x is on {device}"
+        return f"x is on {device}; move the weight there"
     return device_reason(weight, "rms_norm")
 
 
@@ -181,8 +186,8 @@ def attention(module: nn.Module) -> Attention | Fallback:
 def _attention(forward: Function, rotary: Any, half: Any, names: dict[str, Any]) -> Attention | Fallback:
     name = sources.like(forward, *_ATTENTION)
     if name is None:
-        return Fallback("its forward is none of those known here")
+        return Fallback("its forward is none of those known here; nothing to do")
     if sources.like(rotary, _ROTARY) is None or half is None or sources.like(half, _ROTATED) is None:
-        return Fallback("its rotary embedding is none of those known here")
+        return Fallback("its rotary embedding is none of those known here; nothing to do")
     cache = next(n for n in ("cache", "past_key_values") if n in inspect.signature(forward).parameters)
     return Attention(_ATTENTION[name], cache, names)

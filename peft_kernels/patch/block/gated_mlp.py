@@ -52,19 +52,19 @@ class Facts:
         """Why the module may compute something else now, or ""."""
         d = module.__dict__
         if plain_class(module).forward is not self.forward:
-            return "the forward of its class was replaced"
+            return "the forward of its class was replaced; patch again"
         for name, (part, settings) in self.parts.items():
             now = d["_modules"].get(name)
             if now is None:
                 now = d.get(name)
             if now is not part or (settings is not None and type(now) is not settings.cls):
-                return f"{name} was replaced"
+                return f"{name} was replaced; patch again"
             if settings is None:
                 continue
             # One by one, by name: torch.compile cannot read the dictionary of a module as a whole.
             for key, value in settings.values.items():
                 if not _same(getattr(now, key, None), value):
-                    return f"{name}.{key} was changed after patch()"
+                    return f"{name}.{key} was changed after patch(); patch again"
             reason = hook_reason(now)
             if reason:
                 return f"{name}: {reason}"
@@ -86,7 +86,7 @@ class FusedMlp(Fused):
 
 def _prepare_and_run(module: Any, facts: Facts, args: Any, kwargs: Any) -> Tensor | Fallback:
     if len(args) != 1 or kwargs:
-        return Fallback(f"extra arguments ({', '.join(kwargs) or 'positional'})")
+        return Fallback(f"extra arguments ({', '.join(kwargs) or 'positional'}); call it without them")
     (x,) = args
     if reason := facts.change_reason(module):
         return Fallback(reason)
@@ -109,7 +109,9 @@ def _prepare_and_run(module: Any, facts: Facts, args: Any, kwargs: Any) -> Tenso
     compute = bases[0].compute_dtype
     for name, base in zip(facts.names, bases, strict=True):
         if base.compute_dtype != compute:
-            return Fallback(f"{name}: computes in {base.compute_dtype}, {facts.names[0]} in {compute}")
+            return Fallback(
+                f"{name}: computes in {base.compute_dtype}, {facts.names[0]} in {compute}; use one dtype"
+            )
     gate, up, down = layers
     cast = x.to(compute)
     op_args = gated_mlp_args(cast, gate, up, down, facts.activation, compute)
@@ -172,7 +174,7 @@ def facts_of(module: nn.Module) -> Facts | Fallback:
         facts: Facts = module.__dict__[RECORD].facts
         return facts
     names = projections(module)
-    return Fallback("it is not a gated MLP") if names is None else _facts(module, names)
+    return Fallback("it is not a gated MLP; nothing to do") if names is None else _facts(module, names)
 
 
 def _facts(module: nn.Module, names: tuple[str, str, str]) -> Facts | Fallback:
@@ -200,7 +202,9 @@ def _facts(module: nn.Module, names: tuple[str, str, str]) -> Facts | Fallback:
         if isinstance(got, Tensor) and got.shape == x.shape and torch.allclose(got, expected, atol=1e-9):
             parts = {part: (value, _settings(value)) for part, value in stand_in._read.items()}
             return Facts(names, name, forward, parts)
-    return Fallback("its forward is not down(activation(gate(x)) * up(x)) with an activation known here")
+    return Fallback(
+        "its forward is not down(activation(gate(x)) * up(x)) with an activation known here; nothing to do"
+    )
 
 
 def _settings(part: Any) -> Settings | None:

@@ -21,7 +21,7 @@ def _run(module: Any, *args: Any, **kwargs: Any) -> Tensor | Fallback:
     if torch.compiler.is_compiling() or is_traced():  # a compiler fuses the norm with its neighbours
         return Fallback()
     if len(args) != 1 or kwargs:
-        return Fallback(f"extra arguments ({', '.join(kwargs) or 'positional'})")
+        return Fallback(f"extra arguments ({', '.join(kwargs) or 'positional'}); call it without them")
     (x,) = args
     if eligibility.device_reason(x, "rms_norm"):
         return Fallback()
@@ -50,7 +50,7 @@ def operands(module: Any, x: Tensor) -> tuple[Tensor, float, dict[str, Any]] | F
     if reason:
         return Fallback(reason)
     if x.dtype not in DTYPES or type(x) not in eligibility.ORDINARY:
-        return Fallback(f"x is {an(x)} of {x.dtype}")
+        return Fallback(f"x is {an(x)} of {x.dtype}; pass a tensor in fp32, bf16 or fp16")
     return weight, getattr(module, kind.eps), {"offset": kind.offset, "casting": kind.casting}
 
 

@@ -54,7 +54,7 @@ def wrappers_reason(wrappers: Sequence[Any], device: torch.device | None, ours: 
     if reason := never_reason(experts):
         return reason
     if len({wrapper.parameter_name for wrapper in wrappers}) != len(wrappers):
-        return "several wrappers around one parameter"
+        return "several wrappers around one parameter; use one adapter for it"
     for wrapper in wrappers[1:]:
         if reason := hook_reason(wrapper):
             return reason
@@ -71,26 +71,26 @@ def _wrapper_reason(wrapper: Any, experts: Any) -> str:
     """Why `experts_forward` cannot add the deltas of this wrapper."""
     name = wrapper.parameter_name
     if name not in weight_names(experts):
-        return f"adapters on {name} are not fused"
+        return f"adapters on {name} are not fused; nothing to do"
     weight = experts.__dict__["_parameters"][name]
     if wrapper.num_experts != weight.shape[0] or (weight.shape[0] == 1 and transposed(experts)):
-        return f"{name}: adapters for {wrapper.num_experts} experts, of {weight.shape[0]}"
+        return f"{name}: adapters for {wrapper.num_experts} experts, of {weight.shape[0]}; nothing to do"
     if wrapper.lora_variant:
-        return f"{type(next(iter(wrapper.lora_variant.values()))).__name__} is not fused"
+        return f"{type(next(iter(wrapper.lora_variant.values()))).__name__} is not fused; use plain LoRA"
     return ""
 
 
 def never_reason(base: Any) -> str:
     """Why no adapter on the parameters of this module can ever run fused."""
     if not all(hasattr(base, name) for name in ("has_gate", "has_bias", "is_transposed")):
-        return f"no fused forward over the parameters of {an(base)}"
+        return f"no fused forward over the parameters of {an(base)}; nothing to do"
     return ""
 
 
 def packed_reason(experts: Any) -> str:
     """Why packed experts do not run on our kernels."""
     own = plain_class(experts).forward is NF4Experts.forward
-    return "" if own else f"a subclass with its own forward, {type(experts).__name__}"
+    return "" if own else f"a subclass with its own forward, {type(experts).__name__}; nothing to do"
 
 
 def transposed(experts: Any) -> bool:
@@ -104,16 +104,16 @@ def _weights_reason(experts: Any, device: torch.device | None) -> str:
     for name in weight_names(experts):
         weight = found.get(name)
         if weight is None:
-            return f"{name} is not a parameter"
+            return f"{name} is not a parameter; remove the parametrization"
         if weight.requires_grad:
-            return f"{name} is trained"
+            return f"{name} is trained; freeze it to fuse it"
         if not isinstance(weight, NF4Weight) and weight.dtype not in WEIGHT_DTYPES:
-            return f"{name} is of {weight.dtype}"
+            return f"{name} is of {weight.dtype}; cast it to fp32, bf16 or fp16"
         bias = found.get(f"{name}_bias")
         if bias is not None and bias.requires_grad:
-            return f"{name}_bias is trained"
+            return f"{name}_bias is trained; freeze it to fuse it"
         if device is not None and weight.device != device:
-            return f"x is on {device}, {name} on {weight.device}"
+            return f"x is on {device}, {name} on {weight.device}; use one device"
     return ""
 
 

@@ -31,7 +31,7 @@ def _run(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | Fallback
         return Fallback()
     given = [name for name, value in kwargs.items() if value is not None]
     if given or len(args) != 2:
-        return Fallback(f"extra arguments ({', '.join(given) or 'positional'})")
+        return Fallback(f"extra arguments ({', '.join(given) or 'positional'}); call it without them")
     reason = eligibility.wrappers_reason(wrappers, x.device, FusedParameters)
     if reason:
         return Fallback(reason)

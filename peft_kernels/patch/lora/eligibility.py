@@ -73,10 +73,10 @@ def class_reason(module: Any, ours: type[Fused]) -> str:
 def _class_reason(cls: Any, module: Any, ours: type[Fused]) -> str:
     like = {one.forward: one for one in lora_linear_classes()}.get(cls.forward)
     if like is None:
-        return f"no fused forward for {cls.__module__}.{cls.__qualname__}"
+        return f"no fused forward for {cls.__module__}.{cls.__qualname__}; nothing to do"
     for name in _CALLED:
         if getattr(cls, name) is not getattr(like, name):
-            return f"{cls.__module__}.{cls.__qualname__} has its own {name}"
+            return f"{cls.__module__}.{cls.__qualname__} has its own {name}; nothing to do"
     reason = sources.reason_unknown(cls.forward, *(getattr(cls, name) for name in _CALLED))
     return reason and verify.lora(module, active_adapters(module), ours, reason)
 
@@ -113,14 +113,14 @@ def adapter_operands(
     if reason:
         return Fallback(reason)
     if type(down).forward is not _linear_forward or type(up).forward is not _linear_forward:
-        return Fallback(f"an adapter is {an(down)} and {an(up)}")
+        return Fallback(f"an adapter is {an(down)} and {an(up)}; nothing to do")
     kind = type(dropout)
     if kind is nn.Identity:
         dropout_p = 0.0
     elif kind is nn.Dropout:
         dropout_p = dropout.p if dropout.training else 0.0
     else:
-        return Fallback(f"lora_dropout is {an(dropout)}")
+        return Fallback(f"lora_dropout is {an(dropout)}; use nn.Dropout")
     a, b, scaling = _weight(down), _weight(up), module.scaling[name]
     rounds = spec.autocast == dtype
     if rounds:
@@ -157,12 +157,12 @@ def variant_reason(module: Any, names: Sequence[str], ours: type[Fused]) -> str:
         from peft.tuners.lora.variants import DoraLinearVariant
 
         if type(variant) is not DoraLinearVariant:
-            return f"{type(variant).__name__.removesuffix('LinearVariant')} is not fused"
+            return f"{type(variant).__name__.removesuffix('LinearVariant')} is not fused; use LoRA or DoRA"
         if len(names) > 1:
-            return f"DoRA beside other active adapters ({', '.join(names)})"
+            return f"DoRA beside other active adapters ({', '.join(names)}); activate one at a time"
         magnitude = module.lora_magnitude_vector[name]
         if magnitude.fan_in_fan_out and linear_kind(module.base_layer) is not TRANSPOSED:
-            return "DoRA over a transposed weight"
+            return "DoRA over a transposed weight; nothing to do"
         reason = hook_reason(magnitude) or _dora_reason(module, variant, magnitude, ours)
         if reason:
             return reason
@@ -172,7 +172,11 @@ def variant_reason(module: Any, names: Sequence[str], ours: type[Fused]) -> str:
 def sum_reason(module: Any, names: Sequence[str]) -> str:
     """Why an op over several layers cannot sum the deltas of these adapters."""
     variants = module.lora_variant
-    return "DoRA or another variant" if variants and any(name in variants for name in names) else ""
+    return (
+        "DoRA or another variant; use plain LoRA"
+        if variants and any(name in variants for name in names)
+        else ""
+    )
 
 
 def _dora_reason(module: Any, variant: Any, magnitude: Any, ours: type[Fused]) -> str:

@@ -126,7 +126,7 @@ def _prepare(module: Any, spec: InputSpec, args: Any, kwargs: dict[str, Any]) ->
     given = {name: value for name, value in kwargs.items() if value is not None}
     adapter_names = given.pop("adapter_names", None)
     if args or given:
-        return Fallback(f"extra arguments ({', '.join(given) or 'positional'})")
+        return Fallback(f"extra arguments ({', '.join(given) or 'positional'}); call it without them")
     if adapter_names is not None:
         return _prepare_mixed(module, spec, adapter_names)
     if module.merged_adapters:

@@ -51,8 +51,12 @@ def freed_reason(layer: nn.Module) -> str:
     """Why the weights of a layer are gone after its forward, or ""."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and isinstance(layer, fsdp.FSDPModule):
-        return "FSDP2 shards the head as a unit of its own"
-    return "DeepSpeed shards the head" if any(hasattr(p, "ds_id") for p in layer.parameters()) else ""
+        return "FSDP2 shards the head as a unit of its own; shard it with the root"
+    return (
+        "DeepSpeed shards the head; nothing to do"
+        if any(hasattr(p, "ds_id") for p in layer.parameters())
+        else ""
+    )
 
 
 def head_reason(layer: nn.Module) -> str:
@@ -66,5 +70,5 @@ def head_reason(layer: nn.Module) -> str:
         return lora_reason(layer)
     layer = layer.base_layer if is_tokens(layer) else layer  # type: ignore[assignment]
     if linear_kind(layer) in ("", TRANSPOSED):
-        return f"its head is a {type(layer).__name__}"
+        return f"its head is a {type(layer).__name__}; nothing to do"
     return layer_reason(layer)

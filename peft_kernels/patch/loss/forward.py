@@ -58,7 +58,9 @@ class LazyHead(Fused):
         record = None if own is None or torch.compiler.is_compiling() else own.of_model
         if record is None or _is_read_at_once(self, x):
             return stock(x, *args, **kwargs)
-        logits = Fallback("extra arguments") if args or kwargs else _logits(self, x, record)
+        logits = (
+            Fallback("extra arguments; call it without them") if args or kwargs else _logits(self, x, record)
+        )
         if isinstance(logits, Tensor):
             return logits
         record.fallbacks[f"logits are computed for the loss, {logits.reason}"] += 1
@@ -121,7 +123,9 @@ def _is_read_at_once(layer: Any, x: Any) -> bool:
 def _logits(layer: Any, x: Any, record: Record) -> Tensor | Fallback:
     """Logits that are not computed yet."""
     if type(x) is not Tensor or torch._C._are_functorch_transforms_active() or is_traced():
-        return Fallback(f"hidden states are a {type(x).__name__}, or a transform of torch.func is active")
+        return Fallback(
+            f"hidden states are a {type(x).__name__}, or a transform of torch.func is active; nothing to do"
+        )
     if reason := eligibility.freed_reason(layer):
         return Fallback(reason)
     operands: Any = _operands(layer, x)
@@ -129,13 +133,15 @@ def _logits(layer: Any, x: Any, record: Record) -> Tensor | Fallback:
         return operands
     base, adapters = operands
     if base.compute_dtype != base.dtype:
-        return Fallback(f"the head computes in {base.compute_dtype}, its input is in {base.dtype}")
+        return Fallback(
+            f"the head computes in {base.compute_dtype}, its input is in {base.dtype}; use one dtype"
+        )
     if len(adapters) > 1:
-        return Fallback(f"{len(adapters)} adapters of the head")
+        return Fallback(f"{len(adapters)} adapters of the head; activate one")
     parts: tuple[Any, ...] = ()
     for one in adapters:
         if one.dropout_p > 0:
-            return Fallback("dropout before the adapter of the head")
+            return Fallback("dropout before the adapter of the head; set lora_dropout to 0")
         one = rounded(one, base.dtype)
         parts = one.lora_a, one.lora_b, one.scaling
     head = Head(x.to(base.dtype), base.weight, base.bias, *parts)
@@ -146,7 +152,7 @@ def _operands(layer: Any, x: Tensor) -> Any:
     spec = input_spec(x.dtype, x.device)
     if is_lora(layer):
         if layer.disable_adapters and layer.merged:
-            return Fallback("adapters that are merged, and to be unmerged")
+            return Fallback("adapters that are merged, and to be unmerged; unmerge them first")
         found = adapted_operands(layer, spec)
         if found != Fallback():
             return found
@@ -163,9 +169,11 @@ def _with_tokens(layer: Any, spec: Any) -> Any:
     base = fused_operands(layer.base_layer, spec, called=False)
     active = [] if layer.disable_adapters or layer.merged else layer.active_adapters
     if layer.disable_adapters and layer.merged:
-        return Fallback("adapters that are merged, and to be unmerged")
+        return Fallback("adapters that are merged, and to be unmerged; unmerge them first")
     if isinstance(base, Fallback) or not active:
         return base
     if len(active) > 1 or base.bias is not None:
-        return Fallback("several adapters of the head's tokens, or its bias, which PEFT leaves out")
+        return Fallback(
+            "several adapters of the head's tokens, or its bias, which PEFT leaves out; nothing to do"
+        )
     return base._replace(weight=layer.get_merged_weights(active).to(base.dtype))

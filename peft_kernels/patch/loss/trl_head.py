@@ -52,21 +52,21 @@ class TrlHead:
         head = active_head(model)
         weight, packed = head.weight, type(head.weight) is NF4Weight
         if plain_class(head) not in (nn.Linear, NF4Linear):
-            return f"the head is a {type(head).__name__}"
+            return f"the head is a {type(head).__name__}; nothing to do"
         if not packed and type(weight) not in (Tensor, nn.Parameter):
-            return f"the weight of the head is a {type(weight).__name__}"
+            return f"the weight of the head is a {type(weight).__name__}; nothing to do"
         if reason := device_reason(weight):
             return reason
         if hasattr(weight, "ds_id"):
-            return "DeepSpeed shards the weight of the head"
+            return "DeepSpeed shards the weight of the head; nothing to do"
         if getattr(model.config, "output_router_logits", False):
-            return "the loss that balances experts is TRL's"
+            return "the loss that balances experts is TRL's; leave out output_router_logits"
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())
         if "log_sum_sq_probs" in self.outputs:
             if weight.device.type != "cpu":
-                return "sums of squares on a GPU"
+                return "sums of squares on a GPU; leave out use_weighting"
             if trained or packed:
-                return "sums of squares of a head that is trained or in NF4"
+                return "sums of squares of a head that is trained or in NF4; leave out use_weighting"
         return ""
 
     def parts(self, model: Any, hidden: Tensor, targets: Tensor) -> dict[str, Tensor | None]:
@@ -133,9 +133,13 @@ def around(model: Any, theirs: Any) -> Any:
     """A forward to set on a patched model instead of TRL's."""
     closure = closure_of(theirs)
     outputs = tuple(name for name in closure.get("outputs", ()) if name != "log_probs")
-    reason = "it computes in fp32" if closure.get("cast_lm_head_to_fp32", False) else ""
+    reason = (
+        "it computes in fp32; leave out cast_lm_head_to_fp32"
+        if closure.get("cast_lm_head_to_fp32", False)
+        else ""
+    )
     if "entropy" in outputs and "is_top1" not in outputs:  # GRPO's
-        reason = reason or "the entropy may have a gradient"
+        reason = reason or "the entropy may have a gradient; for GRPO use integrations.trl"
     head = TrlHead(model, theirs, closure.get("temperature", 1.0), outputs, reason)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

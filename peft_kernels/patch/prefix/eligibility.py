@@ -60,14 +60,19 @@ def not_recomputable(model: Any) -> str:
     """Why the layers of a PeftModel lose its prefix under gradient checkpointing, or ""."""
     base = model.get_base_model()
     if not getattr(base, "supports_gradient_checkpointing", True):
-        return f"transformers has none for {type(base).__name__}"
+        return f"transformers has none for {type(base).__name__}; nothing to do"
     if not any(layers(base)):
-        return f"the layers of {type(base).__name__} are no GradientCheckpointingLayer of transformers"
+        name = type(base).__name__
+        return f"the layers of {name} are no GradientCheckpointingLayer of transformers; nothing to do"
     lost = next((layer for _, layer in layers(base) if index_in_cache(layer) is None), None)
     if lost is not None:
-        return f"nothing in {type(lost).__name__} tells which layer of a cache is its own"
+        return f"nothing in {type(lost).__name__} tells which layer of a cache is its own; nothing to do"
     shared = getattr(base.config, "num_kv_shared_layers", 0)
-    return f"{shared} layers of {type(base).__name__} take keys and values from others" if shared else ""
+    return (
+        f"{shared} layers of {type(base).__name__} take keys and values from others; nothing to do"
+        if shared
+        else ""
+    )
 
 
 def index_in_cache(layer: nn.Module) -> int | None:

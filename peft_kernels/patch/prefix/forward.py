@@ -181,5 +181,7 @@ def examine(module: nn.Module, layers: Layers) -> Examination | None:
         return None
     generates = hasattr(plain_class(module), "prepare_inputs_for_generation")
     mixin = GeneratingPrefix if generates else FusedPrefix
-    reason = "" if eligibility.is_active(module) else "the active adapter is of another kind"
+    reason = (
+        "" if eligibility.is_active(module) else "the active adapter is of another kind; activate the prefix"
+    )
     return Examination(f"PEFT prefix tuning {type(module).__name__}", mixin, reason)

@@ -163,7 +163,9 @@ def test_heads_of_policies_and_other_calls_stay_trls() -> None:
     with Calls() as calls:
         model(input_ids=batch, labels=batch, fused_lm_head=True)
     assert not calls.counts["linear_cross_entropy_trained"]
-    assert report.losses[0].fallbacks == {"TRL's head, the entropy may have a gradient": 1}
+    assert report.losses[0].fallbacks == {
+        "TRL's head, the entropy may have a gradient; for GRPO use integrations.trl": 1
+    }
     with Calls() as calls:  # its own loss
         assert torch.isfinite(model(input_ids=batch, labels=batch).loss)
     assert calls.counts["linear_cross_entropy_trained"] == 1
