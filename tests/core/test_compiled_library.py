@@ -17,7 +17,7 @@ import ptx_backend as ptx
 import testing
 from peft_kernels.core import dispatch, registry
 from peft_kernels.core.backends import cpu, cuda
-from peft_kernels.core.backends.compiled import CompiledBackend, damage
+from peft_kernels.core.backends.compiled import CompiledBackend
 
 PACKAGE = Path(pk.__file__).parent
 needs_cpu = needs("cpu")
@@ -182,45 +182,16 @@ def test_a_library_for_another_cuda_is_not_loaded(
     assert re.search(rf"^cuda +not usable: .*{re.escape(message)}", out, re.M), out
 
 
-PAGE = 4096
-
-
-def zeroed(content: bytes, start: int, size: int) -> bytes:
-    return content[:start] + bytes(size) + content[start + size :]
-
-
 @needs_cpu
-@pytest.mark.parametrize("fault", ["is cut off", "has pages of zeros"])
 @pytest.mark.parametrize("which", ["ops", "kernels"])
-def test_a_damaged_library_is_not_loaded(python: Python, compiled: Path, which: str, fault: str) -> None:
-    """The process would end in SIGBUS or SIGSEGV. In a wheel the kernels are in a library beside the ops."""
+def test_a_library_that_is_cut_off_is_not_loaded(python: Python, compiled: Path, which: str) -> None:
+    """The process would end in SIGBUS. In a wheel the kernels are in a library beside the ops."""
     ops = in_wheel(compiled, MINOR, library())
     path = ops if which == "ops" else ops.with_name("libpeft_kernels_cpu.so")
     content = library().read_bytes()
-    middle = len(content) // 2
-    path.write_bytes(content[: len(content) - 100] if "cut" in fault else zeroed(content, middle, 2 * PAGE))
+    path.write_bytes(content[: len(content) - 100])
     out = python(USE, compiled).stdout
-    assert re.search(rf"^cpu +not usable: {re.escape(str(path))} {fault}: reinstall it", out, re.M)
-
-
-@needs_cpu
-def test_damage_is_found_anywhere(tmp_path: Path) -> None:
-    """But for the first page, which the loader misses, and for the end, which is writable or not loaded."""
-    content, path = library().read_bytes(), tmp_path / "library.so"
-    assert damage(library()) == ""
-    for length in (len(content) - 1, len(content) // 2, PAGE + 1, 64):
-        path.write_bytes(content[:length])
-        assert damage(path) == "is cut off", length
-    path.write_bytes(content)
-    starts = range(PAGE, int(0.9 * len(content)), PAGE)
-    assert len(starts) > 300
-    for start in starts[:: len(starts) // 300]:
-        with path.open("r+b") as file:
-            for page in (bytes(PAGE), content[start : start + PAGE]):  # broken, and mended for the next
-                file.seek(start)
-                file.write(page)
-                file.flush()
-                assert (damage(path) != "") == (page == bytes(PAGE)), start
+    assert re.search(rf"^cpu +not usable: {re.escape(str(path))} is cut off: reinstall it", out, re.M)
 
 
 def test_the_reason_of_the_build_is_repeated(python: Python, compiled: Path) -> None:

@@ -21,9 +21,6 @@ from .base import unserved_tensors
 _HASH = re.compile(rb"PEFT_KERNELS_SPEC_HASH=([0-9a-f]{64})")
 _TORCH = re.compile(rb"PEFT_KERNELS_TORCH=([^;]{1,40});")
 _CUDART = re.compile(rb"PEFT_KERNELS_CUDART=(\d{5,6});")
-_LOAD, _WRITABLE = 1, 2  # of an ELF file's segments: their type, and a flag
-_PAGE = 4096
-_ZEROS = bytes(_PAGE)
 _PACKAGE = Path(__file__).parents[2]
 _REBUILD = "rebuild it (pip install --no-deps --force-reinstall .)"
 _AGAIN = "; then pip install --no-deps --force-reinstall --no-cache-dir (its cache has the one without)"
@@ -68,7 +65,7 @@ class CompiledBackend:
             self._refusal = self._refusal_to_load()
             if self._refusal is None:
                 self._extension = self._open()
-        except (OSError, ValueError, RuntimeError, struct.error) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             self._refusal = f"{self.library} does not load: {error}"
         except AttributeError:
             self._refusal = f"{self.library} {_STALE}"
@@ -134,8 +131,8 @@ class CompiledBackend:
                 else f"not built: {reason}{_AGAIN}"
             )
         for library in (self.file, self.file.with_name(f"libpeft_kernels_{self.name}.so")):
-            if library.exists() and (lacks := damage(library)):
-                return f"{library} {lacks}: reinstall it (pip install --force-reinstall --no-deps ...)"
+            if library.exists() and _is_cut(library):
+                return f"{library} is cut off: reinstall it (pip install --force-reinstall --no-deps ...)"
         with (
             self.file.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
@@ -159,28 +156,15 @@ class CompiledBackend:
         return None
 
 
-def damage(library: Path) -> str:
-    """What a library lacks, or "": its end, where linkers put the table of sections, or pages in the middle,
-    which an interrupted copy leaves as zeros. The process would die where it reads them."""
+def _is_cut(library: Path) -> bool:
+    """Whether a library ends before its table of sections, which linkers put at its end. The process would
+    die where it reads the missing pages."""
     with library.open("rb") as file:
         header = file.read(64)
         if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
-            return ""  # the loader says what it is
-        (segments, sections), sizes = (
-            struct.unpack_from("<2Q", header, 32),
-            struct.unpack_from("<4H", header, 54),
-        )
-        if sections + sizes[2] * sizes[3] > file.seek(0, os.SEEK_END):
-            return "is cut off"
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            for i in range(sizes[1]):
-                kind, flags, start, _, _, size = struct.unpack_from("<2I4Q", content, segments + i * sizes[0])
-                if kind != _LOAD or flags & _WRITABLE:
-                    continue
-                pages = range(-(-start // _PAGE) * _PAGE, start + size - _PAGE + 1, _PAGE)
-                if any(not content[page] and content[page : page + _PAGE] == _ZEROS for page in pages):
-                    return "has pages of zeros"
-    return ""
+            return False  # the loader says what it is
+        (start,), (size, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+        return bool(start + size * count > file.seek(0, os.SEEK_END))
 
 
 def _reasons() -> dict[str, str]:
