@@ -21,6 +21,7 @@ for _folder in sorted({path.parent for path in TESTS.rglob("*.py")}):
         sys.path.append(str(_folder))
 sys.path.append(str(TESTS.parent))  # for `bench`; at the end: an installed peft_kernels takes precedence
 
+import bitsandbytes_map
 import hypothesis
 import pytest
 import rounding
@@ -44,6 +45,9 @@ elif triton.BACKEND.interpreted and testing.unavailable("triton") is None:
     import triton_interpreter
 
     triton_interpreter.patch_interpreter()
+
+if not bitsandbytes_map.IS_OURS:
+    bitsandbytes_map.install()
 
 BACKEND_IDS = [*testing.backend_ids(), *copied_ids()]
 

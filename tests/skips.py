@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import testing
-from peft_kernels.core.code_tables import dynamic_map
 from peft_kernels.triton_kernels import backend as triton
 from ptx import triton_driver
 
@@ -23,13 +22,6 @@ def require_bf16_attention() -> None:
         torch.nn.functional.scaled_dot_product_attention(q, q, q)
     except RuntimeError as error:
         pytest.skip(f"torch's attention: {error}")
-
-
-def require_map_of_bitsandbytes() -> None:
-    """bitsandbytes makes its 8-bit map by torch.linspace, whose values depend on the CPU."""
-    functional = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed").functional
-    if not torch.equal(functional.create_dynamic_map(), dynamic_map(torch.device("cpu"))):
-        pytest.skip("torch.linspace gives bitsandbytes another 8-bit map on this CPU than elsewhere")
 
 
 def needs(backend_id: str) -> pytest.MarkDecorator:

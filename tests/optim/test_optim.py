@@ -12,7 +12,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from optim_models import Model, assert_near, train
 from rounding import ONE_STEP
-from skips import require_map_of_bitsandbytes
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -33,8 +32,6 @@ pytestmark = [
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_default_arguments_are_those_of_bitsandbytes(name: str) -> None:
-    if name.endswith("8bit"):
-        require_map_of_bitsandbytes()
     parameter = nn.Parameter(torch.zeros(8192))
     ours, theirs = getattr(pk.optim, name)([parameter]), getattr(bnb.optim, name)([parameter])
     for key in ("lr", "betas", "weight_decay", "eps"):

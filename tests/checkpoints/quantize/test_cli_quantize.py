@@ -15,7 +15,6 @@ import torch
 from checkpoint_damage import change_json
 from fresh_process import Python
 from models import tiny_llama
-from skips import require_map_of_bitsandbytes
 
 import peft_kernels as pk
 from peft_kernels.checkpoints import convert
@@ -85,7 +84,6 @@ def stored(folder: Path) -> Any:
 
 def same_tensors(ours: Path, theirs: Path) -> None:
     """Bit for bit, but bitsandbytes' CPU kernel may pick a neighbouring code, or one in the same bin."""
-    require_map_of_bitsandbytes()
     a, b = Checkpoint.open(ours), Checkpoint.open(theirs)
     assert a.keys() == b.keys()
     scales = wrong = 0

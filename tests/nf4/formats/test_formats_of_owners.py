@@ -7,7 +7,6 @@ import torch
 from bnb_layers import bnb_functional, quantized
 from nf4_oracle import assert_same
 from nf4_weights import dtype_id, each_dtype, each_nesting
-from skips import require_map_of_bitsandbytes
 from torch import Tensor
 
 import peft_kernels as pk
@@ -25,7 +24,6 @@ WHOLE = [(40, 64), (64, 128), (7, 64)]
 @each_nesting
 @pytest.mark.parametrize("shape", WHOLE, ids=str)
 def test_fp4_of_bitsandbytes(shape: tuple[int, int], nested: bool, dtype: torch.dtype) -> None:
-    require_map_of_bitsandbytes()
     params = quantized(testing.tensor(*shape, dtype=dtype), kind="fp4", nested=nested)
     weight = pk.NF4Weight.from_bnb(params)
     assert_same(

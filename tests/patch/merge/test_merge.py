@@ -15,7 +15,6 @@ from merge_models import (
     OPTIONS,
     PATCHED,
     SAFE,
-    SAME_4_BITS,
     adapted,
     assert_merged,
     base_output,
@@ -24,6 +23,7 @@ from merge_models import (
     inputs,
     layers,
     quantised,
+    same_4_bits,
 )
 from numbers_policy import pairs
 from peft_models import DTYPES
@@ -58,7 +58,7 @@ def test_merged_equals_adapted(model: Any, dtype: torch.dtype, safe: bool, patch
     got, eps = merged(x), torch.finfo(dtype).eps
     if bnb:
         # At most the 4-bit error, and less than a lost adapter.
-        assert testing.relative_error(got, expected(x.float())) < SAME_4_BITS + 8 * eps
+        assert testing.relative_error(got, expected(x.float())) < same_4_bits(dtype)
         assert testing.relative_error(got, y) < 0.5 * testing.relative_error(alone, y)
     else:
         limit = ONE_MODEL if dtype == torch.float32 else 8 * eps
@@ -80,7 +80,7 @@ def test_merge_then_unmerge(base: str, option: str, patched: bool) -> None:
     model.merge_adapter()
     assert all(layer.merged for layer in layers(model).values() if hasattr(layer, "lora_A"))
     if base == "bnb":
-        assert testing.relative_error(model(x), expected(x)) < SAME_4_BITS
+        assert testing.relative_error(model(x), expected(x)) < same_4_bits(torch.float32)
     else:
         assert testing.relative_error(model(x), y) < ONE_MODEL
     model.unmerge_adapter()
@@ -115,7 +115,8 @@ def test_merged_layers_are_unchanged(base: str) -> None:
     weight = dense(model.base_model.model.q.base_layer.weight)
     merged = merge_and_unload(model, safe_merge=True)
     assert torch.equal(dense(merged.q.weight), weight), "nothing was left to merge"
-    assert testing.relative_error(merged(x), expected(x)) < (SAME_4_BITS if base == "bnb" else ONE_MODEL)
+    limit = same_4_bits(torch.float32) if base == "bnb" else ONE_MODEL
+    assert testing.relative_error(merged(x), expected(x)) < limit
 
 
 def test_layer_without_an_active_adapter_is_unchanged() -> None:
@@ -137,7 +138,7 @@ def test_merging_one_of_two_adapters() -> None:
 @PATCHED
 @SAFE
 def test_merging_after_bitsandbytes_own_evaluation(safe: bool, patched: bool, double_quant: bool) -> None:
-    """On a CPU with AVX512-BF16 this rearranges the weight in place."""
+    """On a CPU with AVX512-BF16 this rearranges the weight in place, and rounds its scales to bf16."""
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     base = models.base_model("bnb")
     if not double_quant:
@@ -153,7 +154,7 @@ def test_merging_after_bitsandbytes_own_evaluation(safe: bool, patched: bool, do
     if patched:
         pk.patch(model)
     merged = merge_and_unload(model, safe_merge=safe).train()
-    assert testing.relative_error(merged(x), expected(x)) < 0.02, "its scales were rounded to bf16"
+    assert testing.relative_error(merged(x), expected(x)) < same_4_bits(torch.bfloat16)
 
 
 def test_correct_bias_merge_is_not_corrected_again(monkeypatch: pytest.MonkeyPatch) -> None:
