@@ -297,6 +297,30 @@ def _is_list(kind: Any) -> bool:
     return any(kind.isSubtypeOf(one) for one in kinds)
 
 
+class AutogradFunction(torch.autograd.Function):
+    """One that passes no gradient on where none of its outputs has one. Torch would pass zeros, by which
+    weight decay and momentum move parameters that no loss depends on. backward is called with a gradient."""
+
+    def __init_subclass__(cls) -> None:
+        name = "setup_context" if "setup_context" in vars(cls) else "forward"
+        prepare, differentiate = getattr(cls, name), cls.backward
+
+        def prepared(ctx: Any, *args: Any) -> Any:
+            if (
+                not torch.compiler.is_compiling()
+            ):  # a compiler takes no such call, and knows what a loss needs
+                ctx.set_materialize_grads(False)
+            return prepare(ctx, *args)
+
+        def backward(ctx: Any, *grads: Any) -> Any:
+            if all(grad is None for grad in grads):
+                return (None,) * len(ctx.needs_input_grad)
+            return differentiate(ctx, *grads)
+
+        for wrapped, function in ((name, prepared), ("backward", backward)):
+            setattr(cls, wrapped, staticmethod(function))
+
+
 class RaiseInBackward(torch.autograd.Function):
     """Returns the first `count` tensors; their backward, with respect to any of the tensors, raises."""
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.gradient import AutogradFunction
 from ..core.module_calls import more_than_forward
 from ..ops.arguments import autocast_dtype
 from ..ops.experts import experts_linear, experts_lora_linear, runs
@@ -137,7 +138,7 @@ def _is_swiglu(module: Any) -> bool:
     return known and not more_than_forward(act)  # type: ignore[arg-type]
 
 
-class _Sorted(torch.autograd.Function):
+class _Sorted(AutogradFunction):
     """Gathers rows by expert: row i is that of token order[i] // k."""
 
     @staticmethod
@@ -158,7 +159,7 @@ class _Sorted(torch.autograd.Function):
         return _by_parts(of_token.shape[0], rows, lambda part: rows[of_token[part]].sum(1)), None, None, None
 
 
-class _Combined(torch.autograd.Function):
+class _Combined(AutogradFunction):
     """Sums each token's rows by routing weight, in fp32. Saves the rows in their own dtype."""
 
     @staticmethod

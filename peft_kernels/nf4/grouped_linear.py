@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.gradient import AutogradFunction
+
 MOST_EXPERTS = 1023
 CARDS = ((9, 0), (10, 0)) if torch.__version__ >= "2.11" else ((9, 0),)
 """Compute capabilities for which `torch._grouped_mm` has a kernel. On others it waits for the device, and on
@@ -59,7 +61,7 @@ def grouped_linear(x: Tensor, ends: Tensor, weight: Tensor, bias: Tensor | None 
     return y + padded[_expert_of_row(ends, x.shape[0])]
 
 
-class _GroupedLinear(torch.autograd.Function):
+class _GroupedLinear(AutogradFunction):
     @staticmethod
     def forward(x: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
         return _product(x, ends, weight.mT)

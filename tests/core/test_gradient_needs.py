@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,6 +131,13 @@ def test_what_a_loss_does_not_depend_on_has_no_gradient(backend: str, kind: str)
         loss.backward()
         got = {name for name, value in leaves.items() if value.grad is not None}
         assert got == (of[used] if used < len(outputs) else set())
+
+
+def test_autograd_functions_pass_no_zeros_on() -> None:
+    """Ops' own are in the file of their base class."""
+    sources = {path.name: path.read_text() for path in Path(pk.__file__).parent.rglob("*.py")}
+    assert sum("(AutogradFunction):" in text for text in sources.values()) > 3
+    assert {name for name, text in sources.items() if "autograd.Function)" in text} == {"gradient.py"}
 
 
 def saved_by(call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:

@@ -23,6 +23,7 @@ from gradient_cases import (
     inputs,
     leaf,
 )
+from lora_cases import BEYOND_FP16
 from numbers_policy import pairs
 from rounding import ONE_LAYER
 
@@ -101,6 +102,15 @@ def test_multi_lora_linear_gradients(backend: str, base: str, groups: bool, dtyp
 def test_gated_mlp_gradients(backend: str, activation: str, dtype: torch.dtype) -> None:
     for base, adapters in (("nested", "twice"), ("dense", "all")):
         check_against_fp64(lambda base=base, adapters=adapters: Mlp(base, dtype, adapters, activation))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("large", ["h", "dh", "scaling", "fp16-scaling"])
+def test_gated_mlp_beyond_fp16(backend: str, large: str, activation: str) -> None:
+    adapter = torch.float32 if BEYOND_FP16[large]["adapter"] == "fp32" else torch.float16
+    check_against_fp64(
+        lambda: Mlp("nested", torch.float16, activation=activation, adapter=adapter).scale(large)
+    )
 
 
 @pytest.mark.parametrize("base", ["dense", "plain"])

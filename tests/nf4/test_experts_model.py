@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import moe_models as moe
 import pytest
 import torch
 from moe_models import EXPERTS, HIDDEN, IMPLEMENTATIONS, KINDS, packed, sample, unpacked
+from test_gradient_needs import Unused
 from torch import Tensor
 
 import peft_kernels.nf4.experts_forward
@@ -27,6 +29,19 @@ def run(call: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> dict[str, 
 
 
 # Forward and backward
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_gradient_where_no_loss_depends_on_them(implementation: str) -> None:
+    """As with transformers' own implementations: zeros would let weight decay move the experts."""
+    hidden, index, weights = sample()
+    for ours in (False, True):
+        module = unpacked(packed(), implementation=implementation).requires_grad_()
+        leaves = [hidden.clone().requires_grad_(), weights.clone().requires_grad_()]
+        call = functools.partial(experts_forward, module) if ours else module
+        y = call(leaves[0], index, leaves[1])
+        (Unused.apply(y).sum() + torch.ones((), requires_grad=True)).backward()
+        assert all(t.grad is None for t in (*leaves, *module.parameters())), ours
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

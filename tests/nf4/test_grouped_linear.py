@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from experts_cases import SPLITS, ends_of, runs
 from moe_models import sample
 from test_cuda_graphs import nothing_read
+from test_gradient_needs import Unused
 from torch import Tensor
 
 import testing
@@ -122,6 +123,14 @@ def test_experts_of_transformers(kind: str) -> None:
     with nothing_read():
         got = experts_forward(experts, hidden, index, weights)
     testing.assert_close(got, plain, truth)
+
+
+@pytest.mark.usefixtures("on_card")
+def test_no_gradient_where_no_loss_depends_on_it() -> None:
+    x = torch.ones(4, 16, dtype=BF16, requires_grad=True)
+    y = grouped_linear(x, torch.tensor([1, 4], dtype=torch.int32), torch.ones(2, 24, 16, dtype=BF16))
+    Unused.apply(y).sum().backward()
+    assert x.grad is None
 
 
 @pytest.mark.usefixtures("on_card")

@@ -130,7 +130,8 @@ def dora_linear(
     Returns
     -------
     Tensor, (..., out_features), of x's dtype. Differentiable in x, lora_a, lora_b, magnitude, bias and a
-    dense weight. Saved for backward: what `lora_linear` saves, and one tensor of the output's size.
+    dense weight. Saved for backward: what `lora_linear` saves, and one tensor of the output's size; if x is
+    fp16, both in fp32.
     """
     compute = arguments.compute_type(x, compute_dtype)
     shape, base = arguments.base_weight(x, weight, compute)
@@ -143,15 +144,18 @@ def dora_linear(
     elif norm.shape != (shape[0],) or norm.dtype is not torch.float32:
         raise ValueError(f"norm: expected float32 ({shape[0]},), got {norm.dtype} {tuple(norm.shape)}")
     scale = _factors(magnitude, norm)
-    if not dropout_p:
-        z = lora_linear(x, weight, lora_a, lora_b, scaling, bias, compute_dtype=compute_dtype)
-        bias = None if bias is None else arguments.bias_for_op(bias, x.dtype)
-        scaled: Tensor = dispatch.call("dora_scale", z, scale, bias)
+    dropped = dispatch.call("dropout", x, float(dropout_p), new_seed(x)) if dropout_p else x
+    rest = base_linear(x - dropped, shape[0], base, bias, compute) if dropout_p else bias
+    if x.dtype is torch.float16:  # base and delta in fp32: before it is scaled, their sum may exceed fp16
+        z = lora_linear(dropped.float(), weight, lora_a.float(), lora_b.float(), scaling, None, 0.0, compute)
+    elif dropout_p or bias is None:
+        z = lora_linear(dropped, weight, lora_a, lora_b, scaling, compute_dtype=compute)
+    else:
+        z = lora_linear(x, weight, lora_a, lora_b, scaling, bias, compute_dtype=compute)
+        scaled: Tensor = dispatch.call("dora_scale", z, scale, arguments.bias_for_op(bias, x.dtype))
         return scaled
-    dropped = dispatch.call("dropout", x, float(dropout_p), new_seed(x))
-    z = lora_linear(dropped, weight, lora_a, lora_b, scaling, compute_dtype=compute_dtype)
     product: Tensor = dispatch.call("dora_scale", z, scale, None)
-    return base_linear(x - dropped, shape[0], base, bias, compute) + product
+    return product.to(x.dtype) if rest is None else (rest + product).to(x.dtype)
 
 
 def dora_norm(

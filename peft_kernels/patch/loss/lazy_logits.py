@@ -22,6 +22,7 @@ from torch._compile import _disable_dynamo  # the public one imports Dynamo at o
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ...core.gradient import AutogradFunction
 from ...ops.arguments import autocast_dtype
 from ...ops.loss.token_loss import linear_cross_entropy
 from . import lazy_ops
@@ -120,7 +121,7 @@ def without_values(like: Tensor, state: State) -> LazyLogits:
     return logits
 
 
-class _Deferred(torch.autograd.Function):
+class _Deferred(AutogradFunction):
     @staticmethod
     def forward(ctx: Any, recipe: Recipe, like: Tensor, reads: Counter[str], *tensors: Tensor) -> LazyLogits:
         ctx.recipe = recipe  # only inputs: saving the result would be a reference cycle
@@ -133,7 +134,7 @@ class _Deferred(torch.autograd.Function):
         return None, None, None, *call.gradients(dy.to(call.head.hidden.dtype))
 
 
-class _Tanh(torch.autograd.Function):
+class _Tanh(AutogradFunction):
     """tanh that does not save its result, which saved-tensor hooks would materialise."""
 
     @staticmethod

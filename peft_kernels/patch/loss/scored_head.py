@@ -12,6 +12,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
+from ...core.gradient import AutogradFunction
 from ...core.nf4_state import HoldsNF4
 from ...ops.arguments import autocast_dtype
 from ...ops.loss.token_loss import token_log_probs
@@ -99,7 +100,7 @@ def score(
     return Scores(*_Score.apply(hidden, weight, bias, targets, inner, cap, outputs, dtype))
 
 
-class _Score(torch.autograd.Function):
+class _Score(AutogradFunction):
     @staticmethod
     def forward(
         ctx: Any,
@@ -112,7 +113,6 @@ class _Score(torch.autograd.Function):
         outputs: tuple[str, ...],
         dtype: torch.dtype,
     ) -> Any:
-        ctx.set_materialize_grads(False)
         training = ctx.needs_input_grad[0]
         w, x = weight.detach().to(dtype), hidden.detach().to(dtype)
         b = None if bias is None else bias.detach().to(dtype)
@@ -134,9 +134,7 @@ class _Score(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
-        if grad is None:
-            return (None,) * 8
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         (gradient,) = ctx.saved_tensors
         return (grad[:, None].float() * gradient).to(ctx.hidden_dtype), *(None,) * 7
 

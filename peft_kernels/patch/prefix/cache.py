@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
+from ...core.gradient import AutogradFunction
+
 MARK = "_peft_kernels_prefix"
 """The attribute of a cache that holds the number of virtual tokens at its start."""
 
@@ -43,7 +45,7 @@ class PrefixCache(DynamicCache):
         return twin
 
 
-class _Shared(torch.autograd.Function):
+class _Shared(AutogradFunction):
     """A prefix cast and expanded over a batch; gradients are summed over the batch in the prefix's dtype."""
 
     @staticmethod

@@ -151,27 +151,41 @@ class Quantize(_Conversion):
 
 
 class Read(_Conversion):
-    """Assembles the items of a packed weight; a dense weight stays dense."""
+    """Assembles the items of a packed weight; a dense weight stays dense. `items` maps patterns to items."""
 
     hf_quantizer = True  # makes transformers ask `get_new_dtype` about casts
     dtype: torch.dtype | None = None
     """Dtype of dense weights."""
 
+    def __init__(self, config: NF4Config, errors: Errors, files: MappedFiles, items: dict[str, Any]) -> None:
+        super().__init__(config, errors, files)
+        self.items = items
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return type(self)(self.config, self.errors, self.files, self.items)
+
+    def named(self, found: dict[str, Any]) -> dict[str, Any]:
+        """Tensors by item."""
+        return {
+            self.items[pattern]: value[0] if isinstance(value, list) else value
+            for pattern, value in found.items()
+        }
+
     def convert(self, input_dict: dict[str, Any], *_: Any, **about: Any) -> dict[str, Any]:
-        items = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        items = self.named(input_dict)
         key: str = about["full_layer_name"]
         layer = _owner(about, key)
         if key.endswith(".weight") and isinstance(layer, NF4Linear):
             value = self.guarded(key, layer, items)
             if not (self.errors.messages and is_dtensor(value)):
-                return {"weight": value}
+                return {key: value}
             value._is_hf_initialized = True  # a meta DTensor cannot be initialised; the error follows
             about["missing_keys"].discard(key)
             return {}
         if len(items) > 1 or not _is_dense(items):
             self.errors.add(self._packed(key, layer))
-            return {"weight": getattr(layer, key.rpartition(".")[2])}
-        return {name: self._dense(item) for name, item in items.items() if name == "weight"}
+            return {key: getattr(layer, key.rpartition(".")[2])}
+        return {key: self._dense(items["weight"])} if "weight" in items else {}
 
     def _convert(self, key: str, layer: Any, items: dict[str, Tensor]) -> nn.Parameter:
         weight = items.get("weight")
@@ -231,19 +245,9 @@ class Read(_Conversion):
 class ReadExperts(Read):
     """Assembles the items of packed experts. `items` maps patterns to suffixes of items."""
 
-    def __init__(self, config: NF4Config, errors: Errors, files: MappedFiles, items: dict[str, str]) -> None:
-        super().__init__(config, errors, files)
-        self.items = items
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return type(self)(self.config, self.errors, self.files, self.items)
-
     def convert(self, input_dict: dict[str, Any], *_: Any, **about: Any) -> dict[str, Any]:
         key: str = about["full_layer_name"]
-        items = {
-            key + self.items[pattern]: value[0] if isinstance(value, list) else value
-            for pattern, value in input_dict.items()
-        }
+        items = {key + suffix: value for suffix, value in self.named(input_dict).items()}
         return {key: self.guarded(key, _owner(about, key), items)}
 
     def _convert(self, key: str, layer: Any, items: dict[str, Tensor]) -> nn.Parameter:

@@ -39,12 +39,13 @@ def reading(config: NF4Config, errors: Errors, files: MappedFiles, sharded: bool
     """A converter that collects the items of a 4-bit weight. `sharded` leaves them in the mapped file, of
     which only a slice will be read."""
     if config.owner is None:
-        items = ["", *(f".{item}" for item in (*TENSOR_ITEMS, *STATE_ITEMS, *_OUR_ITEMS))]
-        parts = [f"weight{item}" for item in items]
+        parts = ["weight", *(f"weight.{item}" for item in (*TENSOR_ITEMS, *STATE_ITEMS, *_OUR_ITEMS))]
     else:
         parts = ["weight", *config.owner.parts, *config.owner.beside]
+    # Whole names: a layer's own may contain one, as in `inject_weight.weight`.
+    items = {rf"\.{re.escape(part)}$": part for part in parts}
     options = {"force_cpu": True} if sharded else {}
-    return WeightConverter(list(dict.fromkeys(parts)), "weight", [Read(config, errors, files)], **options)
+    return WeightConverter(list(items), ".weight", [Read(config, errors, files, items)], **options)
 
 
 def reading_experts(

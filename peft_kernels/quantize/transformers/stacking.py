@@ -124,8 +124,8 @@ class ReadStacked(Read):
         items: dict[str, tuple[str, str]],
         stacks: dict[str, Stack],
     ) -> None:
-        super().__init__(config, errors, files)
-        self.operations, self.items, self.stacks = operations, items, stacks
+        super().__init__(config, errors, files, items)
+        self.operations, self.stacks = operations, stacks
 
     def __deepcopy__(self, memo: Any) -> Any:
         shared = self.operations, self.items, self.stacks

@@ -324,6 +324,22 @@ def test_compiled_losses_and_metrics(function: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_loss_in_one_graph_needs_plain_logits() -> None:
+    ids = batch()["input_ids"].flatten()
+    torch.compiler.reset()
+    stock = llama(vocab_size=VOCABULARY, num_hidden_layers=1)
+    want = F.cross_entropy(stock(**batch()).logits.flatten(0, 1), ids)
+    loss: Any = torch.compile(
+        lambda logits: F.cross_entropy(logits.flatten(0, 1), ids), backend="aot_eager", fullgraph=True
+    )
+    model, _ = patched(stock)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="LazyLogits"):
+        loss(model(**batch()).logits)
+    torch.testing.assert_close(loss(model(**batch()).logits + 0), want)
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_compiled_model_computes_logits() -> None:
     torch.compiler.reset()
     model, _ = patched(llama(vocab_size=VOCABULARY, num_hidden_layers=1))

@@ -16,6 +16,7 @@ from flow_checks import assert_near, step
 from flow_models import llama
 from loss_models import MODELS, VOCABULARY, batch, patched, without_noise
 from peft_models import gradients
+from test_gradient_needs import Unused
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -59,6 +60,12 @@ def written_into(out: Any) -> Tensor:
     rows.mul_(2.0)
     wanted = F.cross_entropy(logits.view(-1, VOCABULARY), batch()["input_ids"].view(-1))
     return wanted + half.square().mean() + rows.mean()
+
+
+def without_gradient(out: Any) -> Tensor:
+    """Zeros would let weight decay and momentum move the adapters."""
+    of_logits = Unused.apply(out.logits) + Unused.apply(out.logits.tanh())
+    return of_logits.sum() + torch.ones((), requires_grad=True)
 
 
 class Square(torch.autograd.Function):
@@ -148,7 +155,7 @@ def function_after_writes(out: Any) -> Tensor:
 READERS = (
     read_whole, read_by_position, own_loss, masked_loss, weighted_loss, written_into, by_a_function,
     through_a_function, in_place_function, in_place_function_chained, in_place_function_on_a_view,
-    function_after_writes,
+    function_after_writes, without_gradient,
 )  # fmt: skip
 FOLLOWED = (own_loss, masked_loss)
 

@@ -15,6 +15,7 @@ from flow_checks import assert_near, assert_same_numbers, step
 from flow_models import in_fp64, logged, patched_copy, trainer
 from prefix_models import FAMILIES, bare, batch, loss, prefixed
 from rounding import BF16_STEP, ONE_LAYER, ONE_MODEL, ONE_STEP
+from test_gradient_needs import Unused
 
 import peft_kernels as pk
 import testing
@@ -74,6 +75,13 @@ def test_a_shared_prefix_rounds_its_gradient_once() -> None:
     dy = testing.tensor(64, 2, 3, 4, dtype=torch.bfloat16, seed=1)
     prefix_cache.shared(prefix, 64, torch.bfloat16).backward(dy)
     assert testing.relative_error(prefix.grad, dy.double().sum(0, keepdim=True)) < ONE_LAYER
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_prefix_that_no_loss_depends_on_has_no_gradient(dtype: torch.dtype) -> None:
+    prefix = testing.tensor(1, 2, 3, 4).requires_grad_()
+    Unused.apply(prefix_cache.shared(prefix, 64, dtype)).sum().backward()
+    assert prefix.grad is None
 
 
 def test_report_has_one_line_for_the_prefix() -> None:

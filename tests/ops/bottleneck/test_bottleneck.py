@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gradient_cases import ACTIVATIONS, FUNCTIONS
+from lora_cases import UNSCALED
 from numbers_policy import DTYPES, case_id, each_dtype, same_with_any_threads, short
 from rounding import ONE_LAYER
 from skips import require
@@ -55,9 +56,17 @@ def tensors(case: dict[str, Any]) -> dict[str, Tensor | None]:
     ]
     down = testing.tensor(r, k, dtype=kept, seed=7, scale=k**-0.5)
     up = testing.tensor(n, r, dtype=kept, seed=8, scale=r**-0.5)
+    of_down, of_up, of_scaling = case.get("large", UNSCALED)
+    down, up = down * of_down, up * of_up
+    of_biases = min(of_down, 1.0), 1 / of_scaling
+    biases = [b if b is None else b * factor for b, factor in zip(biases, of_biases, strict=True)]
     residual = testing.tensor(1, m, n, dtype=dtype, seed=2) if case["beside"] else None
     x = testing.tensor(1, m, k, dtype=dtype, seed=1, scale=2.0)
     return dict(zip(PARTS, (x, residual, *norm, down, biases[0], up, biases[1]), strict=True))
+
+
+def scaling_of(case: dict[str, Any]) -> float:
+    return 0.5 * float(case.get("large", UNSCALED)[2])
 
 
 def define(t: dict[str, Any], case: dict[str, Any]) -> Tensor:
@@ -71,12 +80,13 @@ def define(t: dict[str, Any], case: dict[str, Any]) -> Tensor:
     value = FUNCTIONS[case["activation"]](F.linear(normed, t["down"], t["down_bias"]))
     if case["p"]:
         value = value * philox.factors(tuple(value.shape), case["p"], SEED).to(value.dtype)
-    return (x if t["residual"] is None else t["residual"]) + 0.5 * F.linear(value, t["up"], t["up_bias"])
+    delta = scaling_of(case) * F.linear(value, t["up"], t["up_bias"])
+    return (x if t["residual"] is None else t["residual"]) + delta
 
 
 def run(call: Any, t: dict[str, Any], case: dict[str, Any]) -> Tensor:
     x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias = (t[name] for name in PARTS)
-    rest = (case["activation"], 0.5, case["p"], torch.tensor(SEED) if case["p"] else None)
+    rest = (case["activation"], scaling_of(case), case["p"], torch.tensor(SEED) if case["p"] else None)
     y: Tensor = call(x, residual, norm_weight, norm_bias, EPS, down, down_bias, up, up_bias, *rest)[0]
     return y
 

@@ -7,10 +7,12 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
+import test_bottleneck
 import torch
+from lora_cases import BEYOND_FP16
 from multi_bottleneck_cases import GROUPS as KINDS
 from multi_bottleneck_cases import arguments, case_of, judge
-from numbers_policy import case_id, same_with_any_threads, short
+from numbers_policy import case_id, in_range, same_with_any_threads, short
 from skips import require
 from torch import Tensor
 from torch.autograd import gradcheck
@@ -136,6 +138,27 @@ CASES = testing.pairwise(
 def test_without_layer_norms(backend: str, case: dict[str, Any]) -> None:
     """Kernels that serve all adapters at once take none."""
     judge(case)
+
+
+@pytest.mark.parametrize("large", BEYOND_FP16)
+@pytest.mark.parametrize("activation,m", [("relu", 7), ("silu", 130)])
+def test_single_bottlenecks_beyond_fp16(backend: str, activation: str, m: int, large: str) -> None:
+    """Of z, dz or scaling times the value; with a norm, the layer norm's rows too."""
+    ranges = BEYOND_FP16[large]
+    case = {"dtype": torch.float16, "m": m, "k": 96, "r": 48, "p": 0.3, "biases": True, "beside": m == 7}
+    case |= {"activation": activation, "parameters": ranges["adapter"], "large": ranges["large"]}
+    for norm in (False, True):
+        for name, (got, plain, truth) in test_bottleneck.results(case | {"norm": norm}).items():
+            if in_range(truth, got.dtype) or name in ("y", "x", "residual"):
+                testing.assert_close(got, plain, truth, name)
+
+
+@pytest.mark.parametrize("large", BEYOND_FP16)
+@pytest.mark.parametrize("m", [7, 130])
+def test_bottlenecks_beyond_fp16(backend: str, m: int, large: str) -> None:
+    ranges = BEYOND_FP16[large]
+    case = case_of(dtype=torch.float16, m=m, beside=m == 7, parameters=ranges["adapter"])
+    judge(case | {"large": ranges["large"]})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from lora_cases import UNSCALED
 from numbers_policy import Result, check, dense64, once
 from torch import Tensor
 
@@ -91,6 +92,8 @@ class ExpertsCase:
         strided = STRIDES[case["strides"]]
         self.a = strided(testing.tensor(experts, r, k, dtype=a_dtype, seed=seed + 3, scale=k**-0.5))
         self.b = strided(testing.tensor(experts, n, r, dtype=b_dtype, seed=seed + 4, scale=r**-0.5))
+        of_a, of_b, of_scaling = case.get("large", UNSCALED)
+        self.a, self.b, self.scaling = self.a * of_a, self.b * of_b, SCALING * of_scaling
         self.bias = None
         if bias != "none":
             bias_dtype = torch.float32 if bias == "fp32" else dtype
@@ -105,12 +108,12 @@ class ExpertsCase:
             self.group, self.w = weight._state.op_args, dense64(weight)
         self.linear_args = (self.x, self.ends, *self.group, n, self.bias)
         self.dx_args = (self.dy, self.ends, *self.group, k)
-        self.forward_args = (self.x, self.ends, *self.group, self.bias, self.a, self.b, SCALING)
+        self.forward_args = (self.x, self.ends, *self.group, self.bias, self.a, self.b, self.scaling)
         self.truth, self.magnitude = self.results(lambda t: t), self.results(torch.abs)
 
     def backward_args(self, h: Tensor, needs: str = "xab") -> tuple[Any, ...]:
         flags = tuple(name in needs for name in "xab")
-        return (self.dy, self.x, h, self.ends, *self.group, self.a, self.b, SCALING, *flags)
+        return (self.dy, self.x, h, self.ends, *self.group, self.a, self.b, self.scaling, *flags)
 
     def results(self, widen: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """All results; with `widen` the absolute value, the sums of absolute terms."""
@@ -123,14 +126,14 @@ class ExpertsCase:
         }  # fmt: skip
         for e, rows in runs(self.ends):
             bias = 0.0 if self.bias is None else widen(self.bias[e].double())
-            h, dh = x[rows] @ a[e].t(), SCALING * dy[rows] @ b[e]
+            h, dh = x[rows] @ a[e].t(), self.scaling * dy[rows] @ b[e]
             out["linear"][rows] = x[rows] @ w[e].t() + bias
             out["linear_dx"][rows] = dy[rows] @ w[e]
-            out["y"][rows] = out["linear"][rows] + SCALING * h @ b[e].t()
+            out["y"][rows] = out["linear"][rows] + self.scaling * h @ b[e].t()
             out["h"][rows] = h
             out["dx"][rows] = out["linear_dx"][rows] + dh @ a[e]
             out["da"][e] = dh.t() @ x[rows]
-            out["db"][e] = SCALING * dy[rows].t() @ h
+            out["db"][e] = self.scaling * dy[rows].t() @ h
         return out
 
     def result(self, name: str, got: Tensor, plain: Tensor) -> Result:

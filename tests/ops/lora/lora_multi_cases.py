@@ -9,6 +9,7 @@ from typing import Any
 
 import philox
 import torch
+from lora_cases import UNSCALED
 from numbers_policy import Result, bias_of, check, dense64, once
 from torch import Tensor
 
@@ -74,6 +75,9 @@ class MultiCase:
             testing.tensor(self.n[j], r, dtype=b_dtype, seed=seed + 9 + i, scale=r**-0.5)
             for i, (r, j) in enumerate(zip(ranks, self.layer, strict=True))
         ]
+        of_a, of_b, of_scaling = case.get("large", UNSCALED)
+        self.a, self.b = ([t * factor for t in one] for one, factor in ((self.a, of_a), (self.b, of_b)))
+        self.scaling = [s * of_scaling for s in SCALING[:count]]
         various = ("fp32", "none", "same")
         kinds = [various[j % 3] if case["bias"] == "various" else case["bias"] for j in range(len(self.n))]
         biases = [bias_of(case, kind, n) for kind, n in zip(kinds, self.n, strict=True)]
@@ -85,7 +89,7 @@ class MultiCase:
         self.p = [(0.5, 0.0, 0.1, 1.0, 0.3)[i] if case["p"] == "various" else case["p"] for i in range(count)]
         self.seed = None if case["p"] == 0 else torch.tensor(SEED + seed)
         self.group, self.row_group = groups_of(case["groups"], m, count)
-        self.serving = (self.layer, list(SCALING[:count]), self.p, self.seed, self.group, self.row_group)
+        self.serving = (self.layer, self.scaling, self.p, self.seed, self.group, self.row_group)
         self.serving += (case.get("compute"),)
         self.forward_args = (self.x, *self.weights, self.n, self.bias, self.a, self.b, *self.serving)
         self.mask = [philox.factors((m, k), p, SEED + seed, i) for i, p in enumerate(self.p)]
@@ -126,7 +130,7 @@ class MultiCase:
         m, k = self.case["m"], self.case["k"]
         x, dy = widen(self.x.double()).reshape(m, k), [d.reshape(m, d.shape[-1]) for d in wide(self.dy)]
         a, b, w, bias = wide(self.a), wide(self.b), wide(self.w), wide(self.bias)
-        scaling = [widen(torch.tensor(s).double()) for s in SCALING]
+        scaling = [widen(torch.tensor(s).double()) for s in self.scaling]
         y = [x @ w[j].t() + (bias[j] if bias[j].numel() else 0) for j in range(len(w))]
         dx, h, da, db = sum(d @ w[j] for j, d in enumerate(dy)), [], [], []
         for i, j in enumerate(self.layer):

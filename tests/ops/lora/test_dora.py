@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import philox
 import pytest
 import torch
+from gradient_cases import assert_near
+from lora_cases import BEYOND_FP16, LoraCase, lora_case
 from numbers_policy import (
     DTYPES,
     Result,
@@ -14,13 +17,16 @@ from numbers_policy import (
     check_odd_addresses,
     dense64,
     each_dtype,
+    in_range,
     same_with_any_threads,
     transposed,
 )
 from torch import Tensor
 
+import peft_kernels as pk
 import testing
 from peft_kernels import NF4Weight
+from peft_kernels.ops.lora.dropout import new_seed
 
 ops = torch.ops.peft_kernels
 INF, NAN = float("inf"), float("nan")
@@ -155,6 +161,47 @@ def test_dora_scale_refuses(compiled_ops: Any) -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             call()
+
+
+DORA_RANGES = BEYOND_FP16 | {
+    "delta": {"adapter": "fp32", "large": (2.0**10, 1.0, 2.0**8)},
+    "fp16-delta": {"adapter": "same", "large": (2.0**6, 2.0**6, 2.0**6)},
+}
+"""Also scaling B A x, of which the magnitudes leave a small part."""
+
+
+@pytest.mark.parametrize("large", DORA_RANGES)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_dora_linear_beyond_fp16(backend: str, p: float, large: str) -> None:
+    c = LoraCase(lora_case(17, 128, 192, "nested", torch.float16) | DORA_RANGES[large] | {"bias": "same"})
+    magnitude = 1 + testing.tensor(128, seed=7).abs()
+
+    def results(call: Any, widen: Any) -> dict[str, Tensor]:
+        leaves = [widen(t).detach().clone().requires_grad_() for t in (c.x, c.a, c.b, magnitude, c.bias)]
+        torch.manual_seed(5)
+        y = call(*leaves)
+        gradients = torch.autograd.grad(y, leaves, widen(c.dy))
+        names = ("y", "dx", "da", "db", "dmagnitude", "dbias")
+        return dict(zip(names, (y.detach(), *gradients), strict=True))
+
+    def define(x: Tensor, a: Tensor, b: Tensor, m: Tensor, bias: Tensor) -> Tensor:
+        dropped = x if not p else x * philox.factors(tuple(x.shape), p, int(new_seed(c.x)))
+        w, delta = c.w.to(x.dtype), c.scaling * b @ a
+        scale = m / (w + delta.detach()).norm(dim=1)
+        return (x - dropped) @ w.t() + scale * (dropped @ (w + delta).t()) + bias
+
+    def call(x: Tensor, a: Tensor, b: Tensor, m: Tensor, bias: Tensor) -> Tensor:
+        return pk.dora_linear(x, weight, a, b, m, c.scaling, bias, p)
+
+    weight = testing.nf4_weight(128, 192)
+    assert torch.equal(dense64(weight), c.w)
+    got = results(call, lambda t: t)
+    with pk.use_backend("reference"):
+        plain = results(call, lambda t: t)
+    truth = results(define, Tensor.double)
+    for name, value in got.items():
+        if in_range(truth[name], value.dtype) or name in ("y", "dx"):
+            assert_near(value, plain[name], truth[name], name, inside=torch.float16)
 
 
 NORM_CASES = testing.pairwise(

@@ -76,7 +76,6 @@ def test_lora_linear_backward(backend: str, case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("large", BEYOND_FP16)
 @pytest.mark.parametrize("m", [5, 130])
 def test_ranks_beyond_fp16(backend: str, m: int, large: str) -> None:
-    """Of h, dh = scaling dy B, or scaling h: 65,504 is the largest number of fp16."""
     check_ranks_beyond_fp16(m, large)
 
 

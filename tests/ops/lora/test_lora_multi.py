@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lora_cases import BEYOND_FP16
 from lora_multi_cases import (
     MultiCase,
     assert_same,
@@ -16,7 +17,15 @@ from lora_multi_cases import (
     named_gradients,
     named_outputs,
 )
-from numbers_policy import DTYPES, FEATURES, case_id, each_dtype, same_with_any_threads, short
+from numbers_policy import (
+    DTYPES,
+    FEATURES,
+    assert_in_range,
+    case_id,
+    each_dtype,
+    same_with_any_threads,
+    short,
+)
 from torch import Tensor
 
 import testing
@@ -68,6 +77,16 @@ def test_many_rows(backend: str, dtype: torch.dtype, groups: str, adapter: str) 
     case |= {"adapter": adapter, "p": p}
     check_forward(case)
     check_backward(case)
+
+
+@pytest.mark.parametrize("large", BEYOND_FP16)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("groups", ["none", "runs"])
+def test_ranks_beyond_fp16(backend: str, groups: str, p: float, large: str) -> None:
+    """With dropout, the sums of x / (1 - p) too."""
+    case = multi_case(m=41, n=128, k=192, dtype=torch.float16, groups=groups, p=p)
+    c = MultiCase(case | BEYOND_FP16[large])
+    assert_in_range(everything(c), c, c.depth)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
