@@ -306,9 +306,7 @@ class AutogradFunction(torch.autograd.Function):
         prepare, differentiate = getattr(cls, name), cls.backward
 
         def prepared(ctx: Any, *args: Any) -> Any:
-            if (
-                not torch.compiler.is_compiling()
-            ):  # a compiler takes no such call, and knows what a loss needs
+            if not torch.compiler.is_compiling():  # compilers refuse the call, and pass no zeros on
                 ctx.set_materialize_grads(False)
             return prepare(ctx, *args)
 

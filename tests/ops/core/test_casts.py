@@ -37,7 +37,7 @@ def test_cast(backend: str, of: torch.dtype, dtype: torch.dtype) -> None:
         assert mine.data_ptr() != one.data_ptr() or not one.numel()
         torch.testing.assert_close(mine, one.to(dtype), rtol=0, atol=0, equal_nan=True)
     assert ops.cast([], dtype) == []
-    same_with_any_threads(lambda: torch.cat([t.flatten() for t in ops.cast(given[:8], dtype)]))
+    same_with_any_threads(lambda: ops.cast(given[:8], dtype))
 
 
 @pytest.mark.usefixtures("nan_outputs")
