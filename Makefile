@@ -73,8 +73,9 @@ $(VENV)/.built-isa: $(VENV)/.built
 	$(call compile,the kernels for every instruction set,PEFT_KERNELS_CPU=1 PEFT_KERNELS_CUDA=0 PEFT_KERNELS_EMULATE=1,cpu)
 	@touch $@
 
-# The CUDA kernels as PTX that runs on the CPU, and, so that errors show, for a card that need not be there. Where it is not,
-# without optimising, in a third of the time: nothing runs that, and tests/gpu/test_sass.py assembles the optimised code.
+# Builds the CUDA kernels twice: as PTX for the simulated machine, and as machine code, so that compile errors show without a
+# card. Nothing runs that code then, and it is not optimised, which takes a third of the time; tests/gpu/test_sass.py assembles
+# the optimised code.
 UNOPTIMISED := $(if $(CARD)$(TORCH_CUDA_ARCH_LIST),,NVCC_APPEND_FLAGS=-Ofc=max)
 $(VENV)/.built-gpu: $(VENV)/.built
 	$(if $(NVCC),$(call compile,the CUDA kernels for the tests: some minutes the first time,PEFT_KERNELS_ISA=native \

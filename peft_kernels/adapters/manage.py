@@ -139,7 +139,7 @@ def whole(model: nn.Module, name: str) -> list[tuple[AdapterSite, BottleneckAdap
             root, at, rest = path.rpartition(module.place.last + SITE_SUFFIX)
             if not at or rest or not (root == "" or root.endswith(".")):
                 raise ValueError(
-                    f"model: expected all of what adapter {name!r} was added to, got a part of it"
+                    f"model: adapter {name!r} was added to a larger model; pass that one, not a submodule"
                 )
             found.setdefault(root[:-1], []).append((module, adapter))
     if len(found) > 1:

@@ -179,7 +179,7 @@ class PatchReport:
         model = self._model() if self.losses else None
         trained = () if model is None else (p for p in model.parameters() if p.requires_grad)
         if any(p.device.type == "cpu" for p in trained) and returns_freed_memory():
-            return ["for training on a CPU: pk.keep_freed_memory(), once before, may save page faults"]
+            return ["for training on a CPU: call pk.keep_freed_memory() once at start to reuse memory"]
         return []
 
     def _added_later(self) -> list[str]:

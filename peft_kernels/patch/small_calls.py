@@ -1,4 +1,4 @@
-"""Calls so small that choosing another way takes longer than that way saves."""
+"""Calls too small for a fused kernel to pay for the check that selects it."""
 
 FEW_PRODUCTS = 1 << 16
 """Products of queries and keys below which attention runs transformers' "sdpa"."""

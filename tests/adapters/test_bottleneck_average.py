@@ -71,9 +71,13 @@ def test_refused() -> None:
         (["a", "b"], {"weights": [1, 2, 3]}, r"weights: expected 2 finite numbers, .* got \[1.0, 2.0, 3.0\]"),
         (["a", "b"], {"weights": [1, float("nan")]}, r"weights: expected 2 finite .* got \[1.0, nan\]"),
         (["a", "b"], {"weights": [1, float("inf")]}, r"weights: expected 2 finite .* got \[1.0, inf\]"),
-        (["a", "b"], {"weights": [1, -1]}, "weights: expected a sum that they can be divided by, got 0.0"),
-        (["a", "b"], {"weights": [1e308, 1e308]}, "weights: expected a sum .* got inf"),
-        (["a", "b", "c"], {"weights": [1e308, -1e308, 0.5]}, r"weights: expected a sum .* got 0.5 of"),
+        (["a", "b"], {"weights": [1, -1]}, "weights: each divided by .* got sum 0.0"),
+        (["a", "b"], {"weights": [1e308, 1e308]}, "weights: each divided by .* got sum inf"),
+        (
+            ["a", "b", "c"],
+            {"weights": [1e308, -1e308, 0.5]},
+            r"weights: each divided by .* got sum 0.5",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             adapters.average(model, "new", names, **options)

@@ -118,7 +118,7 @@ def test_advice_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory, "_mallopt", lambda: object())
     model = llama()
     report = pk.patch(model)
-    advice = "for training on a CPU: pk.keep_freed_memory(), once before, may save page faults"
+    advice = "for training on a CPU: call pk.keep_freed_memory() once at start to reuse memory"
     assert str(report).splitlines()[-1] == advice
     model.requires_grad_(False)
     assert advice not in str(report)

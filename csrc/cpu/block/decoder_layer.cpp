@@ -15,7 +15,7 @@
 namespace peft_kernels::cpu {
 namespace {
 
-// The operands of multi_lora_linear behind x, without dropout.
+// The arguments of multi_lora_linear after x; no dropout.
 class AdaptedLayers : public torch::CustomClassHolder {
  public:
   AdaptedLayers(std::vector<Tensor> weight, OptionalTensors absmax, OptionalTensors absmax2,

@@ -25,7 +25,7 @@ MANY_ROWS = (2048, 4096, 8192)
 EXPERTS_SHAPES: tuple[Shape, ...] = ((1536, 2048),)
 EXPERTS = 32
 LEAST = 32
-"""Up to so many rows reading the weight takes the time, of which a fused kernel reads a quarter."""
+"""Up to this many rows, reading the weight dominates, and a fused kernel reads a quarter of the bytes."""
 STEP = 32
 BLOCKSIZE = 64
 COPIES = 32
