@@ -1,6 +1,6 @@
 // ISA scalar: no target pragma, so whatever the compiler's baseline gives.
 #ifdef __x86_64__
-#pragma GCC optimize("O1")  // compiles in a quarter of the time; x86 CPUs without AVX2 are rare
+#  pragma GCC optimize("O1")  // compiles in a quarter of the time; x86 CPUs without AVX2 are rare
 #endif
 #include "prelude.h"
 
