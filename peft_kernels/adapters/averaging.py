@@ -79,7 +79,7 @@ def _factors(weights: Sequence[float] | None, count: int, normalize: bool) -> li
     total = sum(factors)
     scaled = [factor / total for factor in factors] if total else []
     if not scaled or not all(map(math.isfinite, [total, *scaled])):
-        raise ValueError(f"weights: each divided by their sum must be finite, got sum {total} of {factors}")
+        raise ValueError(f"weights: expected finite shares of their sum, got sum {total} of {factors}")
     return scaled
 
 

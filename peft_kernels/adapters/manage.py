@@ -138,9 +138,7 @@ def whole(model: nn.Module, name: str) -> list[tuple[AdapterSite, BottleneckAdap
         if isinstance(module, AdapterSite) and (adapter := module.get(name)) is not None:
             root, at, rest = path.rpartition(module.place.last + SITE_SUFFIX)
             if not at or rest or not (root == "" or root.endswith(".")):
-                raise ValueError(
-                    f"model: adapter {name!r} was added to a larger model; pass that one, not a submodule"
-                )
+                raise ValueError(f"model: expected what adapter {name!r} was added to, got a submodule")
             found.setdefault(root[:-1], []).append((module, adapter))
     if len(found) > 1:
         where = ", ".join(root or "the model" for root in found)

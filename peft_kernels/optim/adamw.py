@@ -220,5 +220,5 @@ def _check_8bit(name: str, amsgrad: bool, optim_bits: int) -> None:
         raise ValueError(f"amsgrad: {name} does not support it, expected False")
     if optim_bits != 32:
         raise ValueError(
-            f"optim_bits: {name} always keeps its moments in 8 bits; leave optim_bits at 32, got {optim_bits}"
+            f"optim_bits: expected 32, as {name} always keeps its moments in 8 bits, got {optim_bits}"
         )

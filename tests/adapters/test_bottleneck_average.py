@@ -71,12 +71,12 @@ def test_refused() -> None:
         (["a", "b"], {"weights": [1, 2, 3]}, r"weights: expected 2 finite numbers, .* got \[1.0, 2.0, 3.0\]"),
         (["a", "b"], {"weights": [1, float("nan")]}, r"weights: expected 2 finite .* got \[1.0, nan\]"),
         (["a", "b"], {"weights": [1, float("inf")]}, r"weights: expected 2 finite .* got \[1.0, inf\]"),
-        (["a", "b"], {"weights": [1, -1]}, "weights: each divided by .* got sum 0.0"),
-        (["a", "b"], {"weights": [1e308, 1e308]}, "weights: each divided by .* got sum inf"),
+        (["a", "b"], {"weights": [1, -1]}, "weights: expected finite shares .* got sum 0.0"),
+        (["a", "b"], {"weights": [1e308, 1e308]}, "weights: expected finite shares .* got sum inf"),
         (
             ["a", "b", "c"],
             {"weights": [1e308, -1e308, 0.5]},
-            r"weights: each divided by .* got sum 0.5",
+            r"weights: expected finite shares .* got sum 0.5",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -178,7 +178,7 @@ def test_removed_parameters() -> None:
     ({"lr": -1.0}, ValueError, "lr: expected a finite number of at least 0, got -1.0"),
     ({"betas": (0.9, 1.0)}, ValueError, "betas: expected two numbers from 0 to below 1"),
     ({"amsgrad": True}, ValueError, "amsgrad: AdamW8bit does not support it"),
-    ({"optim_bits": 8}, ValueError, "optim_bits: AdamW8bit has moments in 8 bits"),
+    ({"optim_bits": 8}, ValueError, "optim_bits: expected 32, as AdamW8bit"),
     ({"rounding": "up"}, ValueError, "rounding: expected one of nearest, stochastic, kahan"),
     ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm: expected a positive number or None"),
     ({"seed": 1.5}, ValueError, "seed: expected a whole number, got 1.5"),
