@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import transformers_models
 from fresh_process import Python
 from transformers_models import Auto, assert_same_state, bnb_config, loaded, read, saved
 
-HERE = Path(__file__).resolve().parent
-FOLDERS = [str(HERE), str(HERE.parent)]
+import testing
+
+FOLDERS = [str(Path(module.__file__ or "").parent) for module in (transformers_models, testing)]
 
 WITHOUT_BITSANDBYTES = f"""
 import importlib.machinery, os, sys
