@@ -83,7 +83,7 @@ def test_quantize_absmax_reads_views(backend: str) -> None:
 @pytest.mark.parametrize("numel", [0, 1, 255, 256, 257, 70001])
 def test_unpack_absmax_rounds_twice(backend: str, numel: int) -> None:
     q8 = torch.arange(numel).mul(37).to(torch.uint8)
-    absmax2 = testing.tensor(-(-numel // 256)).abs()
+    absmax2 = torch.linspace(1.7, 0.9, -(-numel // 256))  # not drawn: few of 257 products tell the two apart
     offset = torch.tensor(0.31415927)
     scale = absmax2.repeat_interleave(256)[:numel]
     values = dynamic_map(CPU)[q8.long()]
