@@ -93,6 +93,7 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("peft_kernels")
+hypothesis.configuration.set_hypothesis_home_dir(TESTS.parent / "build" / "hypothesis")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores, as do processes that tests start; tests of threading set threads themselves.

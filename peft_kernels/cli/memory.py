@@ -20,7 +20,7 @@ from .sizes import Block, Experts, Linear, Mixture, Model, Run
 
 _FP32, _INT64 = 4, 8
 LOGIT_BYTES = 256 << 20
-"""At most so many bytes of logits are computed at a time on a GPU."""
+"""The most logits that the loss computes at a time on a GPU: kLogitBytes of csrc/cuda/loss."""
 
 
 @lru_cache(maxsize=4096)

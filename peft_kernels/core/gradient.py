@@ -298,8 +298,8 @@ def _is_list(kind: Any) -> bool:
 
 
 class AutogradFunction(torch.autograd.Function):
-    """One that passes no gradient on where none of its outputs has one. Torch would pass zeros, by which
-    weight decay and momentum move parameters that no loss depends on. backward is called with a gradient."""
+    """A Function whose inputs get no gradient if none of its outputs has one: backward is not called. Torch
+    would give them zeros, and weight decay and momentum would move parameters that no loss depends on."""
 
     def __init_subclass__(cls) -> None:
         name = "setup_context" if "setup_context" in vars(cls) else "forward"
