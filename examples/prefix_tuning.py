@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from demo_model import model_folder
 from finetune import Stages, distance, finish, fraction, positive, run_or_tell
 from finetune_data import FORMS, docstring_examples, encode, read_jsonl, split
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
     import peft_kernels as pk
 
-    folder = lib.model_folder(args.model, args.output)
+    folder = model_folder(args.model, args.output)
     tokenizer = lib.load_tokenizer(folder)
     training = encode(examples, tokenizer, args.max_length)
     batches = lib.training_batches(training, tokenizer, args.batch_size, args.steps, args.seed)

@@ -36,7 +36,7 @@ def main(model_folder: str = "", output: str = "qlora-output", steps: str = "20"
     )
     process = PartialState()
     if not model_folder:
-        from finetune_model import model_folder as demo_model
+        from demo_model import model_folder as demo_model
 
         with process.main_process_first():  # converts it, once
             model_folder = str(demo_model(None, Path(output)))

@@ -20,7 +20,7 @@ import peft_kernels as pk
 
 def main(model_folder: str = "", output: str = "qlora-output", steps: str = "20") -> None:
     if not model_folder:  # SmolLM2-135M-Instruct, as `make setup` installs it
-        from finetune_model import model_folder as demo_model
+        from demo_model import model_folder as demo_model
 
         model_folder = str(demo_model(None, Path(output)))
     tokenizer = AutoTokenizer.from_pretrained(model_folder)

@@ -27,6 +27,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from demo_model import model_folder
 from finetune import Stages, distance, finish, fraction, positive, run_or_tell
 from finetune_data import (
     INSTRUCTION,
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     import finetune_model as lib
     import torch
 
-    folder = lib.model_folder(args.model, args.output)
+    folder = model_folder(args.model, args.output)
     tokenizer = lib.load_tokenizer(folder)
     model, losses = train_adapters(folder, tokenizer, functions, held_out, args, stage)
     adapters = args.output / "adapters"

@@ -154,7 +154,7 @@ class ModelCase:
             found.absent["model"] = reason
             return found
         lib = examples.module("finetune_model")
-        folder = lib.model_folder(self.model, examples.MODELS)
+        folder = examples.module("demo_model").model_folder(self.model, examples.MODELS)
         batches, validation = examples.batches(
             self.data, lib.load_tokenizer(folder), MAX_LENGTH, BATCH_SIZE, self.steps, SEED, HELD_OUT
         )

@@ -166,7 +166,7 @@ class Measured(report.Outcome):
 class Models:
     def __init__(self, case: Case, folder: Path) -> None:
         self.lib = examples.module("finetune_model")
-        self.folder = self.lib.model_folder(case.model, folder)
+        self.folder = examples.module("demo_model").model_folder(case.model, folder)
 
     def base(self, kind: str) -> Any:
         """The base model, with the linear layers' weights in the given dtype."""

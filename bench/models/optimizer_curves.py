@@ -98,7 +98,7 @@ class Case:
 class Training:
     def __init__(self, case: Case, folder: Path) -> None:
         self.case, self.lib = case, examples.module("finetune_model")
-        source = self.lib.model_folder(case.model, folder)
+        source = examples.module("demo_model").model_folder(case.model, folder)
         self.batches, self.held_out = examples.batches(
             case.data, self.lib.load_tokenizer(source), MAX_LENGTH, BATCH_SIZE, case.steps, SEED, HELD_OUT
         )

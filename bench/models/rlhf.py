@@ -64,7 +64,7 @@ class Trainers(layers.LayerCache):
     @cached_property
     def folder(self) -> Path:
         self._temporary = tempfile.TemporaryDirectory()
-        return examples.module("finetune_model").model_folder(None, Path(self._temporary.name))
+        return examples.module("demo_model").model_folder(None, Path(self._temporary.name))
 
     def base(self, kind: str) -> Any:
         import transformers

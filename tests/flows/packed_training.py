@@ -23,7 +23,7 @@ from peft_kernels.checkpoints.folder import Checkpoint
 from peft_kernels.checkpoints.names import Names
 from peft_kernels.checkpoints.owned import owned_weights
 
-STEPS = 20
+STEPS = 10
 TABLES = 4096
 """Bytes of tables of codes, which ops may keep for all weights together."""
 
@@ -32,12 +32,12 @@ Adapt = Callable[[Any, torch.dtype | None], Any]
 
 
 def assert_trains_as_dense(packed: Any, adapt: Adapt) -> None:
-    """20 steps over packed weights, patched, have the losses of PEFT in fp64 over those that `dequantize()`
+    """Steps over packed weights, patched, have the losses of PEFT in fp64 over those that `dequantize()`
     gives: the first to a rounding, and the curve."""
     dense = copy.deepcopy(packed).dequantize()
     assert packed_weights(packed) and not packed_weights(dense)
     truth = losses(adapt(dense.double(), torch.float64))
-    assert truth[-1] < 0.7 * truth[0], f"these losses could be anything's: {truth}"
+    assert truth[-1] < 0.9 * truth[0], f"these losses could be anything's: {truth}"
     mine = adapt(packed, None)
     pk.patch(mine)
     off = (losses(mine) - truth).abs() / truth

@@ -25,7 +25,7 @@ def adapt(model: Any, dtype: torch.dtype | None) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_format
-def test_losses_of_20_steps(format: str, dtype: torch.dtype) -> None:
+def test_trains_as_dense(format: str, dtype: torch.dtype) -> None:
     blocksize = 32 if FORMATS[format].scale == "half" else None
     packed = pk.quantize_model(llama(dtype=dtype), blocksize=blocksize, format=format)
     assert_trains_as_dense(packed, adapt)

@@ -128,7 +128,7 @@ def test_weights_that_overflow_in_the_adapter_dtype(tmp_path: Path) -> None:
         (torch.float16, "up_proj.lora_A", 3e6, r"mlp.up_proj: lora_A up to 3e\+06,"),
         (torch.float16, "up_proj.lora_B", 3e6, r"mlp.up_proj: .*, lora_B up to 3e\+06,"),
         (torch.bfloat16, "k_proj.lora_A", 3.4e38, r"self_attn.k_proj: lora_A up to 3.4e\+38,"),
-        (torch.float32, "o_proj.lora_magnitude", 3e38, r"self_attn.o_proj: .*, magnitude/norm up to .*e\+3"),
+        (torch.float32, "up_proj.lora_magnitude", 3e38, r"mlp.up_proj: .*, magnitude/norm up to .*e\+3"),
         (torch.float32, "", 0.0, r".*: .*, scaling up to 1.2e\+37"),
     ],
     ids=["A-fp16", "B-fp16", "A-bf16", "magnitude", "scaling"],
@@ -141,7 +141,7 @@ def test_weights_that_overflow_in_the_models_dtype(
     folder = save_adapter(llama("dense", dtype), tmp_path / "a", **options)
     path = folder / "adapter_model.safetensors"
     state = safetensors.load_file(path)
-    next(value for key, value in state.items() if tensor in key).view(-1)[0] = value or 1.0
+    next(value for key, value in state.items() if tensor in key).fill_(value or 1.0)
     safetensors.save_file(state, path)
     engine = Engine(llama("dense", dtype), max_batch=2)
     told = rf"adapter 'a': expected finite logits in {dtype}, got NaN or Inf: .* in model.layers.0.{weight}"

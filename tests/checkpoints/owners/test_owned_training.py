@@ -29,7 +29,7 @@ def adapt(model: Any, dtype: torch.dtype | None) -> Any:
 
 
 @each_kind
-def test_losses_of_20_steps(kind: str, tmp_path: Path) -> None:
+def test_trains_as_dense(kind: str, tmp_path: Path) -> None:
     FOLDERS[kind].write(tmp_path)
     assert_trains_as_dense(read(tmp_path, dtype=torch.float32), adapt)
 

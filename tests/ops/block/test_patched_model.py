@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import tiny_llama
 from peft_models import gradients, lora
-from rounding import assert_close_together
+from rounding import ONE_MODEL, assert_close_together, relative_error
 from torch import Tensor
 
 import peft_kernels as pk
@@ -60,4 +60,4 @@ def test_a_token(backend: str) -> None:
         want = model(input_ids=batch()).logits
         with pk.patched(model, without=("attention", "loss")):
             got = model(input_ids=batch()).logits
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert relative_error(got, want) <= ONE_MODEL
