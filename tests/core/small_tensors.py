@@ -16,5 +16,6 @@ def group(nested: bool) -> tuple[Any, ...]:
     return testing.nf4_weight(N, K, 32, nested)._state.op_args
 
 
-def leaf(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return testing.tensor(*shape, dtype=dtype, seed=seed).requires_grad_()
+def leaf(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, transposed: bool = False) -> Tensor:
+    values = testing.tensor(*shape, dtype=dtype, seed=seed)
+    return (values.t() if transposed else values).requires_grad_()

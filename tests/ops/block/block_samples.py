@@ -78,13 +78,13 @@ def block_samples() -> dict[str, dict[str, tuple[Any, ...]]]:
             "added-to": rms_norm_backward_args(True, True, adds=True, offset=1.0, result=half),
         },
         "cast": {
-            "fp32-to-bf16": ([leaf(2, 3), leaf(7, 5, seed=1).t(), leaf(3, 0)], half),
+            "fp32-to-bf16": ([leaf(2, 3), leaf(7, 5, seed=1, transposed=True), leaf(3, 0)], half),
             "bf16-to-fp32": ([leaf(2, 3, dtype=half), leaf(70, seed=1, dtype=half)], torch.float32),
             "of-several": ([leaf(2, 3, dtype=half), leaf(4, seed=1)], torch.float16),
         },
         "add_residual": {
             "fp32": (leaf(2, 3), leaf(2, 3, seed=1)),
-            "bf16-to-fp32": (leaf(5, 7, dtype=half), leaf(7, 5, seed=1).t()),
+            "bf16-to-fp32": (leaf(5, 7, dtype=half), leaf(7, 5, seed=1, transposed=True)),
             "fp32-to-bf16": (leaf(70), leaf(70, dtype=half, seed=1)),
         },
         "rotary": {
