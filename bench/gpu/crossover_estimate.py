@@ -10,14 +10,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft_kernels.core.backends.crossover_timing import BLOCKSIZE, SHAPES, Cell, wgmma_rows
 from peft_kernels.core.backends.crossovers import NO_ROWS, Card, RowRange, Rows, estimate
 
 from ..lib import report
+from .crossover_timing import BLOCKSIZE, Cell, wgmma_rows
 from .roofline import BY_ARCHITECTURE, NF4_BYTES, Gpu
 from .step_estimate import reached
 from .wave_quantization import planner
 
+SHAPES = ((1024, 4096), (4096, 4096), (14336, 4096))
+"""Weights of an 8B model, from the smallest to the largest."""
 ROWS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 MMA_SYNC_FLOPS = 0.65 * 645e12
 """Of our kernels for mma.sync: 65% of what an H100 has at most with it."""

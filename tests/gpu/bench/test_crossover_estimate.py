@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from bench.gpu import crossover_estimate as script
-from bench.gpu.crossover_estimate import Case, dense, dequantised, fused, packaged
+from bench.gpu.crossover_estimate import SHAPES, Case, dense, dequantised, fused, packaged
 from bench.gpu.roofline import BY_ARCHITECTURE, NF4_BYTES
 from bench.gpu.step_estimate import reached
 from bench.gpu.wave_quantization import planner
 from bench.lib import report
-from peft_kernels.core.backends.crossover_timing import SHAPES
 from peft_kernels.core.backends.cuda import CudaLibrary
 
 H100 = reached(BY_ARCHITECTURE[90])
