@@ -157,11 +157,7 @@ def crossovers(cells: Iterable[Cell]) -> tuple[Rows, ...]:
 def crossover(cells: Iterable[Cell]) -> int:
     """The number of rows up to which to fuse, so that the GEMMs take the least time, each counted as much as
     the others. A multiple of STEP halfway between those that were timed, and none that was not reached."""
-    by_rows: dict[int, float] = {}
-    for cell in cells:
-        by_rows[cell.rows] = by_rows.get(cell.rows, 0.0) + math.log(cell.fused / cell.dequantised)
-    rows = sorted(by_rows)
-    excess = [0.0, *itertools.accumulate(by_rows[m] for m in rows)]
+    rows, excess = _excess(cells, lambda cell: cell.fused / cell.dequantised)
     number = excess.index(min(excess))
     if number == 0:
         return LEAST
@@ -174,14 +170,12 @@ def wgmma_rows(cells: Iterable[Cell], fused: int) -> RowRange:
     """The rows for which to use wgmma, so that the GEMMs take the least time where others are fused up to
     `fused` rows. It ends at multiples of STEP halfway between numbers that were timed, and at none that was
     not reached."""
-    by_rows: dict[int, float] = {}
-    for cell in cells:
-        if cell.wgmma is None:
-            return NO_ROWS
-        other = cell.fused if cell.rows <= fused else cell.dequantised
-        by_rows[cell.rows] = by_rows.get(cell.rows, 0.0) + math.log(cell.wgmma / other)
-    rows = sorted(by_rows)
-    excess = [0.0, *itertools.accumulate(by_rows[m] for m in rows)]
+    cells = [*cells]
+    if any(cell.wgmma is None for cell in cells):
+        return NO_ROWS
+    rows, excess = _excess(
+        cells, lambda cell: cell.wgmma / (cell.fused if cell.rows <= fused else cell.dequantised)
+    )
     pairs = itertools.combinations(range(len(excess)), 2)
     first, end = min(pairs, key=lambda pair: excess[pair[1]] - excess[pair[0]], default=(0, 0))
     if excess[end] >= excess[first]:
@@ -189,6 +183,15 @@ def wgmma_rows(cells: Iterable[Cell], fused: int) -> RowRange:
     least = rows[first] if first == 0 else _halfway(rows[first - 1], rows[first]) + 1
     most = rows[-1] if end == len(rows) else _halfway(rows[end - 1], rows[end])
     return RowRange(least, most)
+
+
+def _excess(cells: Iterable[Cell], ratio: Callable[[Any], float]) -> tuple[list[int], list[float]]:
+    """The numbers of rows, and the sums of the logarithms of a ratio over none, one, two ... of them."""
+    by_rows: dict[int, float] = {}
+    for cell in cells:
+        by_rows[cell.rows] = by_rows.get(cell.rows, 0.0) + math.log(ratio(cell))
+    rows = sorted(by_rows)
+    return rows, [0.0, *itertools.accumulate(by_rows[m] for m in rows)]
 
 
 def _halfway(rows: int, more: int) -> int:
