@@ -31,7 +31,7 @@ from bench.gpu.crossover_timing import Cell, Target, crossovers, device_clock, t
 from bench.gpu.device_cases import SHAPES
 from bench.lib import report
 from peft_kernels.core.backends import cuda
-from peft_kernels.core.backends.crossovers import ANY, MEASURED, NO_ROWS, WGMMA, Card, Limits, Rows
+from peft_kernels.core.backends.crossovers import ANY, MEASURED, NO_ROWS, Card, Limits, Rows
 
 ROWS = (64, 96, 128, 192, 256, 384, 512, 768, 1024)
 EXPERTS_SHAPES = ((1536, 2048), (2048, 768))
@@ -111,7 +111,7 @@ def entry(card: Card, limits: Limits) -> dict[str, Any]:
 
 
 def _row(row: Rows) -> dict[str, Any]:
-    ranges = {name: list(getattr(row, name)) for name in WGMMA if getattr(row, name) != NO_ROWS}
+    ranges = {name: list(getattr(row, name)) for name in Rows._fields[3:] if getattr(row, name) != NO_ROWS}
     weights = None if row.weights == ANY else row.weights
     return {"weights": weights, "forward": row.forward, "backward": row.backward, **ranges}
 

@@ -53,10 +53,6 @@ class Rows(NamedTuple):
     forward_wgmma: RowRange = NO_ROWS
     backward_wgmma: RowRange = NO_ROWS
 
-    @property
-    def has_wgmma(self) -> bool:
-        return (self.forward_wgmma, self.backward_wgmma) != (NO_ROWS, NO_ROWS)
-
     def without_wgmma(self) -> Rows:
         return self._replace(forward_wgmma=NO_ROWS, backward_wgmma=NO_ROWS)
 
@@ -71,7 +67,7 @@ class Limits(NamedTuple):
 
     @property
     def has_wgmma(self) -> bool:
-        return any(row.has_wgmma for rows in self for row in rows)
+        return self != self.without_wgmma()
 
     def without_wgmma(self) -> Limits:
         return Limits(*(tuple(row.without_wgmma() for row in rows) for rows in self))
@@ -120,7 +116,7 @@ def _table(entry: dict[str, Any]) -> Table:
 def _rows(entries: list[dict[str, Any]]) -> tuple[Rows, ...]:
     rows = []
     for row in entries:
-        ranges = (_range(row[name]) if name in row else NO_ROWS for name in WGMMA)
+        ranges = (_range(row[name]) if name in row else NO_ROWS for name in Rows._fields[3:])
         rows.append(Rows(_number_or_any(row["weights"]), row["forward"], row["backward"], *ranges))
     sizes = [row.weights for row in rows]
     if not all(type(n) is int and 0 <= n <= ANY for row in rows for n in row[:3]):
@@ -128,9 +124,6 @@ def _rows(entries: list[dict[str, Any]]) -> tuple[Rows, ...]:
     if sizes != sorted(set(sizes)) or sizes[-1:] != [ANY]:
         raise ValueError(f"expected ascending weights that end with null, got {sizes}")
     return tuple(rows)
-
-
-WGMMA = "forward_wgmma", "backward_wgmma"
 
 
 def _range(entry: list[Any]) -> RowRange:
