@@ -16,9 +16,8 @@ Except memory-... these run only by name:
 memory-...             bytes that a forward saves for its backward
 sass-..., triton-...   the compiled CUDA and Triton kernels, without a GPU: registers and spills; of the CUDA
                        kernels instructions per weight beside their limits
-host-...               host time of CUDA calls, on a stub device
-estimate-...           a whole step of an 8B model on a GPU, from bytes, FLOPs and launches
-waves-...              how evenly GEMMs with NF4 weights fill a GPU, computed from the kernel plan
+estimate-...           a whole step of an 8B model on a GPU, and for how many rows to fuse GEMMs, from bytes
+                       and FLOPs
 loading-...            memory and time of loading a checkpoint in 4 bits
 bitsandbytes-ops-...   bitsandbytes' Linear4bit as it is and on our kernels
 attention-...          attention of a layer beside torch's
@@ -60,7 +59,6 @@ BY_NAME = (
     *(f"bench.ops.{name}" for name in ("attention", "bnb_ops", "bottlenecks")),
     "bench.models.noisy_neighbour",
     "bench.ops.experts",
-    *(f"bench.gpu.{name}" for name in ("launch_overhead", "wave_quantization", "crossover_estimate")),
     *(f"bench.gpu.{name}" for name in ("step_estimate", "compiled")),
     "bench.models.loading",
     "bench.ops.losses",

@@ -7,172 +7,122 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..lib import report
 from ..lib.report import MET, ONCE, Progress, Timing, silent, unique
 from . import limits, sass
-from .limits import Finding
-from .roofline import BY_ARCHITECTURE, Gpu
 
 TRITON_TARGETS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942", "gfx950", "gfx1100", "gfx1200")
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Case:
+    group: str
+    target: str
+    read: Callable[[str], list[Row] | str]
+    """A row per kernel, with its faults at the end, or why it cannot be compiled."""
+    seconds = 60.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}-{self.target}"
+
+    def run(self, timing: Timing = ONCE, progress: Progress = silent) -> Compiled:
+        progress("compile")
+        found = self.read(self.target)
+        return (
+            Compiled(self, absent={self.name: found})
+            if isinstance(found, str)
+            else Compiled(self, rows=found)
+        )
 
 
 @dataclass
 class Compiled(report.Outcome):
-    kernels: Sequence[Any] = ()
+    case: Case
+    rows: Sequence[Row] = field(default_factory=list)
 
     def parts(self) -> Iterator[str]:
-        if self.kernels:
-            faults = sum(len(kernel.faults) for kernel in self.kernels)
-            yield f"{len(self.kernels)} kernels, {faults} beyond their limits"
-
-
-@dataclass(frozen=True)
-class CudaCase:
-    architecture: int
-    seconds = 60.0
-
-    @property
-    def name(self) -> str:
-        return f"sass-sm{self.architecture}"
-
-    @property
-    def gpu(self) -> Gpu:
-        return BY_ARCHITECTURE[self.architecture]
-
-    def run(self, timing: Timing = ONCE, progress: Progress = silent) -> CudaKernels:
-        progress("compile")
-        tools, files = sass.tools(), sass.sources()
-        if not files:
-            return CudaKernels(self, absent={self.name: f"no sources in {sass.SOURCES}"})
-        if isinstance(tools, str):
-            return CudaKernels(self, absent={self.name: tools})
-        kernels = sass.read(tools, sass.compile_all(tools, files, [self.architecture]))
-        found = sorted(map(limits.check, kernels), key=lambda finding: finding.kernel.name)
-        return CudaKernels(self, kernels=found)
-
-
-@dataclass
-class CudaKernels(Compiled):
-    case: CudaCase
-    kernels: Sequence[Finding] = ()
+        if self.rows:
+            faults = sum(row["faults"] not in ("", MET) for row in self.rows)
+            yield f"{len(self.rows)} kernels, {faults} beyond their limits"
 
     def data(self) -> dict[str, Any]:
-        kernels = [
-            {
-                "kernel": finding.kernel.name,
-                "registers": finding.kernel.registers,
-                "shared": finding.kernel.shared,
-                "warps": finding.warps,
-                "per_weight": [finding.least, finding.per_weight],
-                "limit": finding.rule and finding.rule.limit,
-                "issue_slots": issue_share(finding, self.case.gpu),
-                "faults": finding.faults,
-            }
-            for finding in self.kernels
-        ]
-        return {"group": "sass", "kernels": kernels}
+        return {"group": self.case.group, "kernels": self.rows}
 
     @classmethod
-    def tables(cls, outcomes: Sequence[CudaKernels], unit: str) -> Iterator[tuple[str, str]]:
-        """One kernel per row. Instructions per weight are along the shortest and the longest path once
-        through the main loop; slots are the share of the issue slots that the shortest takes at full
-        bandwidth."""
-        titles = ("", "registers", "shared", "warps", "instr/weight", "at most", "slots", "")
+    def tables(cls, outcomes: Sequence[Compiled], unit: str) -> Iterator[tuple[str, str]]:
         for found in outcomes:
-            gpu = found.case.gpu
-            if found.kernels:
-                kernels = report.table(titles, (_cuda_row(finding, gpu) for finding in found.kernels))
-                yield f"kernels as compiled for sm_{gpu.architecture}, beside {gpu.name}", kernels
+            if found.rows:
+                rows = report.table(list(found.rows[0]), (list(row.values()) for row in found.rows))
+                yield f"kernels as compiled for {found.case.target}", rows
 
 
-def _cuda_row(finding: Finding, gpu: Gpu) -> list[str]:
-    kernel, limit, slots = finding.kernel, finding.rule and finding.rule.limit, issue_share(finding, gpu)
+def cuda(target: str) -> list[Row] | str:
+    """Instructions per weight are along the shortest and the longest path once through the main loop."""
+    tools, files = sass.tools(), sass.sources()
+    if not files:
+        return f"no sources in {sass.SOURCES}"
+    if isinstance(tools, str):
+        return tools
+    architecture = int(target.removeprefix("sm"))
+    kernels = sass.read(tools, sass.compile_all(tools, files, [architecture]))
+    return [cuda_row(limits.check(kernel)) for kernel in sorted(kernels, key=lambda kernel: kernel.name)]
+
+
+def cuda_row(finding: limits.Finding) -> Row:
+    kernel, limit = finding.kernel, finding.rule and finding.rule.limit
     counts = [f"{value:.2f}" for value in (finding.least, finding.per_weight) if value is not None]
+    return {
+        "kernel": kernel.name,
+        "registers": str(kernel.registers),
+        "shared": f"{kernel.shared:,}",
+        "warps": str(finding.warps),
+        "instr/weight": "-".join(unique(counts)),
+        "at most": "" if limit is None else f"{limit:g}",
+        "faults": "; ".join(finding.faults) or (MET if finding.rule else ""),
+    }
+
+
+def triton(target: str) -> list[Row] | str:
+    """One kernel and config per row: the largest value over argument dtypes, and the fewest warps. Warps are
+    those resident on a multiprocessor, spills are bytes of local memory per thread, matrix instructions are
+    those for tensor cores."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    triton_code = importlib.import_module(".triton_code", __package__)
+    if reason := triton_code.unsupported(target):
+        return str(reason)
+    return triton_rows(triton_code.compile_all([target]))
+
+
+def triton_rows(codes: Sequence[Any]) -> list[Row]:
+    alike: dict[tuple[str, str], list[Any]] = {}
+    for code in codes:
+        alike.setdefault((code.variant.kernel, code.variant.config), []).append(code)
+    return [_triton_row(*name, alike[name]) for name in sorted(alike)]
+
+
+def _triton_row(kernel: str, config: str, codes: Sequence[Any]) -> Row:
+    return {
+        "kernel": kernel,
+        "config": config,
+        "variants": str(len(codes)),
+        "registers": str(max(code.registers for code in codes)),
+        "shared": f"{max(code.shared for code in codes):,}",
+        "warps": str(min(code.warps for code in codes) or "-"),
+        "spills": str(max(code.spills for code in codes)),
+        "matrix": str(max(code.matrix for code in codes)),
+        "faults": "; ".join(unique(fault for code in codes for fault in code.faults)),
+    }
+
+
+def standard(dtype: str) -> list[Case]:
     return [
-        kernel.name,
-        str(kernel.registers),
-        f"{kernel.shared:,}",
-        str(finding.warps),
-        "-".join(unique(counts)),
-        "" if limit is None else f"{limit:g}",
-        "" if slots is None else f"{slots:.0%}",
-        "; ".join(finding.faults) or (MET if finding.rule else ""),
+        *(Case("sass", f"sm{architecture}", cuda) for architecture in sass.ARCHITECTURES),
+        *(Case("triton", target, triton) for target in TRITON_TARGETS),
     ]
-
-
-def issue_share(finding: Finding, gpu: Gpu) -> float | None:
-    """Share of the issue slots at full bandwidth: a kernel above 1 cannot reach that bandwidth."""
-    if finding.least is None or finding.rule is None:
-        return None
-    return gpu.issue_share(finding.least, finding.rule.read + finding.rule.written)
-
-
-@dataclass(frozen=True)
-class TritonCase:
-    target: str
-    seconds = 60.0
-
-    @property
-    def name(self) -> str:
-        return f"triton-{self.target}"
-
-    def run(self, timing: Timing = ONCE, progress: Progress = silent) -> TritonKernels:
-        progress("compile")
-        if importlib.util.find_spec("triton") is None:
-            return TritonKernels(self, absent={self.name: "Triton is not installed"})
-        triton_code = importlib.import_module(".triton_code", __package__)
-        if reason := triton_code.unsupported(self.target):
-            return TritonKernels(self, absent={self.name: reason})
-        return TritonKernels(self, kernels=triton_code.compile_all([self.target]))
-
-
-@dataclass
-class TritonKernels(Compiled):
-    case: TritonCase
-
-    def data(self) -> dict[str, Any]:
-        names = ("registers", "shared", "warps", "spills", "matrix", "faults")
-        kernels = [
-            {name: getattr(code.variant, name) for name in ("kernel", "config", "types")}
-            | {name: getattr(code, name) for name in names}
-            for code in self.kernels
-        ]
-        return {"group": "triton", "kernels": kernels}
-
-    @classmethod
-    def tables(cls, outcomes: Sequence[TritonKernels], unit: str) -> Iterator[tuple[str, str]]:
-        """One kernel and config per row: the largest value over argument dtypes, and the fewest warps.
-
-        Warps are those resident on a multiprocessor, spills are bytes of local memory per thread, matrix
-        instructions are those for tensor cores.
-        """
-        titles = ("", "config", "variants", "registers", "shared", "warps", "spills", "matrix", "")
-        for found in outcomes:
-            alike: dict[tuple[str, str], list[Any]] = {}
-            for code in found.kernels:
-                alike.setdefault((code.variant.kernel, code.variant.config), []).append(code)
-            rows = (_triton_row(*name, codes) for name, codes in sorted(alike.items(), key=lambda i: i[0]))
-            if found.kernels:
-                yield f"Triton kernels as compiled for {found.case.target}", report.table(titles, rows)
-
-
-def _triton_row(kernel: str, config: str, codes: Sequence[Any]) -> list[str]:
-    return [
-        kernel,
-        config,
-        str(len(codes)),
-        str(max(code.registers for code in codes)),
-        f"{max(code.shared for code in codes):,}",
-        str(min(code.warps for code in codes) or "-"),
-        str(max(code.spills for code in codes)),
-        str(max(code.matrix for code in codes)),
-        "; ".join(unique(fault for code in codes for fault in code.faults)),
-    ]
-
-
-def standard(dtype: str) -> list[CudaCase | TritonCase]:
-    return [*map(CudaCase, sass.ARCHITECTURES), *map(TritonCase, TRITON_TARGETS)]

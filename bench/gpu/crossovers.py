@@ -11,26 +11,31 @@ Exits with 2 if the back end cannot be used here.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 
 import bench  # noqa: F401  (for the path of `testing`)
+import peft_kernels as pk
 import ptx_backend as ptx
 import testing
+from bench.gpu.crossover_timing import Cell, Target, crossovers, device_clock, time_cells
 from bench.gpu.device_cases import SHAPES
 from bench.lib import report
 from peft_kernels.core.backends import cuda
-from peft_kernels.core.backends.crossover_timing import Cell, crossovers, time_cells, time_experts
-from peft_kernels.core.backends.crossovers import ANY, NO_ROWS, Card, Limits, Rows, Table, conditions, write
+from peft_kernels.core.backends.crossovers import ANY, MEASURED, NO_ROWS, Card, Limits, Rows
 
 ROWS = (64, 96, 128, 192, 256, 384, 512, 768, 1024)
 EXPERTS_SHAPES = ((1536, 2048), (2048, 768))
+EXPERTS = 32
 EXPERTS_ROWS = (64, 128, 192, 256, 384, 512, 768, 1024, 2048)
 """Of an expert: of Qwen3-30B-A3B, whose layers have four times as many."""
 TINY = ((64, 128), (128, 64), (128, 192))
@@ -48,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     card, cells, of_experts = rehearsed() if options.rehearse else timed()
     limits = Limits(crossovers(cells), crossovers(of_experts))
-    write(options.output, [Table(card.compute_capability, limits, card.name, conditions(card))])
+    text = json.dumps({"tables": [entry(card, limits)]}, indent=2)
+    options.output.write_text(text, encoding="utf-8")
     print(render(card.name, cells, limits.rows))
     if of_experts:
         print(f"\n{render(f'{card.name}, rows and weights of an expert', of_experts, limits.experts)}")
@@ -56,10 +62,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def timed() -> tuple[Card, list[Cell], list[Cell]]:
-    card = cuda.BACKEND.card(0)
-    has_wgmma = cuda.BACKEND.has_wgmma(0)
-    cells = cuda.BACKEND.time_linear(0, card, SHAPES, ROWS, has_wgmma)
-    return card, cells, cuda.BACKEND.time_experts(0, card, EXPERTS_SHAPES, EXPERTS_ROWS, has_wgmma)
+    on = card_here()
+    return on.card, time_cells(on, SHAPES, ROWS), time_cells(on, EXPERTS_SHAPES, EXPERTS_ROWS, EXPERTS)
+
+
+def card_here() -> Target:
+    return Target(
+        cuda.BACKEND.extension,
+        getattr(torch.ops, cuda.BACKEND.namespace),
+        cuda.BACKEND.card(0),
+        torch.device("cuda", 0),
+        torch.cuda.get_device_properties(0).L2_cache_size,
+        device_clock,
+        cuda.BACKEND.has_wgmma(0),
+    )
 
 
 def rehearsed() -> tuple[Card, list[Cell], list[Cell]]:
@@ -67,15 +83,37 @@ def rehearsed() -> tuple[Card, list[Cell], list[Cell]]:
 
     card = Card("stub device", "9.0", H100[1])
     with stub_device(H100):
-        library, ops, device = ptx.BACKEND.extension, torch.ops.peft_kernels_ptx, torch.device("cpu")
-        cells = time_cells(library, ops, card, device, 0, wall_clock, TINY, ROWS)
-        return card, cells, time_experts(library, ops, card, device, wall_clock, TINY, ROWS, experts=2)
+        ops = torch.ops.peft_kernels_ptx
+        on = Target(ptx.BACKEND.extension, ops, card, torch.device("cpu"), 0, wall_clock)
+        return card, time_cells(on, TINY, ROWS), time_cells(on, TINY, ROWS, experts=2)
 
 
 def wall_clock(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def entry(card: Card, limits: Limits) -> dict[str, Any]:
+    """The table of a card in a file, and what was measured with."""
+    driver = Path("/proc/driver/nvidia/version")  # on Linux
+    conditions = {"peft_kernels": pk.__version__, "torch": torch.__version__}
+    with suppress(OSError, IndexError):
+        conditions["driver"] = driver.read_text(encoding="utf-8").splitlines()[0]
+    tables = {name: [*map(_row, rows)] for name, rows in limits._asdict().items() if rows}
+    return {
+        "compute_capability": card.compute_capability,
+        "source": MEASURED,
+        "card": card.name,
+        "measured_with": conditions,
+        **tables,
+    }
+
+
+def _row(row: Rows) -> dict[str, Any]:
+    ranges = {name: list(getattr(row, name)) for name in Rows._fields[3:] if getattr(row, name) != NO_ROWS}
+    weights = None if row.weights == ANY else row.weights
+    return {"weights": weights, "forward": row.forward, "backward": row.backward, **ranges}
 
 
 def render(title: str, cells: Sequence[Cell], rows: Sequence[Rows]) -> str:

@@ -4,6 +4,7 @@ it, and with our functions."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,68 @@ from peft_kernels import AdaptedLinear, Adapter
 
 from ..lib.layers import SCALING
 from .device_weights import DeviceWeights, normal
-from .step_estimate import Sizes
 
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the batch of a step, and of its model."""
+
+    sequences: int
+    length: int
+    hidden: int
+    intermediate: int
+    heads: int
+    key_heads: int
+    features: int
+    vocabulary: int
+    layers: int
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+    @property
+    def states(self) -> tuple[int, ...]:
+        return self.sequences, self.length, self.hidden
+
+    @property
+    def gated(self) -> tuple[int, ...]:
+        return self.sequences, self.length, self.intermediate
+
+    @property
+    def queries(self) -> tuple[int, ...]:
+        return self.sequences, self.length, self.heads, self.features
+
+    @property
+    def keys(self) -> tuple[int, ...]:
+        return self.sequences, self.length, self.key_heads, self.features
+
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of each position, without data."""
+        return empty(1, self.length, self.features), empty(1, self.length, self.features)
+
+    def labels(self) -> Tensor:
+        return torch.empty(self.states[:2], dtype=torch.int64, device="meta")
+
+    @property
+    def groups(self) -> tuple[tuple[Shape, ...], ...]:
+        """out_features and in_features of a decoder layer's weights, grouped by their input."""
+        q, k = ((heads * self.features, self.hidden) for heads in (self.heads, self.key_heads))
+        gate = self.intermediate, self.hidden
+        return (q, k, k), (q[::-1],), (gate, gate), (gate[::-1],)
+
+
+LLAMA = Sizes(4, 2048, 4096, 14336, 32, 8, 128, 128_256, 32)
+"""4x2048 tokens of Llama-3.1-8B, from its config.json."""
 EPS = 1e-6
 Q, K, V, O, GATE, UP, DOWN = range(7)  # noqa: E741
 Call = Callable[[Tensor], Tensor]
+
+
+def empty(*shape: int, needs_grad: bool = False) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=needs_grad)
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:

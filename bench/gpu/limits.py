@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .roofline import BY_ARCHITECTURE, NF4_BYTES, REGISTERS, RESERVED_SHARED
+from .roofline import BY_ARCHITECTURE, REGISTERS, RESERVED_SHARED
 from .sass import ARCHITECTURES, Instruction, Kernel, count
 
 MATRIX, MATRIX_16, MATRIX_TF32 = r"HMMA", r"HMMA\.16816", r"HMMA\.1688\.F32\.TF32"
@@ -36,8 +36,6 @@ class Rule:
     """Whether the matrix instructions are those of a warpgroup."""
     written: int = 0
     """Bytes written per weight; 0: weights are not written out."""
-    read: float = NF4_BYTES
-    """Bytes read per weight."""
     architectures: Sequence[int] = ARCHITECTURES
     """On which the kernel is used."""
 
@@ -112,31 +110,31 @@ RULES: Sequence[Rule] = (
     Rule(
         r"(Lora(Shrink|Expand|OverRows)|Experts(Shrink|OverRows)|Bottleneck(Rows|Groups|Expand))<.*>|ExpertsExpand"
     ),
-    Rule(r"Gated<float, .*, false>", 36.0, written=4, read=8),
-    Rule(r"Gated<(bf16|fp16), .*, false>", 36.0, written=2, read=4),
-    Rule(r"Gated<float, .*, true>", 54.0, written=8, read=12),
-    Rule(r"Gated<(bf16|fp16), .*, true>", 54.0, written=4, read=6),
-    Rule(r"ScaleColumns<float, true>", 15.0, written=4, read=4),
-    Rule(r"ScaleColumns<(bf16|fp16), true>", 15.0, written=2, read=2),
-    Rule(r"ScaleColumnsBackward<float, true>", 15.0, written=4, read=8),
-    Rule(r"ScaleColumnsBackward<(bf16|fp16), true>", 15.0, written=2, read=4),
+    Rule(r"Gated<float, .*, false>", 36.0, written=4),
+    Rule(r"Gated<(bf16|fp16), .*, false>", 36.0, written=2),
+    Rule(r"Gated<float, .*, true>", 54.0, written=8),
+    Rule(r"Gated<(bf16|fp16), .*, true>", 54.0, written=4),
+    Rule(r"ScaleColumns<float, true>", 15.0, written=4),
+    Rule(r"ScaleColumns<(bf16|fp16), true>", 15.0, written=2),
+    Rule(r"ScaleColumnsBackward<float, true>", 15.0, written=4),
+    Rule(r"ScaleColumnsBackward<(bf16|fp16), true>", 15.0, written=2),
     # With fp32 results, or gradients of them; the last argument: elements of a thread.
-    Rule(r"RmsNorm<float, false, \d+, 8>", 13.8, written=4, read=4),
-    Rule(r"RmsNorm<float, false, \d+, 16>", 10.4, written=4, read=4),
-    Rule(r"RmsNorm<(bf16|fp16), false, \d+, 8>", 19.2, written=4, read=2),
-    Rule(r"RmsNorm<(bf16|fp16), false, \d+, 16>", 15.0, written=4, read=2),
-    Rule(r"RmsNorm<float, true, .*>", 18.6, written=8, read=8),
-    Rule(r"RmsNorm<(bf16|fp16), true, .*>", 25.5, written=6, read=4),
-    Rule(r"RmsNormBackward<float, false, .*>", 24.0, written=4, read=12),
-    Rule(r"RmsNormBackward<float, true, .*>", 27.0, written=4, read=12),
-    Rule(r"RmsNormBackward<(bf16|fp16), false, .*>", 27.5, written=2, read=8),
-    Rule(r"RmsNormBackward<(bf16|fp16), true, .*>", 34.5, written=2, read=8),
-    Rule(r"RotaryHalves<float, float, 4>", 8.7, written=4, read=4),
-    Rule(r"RotaryHalves<(bf16|fp16), float, 8>", 8.2, written=4, read=2),
-    Rule(r"RotaryHalves<(bf16, bf16|fp16, fp16), 8>", 5.5, written=4, read=2),
+    Rule(r"RmsNorm<float, false, \d+, 8>", 13.8, written=4),
+    Rule(r"RmsNorm<float, false, \d+, 16>", 10.4, written=4),
+    Rule(r"RmsNorm<(bf16|fp16), false, \d+, 8>", 19.2, written=4),
+    Rule(r"RmsNorm<(bf16|fp16), false, \d+, 16>", 15.0, written=4),
+    Rule(r"RmsNorm<float, true, .*>", 18.6, written=8),
+    Rule(r"RmsNorm<(bf16|fp16), true, .*>", 25.5, written=6),
+    Rule(r"RmsNormBackward<float, false, .*>", 24.0, written=4),
+    Rule(r"RmsNormBackward<float, true, .*>", 27.0, written=4),
+    Rule(r"RmsNormBackward<(bf16|fp16), false, .*>", 27.5, written=2),
+    Rule(r"RmsNormBackward<(bf16|fp16), true, .*>", 34.5, written=2),
+    Rule(r"RotaryHalves<float, float, 4>", 8.7, written=4),
+    Rule(r"RotaryHalves<(bf16|fp16), float, 8>", 8.2, written=4),
+    Rule(r"RotaryHalves<(bf16, bf16|fp16, fp16), 8>", 5.5, written=4),
     # fp32 parameters with 32-bit moments. The limits of the other dtypes are in adamw_loops.py.
-    Rule(r"AdamWStep<false>", 41.0, written=12, read=16),
-    Rule(r"AdamWStep<true>", 36.0, written=8, read=12),
+    Rule(r"AdamWStep<false>", 41.0, written=12),
+    Rule(r"AdamWStep<true>", 36.0, written=8),
 )
 
 

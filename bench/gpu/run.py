@@ -120,14 +120,14 @@ def gpu_is_lost() -> bool:
 def measured_card(device: str, with_peaks: bool) -> Gpu:
     """This machine's card, with its bandwidth and matrix peak measured for rooflines, or 0."""
     if device == "cpu":
-        return Gpu("CPU", 0, 1, 1e9, 1e10, 1e11, harness.last_level_cache())
+        return Gpu("CPU", 0, 1, 1e10, 1e11, harness.last_level_cache())
     card = torch.cuda.get_device_properties(0)
     architecture = card.major * 10 + card.minor
     bandwidth = flops = 0.0
     if with_peaks:
         bandwidth, flops = events.copy_bandwidth(), events.matrix_peak()
         torch.cuda.empty_cache()
-    return Gpu(card.name, architecture, card.multi_processor_count, 1e9, bandwidth, flops, card.L2_cache_size)
+    return Gpu(card.name, architecture, card.multi_processor_count, bandwidth, flops, card.L2_cache_size)
 
 
 def describe(backend: str, gpu: Gpu) -> dict[str, Any]:

@@ -24,9 +24,9 @@ from ..lib.layers import BNB
 from ..lib.report import OURS
 from ..ops import losses
 from . import step_estimate
-from .decoder_layer import EPS, Layer, add_norm, angles, norm, rotary
+from .decoder_layer import EPS, LLAMA, Layer, Sizes, add_norm, angles, norm, rotary
 from .device_weights import DTYPE, normal
-from .step_estimate import LLAMA, Cost, Ours, Sizes
+from .step_estimate import Cost, Ours
 
 TINY = Sizes(2, 20, 192, 320, 6, 2, 32, 300, 1)
 TORCH, ONE_OP, COMPILED = "torch", "F.rms_norm", "torch, compiled"

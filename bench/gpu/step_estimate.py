@@ -1,9 +1,9 @@
-"""A whole QLoRA step of an 8B model on a GPU, estimated from bytes, FLOPs and launches: no GPU needed.
+"""A whole QLoRA step of an 8B model on a GPU, estimated from bytes and FLOPs: no GPU needed.
 
 Each part of the step runs on the meta device, forward and backward, while a dispatch mode adds up the bytes
-that its ops read and write and the FLOPs of its GEMMs; an op is one kernel. The kernels of our NF4 layers and
-of our loss, which are more than one, are listed here. A kernel takes as long as memory or the matrix units
-need, whichever is longer. Left out: the host, which is ahead of such a card, and the optimizer, under 1 ms.
+that its ops read and write and their FLOPs: an op is one kernel, which takes as long as memory or the matrix
+units need, whichever is longer. With many rows NF4 weights are dequantised first, by another kernel. The host
+is left out, which is ahead of such a card, and the optimizer, which takes under 1 ms.
 """
 
 from __future__ import annotations
@@ -18,68 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
+import peft_kernels as pk
+from peft_kernels import AdaptedLinear, Adapter
 from peft_kernels.core import dispatch
-from peft_kernels.ops.block.rms_norm import add_rms_norm, rms_norm
-from peft_kernels.ops.block.rotary import rotary
 
 from ..lib import report
 from ..lib.layers import RANK
 from ..lib.report import OURS, missing, three_digits
+from .decoder_layer import LLAMA, Shape, Sizes, empty
 from .roofline import BY_ARCHITECTURE, NF4_BYTES, Gpu
 
-Shape = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of the batch of a step, and of its model."""
-
-    sequences: int
-    length: int
-    hidden: int
-    intermediate: int
-    heads: int
-    key_heads: int
-    features: int
-    vocabulary: int
-    layers: int
-
-    @property
-    def tokens(self) -> int:
-        return self.sequences * self.length
-
-    @property
-    def states(self) -> tuple[int, ...]:
-        return self.sequences, self.length, self.hidden
-
-    @property
-    def gated(self) -> tuple[int, ...]:
-        return self.sequences, self.length, self.intermediate
-
-    @property
-    def queries(self) -> tuple[int, ...]:
-        return self.sequences, self.length, self.heads, self.features
-
-    @property
-    def keys(self) -> tuple[int, ...]:
-        return self.sequences, self.length, self.key_heads, self.features
-
-    def angles(self) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of each position, without data."""
-        cos = torch.empty(1, self.length, self.features, dtype=torch.bfloat16, device="meta")
-        return cos, torch.empty_like(cos)
-
-    @property
-    def groups(self) -> tuple[tuple[Shape, ...], ...]:
-        """out_features and in_features of a decoder layer's weights, grouped by their input."""
-        q, k = ((heads * self.features, self.hidden) for heads in (self.heads, self.key_heads))
-        gate = self.intermediate, self.hidden
-        return (q, k, k), (q[::-1],), (gate, gate), (gate[::-1],)
-
-
-LLAMA = Sizes(4, 2048, 4096, 14336, 32, 8, 128, 128_256, 32)
-"""4x2048 tokens of Llama-3.1-8B, from its config.json."""
 BYTES = 2
 """Of an element in bf16."""
 REACHED = 0.9
@@ -88,26 +38,30 @@ ATTENTION_REACHED = 0.6
 """Share of the matrix units that fused attention reaches (Dao 2023, forward and backward on an H100)."""
 LOSS_ROWS, LOSS_PASSES = 1024, 3
 """Rows whose logits are in memory at a time (csrc/cuda/loss), and how often a kernel moves these."""
+LAUNCH = 2e-6
+"""Seconds from the end of a kernel to the full speed of the next."""
+WGMMA_REACHED = 0.9 / 1.05
+"""Share of cuBLAS' speed that LinearWgmma is taken to reach, and how much faster it must be to be used."""
 STOCK = "stock"
 GOAL_MS = 750.0
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What kernels ask of a card."""
+    """What ops ask of a card."""
 
     seconds: float = 0.0
-    bytes: float = 0.0
-    launches: int = 0
+    ops: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.seconds + other.seconds, self.bytes + other.bytes, self.launches + other.launches)
+        return Cost(self.seconds + other.seconds, self.ops + other.ops)
 
     def __mul__(self, times: int) -> Cost:
-        return Cost(self.seconds * times, self.bytes * times, self.launches * times)
+        return Cost(self.seconds * times, self.ops * times)
 
-    def cells(self) -> list[str]:
-        return [three_digits(1e3 * self.seconds), three_digits(self.bytes / 1e9), f"{self.launches:,}"]
+    @property
+    def ms(self) -> str:
+        return three_digits(1e3 * self.seconds)
 
 
 def reached(gpu: Gpu) -> Gpu:
@@ -115,10 +69,8 @@ def reached(gpu: Gpu) -> Gpu:
     return replace(gpu, bandwidth=REACHED * gpu.bandwidth)
 
 
-def kernel(gpu: Gpu, elements: float, flops: float = 0.0) -> Cost:
-    """A kernel that reads and writes so many elements of bf16."""
-    nbytes = BYTES * elements
-    return Cost(max(nbytes / gpu.bandwidth, flops / gpu.flops), nbytes, 1)
+def kernel(gpu: Gpu, nbytes: float, flops: float = 0.0) -> Cost:
+    return Cost(gpu.seconds(nbytes, flops), 1)
 
 
 class Counted(TorchDispatchMode):
@@ -129,11 +81,12 @@ class Counted(TorchDispatchMode):
         self.gpu, self.cost = gpu, Cost()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         moved = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
         if moved and not func.is_view and func not in NO_KERNEL:
-            flops = _mm_flops(*args) if func is torch.ops.aten.mm.default else 0
-            self.cost += kernel(self.gpu, sum(map(_nbytes, moved)) / BYTES, flops)
+            flops = flop_registry.get(func.overloadpacket, lambda *args, **kwargs: 0)
+            self.cost += kernel(self.gpu, sum(map(_nbytes, moved)), flops(*args, **kwargs, out_val=out))
         return out
 
 
@@ -150,13 +103,9 @@ def _nbytes(tensor: Tensor) -> int:
     return prod(sizes) * tensor.element_size()
 
 
-def _mm_flops(a: Tensor, b: Tensor) -> int:
-    return 2 * a.shape[0] * a.shape[1] * b.shape[1]
-
-
 def counted(gpu: Gpu, call: Callable[..., Any], *shapes: tuple[int, ...]) -> tuple[Cost, Cost]:
     """Forward and backward of a call on tensors of these shapes, all of which need gradients."""
-    given = [torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True) for shape in shapes]
+    given = [empty(*shape, needs_grad=True) for shape in shapes]
     with Counted(gpu) as forward:
         out = call(*given)
     out = out if isinstance(out, tuple) else (out,)
@@ -182,8 +131,14 @@ def _peft_layer(n: int, k: int) -> nn.Module:
         return Linear(base, "default", config=LoraConfig(r=RANK), r=RANK).to(torch.bfloat16)
 
 
+def _packed(n: int, k: int) -> pk.NF4Weight:
+    """An NF4 weight without data."""
+    with dispatch.use_backend("reference"):
+        return pk.NF4Weight.quantize(empty(n, k))
+
+
 def _dequantize(gpu: Gpu, n: int, k: int) -> Cost:
-    return kernel(gpu, n * k * (NF4_BYTES / BYTES + 1))
+    return kernel(gpu, n * k * (NF4_BYTES + 2))
 
 
 class Stock:
@@ -204,7 +159,7 @@ class Stock:
     def add_norm(self) -> tuple[Cost, Cost]:
         """A residual sum and its norm; backward adds the gradients of both uses of the sum."""
         forward, backward = _sum([self.add(), self.norm()])
-        return forward, backward + kernel(self.gpu, 3 * prod(self.sizes.states))
+        return forward, backward + kernel(self.gpu, 3 * BYTES * prod(self.sizes.states))
 
     def rotary(self) -> tuple[Cost, Cost]:
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -218,54 +173,49 @@ class Stock:
         return counted(self.gpu, lambda gate, up: F.silu(gate) * up, self.sizes.gated, self.sizes.gated)
 
     def linear(self, group: Sequence[Shape]) -> tuple[Cost, Cost]:
-        """Layers with LoRA that share their input. Weights are dequantised in both directions: bitsandbytes
-        dequantises the scales, adds their offset and dequantises the codes."""
+        """Layers with LoRA that share their input. Weights are dequantised in both directions."""
         costs, tokens = [], self.sizes.tokens
         for n, k in group:
             forward, backward = counted(self.gpu, _peft_layer(n, k), (tokens, k))
-            weight = replace(_dequantize(self.gpu, n, k), launches=3)
+            weight = _dequantize(self.gpu, n, k)
             costs.append((forward + weight, backward + weight))
         forward, backward = _sum(costs)
-        more = kernel(self.gpu, 3 * tokens * group[0][1]) * (len(group) - 1)  # autograd's sums
+        more = kernel(self.gpu, 3 * BYTES * tokens * group[0][1]) * (len(group) - 1)  # autograd's sums
         return forward, backward + more
 
     def loss(self) -> tuple[Cost, Cost]:
         from transformers.loss.loss_utils import ForCausalLMLoss
 
         vocabulary, states = self.sizes.vocabulary, self.sizes.states
-        labels = torch.empty(states[:2], dtype=torch.int64, device="meta")
-        weight = torch.empty(vocabulary, states[-1], dtype=torch.bfloat16, device="meta")
+        labels = self.sizes.labels()
+        weight = empty(vocabulary, states[-1])
         return counted(self.gpu, lambda x: ForCausalLMLoss(F.linear(x, weight), labels, vocabulary), states)
 
     def attention(self) -> tuple[Cost, Cost]:
-        """One fused kernel forward, three backward, in both columns."""
+        """Fused, in both columns."""
         queries, keys = prod(self.sizes.queries), prod(self.sizes.keys)
         flops = 4 * queries * self.sizes.length / 2 / ATTENTION_REACHED
-        elements = 2 * queries + 2 * keys
-        backward = kernel(self.gpu, 2 * elements, 2.5 * flops)
-        return kernel(self.gpu, elements, flops), replace(backward, launches=3)
+        nbytes = BYTES * (2 * queries + 2 * keys)
+        return kernel(self.gpu, nbytes, flops), kernel(self.gpu, 2 * nbytes, 2.5 * flops)
 
 
 class Ours(Stock):
-    """A model after `pk.patch` on back end cuda. Ops that are one kernel are counted, others listed."""
+    """A model after `pk.patch` on back end cuda."""
 
     def norm(self) -> tuple[Cost, Cost]:
-        weight = self.norm_weight()
-        return counted(self.gpu, lambda x: rms_norm(x, weight), self.sizes.states)
+        weight = empty(self.sizes.hidden)
+        return counted(self.gpu, lambda x: pk.rms_norm(x, weight), self.sizes.states)
 
     def trained_norm(self) -> tuple[Cost, Cost]:
-        return counted(self.gpu, rms_norm, self.sizes.states, self.norm_weight().shape)
+        return counted(self.gpu, pk.rms_norm, self.sizes.states, (self.sizes.hidden,))
 
     def add_norm(self) -> tuple[Cost, Cost]:
-        weight, states = self.norm_weight(), self.sizes.states
-        return counted(self.gpu, lambda x, y: add_rms_norm(x, y, weight), states, states)
-
-    def norm_weight(self) -> Tensor:
-        return torch.empty(self.sizes.hidden, dtype=torch.bfloat16, device="meta")
+        weight, states = empty(self.sizes.hidden), self.sizes.states
+        return counted(self.gpu, lambda x, y: pk.add_rms_norm(x, y, weight), states, states)
 
     def rotary(self) -> tuple[Cost, Cost]:
         angles = self.sizes.angles()
-        return counted(self.gpu, lambda q, k: rotary(q, k, *angles), self.sizes.queries, self.sizes.keys)
+        return counted(self.gpu, lambda q, k: pk.rotary(q, k, *angles), self.sizes.queries, self.sizes.keys)
 
     def activation(self) -> tuple[Cost, Cost]:
         def call(gate: Tensor, up: Tensor) -> Any:
@@ -274,33 +224,33 @@ class Ours(Stock):
         return counted(self.gpu, call, self.sizes.gated, self.sizes.gated)
 
     def linear(self, group: Sequence[Shape]) -> tuple[Cost, Cost]:
-        """One kernel for all ranks h = x A^T. A layer's deltas are written first, and its GEMM adds to them.
-        Backward: ranks, deltas and the gradients of A in a kernel each for the group, of B in one."""
-        tokens, k, ranks = self.sizes.tokens, group[0][1], RANK * len(group)
-        forward = kernel(self.gpu, tokens * (k + 2 * ranks) + k * ranks)
+        layers = [
+            AdaptedLinear(
+                _packed(n, k),
+                adapters=[Adapter(empty(RANK, k, needs_grad=True), empty(n, RANK, needs_grad=True), 1.0)],
+            )
+            for n, k in group
+        ]
+        shape = self.sizes.tokens, group[0][1]
+        forward, backward = counted(self.gpu, lambda x: tuple(pk.multi_lora_linear(x, layers)), shape)
+        weights = sum((_dequantize(self.gpu, n, k) for n, k in group), Cost())
         outputs = sum(n for n, _ in group)
-        backward = kernel(self.gpu, tokens * (outputs + 2 * ranks) + outputs * RANK)  # dh
-        backward += kernel(self.gpu, tokens * (k + 2 * ranks) + k * ranks)  # deltas of dx
-        backward += kernel(self.gpu, tokens * (k + 2 * ranks) + k * ranks)  # dA
-        backward += kernel(self.gpu, tokens * (outputs + 2 * ranks) + outputs * RANK)  # dB
-        for n, _ in group:
-            weight, flops = _dequantize(self.gpu, n, k), 2 * tokens * n * k
-            forward += weight + kernel(self.gpu, tokens * (n + 2 * RANK) + n * RANK)
-            forward += kernel(self.gpu, n * k + tokens * (k + 2 * n), flops)
-            backward += weight + kernel(self.gpu, n * k + tokens * (n + 2 * k), flops)
-        return forward, backward
+        return forward + weights + self.deltas(outputs), backward + weights + self.deltas(shape[1])
+
+    def deltas(self, features: int) -> Cost:
+        """What adapters add is written first, and GEMMs add to it."""
+        return kernel(self.gpu, BYTES * self.sizes.tokens * features)
 
     def loss(self, packed: bool = False) -> tuple[Cost, Cost]:
-        """Logits of a chunk of rows, a kernel that turns them into gradients, and the gradients of x. A
-        packed head is dequantised for each GEMM."""
-        tokens, hidden, vocabulary = self.sizes.tokens, self.sizes.hidden, self.sizes.vocabulary
-        rows = min(LOSS_ROWS, tokens)
-        logits, flops = rows * vocabulary, 2 * rows * vocabulary * hidden
-        gemm = kernel(self.gpu, vocabulary * hidden + logits + rows * hidden, flops)
-        if packed:
-            gemm += _dequantize(self.gpu, vocabulary, hidden)
-        chunk = gemm + kernel(self.gpu, LOSS_PASSES * logits) + gemm
-        return chunk * -(-tokens // rows), kernel(self.gpu, 2 * tokens * hidden)
+        """One kernel turns logits into their gradients. A packed head is dequantised for each GEMM."""
+        shape, labels = (self.sizes.vocabulary, self.sizes.hidden), self.sizes.labels()
+        weight = _packed(*shape) if packed else empty(*shape)
+        forward, backward = counted(
+            self.gpu, lambda x: pk.linear_cross_entropy(x, weight, labels), self.sizes.states
+        )
+        logits = kernel(self.gpu, LOSS_PASSES * BYTES * self.sizes.tokens * self.sizes.vocabulary)
+        weights = _dequantize(self.gpu, *shape) * (2 * -(-self.sizes.tokens // LOSS_ROWS) * packed)
+        return forward + logits + weights, backward
 
 
 Part = tuple[str, Callable[[Any], tuple[Cost, Cost]]]
@@ -332,6 +282,16 @@ def step(model: Stock) -> dict[str, Cost]:
     return found
 
 
+def fused_up_to(gpu: Gpu, n: int, k: int, share: float) -> int:
+    """The most rows for which a fused GEMM takes no longer than dequantise + cuBLAS, another kernel."""
+    extra = LAUNCH + gpu.dequantize(n, k)
+
+    def saves(m: int) -> bool:
+        return gpu.linear(n, k, m, share) <= extra + gpu.linear(n, k, m, weight=BYTES)
+
+    return max((m for m in range(32, 1 << 14, 32) if saves(m)), default=0)
+
+
 @dataclass(frozen=True)
 class Case:
     gpu: Gpu
@@ -353,12 +313,12 @@ class Estimate(report.Outcome):
     case: Case
     steps: Mapping[str, dict[str, Cost]] = field(default_factory=dict)
 
-    def milliseconds(self, name: str) -> float:
-        return 1e3 * sum(cost.seconds for cost in self.steps[name].values())
+    def whole(self, name: str) -> Cost:
+        return sum(self.steps[name].values(), Cost())
 
     def parts(self) -> Iterator[str]:
         for name in self.steps:
-            yield f"{name} {self.milliseconds(name):.0f} ms"
+            yield f"{name} {self.whole(name).ms} ms"
 
     def data(self) -> dict[str, Any]:
         steps = {n: {part: asdict(cost) for part, cost in costs.items()} for n, costs in self.steps.items()}
@@ -366,20 +326,23 @@ class Estimate(report.Outcome):
 
     def goals(self) -> Iterator[tuple[str, bool | None]]:
         if self.steps and self.case.gpu.architecture == 90:
-            found = self.milliseconds(OURS)
+            found = 1e3 * self.whole(OURS).seconds
             yield f"{found:.0f} ms, at most {GOAL_MS:.0f}", found <= GOAL_MS
 
     @classmethod
     def tables(cls, outcomes: Sequence[Estimate], unit: str) -> Iterator[tuple[str, str]]:
-        for found in outcomes:
-            if not found.steps:
-                continue
-            columns = [costs | {"whole step": sum(costs.values(), Cost())} for costs in found.steps.values()]
+        for found in (outcome for outcome in outcomes if outcome.steps):
+            stock, ours = ({**found.steps[name], "whole step": found.whole(name)} for name in (STOCK, OURS))
+            rows = [[part, stock[part].ms, ours[part].ms] for part in stock]
+            titles = "", f"{STOCK} ms", f"{OURS} ms"
+            yield f"a step on {found.case.gpu.name}, estimated", report.table(titles, rows)
+            gpu = reached(found.case.gpu)
             rows = [
-                [part, *(cell for costs in columns for cell in costs[part].cells())] for part in columns[0]
+                [f"{n}x{k}", *(str(fused_up_to(gpu, n, k, share)) for share in (gpu.mma_sync, WGMMA_REACHED))]
+                for n, k in report.unique(shape for group in LLAMA.groups for shape in group)
             ]
-            titles = [f"{name} {column}" for name in found.steps for column in ("ms", "GB", "launches")]
-            yield f"a step on {found.case.gpu.name}, estimated", report.table(["", *titles], rows)
+            titles = "weight", "by mma.sync", "by wgmma or the like"
+            yield f"rows up to which to fuse on {gpu.name}, estimated", report.table(titles, rows)
 
 
 def standard(dtype: str) -> list[Case]:

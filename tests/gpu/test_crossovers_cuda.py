@@ -15,8 +15,8 @@ from test_cuda_paths import CARDS, FEW, NEWER, sizes
 from test_experts_cuda import layer
 
 import ptx_backend as ptx
-from peft_kernels.core.backends import crossovers, cuda
-from peft_kernels.core.backends.crossover_timing import MANY_ROWS, time_cells
+from bench.gpu.crossover_timing import MANY_ROWS, Target, time_cells
+from peft_kernels.core.backends import crossovers
 from peft_kernels.core.backends.crossovers import ANY, Card, Limits, RowRange, Rows, read
 
 ESTIMATES = {
@@ -155,6 +155,11 @@ def test_experts_are_always_fused() -> None:
 # What is timed.
 
 
+def target(card: Card, cache_bytes: int, clock: Callable[[Callable[[], object]], float]) -> Target:
+    ops = torch.ops.peft_kernels_ptx
+    return Target(ptx.BACKEND.extension, ops, card, torch.device("cpu"), cache_bytes, clock)
+
+
 def test_each_way_is_timed() -> None:
     """On a simulated card whose clock counts launches: GEMMs that are not fused launch to dequantise."""
     require("ptx")
@@ -170,10 +175,11 @@ def test_each_way_is_timed() -> None:
             seen.append({launch.kernel for launch in done})
             return float(len(done))
 
-        library, ops, device = ptx.BACKEND.extension, torch.ops.peft_kernels_ptx, torch.device("cpu")
         shapes, rows = ((64, 128), (128, 64)), (64, 1024)
-        cells = time_cells(library, ops, card, device, 3 * 64 * 64, clock, shapes, rows)
-        assert limits(library, H100, 4096, 4096)[0] == ESTIMATES[90].rows[-1].forward, "left as it was set"
+        cells = time_cells(target(card, 3 * 64 * 64, clock), shapes, rows)
+        assert limits(ptx.BACKEND.extension, H100, 4096, 4096)[0] == ESTIMATES[90].rows[-1].forward, (
+            "left as it was set"
+        )
     assert [cell[:4] for cell in cells] == [
         (*shape, m, way) for shape in shapes for m in (*rows, *MANY_ROWS) for way in (False, True)
     ]
@@ -189,10 +195,8 @@ def test_each_way_is_timed() -> None:
 def test_wgmma_is_not_timed_where_it_is_not_used(card: tuple[int, int, int], has_wgmma: bool) -> None:
     require("ptx")
     with stub_device(card):
-        library, ops, device = ptx.BACKEND.extension, torch.ops.peft_kernels_ptx, torch.device("cpu")
-        name = Card("a card", f"{card[0] / 10}", card[1])
-        problem = library, ops, name, device, 0, lambda run: 1.0, [(64, 128)], [64]
-        cells = time_cells(*problem, has_wgmma=has_wgmma)
+        on = target(Card("a card", f"{card[0] / 10}", card[1]), 0, lambda run: 1.0)
+        cells = time_cells(on._replace(has_wgmma=has_wgmma), [(64, 128)], [64])
     assert [(cell.rows, cell.wgmma) for cell in cells] == [(64, None)] * 2
 
 
@@ -201,10 +205,3 @@ def test_a_table_of_python_is_a_table_of_the_library(extension: ModuleType) -> N
     crossovers.set_limits(extension, card, Limits((Rows(1 << 20, 96, 64), Rows(ANY, 320, 128))))
     assert limits(extension, H100, 1024, 1024) == (96, 64)
     assert limits(extension, H100, 4096, 4096) == (320, 128)
-
-
-def test_a_card_can_be_timed() -> None:
-    require("cuda")
-    card = cuda.BACKEND.card(0)
-    cells = cuda.BACKEND.time_linear(0, card, [(256, 128)], [64, 128], has_wgmma=False)
-    assert all(0 < seconds < 1 for cell in cells for seconds in (cell.fused, cell.dequantised))

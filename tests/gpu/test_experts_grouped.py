@@ -19,8 +19,8 @@ from torch import Tensor
 
 import ptx_backend as ptx
 import testing
+from bench.gpu.crossover_timing import Target, time_cells
 from peft_kernels.core.backends import crossovers
-from peft_kernels.core.backends.crossover_timing import time_experts
 from peft_kernels.core.backends.crossovers import ANY, Card, Limits, Rows, read
 
 CARD = (100 if os.environ.get("PEFT_KERNELS_PTX_ARCH") == "100" else 90, 7, 227 << 10)
@@ -378,8 +378,8 @@ def test_each_way_is_timed() -> None:
                 return 6.0
 
             library, ops, device = ptx.BACKEND.extension, torch.ops.peft_kernels_ptx, torch.device("cpu")
-            what = Card("a card", name, card[1])
-            cells = time_experts(library, ops, what, device, clock, [(64, 128)], [64, 512], experts=3)
+            on = Target(library, ops, Card("a card", name, card[1]), device, 0, clock)
+            cells = time_cells(on, [(64, 128)], [64, 512], experts=3)
         assert [cell[:4] for cell in cells] == [
             (64, 128, rows, way) for rows in (64, 512) for way in (False, True) if name == "9.0"
         ]

@@ -220,7 +220,7 @@ def test_the_check_says_what_is_wrong(
     extension: ModuleType, monkeypatch: pytest.MonkeyPatch, is_dx: bool
 ) -> None:
     """The last element of a result is."""
-    real, wrong = wgmma_check._experts_gemm, []
+    real, wrong = wgmma_check._gemm, []
 
     def gemm(ops: Any, problem: Any, n: int, k: int, of_dx: bool, dtype: Any, random: Any) -> Any:
         run = real(ops, problem, n, k, of_dx, dtype, random)
@@ -233,7 +233,7 @@ def test_the_check_says_what_is_wrong(
 
         return spoiled
 
-    monkeypatch.setattr(wgmma_check, "_experts_gemm", gemm)
+    monkeypatch.setattr(wgmma_check, "_gemm", gemm)
     found = checked(extension, sms=2)
     shape = "320x192" if is_dx else "192x320"
     assert found is not None

@@ -359,23 +359,22 @@ def test_resident_warps() -> None:
     assert warps(90, 1024, 65) == 0
 
 
-def test_the_table_has_kernels_beside_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_has_kernels_beside_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "RULES", [Rule("k", 0.5, tokens=8)])
     finding = limits.check(listed())
     assert finding.faults[0] == "spills 16 bytes" and finding.per_weight == 6 / 16
-    result = compiled.CudaKernels(compiled.CudaCase(90), kernels=[finding])
+    result = compiled.Compiled(compiled.standard("bf16")[3], rows=[compiled.cuda_row(finding)])
     text = report.render([result])
-    assert "kernels as compiled for sm_90, beside H100 SXM" in text
-    assert re.search(r"^k +54 +1,056 +32 +0\.38 +0\.5 +8% +spills 16 bytes$", text, re.MULTILINE)
-    (kernel,) = result.data()["kernels"]
-    assert kernel["per_weight"] == [6 / 16, 6 / 16] and kernel["faults"] == ("spills 16 bytes",)
+    assert "kernels as compiled for sm90" in text
+    assert re.search(r"^k +54 +1,056 +32 +0\.38 +0\.5 +spills 16 bytes$", text, re.MULTILINE)
+    assert result.line() == "1 kernels, 1 beyond their limits"
 
 
 def test_without_a_compiler_the_reason_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
     missing = sass.tools()
     assert missing == "nvcc, nvdisasm, c++filt not found"
-    result = compiled.CudaCase(90).run()
+    result = compiled.standard("bf16")[3].run()
     assert missing in result.line() and missing in report.render([result])
 
 

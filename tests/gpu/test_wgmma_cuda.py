@@ -314,7 +314,7 @@ def test_the_card_here_passes() -> None:
 @pytest.mark.parametrize("sms", [1, FEW, 78, 114, 132, 144])
 def test_every_kernel_is_checked(wgmma: ModuleType, sms: int) -> None:
     card, taken, shared = (90, sms, H100[2]), set(), 0
-    for rows, features, terms, _ in wgmma_check.problems(Card("a card", "9.0", sms)):
+    for rows, features, terms, *_ in wgmma_check.problems(Card("a card", "9.0", sms)):
         for direction, shape in enumerate([(features, terms), (terms, features)]):
             taken.add(plan(wgmma, rows, *shape, card=card)[direction])
             cuts = wgmma.cuts_for(rows, *shape, 64, "bfloat16", *card, kernels="wgmma")

@@ -1,6 +1,6 @@
 // Up to how many rows of activations an NF4 GEMM is fused, and for which by wgmma. With more, it is faster to
 // dequantise the weight and let cuBLAS, or torch's grouped GEMM, multiply. The numbers are data:
-// peft_kernels/core/backends/crossovers.json, or measured.
+// peft_kernels/core/backends/crossovers.json, or of a file that PEFT_KERNELS_CROSSOVERS names.
 #pragma once
 
 #include <cstdint>

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import registry
-from . import crossover_timing, crossovers, wgmma_check
+from . import crossovers, wgmma_check
 from .architectures import unserved
 from .base import Cards, tensors
 from .compiled import CompiledBackend, Library
@@ -130,19 +127,14 @@ class CudaBackend(CompiledBackend):
         name = str(dtype).removeprefix("torch.")
         return self.extension.experts_plan(rows, experts, n, k, blocksize, name)
 
-    def crossovers_of(self, index: int, may_run: bool = False) -> crossovers.Table | None:
+    def crossovers_of(self, index: int, may_run: bool = False) -> crossovers.Table:
         """Up to how many rows NF4 GEMMs are fused on a device; chosen and set at the first call.
 
         Parameters
         ----------
         may_run : bool
-            Whether this call may measure and check kernels on the device, where that is possible now.
-
-        Returns
-        -------
-        Table or None
-            None while the table is to be measured and was not: the estimates apply. While LinearWgmma is to
-            be checked and was not, GEMMs do not use it, whatever the table says.
+            Whether this call may check LinearWgmma on the device, where that is possible now. Until it was
+            checked GEMMs do not use it, whatever the table says.
 
         Raises
         ------
@@ -151,24 +143,19 @@ class CudaBackend(CompiledBackend):
         """
         with self._choosing:
             if index not in self._in_force:
-                return self._choose(index, may_run and _can_run())
+                self._choose(index, may_run and _can_run())
             return self._crossovers[index]
 
-    def _choose(self, index: int, can_run: bool) -> crossovers.Table | None:
-        card, table = self.card(index), self._crossovers.get(index)
-        if table is None:
-            table = crossovers.choose(card, partial(self._measure, index, card) if can_run else None)
-        if table is None:
-            return None
+    def _choose(self, index: int, can_run: bool) -> None:
+        card = self.card(index)
+        table = self._crossovers.get(index) or crossovers.choose(card)
+        is_known = not table.limits.has_wgmma or can_run or card in self._wgmma_faults
+        if is_known and table.limits.has_wgmma and self._wgmma_fault(index, card) is not None:
+            table = table.without_wgmma()
         self._crossovers[index] = table
-        if table.limits.has_wgmma and not can_run and card not in self._wgmma_faults:
-            crossovers.set_limits(self.extension, card, table.limits.without_wgmma())
-            return table
-        if table.limits.has_wgmma and self._wgmma_fault(index, card) is not None:
-            self._crossovers[index] = table = table.without_wgmma()
-        crossovers.set_limits(self.extension, card, table.limits)
-        self._in_force.add(index)
-        return table
+        crossovers.set_limits(self.extension, card, (table if is_known else table.without_wgmma()).limits)
+        if is_known:
+            self._in_force.add(index)
 
     def has_wgmma(self, index: int) -> bool:
         """Whether LinearWgmma may be used on a device; checks it there at the first call."""
@@ -224,64 +211,11 @@ class CudaBackend(CompiledBackend):
     def all_crossovers(self) -> dict[str, crossovers.Table]:
         """What now applies to each device that can serve, by "cuda:0" and the name."""
         usable = (i for i in range(torch.cuda.device_count()) if self._cards.refusal(i) is None)
-        return {
-            f"cuda:{i} {torch.cuda.get_device_name(i)}": self.crossovers_of(i)
-            or crossovers.estimate(self.card(i))
-            for i in usable
-        }
-
-    def time_linear(
-        self,
-        index: int,
-        card: crossovers.Card,
-        shapes: Sequence[crossover_timing.Shape] = crossover_timing.SHAPES,
-        rows: Sequence[int] = crossover_timing.FEW_ROWS,
-        has_wgmma: bool = True,
-    ) -> list[crossover_timing.Cell]:
-        """Times NF4 GEMMs fused, by LinearWgmma and dequantised, on the current stream of a device, which it
-        waits for."""
-        cache_bytes = torch.cuda.get_device_properties(index).L2_cache_size
-        ops, device = getattr(torch.ops, self.namespace), torch.device("cuda", index)
-        clock = crossover_timing.device_clock
-        with torch.cuda.device(device):
-            return crossover_timing.time_cells(
-                self.extension, ops, card, device, cache_bytes, clock, shapes, rows, has_wgmma
-            )
-
-    def time_experts(
-        self,
-        index: int,
-        card: crossovers.Card,
-        shapes: Sequence[crossover_timing.Shape] = crossover_timing.EXPERTS_SHAPES,
-        rows: Sequence[int] = crossover_timing.FEW_ROWS,
-        has_wgmma: bool = True,
-    ) -> list[crossover_timing.Cell]:
-        """Times grouped GEMMs of experts fused, by ExpertsWgmma and not fused, likewise. Empty where torch's
-        grouped GEMM has no kernel."""
-        ops, device = getattr(torch.ops, self.namespace), torch.device("cuda", index)
-        clock = crossover_timing.device_clock
-        with torch.cuda.device(device):
-            return crossover_timing.time_experts(
-                self.extension, ops, card, device, clock, shapes, rows, has_wgmma
-            )
+        return {f"cuda:{i} {torch.cuda.get_device_name(i)}": self.crossovers_of(i) for i in usable}
 
     def card(self, index: int) -> crossovers.Card:
         found = torch.cuda.get_device_properties(index)
-        capability, sms = f"{found.major}.{found.minor}", found.multi_processor_count
-        return crossovers.Card(found.name, capability, sms, _driver(), self._library_hash)
-
-    @cached_property
-    def _library_hash(self) -> str:
-        library = Path(self.extension.__file__)
-        kernels = library.with_name("libpeft_kernels_cuda.so")  # of a wheel, where they are apart
-        content = b"".join(path.read_bytes() for path in (library, kernels) if path.exists())
-        return hashlib.sha256(content).hexdigest()[:16]
-
-    def _measure(self, index: int, card: crossovers.Card) -> crossovers.Limits:
-        has_wgmma = self._wgmma_fault(index, card) is None
-        cells = self.time_linear(index, card, has_wgmma=has_wgmma)
-        of_experts = self.time_experts(index, card, has_wgmma=has_wgmma)
-        return crossovers.Limits(crossover_timing.crossovers(cells), crossover_timing.crossovers(of_experts))
+        return crossovers.Card(found.name, f"{found.major}.{found.minor}", found.multi_processor_count)
 
     def _refusal_to_load(self) -> str | None:
         return super()._refusal_to_load() if torch.version.cuda else self.not_built
@@ -315,14 +249,6 @@ def _can_run() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
     )
-
-
-def _driver() -> str:
-    """The version of NVIDIA's driver on Linux; empty elsewhere."""
-    try:
-        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
-    except (OSError, IndexError):
-        return ""
 
 
 BACKEND = CudaBackend()

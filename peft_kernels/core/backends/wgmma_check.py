@@ -27,12 +27,14 @@ results differ too."""
 
 
 class Problem(NamedTuple):
-    """A linear layer with LoRA. The gradient is checked for the transposed shape."""
+    """A linear layer with LoRA, or one of experts. The gradient is checked for the transposed shape."""
 
     rows: int
     features: int
     terms: int
     is_nested: bool
+    ends: tuple[int, ...] = ()
+    """Of the rows of each expert."""
 
 
 def problems(card: Card) -> list[Problem]:
@@ -42,22 +44,9 @@ def problems(card: Card) -> list[Problem]:
     return [*whole, Problem(64, 192, 40 * BLOCKSIZE, False)]
 
 
-class ExpertsProblem(NamedTuple):
-    """A layer of experts with LoRA, likewise."""
-
-    ends: tuple[int, ...]
-    features: int
-    terms: int
-    is_nested: bool
-
-    @property
-    def rows(self) -> int:
-        return self.ends[-1]
-
-
 EXPERTS_PROBLEMS = (
-    ExpertsProblem((0, 3, 70, 200), 192, 5 * BLOCKSIZE, True),
-    ExpertsProblem((1, 130, 400), 192, 5 * BLOCKSIZE, False),
+    Problem(200, 192, 5 * BLOCKSIZE, True, (0, 3, 70, 200)),
+    Problem(400, 192, 5 * BLOCKSIZE, False, (1, 130, 400)),
 )
 """Tiles of 64 and 128 rows, that start and end anywhere; an expert without rows."""
 
@@ -76,7 +65,7 @@ def fault(library: Any, ops: Any, card: Card, device: torch.device, finish: Call
         Waits for what was launched; may raise.
     """
     random = torch.Generator(device).manual_seed(0)
-    all_problems: list[Problem | ExpertsProblem] = [*problems(card), *EXPERTS_PROBLEMS]
+    all_problems = (*problems(card), *EXPERTS_PROBLEMS)
     cases = itertools.product(all_problems, (torch.bfloat16, torch.float16), (False, True))
     with torch.no_grad():
         for problem, dtype, is_dx in cases:
@@ -87,11 +76,7 @@ def fault(library: Any, ops: Any, card: Card, device: torch.device, finish: Call
                 kernel = _plans(library, problem, n, k, name)[is_dx]
             if "wgmma" not in kernel:
                 continue
-            rest = n, k, is_dx, dtype, random
-            if isinstance(problem, Problem):
-                run = _gemm(ops, problem, *rest)
-            else:
-                run = _experts_gemm(ops, problem, *rest)
+            run = _gemm(ops, problem, n, k, is_dx, dtype, random)
             with forced(library, card, WGMMA):
                 got = run()
                 finish()
@@ -99,63 +84,41 @@ def fault(library: Any, ops: Any, card: Card, device: torch.device, finish: Call
                 expected = run()
                 finish()
             if (found := _difference(got, expected)) is not None:
-                experts = f" of {len(problem.ends)} experts" if isinstance(problem, ExpertsProblem) else ""
+                experts = f" of {len(problem.ends)} experts" if problem.ends else ""
                 return f"{kernel} in {name}, {problem.rows} rows{experts}, weight {n}x{k}: {found}"
     return None
 
 
-def _plans(library: Any, problem: Problem | ExpertsProblem, n: int, k: int, dtype: str) -> tuple[str, str]:
-    rest = n, k, BLOCKSIZE, dtype
-    plans: tuple[str, str]
-    if isinstance(problem, Problem):
-        plans = library.plan(problem.rows, *rest)
-    else:
-        plans = library.experts_plan(problem.rows, len(problem.ends), *rest)
-    return plans
+def _plans(library: Any, problem: Problem, n: int, k: int, dtype: str) -> tuple[str, str]:
+    plan, rows = library.plan, [problem.rows]
+    if problem.ends:
+        plan, rows = library.experts_plan, [problem.rows, len(problem.ends)]
+    forward, backward = plan(*rows, n, k, BLOCKSIZE, dtype)
+    return forward, backward
 
 
 def _gemm(
     ops: Any, problem: Problem, n: int, k: int, is_dx: bool, dtype: torch.dtype, random: torch.Generator
 ) -> Callable[[], Tensor]:
     """A layer's forward with bias, or its gradient of x, on new arguments."""
-    base = _base(n * k, 1, problem.is_nested, random)
+    rows, ends = problem.rows, problem.ends
+    experts = (len(ends),) if ends else ()
+    base = _base(n * k, len(ends) or 1, problem.is_nested, random)
     normal = partial(_normal, random, dtype)
-    a, b, bias = normal(RANK, k, scale=k**-0.5), normal(n, RANK), normal(n)
-    rest = a, b, 1.0, 0.0, None, None
-    x = normal(problem.rows, k)
-    dy, h = normal(problem.rows, n), normal(problem.rows, RANK).float()
-
-    def run() -> Tensor:
-        _spoil_memory(problem.rows, k if is_dx else n, dtype, random.device)
-        if is_dx:
-            return ops.lora_linear_backward(dy, x, h, *base, *rest, True, False, False)[0]
-        return ops.lora_linear(x, *base, bias, *rest)[0]
-
-    return run
-
-
-def _experts_gemm(
-    ops: Any,
-    problem: ExpertsProblem,
-    n: int,
-    k: int,
-    is_dx: bool,
-    dtype: torch.dtype,
-    random: torch.Generator,
-) -> Callable[[], Tensor]:
-    experts, rows = len(problem.ends), problem.rows
-    base = _base(n * k, experts, problem.is_nested, random)
-    normal = partial(_normal, random, dtype)
-    a, b, bias = normal(experts, RANK, k, scale=k**-0.5), normal(experts, n, RANK), normal(experts, n)
-    ends = torch.tensor(problem.ends, dtype=torch.int32, device=random.device)
+    a, b, bias = normal(*experts, RANK, k, scale=k**-0.5), normal(*experts, n, RANK), normal(*experts, n)
     x, dy, h = normal(rows, k), normal(rows, n), normal(rows, RANK).float()
+    op, of_rows = "lora_linear", []
+    factors: tuple[Any, ...] = a, b, 1.0, 0.0, None, None
+    if ends:
+        op, of_rows = "experts_lora_linear", [torch.tensor(ends, dtype=torch.int32, device=random.device)]
+        factors = a, b, 1.0
 
     def run() -> Tensor:
         _spoil_memory(rows, k if is_dx else n, dtype, random.device)
         if is_dx:
-            rest = a, b, 1.0, True, False, False
-            return ops.experts_lora_linear_backward(dy, x, h, ends, *base, *rest)[0]
-        return ops.experts_lora_linear(x, ends, *base, bias, a, b, 1.0)[0]
+            backward = getattr(ops, f"{op}_backward")
+            return backward(dy, x, h, *of_rows, *base, *factors, True, False, False)[0]
+        return getattr(ops, op)(x, *of_rows, *base, bias, *factors)[0]
 
     return run
 

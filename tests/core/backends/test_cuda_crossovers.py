@@ -1,38 +1,37 @@
-"""Which crossovers back end `cuda` gives its library, when it measures them, and when it checks LinearWgmma.
-With stubs of the library and the card."""
+"""Which crossovers back end `cuda` gives its library, and when it checks LinearWgmma. With stubs of the
+library and the card."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from peft_kernels.core.backends import crossover_timing, crossovers, cuda, wgmma_check
-from peft_kernels.core.backends.crossovers import ANY, Card, Limits, Rows, Table
+from peft_kernels.core.backends import crossovers, cuda, wgmma_check
+from peft_kernels.core.backends.crossovers import ANY, Card, Limits, Rows
 
 H100 = Card("NVIDIA H100 80GB HBM3", "9.0", 132)
-MEASURED = Limits((Rows(1000, 96, 64), Rows(ANY, 320, 128)), (Rows(ANY, 416, 352),))
+PINNED = Limits((Rows(ANY, 320, 128),))
 
 
 @pytest.fixture(autouse=True)
-def wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[object], None]:
-    """Sets the variable; one process, and an empty cache."""
-    for name in (crossovers.ENVIRONMENT_VARIABLE, "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return lambda value: monkeypatch.setenv(crossovers.ENVIRONMENT_VARIABLE, str(value))
+def pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Names a file with PINNED, which nothing does before."""
+    monkeypatch.delenv(crossovers.ENVIRONMENT_VARIABLE, raising=False)
+    rows = [{"weights": None, "forward": 320, "backward": 128}]
+    table = {"compute_capability": "9.0", "source": "measured", "card": H100.name, "rows": rows}
+    (tmp_path / "mine.json").write_text(json.dumps({"tables": [table]}))
+    return lambda: monkeypatch.setenv(crossovers.ENVIRONMENT_VARIABLE, str(tmp_path / "mine.json"))
 
 
 class Extension:
     """A compiled library that remembers the crossovers."""
-
-    __file__ = __file__
 
     def __init__(self) -> None:
         self.table: dict[tuple[int, int], Any] = {}
@@ -43,17 +42,14 @@ class Extension:
     def architectures(self) -> str:
         return "9.0"
 
-    def plan(self, *problem: Any) -> tuple[str, str]:
-        return "tiles256", "dx64"
-
 
 class Properties:
-    name, major, minor, multi_processor_count, L2_cache_size = H100.name, 9, 0, 132, 50 << 20
+    name, major, minor, multi_processor_count = H100.name, 9, 0, 132
 
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> cuda.CudaBackend:
-    """The CUDA back end with a card; GEMMs are faster fused up to 256 rows."""
+    """The CUDA back end with a card."""
     made: Any = cuda.CudaBackend()
     made._extension = Extension()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
@@ -63,7 +59,6 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> cuda.CudaBackend:
     for name in ("device", "stream"):
         monkeypatch.setattr(torch.cuda, name, nullcontext)
     monkeypatch.setattr(wgmma_check, "fault", lambda *args: None)
-    monkeypatch.setattr(made, "_measure", lambda index, card: MEASURED)
     monkeypatch.setattr(made._cards, "_judge", lambda index: None)
     return made
 
@@ -72,95 +67,63 @@ def estimate() -> Limits:
     return crossovers.estimate(H100).limits
 
 
-def must_not_run(*args: Any) -> Any:
-    raise AssertionError("it ran")
-
-
 class OnCard(torch.Tensor):
     """Says that it is on a card."""
 
     device = torch.device("cuda", 0)  # type: ignore[assignment]
 
 
-def test_the_first_call_on_a_card_sets_its_table(backend: Any, wanted: Any) -> None:
-    wanted("measured")
-    x = torch.ones(2, 3).as_subclass(OnCard)
-    assert backend.crossovers_of(0) is None and backend.extension.table == {}
-    assert backend.supports("nf4_linear", (x,)) is None
-    assert backend.extension.table == {(90, 132): MEASURED}
+def test_the_first_call_on_a_card_sets_its_table(backend: Any, pinned: Any) -> None:
+    pinned()
+    assert backend.extension.table == {}
+    assert call(backend) == PINNED
     assert backend.crossovers_of(0).source == "measured"
-    backend._measure = must_not_run
-    assert backend.supports("nf4_linear", (x,)) is None
 
 
 @pytest.mark.parametrize("when", ["capture", "dispatch mode", "transform"])
-def test_nothing_is_measured_in_the_middle_of_things(
-    when: str, backend: Any, wanted: Any, monkeypatch: pytest.MonkeyPatch
+def test_nothing_is_checked_in_the_middle_of_things(
+    when: str, backend: Any, checks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    wanted("measured")
-    x = torch.ones(2, 3).as_subclass(OnCard)
-
-    def call(t: torch.Tensor) -> torch.Tensor:
-        assert backend.supports("nf4_linear", (x,)) is None
+    def called(t: torch.Tensor) -> torch.Tensor:
+        assert call(backend) == estimate().without_wgmma()
         return t
 
     if when == "capture":
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-            call(x)
+            called(torch.ones(2))
     elif when == "dispatch mode":
         with FlopCounterMode(display=False):
-            call(x)
+            called(torch.ones(2))
     else:
-        torch.func.vmap(call)(torch.ones(2))
-    assert backend.extension.table == {}
-    call(x)
-    assert backend.extension.table == {(90, 132): MEASURED}
+        torch.func.vmap(called)(torch.ones(2))
+    assert checks.calls == 0
+    assert call(backend) == estimate() and checks.calls == 1
 
 
-def test_the_tables_that_apply_are_listed(backend: Any, wanted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Estimates until a card is measured. Listing measures nothing."""
+def test_the_tables_that_apply_are_listed(
+    backend: Any, checks: Any, pinned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Listing runs nothing on a card."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: H100.name)
     backend._cards._judge = lambda index: "is too old" if index == 1 else None
-    wanted("measured")
-    assert [t.source for t in backend.all_crossovers().values()] == ["estimated"] * 2
-    backend.crossovers_of(0, may_run=True)
+    backend.crossovers_of(0)
+    pinned()
     found = backend.all_crossovers()
     assert list(found) == [f"cuda:{i} {H100.name}" for i in (0, 2)]
-    assert [t.source for t in found.values()] == ["measured"] * 2, "the second from the cache"
+    assert [t.source for t in found.values()] == ["estimated", "measured"]
+    assert checks.calls == 0
 
 
-def test_a_card_is_what_torch_says_and_the_library_that_is_loaded(
-    backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuda, "_driver", lambda: "a driver")
-    seen = set()
-    files = ("library.so", b"one"), ("library.so", b"two"), ("libpeft_kernels_cuda.so", b"kernels of a wheel")
-    for name, content in files:
-        (tmp_path / name).write_bytes(content)
-        monkeypatch.setattr(Extension, "__file__", str(tmp_path / "library.so"))
-        backend.__dict__.pop("_library_hash", None)
-        card = backend.card(0)
-        assert card[:4] == (*H100[:3], "a driver")
-        seen.add(card.library)
-    assert len(seen) == len(files)
+def test_a_card_is_what_torch_says(backend: Any) -> None:
+    assert backend.card(0) == H100
 
 
-def test_gemms_are_timed_on_the_device(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    device, asked = torch.device("cuda", 3), []
-    monkeypatch.setattr(torch.cuda, "device", lambda entered: nullcontext(asked.append(entered)))
-    monkeypatch.setattr(crossover_timing, "time_cells", lambda *args: asked.extend(args) or [])
-    assert backend.time_linear(3, H100) == []
-    ops, timing = torch.ops.peft_kernels_cuda, crossover_timing
-    expected = (ops, H100, device, 50 << 20, timing.device_clock, timing.SHAPES, timing.FEW_ROWS, True)
-    assert asked == [device, backend.extension, *expected]
-
-
-def test_a_bad_pin_stops_the_first_call(backend: Any, wanted: Any) -> None:
-    wanted("nowhere.json")
+def test_a_bad_pin_stops_the_first_call(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(crossovers.ENVIRONMENT_VARIABLE, "nowhere.json")
     with pytest.raises(ValueError, match=r"PEFT_KERNELS_CROSSOVERS: .*nowhere\.json"):
         backend.supports("nf4_linear", (torch.ones(2, 3).as_subclass(OnCard),))
 
@@ -289,37 +252,15 @@ def test_a_capture_does_without_a_check(backend: Any, checks: Any, monkeypatch: 
     assert backend.extension.table == {(90, 132): estimate()}
 
 
-def test_nothing_is_checked_that_is_not_used(backend: Any, checks: Any, wanted: Any, tmp_path: Path) -> None:
-    wanted("no-wgmma")
+def test_nothing_is_checked_that_is_not_used(
+    backend: Any, checks: Any, pinned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(crossovers.ENVIRONMENT_VARIABLE, "no-wgmma")
     assert call(backend) == estimate().without_wgmma()
     backend._in_force.clear(), backend._crossovers.clear()
-    crossovers.write(tmp_path / "mine.json", [Table("9.0", MEASURED, H100.name)])
-    wanted(tmp_path / "mine.json")
-    assert call(backend) == MEASURED
+    pinned()
+    assert call(backend) == PINNED
     assert checks.calls == 0
-
-
-@pytest.mark.parametrize("fault", [None, "it is wrong"])
-def test_wgmma_is_timed_where_it_is_right(
-    fault: str | None, backend: Any, checks: Any, wanted: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The check goes first, and a table that was measured without it is kept."""
-    monkeypatch.setattr(backend, "_measure", partial(cuda.CudaBackend._measure, backend))
-    wanted("measured")
-    checks.result = fault
-    asked = []
-
-    def timed(index: int, card: Card, has_wgmma: bool) -> list[crossover_timing.Cell]:
-        asked.append((checks.calls, has_wgmma))
-        wgmma = 1.0 if has_wgmma else None
-        return [crossover_timing.Cell(64, 64, 96, way, 2.0, 3.0, wgmma) for way in (False, True)]
-
-    monkeypatch.setattr(backend, "time_linear", timed)
-    monkeypatch.setattr(backend, "time_experts", timed)
-    expected = Rows(ANY, 96, 96, (96, 96), (96, 96))
-    assert call(backend) == Limits(*2 * ((expected.without_wgmma() if fault else expected,),))
-    assert asked == 2 * [(1, not fault)] and checks.calls == 1
-    assert crossovers.choose(backend.card(0), None).limits.has_wgmma == (not fault), "cached"
 
 
 @pytest.mark.parametrize("fault", [None, "it is wrong"])

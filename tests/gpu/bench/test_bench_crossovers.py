@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from skips import require
 
 from bench.gpu import crossovers as script
+from bench.gpu.crossover_timing import Cell, Shape, Target, time_cells
 from bench.gpu.device_cases import SHAPES
 from peft_kernels.core.backends import crossovers, cuda
-from peft_kernels.core.backends.crossover_timing import Cell, Shape
-from peft_kernels.core.backends.crossovers import ANY, Card
+from peft_kernels.core.backends.crossovers import ANY, NO_ROWS, Card
 
-CARD = Card("NVIDIA H100 80GB HBM3", "9.0", 132, "a driver", "0123")
+CARD = Card("NVIDIA H100 80GB HBM3", "9.0", 132)
 
 
 def test_a_rehearsal_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,35 +35,41 @@ def test_a_card_is_timed(
     """On all projections and rows; the file can be pinned."""
     asked = []
 
-    def timed(
-        index: int, card: Card, shapes: tuple[Shape, ...], rows: tuple[int, ...], has_wgmma: bool = False
-    ) -> list[Cell]:
-        asked.append((index, card, shapes, rows))
+    def timed(on: Target, shapes: list[Shape], rows: list[int], experts: int = 0) -> list[Cell]:
+        asked.append((on.card, on.cache_bytes, shapes, rows, experts))
         return [
-            Cell(*shape, m, way, m * 1e-7 * (1 + way), 2.5e-5, 2.2e-5 if has_wgmma else None)
+            Cell(*shape, m, way, m * 1e-7 * (1 + way), 2.5e-5, None if experts else 2.2e-5)
             for shape in shapes for m in rows for way in (False, True)
         ]  # fmt: skip
 
     monkeypatch.setattr(cuda.BACKEND, "probe", lambda: None)
+    monkeypatch.setattr(cuda.BACKEND, "_extension", object())
     monkeypatch.setattr(cuda.BACKEND, "card", lambda index: CARD)
-    monkeypatch.setattr(cuda.BACKEND, "time_linear", timed)
     monkeypatch.setattr(cuda.BACKEND, "has_wgmma", lambda index: True)
-    monkeypatch.setattr(cuda.BACKEND, "time_experts", timed)
+    cache = SimpleNamespace(L2_cache_size=50 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: cache)
+    monkeypatch.setattr(script, "time_cells", timed)
     path = tmp_path / "crossovers.json"
     assert script.main([str(path)]) == 0
     assert asked == [
-        (0, CARD, SHAPES, (64, 96, 128, 192, 256, 384, 512, 768, 1024)),
-        (0, CARD, ((1536, 2048), (2048, 768)), (64, 128, 192, 256, 384, 512, 768, 1024, 2048)),
+        (CARD, 50 << 20, SHAPES, (64, 96, 128, 192, 256, 384, 512, 768, 1024), 0),
+        (CARD, 50 << 20, ((1536, 2048), (2048, 768)), (64, 128, 192, 256, 384, 512, 768, 1024, 2048), 32),
     ]
     monkeypatch.setenv(crossovers.ENVIRONMENT_VARIABLE, str(path))
-    table = crossovers.choose(CARD, None)
-    assert table is not None and table.measured_with["driver"] == "a driver"
+    table = crossovers.choose(CARD)
+    assert '"torch": "' in path.read_text()
     assert [len(rows) for rows in table.limits] == [3, 2]
     # 22 us where the others take 10 to 19, and 25 with more rows.
     assert {row[1:] for row in table.limits.rows} == {(192, 96, (193, 1024), (97, 1024))}
-    assert {row[1:] for row in table.limits.experts} == {(192, 64, (193, 2048), (65, 2048))}
+    assert {row[1:] for row in table.limits.experts} == {(192, 64, NO_ROWS, NO_ROWS)}
     said = capsys.readouterr().out
     assert all(words in said for words in ("1024x4096", "M=1024", " 6 / 22 / 25 ", "31,387,297"))
+
+
+def test_the_card_here_can_be_timed() -> None:
+    require("cuda")
+    cells = time_cells(script.card_here(), [(256, 128)], [64, 128])
+    assert all(0 < seconds < 1 for cell in cells for seconds in (cell.fused, cell.dequantised))
 
 
 def test_without_a_card_the_script_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from peft_kernels.core.backends import crossover_timing
-from peft_kernels.core.backends.crossover_timing import (
+from bench.gpu import crossover_timing
+from bench.gpu.crossover_timing import (
     BLOCKSIZE,
     Cell,
+    Target,
     crossover,
     device_clock,
     time_cells,
@@ -109,6 +111,10 @@ def test_the_clock_leaves_out_the_first_call_and_what_python_takes(monkeypatch: 
     assert device_clock(run) == pytest.approx(3e-3)
 
 
+def target(library: Any, ops: Any, clock: Callable[..., float], cache_bytes: int = 0) -> Target:
+    return Target(library, ops, Card("", "9.0", 1), torch.device("cpu"), cache_bytes, clock)
+
+
 def test_copies_of_a_weight_take_turns(request: pytest.FixtureRequest) -> None:
     """As many as twice the cache holds, two at least; every call has its own codes."""
 
@@ -142,8 +148,8 @@ def test_copies_of_a_weight_take_turns(request: pytest.FixtureRequest) -> None:
     request.addfinalizer(lambda: torch.set_default_dtype(before))
     torch.set_default_dtype(torch.bfloat16)
     for cache, copies in ((0, 2), (5 * 4096, 10), (1 << 30, 32)):
-        ops, card = Ops(), Card("", "9.0", 1)
-        cells = time_cells(Library(), ops, card, torch.device("cpu"), cache, clock, [(64, 128)], [96])
+        ops = Ops()
+        cells = time_cells(target(Library(), ops, clock, cache), [(64, 128)], [96])
         assert len(set(ops.codes)) == copies and len(ops.codes) == 2 * copies
         assert cells[0].fused == 6.0 / copies
 
@@ -154,7 +160,5 @@ def test_random_numbers_of_the_user_stay_as_they_are() -> None:
             return lambda *args: ("tiles256", "dx64")
 
     before = torch.get_rng_state()
-    time_cells(
-        Nothing(), Nothing(), Card("", "9.0", 1), torch.device("cpu"), 0, lambda run: 1.0, [(64, 64)], [64]
-    )
+    time_cells(target(Nothing(), Nothing(), lambda run: 1.0), [(64, 64)], [64])
     assert torch.equal(torch.get_rng_state(), before)
