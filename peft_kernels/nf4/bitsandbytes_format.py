@@ -63,25 +63,14 @@ def to_state_dict(state: NF4State, dtype: torch.dtype, key: str) -> dict[str, Te
 def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, torch.dtype]:
     """The weight saved under `key` and its nominal dtype. Raises ValueError for an item that is missing,
     truncated, unknown, or has impossible values."""
-
-    def item(suffix: str) -> Tensor:
-        value = state_dict.get(key + suffix)
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"{key}{suffix}: expected a tensor in the state dict, got {type(value).__name__}"
-            )
-        if value.layout != torch.strided:
-            raise ValueError(f"{key}{suffix}: expected a dense tensor, got layout {value.layout}")
-        return value
-
-    packed = item("")
+    packed = _item(state_dict, key)
     mine = [name for name in state_dict if name.startswith(f"{key}.")]
     for name in mine:
         if name.startswith(f"{key}.quant_state.") and not name.endswith(STATE_ITEMS):
             raise ValueError(f"{name}: expected quantisation type nf4 or fp4, this checkpoint holds another")
     kind = next((kind for kind in QUANT_TYPES if f"{key}.{STATE_PREFIX}{kind}" in mine), QUANT_TYPES[0])
     state_item = f"{STATE_PREFIX}{kind}"
-    numbers = read_json(f"{key}.{state_item}", item(f".{state_item}"), (kind,))
+    numbers = read_json(f"{key}.{state_item}", _item(state_dict, f"{key}.{state_item}"), (kind,))
     nested = f"{key}.nested_absmax" in state_dict or numbers.nested_offset is not None
     known = {f"{key}.{name}" for name in (*TENSOR_ITEMS, state_item)}
     foreign = next((name for name in mine if name not in known), None)
@@ -91,9 +80,9 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, 
         )
     if nested:
         _check_nested(f"{key}.{state_item}", numbers)
-        table = item(".nested_quant_map")
+        table = _item(state_dict, f"{key}.nested_quant_map")
         _expect_table(f"{key}.nested_quant_map", table, is_dynamic_map(table))
-    table = item(".quant_map")
+    table = _item(state_dict, f"{key}.quant_map")
     _expect_table(
         f"{key}.quant_map", table, torch.equal(_code(kind, _CPU), table.detach().float().cpu().view(-1))
     )
@@ -103,8 +92,8 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, 
         numbers.blocksize,
         numbers.dtype,
         packed,
-        item(".absmax"),
-        item(".nested_absmax") if nested else None,
+        _item(state_dict, f"{key}.absmax"),
+        _item(state_dict, f"{key}.nested_absmax") if nested else None,
         torch.tensor(float(numbers.nested_offset), device=packed.device) if nested else None,
         kind,
     )
@@ -114,8 +103,17 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, 
     return state, numbers.dtype
 
 
+def _item(state_dict: Mapping[str, Any], name: str) -> Tensor:
+    value = state_dict.get(name)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a tensor in the state dict, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got layout {value.layout}")
+    return value
+
+
 @dataclass(frozen=True)
-class _Numbers:
+class Numbers:
     """Contents of a weight's JSON; the nested_* fields are not checked."""
 
     shape: tuple[int, ...]
@@ -127,7 +125,7 @@ class _Numbers:
     quant_type: str
 
 
-def read_json(name: str, blob: Tensor, kinds: Sequence[str]) -> _Numbers:
+def read_json(name: str, blob: Tensor, kinds: Sequence[str]) -> Numbers:
     """The numbers of a weight in one of the formats `kinds`."""
     expect(name, "dtype", torch.uint8, blob.dtype)
     if blob.numel() > _LONGEST_JSON:
@@ -150,10 +148,10 @@ def read_json(name: str, blob: Tensor, kinds: Sequence[str]) -> _Numbers:
     offset, nested_blocksize, nested_dtype = (
         numbers.get(f"nested_{what}") for what in ("offset", "blocksize", "dtype")
     )
-    return _Numbers(tuple(shape), blocksize, dtype, offset, nested_blocksize, nested_dtype, kind)
+    return Numbers(tuple(shape), blocksize, dtype, offset, nested_blocksize, nested_dtype, kind)
 
 
-def _check_nested(name: str, numbers: _Numbers) -> None:
+def _check_nested(name: str, numbers: Numbers) -> None:
     expect(name, "nested_blocksize", NESTED_BLOCKSIZE, numbers.nested_blocksize)
     if numbers.nested_dtype not in (None, *map(_name, WEIGHT_DTYPES)):
         raise ValueError(
