@@ -147,9 +147,7 @@ def quantize_model(
     return model
 
 
-def _names(
-    skip: Iterable[str] | None, modules_to_not_convert: Iterable[str] | None
-) -> tuple[str, ...] | None:
+def _names(skip: Any, modules_to_not_convert: Any) -> tuple[str, ...] | None:
     if skip is not None and modules_to_not_convert is not None:
         raise ValueError("skip: expected it or modules_to_not_convert (they are the same), got both")
     names = skip if skip is not None else modules_to_not_convert
