@@ -24,12 +24,6 @@ STREAM = 1 << 22
 """Elements of a bf16 parameter per stream of random bits."""
 PARAMS, GRADS, STATE1, STATE2, ABSMAX1, ABSMAX2, COMPENSATION = range(7)
 """Positions of the op's lists."""
-_STATES = (
-    ("state1", "state1", 1), ("state2", "state2", 1), ("absmax1", "state1", STATE_BLOCK),
-    ("absmax2", "state2", STATE_BLOCK), ("compensation", "compensation", 1),
-)  # fmt: skip
-"""The lists from STATE1 on: the key in a parameter's state, the key without which there is no list, and how
-many elements of the parameter share an entry."""
 
 
 def check(p: Tensor, grad: Tensor, name: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
@@ -92,12 +86,12 @@ class Plan:
         whole = [stochastic and dtype == torch.bfloat16 for dtype in self.dtypes]
         self.pieces = list(_cut(self.sizes, whole))
         self.groups = [groups[owner] for owner, _, _ in self.pieces]
-        self.states = [
-            self._in_pieces([state.get(name, self.none) for state in states], unit)
-            if any(needed in state for state in states)
-            else []
-            for name, needed, unit in _STATES
-        ]
+        self.states: list[list[Tensor]] = [[], [], [], [], []]  # STATE1 to COMPENSATION
+        units = {"state1": 1, "state2": 1, "absmax1": STATE_BLOCK, "absmax2": STATE_BLOCK, "compensation": 1}
+        for at, (name, unit) in enumerate(units.items()):
+            # A moment has a list of scales even if all are in fp32: of empty tensors.
+            if any(name.replace("absmax", "state") in state for state in states):
+                self.states[at] = self._in_pieces([s.get(name, self.none) for s in states], unit)
         steps = [torch.as_tensor(s["step"], dtype=torch.int64, device=device).reshape(()) for s in states]
         self.steps = torch.stack([steps[owner] for owner, _, _ in self.pieces])
         for (owner, start, _), step in zip(self.pieces, self.steps.unbind(), strict=True):
