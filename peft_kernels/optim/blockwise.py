@@ -280,7 +280,14 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             p: self._pager.home(part_of(p), self.state[p]) if self.state.get(p) else self._new_state(p, name)
             for p, name in names.items()
         }
-        configs, numbers = self._configurations()
+        configs: list[tuple[int, dict[str, Any]]] = []
+        numbers: dict[Tensor, int] = {}
+        for at, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                config = at, self._overrides.get(p, {})
+                if config not in configs:
+                    configs.append(config)
+                numbers[p] = configs.index(config)
         plans = []
         for (device, number), part in parts.items():
             plan = Plan(
@@ -329,18 +336,6 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         if len(devices) > 1 and self._max_grad_norm:
             raise ValueError(f"max_grad_norm: expected parameters on one device, got {len(devices)} devices")
         return parts
-
-    def _configurations(self) -> tuple[list[tuple[int, dict[str, Any]]], dict[Tensor, int]]:
-        """The different pairs of a group and overrides of it, and the index of each parameter's."""
-        configs: list[tuple[int, dict[str, Any]]] = []
-        numbers: dict[Tensor, int] = {}
-        for at, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                config = at, self._overrides.get(p, {})
-                if config not in configs:
-                    configs.append(config)
-                numbers[p] = configs.index(config)
-        return configs, numbers
 
     def _new_state(self, p: Tensor, name: str) -> dict[str, Any]:
         """The initial state of a parameter."""
