@@ -7,8 +7,8 @@ of dense weights reject its keys and shapes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..core.formats import FORMATS
 from ..core.nf4_state import NF4State, packed_rows
 from . import bitsandbytes_format
 from .assembly import assemble, check_scales, expect, short
-from .bitsandbytes_format import QUANT_TYPES
+from .bitsandbytes_format import QUANT_TYPES, description
 
 METHOD = "peft_kernels_nf4"
 """`quant_method` of a configuration that only this package reads, and our method's name in transformers."""
@@ -88,17 +88,6 @@ def tensors(state: NF4State, key: str) -> dict[str, Tensor]:
     return items
 
 
-def description(shape: tuple[int, ...], blocksize: int, dtype: torch.dtype, format: str) -> bytes:
-    """The JSON in the item of the state."""
-    numbers = {
-        "quant_type": format,
-        "blocksize": blocksize,
-        "dtype": str(dtype).removeprefix("torch."),
-        "shape": list(shape),
-    }
-    return json.dumps(numbers).encode()
-
-
 def read(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, torch.dtype]:
     """`from_state_dict` of the format in which `key` is stored, this one or bitsandbytes'."""
     if any(f"{key}.{item}" in state_dict for item in STATE_ITEMS):
@@ -110,16 +99,33 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, 
     """The weights saved under `key` and their nominal dtype. Raises ValueError for an item that is missing,
     truncated, unknown, or has impossible values."""
     numbers = _description_of(state_dict, key)
-    names = _names(state_dict, key, numbers.quant_type)
+    shape, format = numbers.shape, numbers.quant_type
+    names = _names(state_dict, key, format)
     tensors: Any = [name and _item(state_dict, name) for name in names]
     expect(key, "dtype", torch.uint8, tensors[0].dtype)
     nested, offset = names[3] == f"{key}.nested_offset", tensors[3]
     if nested:
         expect(f"{key}.nested_offset", "dtype", torch.float32, offset.dtype)
-    if len(numbers.shape) == 2:
-        state = _assemble(key, numbers, *tensors)
-    else:
-        state = _experts(key, numbers, names, tensors)
+    experts = len(shape) == 3
+    for name, tensor in zip(names, tensors, strict=True):
+        if experts and name is not None:
+            dims = 1 if nested and tensor is offset else 2
+            expect(name, "number of dimensions", dims, tensor.dim())
+            expect(name, "number of experts", shape[0], tensor.shape[0])
+    # Experts have equal sizes, so checking the first is enough.
+    one: Any = [tensor[0] if experts and tensor is not None else tensor for tensor in tensors]
+    codes, absmax, absmax2, first = one
+    state = assemble(key, shape[-2:], numbers.blocksize, numbers.dtype, codes, absmax, absmax2, first, format)
+    if experts:
+        codes, absmax, absmax2, _ = tensors
+        state = replace(
+            state,
+            shape=shape,
+            packed=packed_rows(codes.detach().contiguous(), shape, FORMATS[format].bits),
+            absmax=absmax.to(state.absmax).contiguous(),
+            absmax2=None if absmax2 is None else absmax2.float().contiguous(),
+            offset=offset,
+        )
     largest = 0.0
     if nested and offset.device.type != "meta":
         largest = float(offset.max())
@@ -164,36 +170,6 @@ def _names(state_dict: Mapping[str, Any], key: str, format: str) -> list[str | N
             expected = ", ".join(filter(None, names))
             raise ValueError(f"{key}.{name}: expected {expected} of {format}, got this key too")
     return names
-
-
-def _experts(
-    key: str, numbers: bitsandbytes_format.Numbers, names: list[Any], tensors: list[Any]
-) -> NF4State:
-    shape, format = numbers.shape, numbers.quant_type
-    for name, tensor in zip(names, tensors, strict=True):
-        if tensor is not None:
-            dims = 1 if name == f"{key}.nested_offset" else 2
-            expect(name, "number of dimensions", dims, tensor.dim())
-            expect(name, "number of experts", shape[0], tensor.shape[0])
-    first = (None if tensor is None else tensor[0] for tensor in tensors)
-    one: Any = _assemble(key, numbers, *first)  # the others have its sizes
-    codes, absmax, absmax2, offset = tensors
-    return NF4State(
-        shape,
-        one.blocksize,
-        packed_rows(codes.detach().contiguous(), shape, FORMATS[format].bits),
-        absmax.to(one.absmax.dtype).contiguous(),
-        None if absmax2 is None else absmax2.float().contiguous(),
-        offset,
-        double_quant=offset is not None,
-        format=format,
-    )
-
-
-def _assemble(key: str, numbers: bitsandbytes_format.Numbers, *tensors: Any) -> NF4State:
-    codes, absmax, absmax2, offset = tensors
-    shape, blocksize, dtype = numbers.shape[-2:], numbers.blocksize, numbers.dtype
-    return assemble(key, shape, blocksize, dtype, codes, absmax, absmax2, offset, numbers.quant_type)
 
 
 def _item(state_dict: Mapping[str, Any], name: str) -> Tensor:
