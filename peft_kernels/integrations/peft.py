@@ -159,8 +159,7 @@ def _merged_weight(module: Any) -> Tensor | None:
 
 def _target(module: Any) -> str:
     """Name of the base layer's adapted parameter, which PEFT's `target_parameters` may select."""
-    name: str = getattr(module, "parameter_name", "weight")
-    return name
+    return str(getattr(module, "parameter_name", "weight"))
 
 
 def _check(name: str, module: Any, safe_merge: bool, packs: bool) -> None:

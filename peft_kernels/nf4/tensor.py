@@ -358,12 +358,9 @@ def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
     return on_dense(func, args, kwargs)
 
 
-def _view(func: Any, args: Any, kwargs: Any) -> Tensor:
+def _view(func: Any, args: Any, kwargs: Any) -> Any:
     """A view of its own shape, as DTensor's `to_local` makes it, is an alias."""
-    view: Tensor = (
-        _alias(func, args, kwargs) if tuple(args[1]) == args[0].shape else on_dense(func, args, kwargs)
-    )
-    return view
+    return (_alias if tuple(args[1]) == args[0].shape else on_dense)(func, args, kwargs)
 
 
 _HANDLERS: dict[Any, Callable[[Any, Any, Any], Any]] = {
