@@ -68,13 +68,10 @@ class Multiple(Tensor):
 
 _ALIASES = (aten.detach.default, aten.alias.default)
 
-_PLAIN = frozenset(
-    getattr(Tensor, name)
-    for name in (
-        *("numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage"),
-        *("__deepcopy__", "__reduce_ex__"),
-    )
-)
+_PLAIN = {
+    *(Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr, Tensor.untyped_storage),
+    *(Tensor.__deepcopy__, Tensor.__reduce_ex__),
+}
 
 
 def _values_of(value: Any) -> Any:

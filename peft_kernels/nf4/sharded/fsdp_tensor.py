@@ -108,9 +108,8 @@ class NF4Shard(Tensor):
 
         The tensors stay the same objects between calls, because backward passes have saved them.
         """
-        count, part = (
-            metadata  # where the parameters are offloaded, `part` is on the device and `self` is not
-        )
+        # Where the parameters are offloaded, `part` is on the device and `self` is not.
+        count, part = metadata
         gathered = list(all_gather_outputs)
         if count == 1:
             gathered = unpack_bytes(gathered[0], part.gather_inputs(1))
@@ -335,10 +334,8 @@ def _all_gather(func: Any, args: Any, kwargs: Any) -> Tensor:
 def _register_wait_ops() -> None:
     """Registers DTensor's wait ops, which DTensor calls on gathered tensors, as no-ops: `_all_gather`
     waits."""
-    for name in (
-        "wait_tensor",
-        "_wrap_tensor_autograd",
-    ):  # the second since torch 2.11, which defines it late
+    # The second since torch 2.11, which defines it late.
+    for name in ("wait_tensor", "_wrap_tensor_autograd"):
         op = getattr(torch.ops._c10d_functional, name, None)
         if op is not None:
             _HANDLERS[op.default] = _alias
