@@ -85,21 +85,21 @@ def mixed_inputs(
             f"adapter_names: expected rows of one length, prompt and text, for {type(base).__name__}, which "
             f"counts positions from the first column, padding or not, got lengths {list(map(len, rows))}"
         )
-    mask = torch.stack(
-        [F.pad(input_ids.new_ones(len(row)), pad) for row, pad in zip(rows, pads, strict=True)]
-    )
-    inputs = {
-        "inputs_embeds": torch.stack([F.pad(row, (0, 0, *pad)) for row, pad in zip(rows, pads, strict=True)]),
-        "attention_mask": mask,
-    }
+    mask = _padded([input_ids.new_ones(len(row)) for row in rows], pads)
+    inputs = {"inputs_embeds": _padded(rows, pads), "attention_mask": mask}
     if takes_positions:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0) + _first_position(base)
     if labels is not None:
-        own = zip(targets, pads, strict=True)
-        inputs["labels"] = (
-            torch.stack([F.pad(row, pad, value=IGNORED) for row, pad in own]) if causal else labels
-        )
+        inputs["labels"] = _padded(targets, pads, IGNORED) if causal else labels
     return inputs
+
+
+def _padded(rows: list[Tensor], pads: list[tuple[int, int]], value: int = 0) -> Tensor:
+    """Rows (length, ...) as one tensor, each with `value` before and after it."""
+    padded = (
+        F.pad(row, (0, 0) * (row.dim() - 1) + pad, value=value) for row, pad in zip(rows, pads, strict=True)
+    )
+    return torch.stack(list(padded))
 
 
 def _first_position(base: torch.nn.Module) -> int:

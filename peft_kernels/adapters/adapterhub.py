@@ -168,9 +168,7 @@ def _tensors(folder: Path) -> tuple[str, dict[str, Any]]:
         return found, dict(read_header(folder / found)[0])
     _check_stored(folder / found)
     try:
-        loaded = torch.load(
-            folder / found, map_location="cpu", weights_only=True
-        )  # executes no code of the file
+        loaded = torch.load(folder / found, map_location="cpu", weights_only=True)  # runs no code of the file
     except Exception as error:
         raise CheckpointError(
             f"{found}: expected tensors that torch.load(weights_only=True) reads"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,10 +77,10 @@ def compare_with(checkpoint: Checkpoint, model: Any) -> Comparison:
         return Comparison([], reason=f"transformers has no {shown(_class_named(checkpoint))}")
     state = model.state_dict()
     wanted = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    packed = {*nf4_weights(checkpoint.entries), *owned_weights(checkpoint)}
     found: dict[str, tuple[int, ...] | None] = {}
     faults: list[str] = []
     converters: dict[str, Any] = {}
+    packed = {*nf4_weights(checkpoint.entries), *owned_weights(checkpoint)}
     for key, shape in sorted(_shapes(checkpoint).items(), key=lambda item: names.order(item[0])):
         target, pattern = names.in_model(key)
         entry = checkpoint.entries.get(key)  # none of a weight whose tensors have other names
@@ -90,15 +91,8 @@ def compare_with(checkpoint: Checkpoint, model: Any) -> Comparison:
             converter.add_tensor(target, key, pattern, part)
             continue
         found[target] = shape
-        if (
-            shape is not None
-            and target in wanted
-            and not _fits(shape, wanted[target], () if entry is None else entry.shape)
-        ):
-            faults.append(f"{shown(key)}: expected shape {wanted[target]}, as {name} has it, got {shape}")
-        numbers = target in wanted and state[target].is_floating_point()
-        if numbers and entry is not None and key not in packed and not entry.dtype.is_floating_point:
-            faults.append(f"{shown(key)}: expected a floating dtype, as {name} has it, got {entry.dtype}")
+        if target in state:
+            faults += _faults_of(key, shape, entry, state[target], name, key in packed)
     try:
         stacks = owned_stacks(checkpoint, model)
     except CheckpointError as error:
@@ -127,6 +121,16 @@ def compare_with(checkpoint: Checkpoint, model: Any) -> Comparison:
         f"{key}: expected this tensor, as {name} has it, got none" for key in _missing(model, wanted, found)
     ]
     return Comparison(faults, name)
+
+
+def _faults_of(
+    key: str, shape: tuple[int, ...] | None, entry: Any, wanted: torch.Tensor, name: str, packed: bool
+) -> Iterator[str]:
+    """How a tensor differs from the one that the architecture `name` has in its place."""
+    if shape is not None and not _fits(shape, tuple(wanted.shape), () if entry is None else entry.shape):
+        yield f"{shown(key)}: expected shape {tuple(wanted.shape)}, as {name} has it, got {shape}"
+    if wanted.is_floating_point() and entry is not None and not packed and not entry.dtype.is_floating_point:
+        yield f"{shown(key)}: expected a floating dtype, as {name} has it, got {entry.dtype}"
 
 
 def _class_named(checkpoint: Checkpoint) -> str | None:

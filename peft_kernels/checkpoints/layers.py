@@ -108,10 +108,7 @@ def _by_classes(
         if pattern is None and item == "weight" and owner in chosen and len(entry.shape) == 2:
             quantise[name] = type(chosen[owner]).__name__ == "Conv1D"
             in_model.add(owner)
-            continue
-        known = owner in left or (owner in every and computes_experts(every[owner]))
-        if "experts" in name and len(entry.shape) in (2, 3) and not known:
-            form = "in a form that is not packed" if owner in every else "which the architecture lacks"
+        elif form := _unknown_experts(name, entry, owner, every, left):
             left[name] = f"of experts, {form}"
             other_experts += entry.nbytes
     if not quantise and not (experts and weights):
@@ -131,6 +128,14 @@ def _by_classes(
         why = "experts, which bitsandbytes' format does not have in 4 bits"
         left.update(dict.fromkeys(modules, why if theirs else "experts; experts=True would pack them"))
     return choice
+
+
+def _unknown_experts(name: str, entry: Any, owner: str, every: Any, left: dict[str, str]) -> str:
+    """What keeps experts dense that nothing else explains, or ""."""
+    known = owner in left or (owner in every and computes_experts(every[owner]))
+    if known or "experts" not in name or len(entry.shape) not in (2, 3):
+        return ""
+    return "in a form that is not packed" if owner in every else "which the architecture lacks"
 
 
 def _heads_it_lacks(

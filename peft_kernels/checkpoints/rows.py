@@ -38,9 +38,8 @@ def read_layout(checkpoint: Checkpoint, weight: str, names: list[str]) -> tuple[
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     state.name = weight
-    if (
-        state.absmax2 is not None and state.offset is not None and state.offset.is_meta
-    ):  # stored as text; was created on the codes' device
+    # Stored as text; was created on the codes' device.
+    if state.absmax2 is not None and state.offset is not None and state.offset.is_meta:
         key = f"{weight}.{bitsandbytes_format.STATE_PREFIX}{state.format}"
         numbers = bitsandbytes_format.read_json(key, items[key], (state.format,))
         state.offset = torch.tensor(float(numbers.nested_offset))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..nf4 import packed_format
-from ..nf4.bitsandbytes_format import STATE_ITEMS
+from ..nf4.bitsandbytes_format import STATE_ITEMS, description
 from ..nf4.weight import NF4Weight
 from .checks import finite_pieces
 from .experts_tensors import ExpertsWeight
@@ -105,7 +105,7 @@ class Shard:
             del dense
             for key, tensor in packed_format.tensors(one._state, weight.name).items():
                 writer.write_row(weight.written(key), tensor)
-        blob = packed_format.description(weight.shape, self.blocksize, weight.dtype, self.format)
+        blob = description(weight.shape, self.blocksize, weight.dtype, self.format)
         item = packed_format.state_item(weight.shape, self.format)
         key = weight.written(f"{weight.name}.{item}")
         writer.write(key, torch.tensor(list(blob), dtype=torch.uint8))

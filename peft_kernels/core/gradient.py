@@ -193,23 +193,14 @@ def _differentiable(op: type[Op], overload: OpOverload, ops: Any, rounded: Round
                 found = op.backward(ops, op.named(args), results, need, dy)
             else:
                 found = _first_order_only(op, ops, op.named(args), results, need, dy)
-        gradients: list[Any] = [None, None]
-        narrow: list[int] = []
-        for name in op.differentiable:
-            wanted, start = getattr(need, name), len(gradients)
-            if name in of_lists:
-                gradients += [one if w else None for one, w in zip(found[name], wanted, strict=True)]
-            else:
-                gradients.append(found[name] if wanted else None)
-            if name in op.rounding:
-                narrow += [i for i in range(start, len(gradients)) if gradients[i] is not None]
+        gradients, narrow = _as_passed(op, of_lists, found, need)
         # One cast for all; torch would cast one by one. With grad enabled it does, so that the graph keeps
         # the node that raises.
         if ctx.rounds is not None and narrow and not torch.is_grad_enabled():
             wide = ops.cast([gradients[i] for i in narrow], torch.float32)
             for i, one in zip(narrow, wide, strict=True):
                 gradients[i] = one
-        return tuple(gradients)
+        return None, None, *gradients
 
     # The class name is shown by a tensor's grad_fn.
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
@@ -227,6 +218,22 @@ def _differentiable(op: type[Op], overload: OpOverload, ops: Any, rounded: Round
         return (list(output[:split]), *output[split:]) if several else list(output)
 
     return call
+
+
+def _as_passed(op: type[Op], of_lists: set[str], found: Any, need: Any) -> tuple[list[Any], list[int]]:
+    """Gradients in the order of the tensors passed through autograd, and which of them are narrow: of
+    arguments that were rounded."""
+    gradients: list[Any] = []
+    narrow: list[int] = []
+    for name in op.differentiable:
+        wanted, start = getattr(need, name), len(gradients)
+        if name in of_lists:
+            gradients += [one if w else None for one, w in zip(found[name], wanted, strict=True)]
+        else:
+            gradients.append(found[name] if wanted else None)
+        if name in op.rounding:
+            narrow += [i for i in range(start, len(gradients)) if gradients[i] is not None]
+    return gradients, narrow
 
 
 def _register_prehook(node: Any, hook: Call) -> Any:

@@ -48,8 +48,7 @@ def merge_and_unload(model: Any, quantize: bool = False, safe_merge: bool = Fals
 
     Nothing is merged on error.
     """
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers: list[tuple[str, Any]] = [
         (name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
@@ -59,13 +58,7 @@ def merge_and_unload(model: Any, quantize: bool = False, safe_merge: bool = Fals
             raise RuntimeError(f"{name}: {PARALLEL}, expected merges of a model in one process")
     packed = {name: _packed(module.get_base_layer()) for name, module in layers} if quantize else {}
     for name, module in layers:
-        if isinstance(module, LoraLayer):
-            _check_biases(name, module)
-        if safe_merge or packed.get(name):  # NaN has no code in NF4
-            with onload_layer(module):
-                _check_adapters(name, module)
-                if safe_merge and isinstance(module, LoraLayer):
-                    _check_merged(name, module)
+        _check(name, module, safe_merge, bool(packed.get(name)))
     try:
         for name, module in layers:
             if packed.get(name):
@@ -166,8 +159,21 @@ def _merged_weight(module: Any) -> Tensor | None:
 
 def _target(module: Any) -> str:
     """Name of the base layer's adapted parameter, which PEFT's `target_parameters` may select."""
-    name: str = getattr(module, "parameter_name", "weight")
-    return name
+    return str(getattr(module, "parameter_name", "weight"))
+
+
+def _check(name: str, module: Any, safe_merge: bool, packs: bool) -> None:
+    """Raises what a merge of the layer would, but before anything is merged."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import onload_layer
+
+    if isinstance(module, LoraLayer):
+        _check_biases(name, module)
+    if safe_merge or packs:  # NaN has no code in NF4
+        with onload_layer(module):
+            _check_adapters(name, module)
+            if safe_merge and isinstance(module, LoraLayer):
+                _check_merged(name, module)
 
 
 def _check_biases(name: str, module: Any) -> None:

@@ -33,55 +33,42 @@ def to_state_dict(state: NF4State, dtype: torch.dtype, key: str) -> dict[str, Te
     if state.dense is not None:
         return {key: state.dense}
     assert state.packed is not None and state.absmax is not None
-    numbers: dict[str, Any] = {
-        "quant_type": state.format,
-        "blocksize": state.blocksize,
-        "dtype": _name(dtype),
-        "shape": list(state.shape),
-    }
     device = state.packed.device
     items = {
         key: state.packed.view(-1, 1),
         f"{key}.absmax": state.absmax,
         f"{key}.quant_map": _code(state.format, device).clone(),
     }
+    nested: dict[str, Any] = {}
     if state.absmax2 is not None and state.offset is not None:
         items[f"{key}.nested_absmax"] = state.absmax2
         items[f"{key}.nested_quant_map"] = dynamic_map(device).clone()
-        numbers |= {
-            "nested_blocksize": NESTED_BLOCKSIZE,
-            "nested_dtype": "float32",
-            "nested_offset": 0.0
-            if device.type == "meta"
-            else state.offset.item(),  # meta tensors have no data
-        }
-    blob = json.dumps(numbers).encode()
-    items[f"{key}.{STATE_PREFIX}{state.format}"] = torch.tensor(list(blob), dtype=torch.uint8, device=device)
+        offset = 0.0 if device.type == "meta" else state.offset.item()  # meta tensors have no data
+        nested = {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32", "nested_offset": offset}
+    blob = list(description(state.shape, state.blocksize, dtype, state.format, **nested))
+    items[f"{key}.{STATE_PREFIX}{state.format}"] = torch.tensor(blob, dtype=torch.uint8, device=device)
     return items
+
+
+def description(
+    shape: tuple[int, ...], blocksize: int, dtype: torch.dtype, format: str, **nested: Any
+) -> bytes:
+    """The JSON in the item of a weight's state."""
+    numbers = {"quant_type": format, "blocksize": blocksize, "dtype": _name(dtype), "shape": list(shape)}
+    return json.dumps(numbers | nested).encode()
 
 
 def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, torch.dtype]:
     """The weight saved under `key` and its nominal dtype. Raises ValueError for an item that is missing,
     truncated, unknown, or has impossible values."""
-
-    def item(suffix: str) -> Tensor:
-        value = state_dict.get(key + suffix)
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"{key}{suffix}: expected a tensor in the state dict, got {type(value).__name__}"
-            )
-        if value.layout != torch.strided:
-            raise ValueError(f"{key}{suffix}: expected a dense tensor, got layout {value.layout}")
-        return value
-
-    packed = item("")
+    packed = _item(state_dict, key)
     mine = [name for name in state_dict if name.startswith(f"{key}.")]
     for name in mine:
         if name.startswith(f"{key}.quant_state.") and not name.endswith(STATE_ITEMS):
             raise ValueError(f"{name}: expected quantisation type nf4 or fp4, this checkpoint holds another")
     kind = next((kind for kind in QUANT_TYPES if f"{key}.{STATE_PREFIX}{kind}" in mine), QUANT_TYPES[0])
     state_item = f"{STATE_PREFIX}{kind}"
-    numbers = read_json(f"{key}.{state_item}", item(f".{state_item}"), (kind,))
+    numbers = read_json(f"{key}.{state_item}", _item(state_dict, f"{key}.{state_item}"), (kind,))
     nested = f"{key}.nested_absmax" in state_dict or numbers.nested_offset is not None
     known = {f"{key}.{name}" for name in (*TENSOR_ITEMS, state_item)}
     foreign = next((name for name in mine if name not in known), None)
@@ -91,31 +78,35 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, 
         )
     if nested:
         _check_nested(f"{key}.{state_item}", numbers)
-        table = item(".nested_quant_map")
+        table = _item(state_dict, f"{key}.nested_quant_map")
         _expect_table(f"{key}.nested_quant_map", table, is_dynamic_map(table))
-    table = item(".quant_map")
+    table = _item(state_dict, f"{key}.quant_map")
     _expect_table(
         f"{key}.quant_map", table, torch.equal(_code(kind, _CPU), table.detach().float().cpu().view(-1))
     )
-    state = assemble(
-        key,
-        numbers.shape,
-        numbers.blocksize,
-        numbers.dtype,
-        packed,
-        item(".absmax"),
-        item(".nested_absmax") if nested else None,
-        torch.tensor(float(numbers.nested_offset), device=packed.device) if nested else None,
-        kind,
-    )
+    absmax, absmax2, offset = _item(state_dict, f"{key}.absmax"), None, None
+    if nested:
+        absmax2 = _item(state_dict, f"{key}.nested_absmax")
+        offset = torch.tensor(float(numbers.nested_offset), device=packed.device)
+    shape, blocksize, dtype = numbers.shape, numbers.blocksize, numbers.dtype
+    state = assemble(key, shape, blocksize, dtype, packed, absmax, absmax2, offset, kind)
     check_scales(key, state, numbers.nested_offset if nested else 0.0)
     if not nested and f"{key}.nested_quant_map" in state_dict:
         raise ValueError(f"{key}.nested_quant_map: expected nested_absmax beside it, got none")
-    return state, numbers.dtype
+    return state, dtype
+
+
+def _item(state_dict: Mapping[str, Any], name: str) -> Tensor:
+    value = state_dict.get(name)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a tensor in the state dict, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got layout {value.layout}")
+    return value
 
 
 @dataclass(frozen=True)
-class _Numbers:
+class Numbers:
     """Contents of a weight's JSON; the nested_* fields are not checked."""
 
     shape: tuple[int, ...]
@@ -127,7 +118,7 @@ class _Numbers:
     quant_type: str
 
 
-def read_json(name: str, blob: Tensor, kinds: Sequence[str]) -> _Numbers:
+def read_json(name: str, blob: Tensor, kinds: Sequence[str]) -> Numbers:
     """The numbers of a weight in one of the formats `kinds`."""
     expect(name, "dtype", torch.uint8, blob.dtype)
     if blob.numel() > _LONGEST_JSON:
@@ -150,10 +141,10 @@ def read_json(name: str, blob: Tensor, kinds: Sequence[str]) -> _Numbers:
     offset, nested_blocksize, nested_dtype = (
         numbers.get(f"nested_{what}") for what in ("offset", "blocksize", "dtype")
     )
-    return _Numbers(tuple(shape), blocksize, dtype, offset, nested_blocksize, nested_dtype, kind)
+    return Numbers(tuple(shape), blocksize, dtype, offset, nested_blocksize, nested_dtype, kind)
 
 
-def _check_nested(name: str, numbers: _Numbers) -> None:
+def _check_nested(name: str, numbers: Numbers) -> None:
     expect(name, "nested_blocksize", NESTED_BLOCKSIZE, numbers.nested_blocksize)
     if numbers.nested_dtype not in (None, *map(_name, WEIGHT_DTYPES)):
         raise ValueError(
@@ -247,19 +238,10 @@ def state_of(params4bit: Any, name: str = "params4bit") -> NF4State:
     reason = reason_unusable(params4bit) or reason_other_table(params4bit)
     if reason is not None:
         raise ValueError(f"{name}: {reason}")
-    quant_state = params4bit.quant_state
-    nested = quant_state.nested
-    return assemble(
-        name,
-        tuple(quant_state.shape),
-        quant_state.blocksize,
-        quant_state.dtype,
-        params4bit.data,
-        quant_state.absmax,
-        quant_state.state2.absmax if nested else None,
-        quant_state.offset if nested else None,
-        quant_state.quant_type,
-    )
+    found = params4bit.quant_state
+    absmax2, offset = (found.state2.absmax, found.offset) if found.nested else (None, None)
+    tensors = params4bit.data, found.absmax, absmax2, offset
+    return assemble(name, tuple(found.shape), found.blocksize, found.dtype, *tensors, found.quant_type)
 
 
 def to_params4bit(state: NF4State, dtype: torch.dtype) -> Any:
@@ -273,17 +255,10 @@ def to_params4bit(state: NF4State, dtype: torch.dtype) -> Any:
         )
     if state.format not in QUANT_TYPES:
         raise ValueError(f"weight: expected the format nf4 or fp4, got {state.format}")
-    device, nested = state.packed.device, state.absmax2 is not None
-    second = (
-        QuantState(
-            absmax=state.absmax2,
-            code=dynamic_map(device).clone(),
-            blocksize=NESTED_BLOCKSIZE,
-            dtype=torch.float32,
-        )
-        if nested
-        else None
-    )
+    device, nested, second = state.packed.device, state.absmax2 is not None, None
+    if nested:
+        table, fp32 = dynamic_map(device).clone(), torch.float32
+        second = QuantState(absmax=state.absmax2, code=table, blocksize=NESTED_BLOCKSIZE, dtype=fp32)
     quant_state = QuantState(
         absmax=state.absmax,
         shape=torch.Size(state.shape),

@@ -8,6 +8,7 @@ nothing."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -67,13 +68,10 @@ class Multiple(Tensor):
 
 _ALIASES = (aten.detach.default, aten.alias.default)
 
-_PLAIN = frozenset(
-    getattr(Tensor, name)
-    for name in (
-        *("numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage"),
-        *("__deepcopy__", "__reduce_ex__"),
-    )
-)
+_PLAIN = {
+    *(Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr, Tensor.untyped_storage),
+    *(Tensor.__deepcopy__, Tensor.__reduce_ex__),
+}
 
 
 def _values_of(value: Any) -> Any:
@@ -95,8 +93,23 @@ def share_of(value: Any) -> Share | None:
 
 def outcome(func: Any, args: Any, kwargs: Any) -> Share | None:
     """The share of an op's result, if it is a multiple of the weight that the arguments are multiples of."""
-    rule = _RULES.get(func)
-    return None if rule is None else rule(*args, **kwargs)
+    if func in _SAME:
+        share = share_of(args[1] if func is aten.copy_.default else args[0])
+        dtype = kwargs.get("dtype") or args[0].dtype
+        return share if share and share.shape == args[0].shape and dtype.is_floating_point else None
+    if func not in _FACTORS:
+        return None
+    count, factor = _FACTORS[func]
+    if func in _PRODUCTS and share_of(args[0]) is None:
+        args = args[::-1]
+    shares: list[Any] = [share_of(arg) for arg in args[:count]]
+    numbers = [_number(arg) for arg in args[count:]]
+    if any(known is None for known in (*shares, *numbers)) or not shares[-1].is_of(shares[0]):
+        return None
+    try:
+        return shares[0].times(factor(*(share.factor for share in shares), *numbers, **kwargs))
+    except ZeroDivisionError:
+        return None
 
 
 def _number(value: Any) -> Any:
@@ -105,69 +118,27 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, (int, float)) else None
 
 
-def _scaled(a: Any, b: Any) -> Share | None:
-    share, number = share_of(a), _number(b)
-    if share is None:
-        share, number = share_of(b), _number(a)
-    return None if share is None or number is None else share.times(share.factor * number)
-
-
-def _divided(a: Any, b: Any) -> Share | None:
-    share, number = share_of(a), _number(b)
-    if share is None or number is None or (not isinstance(number, Tensor) and number == 0):
-        return None
-    return share.times(share.factor / number)
-
-
-def _added(a: Any, b: Any, alpha: Any = 1) -> Share | None:
-    mine, other = share_of(a), share_of(b)
-    if mine is None or other is None or not mine.is_of(other):
-        return None
-    return mine.times(mine.factor + alpha * other.factor)
-
-
-def _subtracted(a: Any, b: Any, alpha: Any = 1) -> Share | None:
-    return _added(a, b, -alpha)
-
-
-def _between(a: Any, b: Any, weight: Any) -> Share | None:
-    number = _number(weight)
-    mine, other = share_of(a), share_of(b)
-    if number is None or mine is None or other is None or not mine.is_of(other):
-        return None
-    return mine.times(mine.factor + number * (other.factor - mine.factor))
-
-
-def _copied(target: Any, source: Any, non_blocking: bool = False) -> Share | None:
-    share = share_of(source)
-    return share if share is not None and share.shape == target.shape else None
-
-
-def _same(source: Any, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Share | None:
-    return share_of(source) if dtype is None or dtype.is_floating_point else None
-
-
-_RULES: dict[Any, Callable[..., Share | None]] = {
-    **dict.fromkeys((aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.mul_.Scalar), _scaled),
-    **dict.fromkeys((aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar, aten.div_.Scalar), _divided),
-    **dict.fromkeys((aten.add.Tensor, aten.add_.Tensor), _added),
-    **dict.fromkeys((aten.sub.Tensor, aten.sub_.Tensor), _subtracted),
-    **dict.fromkeys((aten.lerp.Scalar, aten.lerp_.Scalar, aten.lerp.Tensor, aten.lerp_.Tensor), _between),
-    aten.copy_.default: _copied,
-    **dict.fromkeys((*_ALIASES, aten.clone.default, aten._to_copy.default), _same),
+_SAME = (*_ALIASES, aten.clone.default, aten._to_copy.default, aten.copy_.default)
+_PRODUCTS = (aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.mul_.Scalar)
+_QUOTIENTS = (aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar, aten.div_.Scalar)
+_BETWEEN = (aten.lerp.Scalar, aten.lerp_.Scalar, aten.lerp.Tensor, aten.lerp_.Tensor)
+_FACTORS: dict[Any, tuple[int, Callable[..., Any]]] = {
+    **dict.fromkeys(_PRODUCTS, (1, lambda a, number: a * number)),
+    **dict.fromkeys(_QUOTIENTS, (1, lambda a, number: a / number)),
+    **dict.fromkeys((aten.add.Tensor, aten.add_.Tensor), (2, lambda a, b, alpha=1: a + alpha * b)),
+    **dict.fromkeys((aten.sub.Tensor, aten.sub_.Tensor), (2, lambda a, b, alpha=1: a - alpha * b)),
+    **dict.fromkeys(_BETWEEN, (2, lambda a, b, weight: a + weight * (b - a))),
 }
+"""Of each op whose result can be a multiple too: how many of its first arguments are multiples (the rest are
+numbers), and the factor of its result."""
 
-
-def _single_ops() -> dict[Any, Any]:
-    names = [f"{name}{place}" for name in ("add", "sub", "mul", "div", "lerp") for place in ("", "_")]
-    found = {}
-    for name in (*names, "copy_"):
-        packet = getattr(aten, f"_foreach_{name}")
-        found.update({getattr(packet, overload): getattr(aten, name) for overload in packet.overloads()})
-    return found
-
-
-EACH = _single_ops()
+_NAMES = [f"{name}{place}" for name in ("add", "sub", "mul", "div", "lerp") for place in ("", "_")]
+EACH = {
+    getattr(packet, overload): getattr(aten, name)
+    for name in (*_NAMES, "copy_")
+    for packet in [getattr(aten, f"_foreach_{name}")]
+    for overload in packet.overloads()
+}
 """Ops on lists of tensors, with the op that they apply to each."""
 
 
@@ -175,24 +146,17 @@ def each(func: Any, args: Any, kwargs: Any) -> Any:
     """Runs an op on lists: one by one for weights, so that only one is dense at a time, together for the
     rest."""
     lists = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, (list, tuple))]
-    count = len(args[0])
+    alone = [any(hasattr(type(item), "_share") for item in items) for items in zip(*lists, strict=True)]
+    rest = [i for i, single in enumerate(alone) if not single]
 
-    def picked(numbers: list[int]) -> tuple[Any, Any]:
-        def pick(arg: Any) -> Any:
-            return [arg[i] for i in numbers] if isinstance(arg, (list, tuple)) else arg
+    def run(op: Any, pick: Callable[[Any], Any]) -> Any:
+        def picked(arg: Any) -> Any:
+            return pick(arg) if isinstance(arg, (list, tuple)) else arg
 
-        return [pick(arg) for arg in args], {name: pick(arg) for name, arg in kwargs.items()}
+        return op(*map(picked, args), **{name: picked(arg) for name, arg in kwargs.items()})
 
-    special = [i for i in range(count) if any(hasattr(type(items[i]), "_share") for items in lists)]
-    plain = [i for i in range(count) if i not in set(special)]
-    found: dict[int, Any] = {}
-    if plain:
-        some_args, some_kwargs = picked(plain)
-        results = func(*some_args, **some_kwargs)
-        found.update(zip(plain, results or [None] * len(plain), strict=True))
-    for i in special:
-        one_args, one_kwargs = picked([i])
-        first = [arg[0] if isinstance(arg, list) else arg for arg in one_args]
-        named = {name: arg[0] if isinstance(arg, list) else arg for name, arg in one_kwargs.items()}
-        found[i] = EACH[func](*first, **named)
-    return [found[i] for i in range(count)] if func._schema.returns else None
+    results = iter((run(func, lambda items: [items[i] for i in rest]) if rest else None) or ())
+    found = [
+        run(EACH[func], itemgetter(i)) if single else next(results, None) for i, single in enumerate(alone)
+    ]
+    return found if func._schema.returns else None

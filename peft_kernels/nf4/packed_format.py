@@ -7,8 +7,8 @@ of dense weights reject its keys and shapes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..core.formats import FORMATS
 from ..core.nf4_state import NF4State, packed_rows
 from . import bitsandbytes_format
 from .assembly import assemble, check_scales, expect, short
-from .bitsandbytes_format import QUANT_TYPES
+from .bitsandbytes_format import QUANT_TYPES, description
 
 METHOD = "peft_kernels_nf4"
 """`quant_method` of a configuration that only this package reads, and our method's name in transformers."""
@@ -88,17 +88,6 @@ def tensors(state: NF4State, key: str) -> dict[str, Tensor]:
     return items
 
 
-def description(shape: tuple[int, ...], blocksize: int, dtype: torch.dtype, format: str) -> bytes:
-    """The JSON in the item of the state."""
-    numbers = {
-        "quant_type": format,
-        "blocksize": blocksize,
-        "dtype": str(dtype).removeprefix("torch."),
-        "shape": list(shape),
-    }
-    return json.dumps(numbers).encode()
-
-
 def read(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, torch.dtype]:
     """`from_state_dict` of the format in which `key` is stored, this one or bitsandbytes'."""
     if any(f"{key}.{item}" in state_dict for item in STATE_ITEMS):
@@ -109,74 +98,78 @@ def read(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, torch.dtype
 def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, torch.dtype]:
     """The weights saved under `key` and their nominal dtype. Raises ValueError for an item that is missing,
     truncated, unknown, or has impossible values."""
-    known = {name: f"{key}.{name}" for name in TENSOR_ITEMS}
-    state_item = next(item for item in STATE_ITEMS if f"{key}.{item}" in state_dict)
-    blob_key, with_experts = f"{key}.{state_item}", state_item in EXPERTS_STATE_ITEMS
-    foreign = next(
-        (n for n in state_dict if n.startswith(f"{key}.") and n not in (*known.values(), blob_key)), None
-    )
-    if foreign is not None:
-        raise ValueError(f"{foreign}: expected the items of a packed weight alone, got this key beside them")
-    blob = _item(state_dict, blob_key)
-    kinds = ("nf4",) if state_item == _NF4_EXPERTS else tuple(kind for kind in FORMATS if kind != "nf4")
-    numbers = bitsandbytes_format.read_json(blob_key, blob, kinds)
+    numbers = _description_of(state_dict, key)
     shape, format = numbers.shape, numbers.quant_type
-    if len(shape) != 2 + with_experts or (with_experts and shape[0] < 1):
-        expected = "(experts, out_features, in_features)" if with_experts else "(out_features, in_features)"
-        raise ValueError(f"{key}: expected a shape {expected}, got {short(shape)}")
-    nested = known["nested_absmax"] in state_dict or known["nested_offset"] in state_dict
-    form = FORMATS[format]
-    absmax2_item = "nested_absmax" if nested else "scale_values" if form.by_code else None
-    shifted = form.scale == "half" and known["zero_points"] in state_dict
-    offset_item = "nested_offset" if nested else "zero_points" if shifted else None
-    names = {"": key} | {n: known[n] for n in ("absmax", absmax2_item, offset_item) if n is not None}
-    for name in known.values():
-        if name in state_dict and name not in names.values():
-            raise ValueError(f"{name}: expected {', '.join(names.values())} of {format}, got this key too")
-    items = {name: _item(state_dict, item) for name, item in names.items()}
-    expect(key, "dtype", torch.uint8, items[""].dtype)
+    names = _names(state_dict, key, format)
+    tensors: Any = [name and _item(state_dict, name) for name in names]
+    expect(key, "dtype", torch.uint8, tensors[0].dtype)
+    nested, offset = names[3] == f"{key}.nested_offset", tensors[3]
     if nested:
-        expect(known["nested_offset"], "dtype", torch.float32, items["nested_offset"].dtype)
-    if len(shape) == 3:
-        for name, tensor in items.items():
-            expect(names[name], "number of dimensions", 1 if name == "nested_offset" else 2, tensor.dim())
-            expect(names[name], "number of experts", shape[0], tensor.shape[0])
-    codes, absmax = items[""], items["absmax"]
-    absmax2 = None if absmax2_item is None else items[absmax2_item]
-    offset = None if offset_item is None else items[offset_item]
+        expect(f"{key}.nested_offset", "dtype", torch.float32, offset.dtype)
+    experts = len(shape) == 3
+    for name, tensor in zip(names, tensors, strict=True):
+        if experts and name is not None:
+            dims = 1 if nested and tensor is offset else 2
+            expect(name, "number of dimensions", dims, tensor.dim())
+            expect(name, "number of experts", shape[0], tensor.shape[0])
     # Experts have equal sizes, so checking the first is enough.
-    parts: Any = codes, absmax, absmax2, offset
-    if len(shape) == 3:
-        parts = tuple(None if part is None else part[0] for part in parts)
-    one = assemble(
-        key, shape[-2:], numbers.blocksize, numbers.dtype, parts[0], parts[1], parts[2], parts[3], format
-    )
-    if len(shape) == 2:
-        state = one
-    else:
-        assert one.absmax is not None
-        state = NF4State(
-            shape,
-            one.blocksize,
-            packed_rows(codes.detach().contiguous(), shape, form.bits),
-            absmax.to(one.absmax.dtype).contiguous(),
-            None if absmax2 is None else absmax2.float().contiguous(),
-            offset,
-            double_quant=offset is not None,
-            format=format,
+    one: Any = [tensor[0] if experts and tensor is not None else tensor for tensor in tensors]
+    codes, absmax, absmax2, first = one
+    state = assemble(key, shape[-2:], numbers.blocksize, numbers.dtype, codes, absmax, absmax2, first, format)
+    if experts:
+        codes, absmax, absmax2, _ = tensors
+        state = replace(
+            state,
+            shape=shape,
+            packed=packed_rows(codes.detach().contiguous(), shape, FORMATS[format].bits),
+            absmax=absmax.to(state.absmax).contiguous(),
+            absmax2=None if absmax2 is None else absmax2.float().contiguous(),
+            offset=offset,
         )
     largest = 0.0
-    if nested and offset is not None and offset.device.type != "meta":
-        offsets = offset
-        largest = float(offsets.max())
-        good = (offsets >= 0) & (offsets <= torch.finfo(torch.float32).max)
-        if not bool(good.all()):
-            bad = int((~good).sum())
-            raise ValueError(
-                f"{known['nested_offset']}: expected finite numbers of 0 or more, got {bad} others"
-            )
+    if nested and offset.device.type != "meta":
+        largest = float(offset.max())
+        good = (offset >= 0) & (offset <= torch.finfo(torch.float32).max)
+        if bad := int((~good).sum()):
+            raise ValueError(f"{key}.nested_offset: expected finite numbers of 0 or more, got {bad} others")
     check_scales(key, state, largest)
     return state, numbers.dtype
+
+
+def _description_of(state_dict: Mapping[str, Any], key: str) -> bitsandbytes_format.Numbers:
+    """What the item of the state says. Raises ValueError if the weight has items of another format too."""
+    state_item = next(item for item in STATE_ITEMS if f"{key}.{item}" in state_dict)
+    known = {f"{key}.{name}" for name in (*TENSOR_ITEMS, state_item)}
+    for name in state_dict:
+        if name.startswith(f"{key}.") and name not in known:
+            raise ValueError(f"{name}: expected the items of a packed weight alone, got this key beside them")
+    kinds = ("nf4",) if state_item == _NF4_EXPERTS else tuple(kind for kind in FORMATS if kind != "nf4")
+    name = f"{key}.{state_item}"
+    numbers = bitsandbytes_format.read_json(name, _item(state_dict, name), kinds)
+    dims = ("experts",) if state_item in EXPERTS_STATE_ITEMS else ()
+    if len(numbers.shape) != 2 + len(dims) or (dims and numbers.shape[0] < 1):
+        expected = ", ".join((*dims, "out_features", "in_features"))
+        raise ValueError(f"{key}: expected a shape ({expected}), got {short(numbers.shape)}")
+    return numbers
+
+
+def _names(state_dict: Mapping[str, Any], key: str, format: str) -> list[str | None]:
+    """The keys of the codes, the scales, the second scales and the offsets; None for those that the weight
+    does not have. Raises ValueError for items of other formats."""
+    present = [name for name in TENSOR_ITEMS if f"{key}.{name}" in state_dict]
+    form, second, third = FORMATS[format], None, None
+    if "nested_absmax" in present or "nested_offset" in present:
+        second, third = "nested_absmax", "nested_offset"
+    elif form.by_code:
+        second = "scale_values"
+    elif form.scale == "half" and "zero_points" in present:
+        third = "zero_points"
+    names = [key, *(name and f"{key}.{name}" for name in ("absmax", second, third))]
+    for name in present:
+        if f"{key}.{name}" not in names:
+            expected = ", ".join(filter(None, names))
+            raise ValueError(f"{key}.{name}: expected {expected} of {format}, got this key too")
+    return names
 
 
 def _item(state_dict: Mapping[str, Any], name: str) -> Tensor:

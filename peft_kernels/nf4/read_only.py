@@ -12,6 +12,7 @@ _NO_WRITE = (
     "an NF4 weight has no writable views of its values (the write would be lost); write to the weight "
     "itself, or to a dense copy, weight.dequantize()"
 )
+_COPYING = (Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.__reduce_ex__, Tensor.__deepcopy__)
 
 
 class ReadOnlyView(Tensor):
@@ -22,13 +23,7 @@ class ReadOnlyView(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            if func in (
-                Tensor.numpy,
-                Tensor.__array__,
-                Tensor.tolist,
-                Tensor.__reduce_ex__,
-                Tensor.__deepcopy__,
-            ):
+            if func in _COPYING:
                 return func(args[0].clone(), *args[1:], **(kwargs or {}))
             return func(*args, **(kwargs or {}))
 

@@ -23,18 +23,13 @@ aten = torch.ops.aten
 
 # Reads that may return the weight itself. From a permanently dense weight they return the ordinary tensor:
 # assigning a subclass to an ordinary parameter's `data` crashes torch.
-_READS = frozenset(
-    getattr(torch.Tensor, name)
-    for name in (
-        *("to", "float", "half", "bfloat16", "double", "type_as"),
-        *("cpu", "cuda", "contiguous", "detach"),
-    )
-)
+_READS = {
+    *(Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.type_as),
+    *(Tensor.cpu, Tensor.cuda, Tensor.contiguous, Tensor.detach),
+}
 
 # Functions that read a storage, which the wrapper lacks.
-STORAGE_READS = frozenset(
-    getattr(torch.Tensor, name) for name in ["numpy", "__array__", "tolist", "__dlpack__"]
-)
+STORAGE_READS = frozenset((Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.__dlpack__))
 
 FLATTENED = (
     "FSDP1 and DeepSpeed's ZeRO-3 flatten parameters, which packed weights do not support; shard it by FSDP2 "
@@ -133,9 +128,8 @@ def _assign_data(func: Any, self: NF4Tensor, value: Tensor) -> None:
         if cast is not None and cast[0]() is old and value._state.packed is cast[1] and not value.is_dense:
             return  # `p.data = p.data.to(dtype)` of PEFT's kbit preparation: nothing to widen
     if isinstance(value, Multiple):
-        if (
-            old.is_once(value._share()) and value.dtype != torch.float64
-        ):  # not a nominal dtype of packed weights
+        # float64 is no nominal dtype of packed weights.
+        if old.is_once(value._share()) and value.dtype != torch.float64:
             return old.repack()
         value = value._held
     if not (isinstance(value, NF4Tensor) and value._state is old):
@@ -358,12 +352,9 @@ def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
     return on_dense(func, args, kwargs)
 
 
-def _view(func: Any, args: Any, kwargs: Any) -> Tensor:
+def _view(func: Any, args: Any, kwargs: Any) -> Any:
     """A view of its own shape, as DTensor's `to_local` makes it, is an alias."""
-    view: Tensor = (
-        _alias(func, args, kwargs) if tuple(args[1]) == args[0].shape else on_dense(func, args, kwargs)
-    )
-    return view
+    return (_alias if tuple(args[1]) == args[0].shape else on_dense)(func, args, kwargs)
 
 
 _HANDLERS: dict[Any, Callable[[Any, Any, Any], Any]] = {

@@ -265,14 +265,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
     def _plans_for(self, active: list[list[Tensor]]) -> list[Plan]:
         """A plan for each device and shard number, reused from the previous step if still valid. `active`
         lists parameters by group."""
-        before, moments = chain.from_iterable(self._active), self._first_moments()
-        if (
-            list(map(len, active)) == list(map(len, self._active))
-            and all(map(is_, chain.from_iterable(active), before))
-            and len(moments) == len(self._moments)
-            and all(map(is_, moments, self._moments))
-            and all(map(Plan.is_in_place, self._plans))
-        ):
+        if self._are_current(active):
             return self._plans
         names = {p: self._name(p) for p in chain.from_iterable(active)}
         if stale := len(self._overrides.keys() - set(self._mine())):
@@ -280,19 +273,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
                 f"override_config: {stale} overridden parameters are no longer in any group: override those "
                 "that replaced them"
             )
-        parts: dict[tuple[torch.device, int], list[Tensor]] = {}
-        for p, name in names.items():
-            number = Layout(p, name).number if is_sharded(p) else 0
-            dtype, shape = p.dtype, part_of(p).shape
-            if self.state.get(p):
-                dtype, shape = self._dtypes.get(p, dtype), self.state[p]["state1"].shape
-            check(p, p.grad, name, dtype, shape)  # type: ignore[arg-type]
-            if self._max_grad_norm:
-                refuse_flat_parts(p, name)
-            parts.setdefault((p.device, number), []).append(p)
-        devices = {device for device, _ in parts}
-        if len(devices) > 1 and self._max_grad_norm:
-            raise ValueError(f"max_grad_norm: expected parameters on one device, got {len(devices)} devices")
+        parts = self._parts(names)
         self._pager.synchronize()
         # In new dicts, so that an error leaves nothing behind, pinned memory included.
         states = {
@@ -327,6 +308,34 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         self._active, self._plans, self._configs = active, plans, configs
         self._moments = self._first_moments()
         return plans
+
+    def _are_current(self, active: list[list[Tensor]]) -> bool:
+        """Whether the cached plans are for these parameters and their states."""
+        before, moments = chain.from_iterable(self._active), self._first_moments()
+        return (
+            list(map(len, active)) == list(map(len, self._active))
+            and all(map(is_, chain.from_iterable(active), before))
+            and len(moments) == len(self._moments)
+            and all(map(is_, moments, self._moments))
+            and all(map(Plan.is_in_place, self._plans))
+        )
+
+    def _parts(self, names: dict[Tensor, str]) -> dict[tuple[torch.device, int], list[Tensor]]:
+        """The parameters by device and shard number, checked."""
+        parts: dict[tuple[torch.device, int], list[Tensor]] = {}
+        for p, name in names.items():
+            number = Layout(p, name).number if is_sharded(p) else 0
+            dtype, shape = p.dtype, part_of(p).shape
+            if self.state.get(p):
+                dtype, shape = self._dtypes.get(p, dtype), self.state[p]["state1"].shape
+            check(p, p.grad, name, dtype, shape)  # type: ignore[arg-type]
+            if self._max_grad_norm:
+                refuse_flat_parts(p, name)
+            parts.setdefault((p.device, number), []).append(p)
+        devices = {device for device, _ in parts}
+        if len(devices) > 1 and self._max_grad_norm:
+            raise ValueError(f"max_grad_norm: expected parameters on one device, got {len(devices)} devices")
+        return parts
 
     def _new_state(self, p: Tensor, name: str) -> dict[str, Any]:
         """The initial state of a parameter."""

@@ -27,16 +27,7 @@ def read(
 
     Shares no memory with the state_dict. Raises ValueError for what is missing or does not fit.
     """
-    if missing := [name for name in ("state", "param_groups") if name not in state_dict]:
-        raise ValueError(f"state_dict: expected state and param_groups, got no {', '.join(missing)}")
-    saved = deepcopy(state_dict["param_groups"])
-    for group in saved:
-        if lacking := [name for name in ("params", "lr", "betas", "weight_decay") if name not in group]:
-            raise ValueError(f"param_groups: a group has no {', '.join(lacking)}")
-        check_numbers(group)
-    sizes, got = ([len(group["params"]) for group in groups] for groups in (mine, saved))
-    if got != sizes:
-        raise ValueError(f"param_groups: expected groups of {sizes} parameters, got {got}")
+    saved = _groups(state_dict, mine)
     by_key = {
         key: p
         for group, own in zip(saved, mine, strict=True)
@@ -57,6 +48,21 @@ def read(
         for group, own in zip(saved, mine, strict=True)
     ]
     return states, groups
+
+
+def _groups(state_dict: Mapping[str, Any], mine: Sequence[Mapping[str, Any]]) -> list[State]:
+    """The saved groups, which have the sizes of `mine`."""
+    if missing := [name for name in ("state", "param_groups") if name not in state_dict]:
+        raise ValueError(f"state_dict: expected state and param_groups, got no {', '.join(missing)}")
+    saved: list[State] = deepcopy(state_dict["param_groups"])
+    for group in saved:
+        if lacking := [name for name in ("params", "lr", "betas", "weight_decay") if name not in group]:
+            raise ValueError(f"param_groups: a group has no {', '.join(lacking)}")
+        check_numbers(group)
+    sizes, got = ([len(group["params"]) for group in groups] for groups in (mine, saved))
+    if got != sizes:
+        raise ValueError(f"param_groups: expected groups of {sizes} parameters, got {got}")
+    return saved
 
 
 def _local(entry: State, p: Tensor, what: str) -> State:

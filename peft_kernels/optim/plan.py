@@ -8,7 +8,7 @@ parameters are split into pieces of STREAM elements that are never split further
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,6 @@ from ..core import dispatch
 from ..ops.optim import STATE_BLOCK
 from .paging import CURRENT, SLOTS, Chunk, Piece, Ring, split_to_chunks
 from .sharded import check_gradient, is_sharded, part_of
-from .states import moment_names
 
 STREAM = 1 << 22
 """Elements of a bf16 parameter per stream of random bits."""
@@ -52,6 +51,14 @@ def check(p: Tensor, grad: Tensor, name: str, dtype: torch.dtype, shape: Sequenc
         raise ValueError(f"{name}: expected elements in memory of their own, got strides {p.stride()}")
 
 
+def _cut(sizes: Sequence[int], whole: Sequence[bool]) -> Iterator[tuple[int, int, int]]:
+    """The pieces of parameters, (owner, start, stop). `whole`: those with streams of random bits."""
+    for owner, size in enumerate(sizes):
+        step = STREAM if whole[owner] else max(size, 1)
+        for start in range(0, max(size, 1), step):
+            yield owner, start, min(start + step, size)
+
+
 class Plan:
     """Parameters on one device with the same shard number (`Layout.number`), their states as lists, and their
     steps as one tensor, of which the states' `step` are views."""
@@ -77,20 +84,14 @@ class Plan:
         self.device = device
         self.none = torch.empty(0, device=device)
         whole = [stochastic and dtype == torch.bfloat16 for dtype in self.dtypes]
-        self.pieces = [
-            (owner, start, min(start + STREAM, size) if whole[owner] else size)
-            for owner, size in enumerate(self.sizes)
-            for start in (range(0, max(size, 1), STREAM) if whole[owner] else [0])
-        ]
+        self.pieces = list(_cut(self.sizes, whole))
         self.groups = [groups[owner] for owner, _, _ in self.pieces]
         self.states: list[list[Tensor]] = [[], [], [], [], []]  # STATE1 to COMPENSATION
-        for i in moment_names(kind == "lion"):
-            self.states[i - 1] = self._in_pieces([state[f"state{i}"] for state in states])
-            self.states[i + 1] = self._in_pieces(
-                [s.get(f"absmax{i}", self.none) for s in states], STATE_BLOCK
-            )
-        if any("compensation" in state for state in states):
-            self.states[4] = self._in_pieces([state.get("compensation", self.none) for state in states])
+        units = {"state1": 1, "state2": 1, "absmax1": STATE_BLOCK, "absmax2": STATE_BLOCK, "compensation": 1}
+        for at, (name, unit) in enumerate(units.items()):
+            # A moment has a list of scales even if all are in fp32: of empty tensors.
+            if any(name.replace("absmax", "state") in state for state in states):
+                self.states[at] = self._in_pieces([s.get(name, self.none) for s in states], unit)
         steps = [torch.as_tensor(s["step"], dtype=torch.int64, device=device).reshape(()) for s in states]
         self.steps = torch.stack([steps[owner] for owner, _, _ in self.pieces])
         for (owner, start, _), step in zip(self.pieces, self.steps.unbind(), strict=True):
@@ -101,26 +102,29 @@ class Plan:
         # The kernel is selected by one parameter; other dtypes need the reference implementation.
         known = (torch.float32, torch.bfloat16, torch.float16)
         self.like = part_of(next((p for p in parameters if p.dtype not in known), parameters[0]))
-        self.ring = ring if any(paged) else None
         self.paged = [paged[owner] for owner, _, _ in self.pieces]
+        self.ring = ring if any(paged) else None
         self.chunks: list[Chunk] = []
         self.host: list[list[Tensor]] = []  # flat host tensors of each chunk
         self.page_bytes = 0  # of buffers during a step
         if self.ring is not None:
-            sizes = [
-                Piece(stop - start, tuple(t.itemsize for t in self._host_of(i)), whole[owner], names[owner])
-                for i, (owner, start, stop) in enumerate(self.pieces)
+            self._page(self.ring, whole)
+
+    def _page(self, ring: Ring, whole: Sequence[bool]) -> None:
+        sizes = [
+            Piece(stop - start, tuple(t.itemsize for t in self._host_of(i)), whole[owner], self.names[owner])
+            for i, (owner, start, stop) in enumerate(self.pieces)
+        ]
+        self.chunks = split_to_chunks(sizes, ring.budget)
+        self.page_bytes = min(SLOTS, len(self.chunks)) * max(chunk.nbytes for chunk in self.chunks)
+        self.host = [
+            [
+                t.view(-1)[start:stop]
+                for i, (start, stop) in enumerate(chunk.parts, chunk.first)
+                for t in self._host_of(i)
             ]
-            self.chunks = split_to_chunks(sizes, self.ring.budget)
-            self.page_bytes = min(SLOTS, len(self.chunks)) * max(chunk.nbytes for chunk in self.chunks)
-            self.host = [
-                [
-                    t.view(-1)[start:stop]
-                    for i, (start, stop) in enumerate(chunk.parts, chunk.first)
-                    for t in self._host_of(i)
-                ]
-                for chunk in self.chunks
-            ]
+            for chunk in self.chunks
+        ]
 
     def _in_pieces(self, tensors: Sequence[Tensor], unit: int = 1) -> list[Tensor]:
         """Splits tensors that have one entry per `unit` elements of a parameter, or none, to pieces."""

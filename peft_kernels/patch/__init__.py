@@ -22,7 +22,7 @@ from . import fused
 from .block.attention_function import FusedAttentionFunction
 from .examination import Examination
 from .examine import LAYER, LOSS, PARTS, PREFIX, examine_all
-from .fused import Fused, Record
+from .fused import Record
 from .loss.eligibility import heads
 from .loss.forward import LossModel, head_mixin
 from .loss.trl_head import has_trl_head
@@ -118,27 +118,25 @@ def _can_install(found: Examination, module: nn.Module) -> bool:
 
 def _install(report: PatchReport, plan: list[tuple[nn.Module, LayerReport, Examination]]) -> None:
     """Swaps the classes of all modules in the plan, or of none if one of them fails."""
-    mixins: dict[nn.Module, type[Fused]] = {}
-    for module, _, found in plan:
-        assert found.mixin is not None
-        mixins[module] = found.mixin
-    # Not part of the plan; looked for again in a model that is patched already, as layers may be added.
-    extra: dict[nn.Module, type[Fused]] = {
-        module: mixin for prefix in report.prefixes for module, mixin in checkpointed(prefix._module())
+    of_heads: dict[nn.Module, Any] = {
+        head: head_mixin(head)
+        for entry in report.losses
+        if not entry.as_found
+        for head in heads(entry._module())
     }
-    for entry in report.losses:
-        for head in heads(entry._module()) if not entry.as_found else ():
-            if head in mixins:
-                mixins[head] = head_mixin(head)
-            else:
-                extra[head] = head_mixin(head)
     records = [Record(facts=found.facts, without=report.without) for _, _, found in plan]
-    if any(issubclass(mixin, FusedAttentionFunction) for mixin in mixins.values()):
+    planned = [
+        (module, of_heads.pop(module, found.mixin), record)
+        for (module, _, found), record in zip(plan, records, strict=True)
+    ]
+    # Not part of the plan; looked for again in a model that is patched already, as layers may be added.
+    extra = dict(pair for prefix in report.prefixes for pair in checkpointed(prefix._module())) | of_heads
+    if any(issubclass(mixin, FusedAttentionFunction) for _, mixin, _ in planned):
         from .block import attend
 
         attend.serve_patched()
     fused.fuse_all(
-        [(module, mixins[module], record) for (module, _, _), record in zip(plan, records, strict=True)]
+        planned
         + [(module, mixin, Record()) for module, mixin in extra.items() if fused.record_of(module) is None]
     )
     for (module, entry, _), record in zip(plan, records, strict=True):

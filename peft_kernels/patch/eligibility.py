@@ -166,52 +166,62 @@ def fused_operands(
         return Fallback(unsupported_reason(layer))
     if not called and (reason := hook_reason(layer, spec.device)):
         return Fallback(reason)
-    d = layer.__dict__
     # Not by attribute: a property, as of a parametrization, is not a parameter. Replicas of DataParallel and
     # unsharded views of FSDP are plain tensors on the instance.
-    parameters = d["_parameters"]
+    parameters = layer.__dict__["_parameters"]
     weight = parameters.get("weight")
-    if weight is None:
-        weight = d.get("weight")
-        if weight is None:
-            return Fallback(f"the weight of {an(layer)} is not a parameter; remove the parametrization")
+    if weight is None and (weight := layer.__dict__.get("weight")) is None:
+        return Fallback(f"the weight of {an(layer)} is not a parameter; remove the parametrization")
     bias = parameters["bias"] if "bias" in parameters else layer.bias  # noqa: SIM401 (evaluates both)
-    autocast = spec.autocast
-    dtype = out_dtype = spec.dtype if autocast is None else autocast
+    dtype = spec.dtype if spec.autocast is None else spec.autocast
     if kind is FOUR_BIT:
-        if (unusable := _four_bit_reason(weight)) is not None:
-            return Fallback(unusable)
-        compute, out_dtype = _compute_dtype(layer, spec.dtype), spec.dtype
-        weight = _state_of(weight)
-        # The delta is computed from x in the wider dtype, unless autocast rounds x for it.
-        rounds = spec.dtype == compute or autocast == compute
-        dtype = compute if rounds else torch.promote_types(spec.dtype, compute)
+        found = _four_bit(layer, weight, spec)
     elif type(weight) is NF4Weight:
-        compute = dtype
-        if autocast is None and dtype == torch.float32:
-            compute = d.get("compute_dtype")
-            if compute is None:
-                with torch._C.DisableTorchFunctionSubclass():  # costs microseconds, even for attributes
-                    compute = weight.dtype
-        weight = weight._state
+        found = weight._state, dtype, _packed_dtype(layer, weight, spec, dtype), dtype
     else:
-        if type(weight) not in _ORDINARY:
-            if is_sharded(weight):
-                return Fallback(f"the base weight is sharded: {UNGATHERED}")
-            return Fallback(f"the base weight is {an(weight)}; use a plain or packed weight")
-        compute = dtype
-        if weight.dtype != dtype:
-            if autocast is None:
-                return Fallback(
-                    f"x is {spec.dtype}, the base weight {weight.dtype}; use one dtype, or autocast"
-                )
-            if rounds_frozen or weight.dtype != torch.float32 or weight.requires_grad:
-                weight = weight.to(dtype)
-        if kind is TRANSPOSED:
-            weight = weight.t()
+        found = _dense(kind, weight, spec, dtype, rounds_frozen)
+    if isinstance(found, Fallback):
+        return found
+    weight, dtype, compute, out_dtype = found
     if bias is not None and bias.dtype != dtype and bias.dtype != torch.float32:
         bias = bias.to(dtype)
     return Base(weight, bias, dtype, compute, out_dtype)
+
+
+# What ops take of each kind of weight: the weight, and the dtypes of Base.
+
+
+def _four_bit(layer: Any, weight: Any, spec: InputSpec) -> Any:
+    if (unusable := _four_bit_reason(weight)) is not None:
+        return Fallback(unusable)
+    compute = _compute_dtype(layer, spec.dtype)
+    # The delta is computed from x in the wider dtype, unless autocast rounds x for it.
+    rounds = spec.dtype == compute or spec.autocast == compute
+    dtype = compute if rounds else torch.promote_types(spec.dtype, compute)
+    return _state_of(weight), dtype, compute, spec.dtype
+
+
+def _packed_dtype(layer: Any, weight: NF4Weight, spec: InputSpec, dtype: torch.dtype) -> Any:
+    if spec.autocast is not None or dtype != torch.float32:
+        return dtype
+    own = layer.__dict__.get("compute_dtype")
+    if own is None:
+        with torch._C.DisableTorchFunctionSubclass():  # costs microseconds, even for attributes
+            return weight.dtype
+    return own
+
+
+def _dense(kind: str, weight: Any, spec: InputSpec, dtype: torch.dtype, rounds_frozen: bool) -> Any:
+    if type(weight) not in _ORDINARY:
+        if is_sharded(weight):
+            return Fallback(f"the base weight is sharded: {UNGATHERED}")
+        return Fallback(f"the base weight is {an(weight)}; use a plain or packed weight")
+    if weight.dtype != dtype:
+        if spec.autocast is None:
+            return Fallback(f"x is {spec.dtype}, the base weight {weight.dtype}; use one dtype, or autocast")
+        if rounds_frozen or weight.dtype != torch.float32 or weight.requires_grad:
+            weight = weight.to(dtype)
+    return weight.t() if kind is TRANSPOSED else weight, dtype, dtype, dtype
 
 
 def _compute_dtype(layer: Any, x_dtype: torch.dtype) -> torch.dtype:
@@ -226,18 +236,10 @@ def _state_of(weight: Any) -> NF4State:
     quant_state = weight.quant_state
     if weight.dtype is not torch.uint8 or quant_state.absmax.dtype not in (torch.uint8, torch.float32):
         return bitsandbytes_format.state_of(weight)
-    out_features, in_features = quant_state.shape
-    with (
-        torch._C.DisableTorchFunctionSubclass()
-    ):  # that of Params4bit takes several times as long as the rest
-        packed = weight.view(out_features, in_features // 2) if in_features % 2 == 0 else weight.view(-1)
+    shape, absmax = tuple(quant_state.shape), quant_state.absmax
+    # The torch function of Params4bit takes several times as long as the rest.
+    with torch._C.DisableTorchFunctionSubclass():
+        packed = weight.view(shape[0], shape[1] // 2) if shape[1] % 2 == 0 else weight.view(-1)
     second, offset = (quant_state.state2.absmax, quant_state.offset) if quant_state.nested else (None, None)
-    return NF4State(
-        (out_features, in_features),
-        quant_state.blocksize,
-        packed,
-        quant_state.absmax,
-        second,
-        offset,
-        format=quant_state.quant_type,
-    )
+    format = quant_state.quant_type
+    return NF4State(shape, quant_state.blocksize, packed, absmax, second, offset, format=format)

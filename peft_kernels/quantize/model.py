@@ -89,10 +89,7 @@ def quantize_model(
         no module, or some but not all weights are on the meta device. All layers are checked before the first
         is replaced, so the model is then unchanged.
     """
-    if skip is not None and modules_to_not_convert is not None:
-        raise ValueError("skip: expected it or modules_to_not_convert (they are the same), got both")
-    names = skip if skip is not None else modules_to_not_convert
-    names = (names,) if isinstance(names, str) else None if names is None else tuple(names)
+    names = _names(skip, modules_to_not_convert)
     if is_linear(model) or isinstance(model, nn.Linear):
         raise ValueError(
             "model: expected a module that contains nn.Linear layers, got one; use NF4Linear.from_linear"
@@ -148,6 +145,13 @@ def quantize_model(
         _attach_quantizer(model, blocksize, double_quant, names, compute_dtype, experts, format)
         logger.info("%s", report)
     return model
+
+
+def _names(skip: Any, modules_to_not_convert: Any) -> tuple[str, ...] | None:
+    if skip is not None and modules_to_not_convert is not None:
+        raise ValueError("skip: expected it or modules_to_not_convert (they are the same), got both")
+    names = skip if skip is not None else modules_to_not_convert
+    return (names,) if isinstance(names, str) else None if names is None else tuple(names)
 
 
 def _attach_quantizer(model: nn.Module, *arguments: Any) -> None:

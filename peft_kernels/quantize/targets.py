@@ -30,33 +30,46 @@ def targets(
 
     `tied` names weights that will be shared once the model is loaded.
     """
-    owners: Counter[int] = Counter()
     for module in model.modules():
         if isinstance(module, NF4Linear):
             module.revert_to_linear_if_dense()
-        owners.update(id(part) for parts in (module._modules, module._parameters) for part in parts.values())
-    adapters = set(_adapter_modules(model))
+    owners, adapters = _owners(model), set(_adapter_modules(model))
     stay = heads(model) if skip is None else {}
     for name, module in model.named_modules():
-        if isinstance(module, NF4Linear) or module in adapters:
+        linear = isinstance(module, nn.Linear) or is_linear(module)
+        if not linear or isinstance(module, NF4Linear) or module in adapters:
             continue
-        if not isinstance(module, nn.Linear) and not is_linear(module):
-            continue
-        weight = module._parameters.get("weight")
-        if not is_linear(module):
-            left[name] = _reason_other(module)
-        elif skip is not None and any(fits(part, name) for part in skip):
-            left[name] = "named in skip"
-        elif owners[id(weight)] > 1 or owners[id(module)] > 1 or f"{name}.weight" in tied:
-            left[name] = "it shares its weight with another place in the model"
-        elif skip is None and any(fits(part, name) for part in HEAD_NAMES):
-            left[name] = "a head that may be trained; skip=() would pack it"
-        elif module in stay:
-            left[name] = f"{stay[module]}; skip=() would pack it"
-        elif type(weight) is not nn.Parameter:
-            left[name] = f"its weight is {an(weight)}"
+        parts = module, module._parameters.get("weight")
+        shared = any(owners[id(part)] > 1 for part in parts) or f"{name}.weight" in tied
+        if reason := _reason(name, module, skip, shared, stay):
+            left[name] = reason
         else:
             yield name, module
+
+
+def _reason(
+    name: str, module: nn.Module, skip: tuple[str, ...] | None, shared: bool, stay: dict[nn.Module, str]
+) -> str:
+    """Why a linear layer stays dense, or ""."""
+    if not is_linear(module):
+        return _reason_other(module)
+    if any(fits(part, name) for part in skip or ()):
+        return "named in skip"
+    if shared:
+        return "it shares its weight with another place in the model"
+    if skip is None and any(fits(part, name) for part in HEAD_NAMES):
+        return "a head that may be trained; skip=() would pack it"
+    if module in stay:
+        return f"{stay[module]}; skip=() would pack it"
+    weight = module._parameters.get("weight")
+    return "" if type(weight) is nn.Parameter else f"its weight is {an(weight)}"
+
+
+def _owners(model: nn.Module) -> Counter[int]:
+    """In how many places each module and parameter is, by id."""
+    modules = model.modules()
+    held = (part for m in modules for parts in (m._modules, m._parameters) for part in parts.values())
+    return Counter(map(id, held))
 
 
 def choose_layers(model: nn.Module, skip: Iterable[str] = ()) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -109,10 +122,7 @@ def expert_targets(
     model: nn.Module, skip: tuple[str, ...] | None, left: dict[str, str], tied: Collection[str] = ()
 ) -> Iterator[tuple[str, Any]]:
     """As `targets`, for experts modules."""
-    owners: Counter[int] = Counter()
-    for module in model.modules():
-        owners.update(id(part) for parts in (module._modules, module._parameters) for part in parts.values())
-    adapters = set(_adapter_modules(model))
+    owners, adapters = _owners(model), set(_adapter_modules(model))
     stay = heads(model) if skip is None else {}
     for name, module in model.named_modules():
         if computes_experts(module) and any(is_dtensor(p) for p in module._parameters.values()):

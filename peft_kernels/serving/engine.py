@@ -77,9 +77,8 @@ class Engine:
         self._batch = Batch(self._decoder, self._store, max_batch, pad)
         self._waiting: deque[Request] = deque()
         self._model_lock = FairLock()  # guards model, store and batch; held during a step
-        self._queue = (
-            threading.Condition()
-        )  # guards what submit uses; taken inside _model_lock, never around it
+        # Guards what submit uses; taken inside _model_lock, never around it.
+        self._queue = threading.Condition()
         self._serving = 0  # threads in run() or _loop()
         self._process = os.getpid()  # their process
         self._thread: threading.Thread | None = None

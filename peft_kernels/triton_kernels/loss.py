@@ -245,6 +245,12 @@ class Adapter(NamedTuple):
     def added(self, logits: Tensor, rows: slice, cols: slice) -> Tensor:
         return torch.addmm(logits.float(), self.h[rows], self.b[cols].t())
 
+    def add_gradients(self, d: Tensor, cols: slice, dh: Tensor | None, db: Tensor | None) -> None:
+        if dh is not None:
+            dh.addmm_(d, self.b[cols])
+        if db is not None:
+            db[cols] = torch.mm(d.t(), self.h)
+
 
 ALL = slice(None)
 
@@ -311,12 +317,9 @@ def linear_cross_entropy_backward(args: Any) -> tuple[Tensor, ...]:
             dw[part] = torch.mm(rounded.t(), x)
         if dbias is not None:
             dbias[part] = d.sum(0, dtype=torch.float32)
-        if adapter is not None and dh is not None:
-            dh.addmm_(d, adapter.b[part])
-        if adapter is not None and db is not None:
-            db[part] = torch.mm(d.t(), adapter.h)
-    dx, dh = (None if t is None else t.to(like.dtype) for t, like in ((dx, args.x), (dh, args.h)))
-    dx, dh = (None if t is None else _spread(t, rows, args.x) for t in (dx, dh))
+        if adapter is not None:
+            adapter.add_gradients(d, part, dh, db)
+    dx, dh = (t if t is None else _spread(t.to(u.dtype), rows, u) for t, u in ((dx, args.x), (dh, args.h)))
     return tuple(x.new_empty(0) if t is None else t for t in (dx, dw, dbias, dh, db))
 
 

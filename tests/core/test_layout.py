@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGE = ROOT / "peft_kernels"
-MOST_LINES, MOST_FILES = 400, 25
+MOST_LINES, MOST_FILES, MOST_BRANCHES = 400, 25, 20
 SOURCES = [
     path
     for folder in ("peft_kernels", "csrc", "bench", "examples", "tools", "tests")
@@ -137,6 +137,32 @@ def test_a_folder_has_at_most_25_files() -> None:
     counts = Counter(path.parent.relative_to(ROOT).as_posix() for path in SOURCES)
     assert len(counts) > 40
     assert {folder: count for folder, count in counts.items() if count > MOST_FILES} == {}
+
+
+_BRANCHES = (ast.If, ast.IfExp, ast.For, ast.While, ast.With, ast.ExceptHandler, ast.Assert, ast.match_case)
+
+
+def branches(function: ast.AST) -> int:
+    """1, and one for each branch, loop and further condition. Functions inside are counted by themselves."""
+    count, nodes = 1, list(ast.iter_child_nodes(function))
+    for node in nodes:
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            nodes += ast.iter_child_nodes(node)
+        count += isinstance(node, _BRANCHES)
+        count += len(node.values) - 1 if isinstance(node, ast.BoolOp) else 0
+        count += 1 + len(node.ifs) if isinstance(node, ast.comprehension) else 0
+    return count
+
+
+def test_a_function_has_at_most_20_branches() -> None:
+    found = {
+        f"{name}:{node.lineno} {node.name}": branches(node)
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and name.startswith("peft_kernels")
+    }
+    assert len(found) > 2000
+    assert {name: count for name, count in found.items() if count > MOST_BRANCHES} == {}
 
 
 def test_names_of_test_modules_are_unique() -> None:

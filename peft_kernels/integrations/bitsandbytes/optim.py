@@ -54,6 +54,7 @@ def _unsigned_map(device: torch.device) -> Tensor:
     return dynamic_map(device, signed=False)
 
 
+@torch.no_grad()
 def _update(args: Any, *absmax: Tensor | None) -> Any:
     """A step of one parameter. Large states of paged optimizers on CUDA are in managed memory, which torch
     reports as CPU memory: they fall back to bitsandbytes."""
@@ -64,23 +65,20 @@ def _update(args: Any, *absmax: Tensor | None) -> Any:
     moments = [t for t in (args.state1, args.state2) if t is not None]
     scales = [t for t in absmax if t is not None][: len(moments)]
     blocks = blocks_of(p.shape) if moments[0].dtype == torch.uint8 else 0
-    if (
-        len(moments) != (1 if kind == "lion" else 2)
-        or any(t.device != device or not t.is_contiguous() for t in (g, p, *moments, *scales))
-        or any(t.numel() != p.numel() for t in (g, *moments))
-        or [t.numel() for t in scales] != [blocks] * len(moments)
+    sizes = [(t, p.numel()) for t in (g, p, *moments)] + [(t, blocks) for t in scales]
+    if not len(moments) == len(scales) == (1 if kind == "lion" else 2) or any(
+        t.device != device or not t.is_contiguous() or t.numel() != size for t, size in sizes
     ):
         return NotImplemented
     steps = torch.full((1,), args.step, dtype=torch.int64, device=device)
     rate = torch.full((1,), args.lr, dtype=torch.float32, device=device)
     factor = None if args.gnorm_scale == 1 else torch.full((), args.gnorm_scale, device=device)
-    lists = [[t] for t in moments] + [[]] * (2 - len(moments))
-    lists += [[t] for t in scales] + [[]] * (2 - len(moments))
+    none: list[list[Tensor]] = [[]] * (2 - len(moments))
+    lists = [*([t] for t in moments), *none, *([t] for t in scales), *none]
     numbers = [args.beta1], [args.beta2], [args.eps], [args.weight_decay], kind
-    with torch.no_grad():
-        dispatch.call(
-            "adamw", [p], [g], *lists, [], steps, [0], rate, *numbers, None, None, 0.0, None, factor, like=p
-        )
+    dispatch.call(
+        "adamw", [p], [g], *lists, [], steps, [0], rate, *numbers, None, None, 0.0, None, factor, like=p
+    )
     return None
 
 

@@ -108,9 +108,8 @@ class NF4Shard(Tensor):
 
         The tensors stay the same objects between calls, because backward passes have saved them.
         """
-        count, part = (
-            metadata  # where the parameters are offloaded, `part` is on the device and `self` is not
-        )
+        # Where the parameters are offloaded, `part` is on the device and `self` is not.
+        count, part = metadata
         gathered = list(all_gather_outputs)
         if count == 1:
             gathered = unpack_bytes(gathered[0], part.gather_inputs(1))
@@ -194,23 +193,21 @@ def _clone(func: Any, args: Any, kwargs: Any) -> NF4Shard:
     return _like(args[0], args[0]._rows.map(torch.clone))
 
 
-def _blank(func: Any, args: Any, kwargs: Any) -> Tensor:
+def _blank(func: Any, args: Any, kwargs: Any) -> Any:
     """Zeros of the same form, in which asynchronous checkpoints are staged."""
     shard = args[0]
     if kwargs.get("dtype") not in (None, shard.dtype):
-        found: Tensor = _read(func, args, kwargs)
-        return found
+        return _read(func, args, kwargs)
     device = kwargs.get("device")
     return _like(shard, shard._rows.map(lambda t: torch.zeros_like(t, device=device)))
 
 
-def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
+def _to_copy(func: Any, args: Any, kwargs: Any) -> Any:
     """Moves the bytes between devices; a new dtype changes only the nominal dtype."""
     shard = args[0]
     dtype = kwargs.get("dtype") or shard.dtype
     if dtype not in WEIGHT_DTYPES:
-        dense: Tensor = _read(func, args, kwargs)
-        return dense
+        return _read(func, args, kwargs)
     device, non_blocking = kwargs.get("device"), kwargs.get("non_blocking", False)
     part = shard._rows.map(lambda t: t.to(device, non_blocking=non_blocking, copy=True))
     return NF4Shard(part, dtype, shard.shape)
@@ -230,34 +227,31 @@ def _record_stream(func: Any, args: Any, kwargs: Any) -> None:
         tensor.record_stream(args[1])
 
 
-def _view(func: Any, args: Any, kwargs: Any) -> Tensor:
+def _view(func: Any, args: Any, kwargs: Any) -> Any:
     """A flat view, or one of its own shape."""
     shard, size = args[0], list(args[1])
     if size.count(-1) == 1 and shard.numel():
         size[size.index(-1)] = shard.numel() // -prod(size)
     if size in ([shard.numel()], list(shard.shape)):
         return _like(shard, shard._rows, tuple(size))
-    found: Tensor = _read(func, args, kwargs)
-    return found
+    return _read(func, args, kwargs)
 
 
-def _as_strided(func: Any, args: Any, kwargs: Any) -> Tensor:
+def _as_strided(func: Any, args: Any, kwargs: Any) -> Any:
     tensor, size, stride = args[:3]
     offset = args[3] if len(args) > 3 else kwargs.get("storage_offset")
     if tuple(size) == tensor.shape and tuple(stride) == tensor.stride() and not offset:
-        alias: Tensor = tensor.detach()
-        return alias
+        return tensor.detach()
     return _default(func, args, kwargs)
 
 
-def _slice(func: Any, args: Any, kwargs: Any) -> Tensor:
+def _slice(func: Any, args: Any, kwargs: Any) -> Any:
     """A slice of rows, sharing memory."""
     shard = args[0]
     dim, start, stop, step = _arguments(args, kwargs, dim=0, start=None, end=None, step=1)
     part = shard._rows
     if dim % shard.dim() != 0 or step != 1 or shard.dim() != len(part.partition.shape):
-        found: Tensor = _read(func, args, kwargs)
-        return found
+        return _read(func, args, kwargs)
     start, stop, _ = slice(start, stop).indices(shard.shape[0])
     rows = max(stop - start, 0)
     if shard._gathered and start == 0 and rows == part.partition.rows:
@@ -291,21 +285,19 @@ def _new_zeros(func: Any, args: Any, kwargs: Any) -> Tensor:
     return NF4Shard(part.empty(size[0]), tensor.dtype, tuple(size))
 
 
-def _new_empty(func: Any, args: Any, kwargs: Any) -> Tensor:
+def _new_empty(func: Any, args: Any, kwargs: Any) -> Any:
     """A shard for its own shape, a plain tensor for another one."""
     shard, size = args[:2]
     if tuple(size) == shard.shape and kwargs.get("dtype") in (None, shard.dtype):
         return _blank(func, args[:1], kwargs)
-    found: Tensor = func(shard._rows.packed, size, **({"dtype": shard.dtype} | kwargs))
-    return found
+    return func(shard._rows.packed, size, **({"dtype": shard.dtype} | kwargs))
 
 
-def _pad(func: Any, args: Any, kwargs: Any) -> Tensor:
+def _pad(func: Any, args: Any, kwargs: Any) -> Any:
     """Appends rows of padding, as DTensor does before it gathers."""
     shard, (*others, rows) = args[:2]
     if any(others) or rows < 0 or len(others) + 1 != 2 * shard.dim():
-        found: Tensor = _read(func, args, kwargs)
-        return found
+        return _read(func, args, kwargs)
     return _like(shard, shard._rows, (shard.shape[0] + rows, *shard.shape[1:]))
 
 
@@ -342,10 +334,8 @@ def _all_gather(func: Any, args: Any, kwargs: Any) -> Tensor:
 def _register_wait_ops() -> None:
     """Registers DTensor's wait ops, which DTensor calls on gathered tensors, as no-ops: `_all_gather`
     waits."""
-    for name in (
-        "wait_tensor",
-        "_wrap_tensor_autograd",
-    ):  # the second since torch 2.11, which defines it late
+    # The second since torch 2.11, which defines it late.
+    for name in ("wait_tensor", "_wrap_tensor_autograd"):
         op = getattr(torch.ops._c10d_functional, name, None)
         if op is not None:
             _HANDLERS[op.default] = _alias

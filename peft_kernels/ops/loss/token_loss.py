@@ -183,22 +183,11 @@ def _token_losses(
     compute = arguments.compute_type(hidden, None, NAME)
     (vocabulary, features), base = arguments.base_weight(hidden, weight, of_weight or compute, name=NAME)
     arguments.check_bias(hidden, bias, vocabulary, compute, NAME)
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    if not 0 < (1 if softcap is None else softcap) < math.inf:
         raise ValueError(f"softcap: expected more than 0, or None, got {softcap}")
     if not math.isfinite(logit_scale):
         raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
-    if labels.shape != hidden.shape[:-1]:
-        expected = tuple(hidden.shape[:-1])
-        raise ValueError(f"labels: expected shape {expected} like hidden's rows, got {tuple(labels.shape)}")
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels: expected torch.int64, got {labels.dtype}")
-    if labels.device != hidden.device:
-        raise ValueError(f"labels: expected device {hidden.device} like hidden, got {labels.device}")
-    if shift:
-        if labels.dim() == 0:
-            raise ValueError("labels: expected at least 1 dimension to shift them, got 0")
-        labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    targets = labels.reshape(-1)
+    targets = _targets(labels, hidden, ignore_index, shift)
     _check_labels(targets, ignore_index, vocabulary)
     x = hidden.reshape(-1, features)
     bias = None if bias is None else arguments.bias_for_op(bias, compute)
@@ -223,6 +212,22 @@ def _token_losses(
     head = *base, vocabulary, bias, h, lora_b
     found = dispatch.call("linear_cross_entropy_trained", x, *head, *options, need_entropy, need_mean)
     return _Scored(found[0], *found[2:5]), targets
+
+
+def _targets(labels: Tensor, hidden: Tensor, ignore_index: int, shift: bool) -> Tensor:
+    """The label of each row of hidden."""
+    if labels.shape != hidden.shape[:-1]:
+        expected = tuple(hidden.shape[:-1])
+        raise ValueError(f"labels: expected shape {expected} like hidden's rows, got {tuple(labels.shape)}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels: expected torch.int64, got {labels.dtype}")
+    if labels.device != hidden.device:
+        raise ValueError(f"labels: expected device {hidden.device} like hidden, got {labels.device}")
+    if shift:
+        if labels.dim() == 0:
+            raise ValueError("labels: expected at least 1 dimension to shift them, got 0")
+        labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    return labels.reshape(-1)
 
 
 def _autocast(hidden: Tensor, weight: Any, *adapter: Any) -> tuple[Any, ...]:

@@ -31,10 +31,10 @@ def _run(layer: Any, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Te
     x = hidden_states
     if not isinstance(x, Tensor) or eligibility.device_reason(x, "add_rms_norm") or len(args) > len(defaults):
         return Fallback()
-    names = [name for name, _ in defaults]
-    if "past_key_values" in kwargs and "past_key_values" not in names:  # its old name
+    known = dict(defaults)
+    if "past_key_values" in kwargs and "past_key_values" not in known:  # its old name
         return Fallback()
-    kwargs = dict(defaults) | dict(zip(names, args, strict=False)) | kwargs
+    kwargs = known | dict(zip(known, args, strict=False)) | kwargs
     prepared = prepared_layer.run(layer, layer.__dict__[RECORD], x, kwargs)
     if prepared is not None:
         return prepared

@@ -9,6 +9,7 @@ In Python a decoded token of a small model takes several times as long as its ke
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def _prepare(layer: Any, record: Record, x: Tensor) -> tuple[Attention, Any] | N
     if isinstance(known, Fallback) or x.dtype not in DTYPES:
         return None
     facts = gated_mlp.facts_of(mlp)
-    if isinstance(facts, Fallback) or facts.change_reason(mlp) or hook_reason(attn) or hook_reason(mlp):
+    if isinstance(facts, Fallback) or facts.change_reason(mlp) or any(map(hook_reason, (attn, mlp))):
         return None
     own_norms = [children[name] for name in NORM_NAMES]
     if known.kind.normed:
@@ -98,44 +99,48 @@ def _prepare(layer: Any, record: Record, x: Tensor) -> tuple[Attention, Any] | N
     rotates = not known.kind.rotates or bool(getattr(attn, known.kind.rotates))
     of_norms = map(list, (weights, eps, offsets, roundings))
     halves = library.DecoderLayer(*of_norms, *held, attn.head_dim, rotates, facts.activation)
-
-    def guard(guards: Guards) -> None:
-        guards.forward(plain_class(layer))
-        guards.entry(layer.__dict__, "_modules")
-        for name in (*NORM_NAMES, "self_attn", "mlp"):
-            guards.entry(children, name)
-        for one in own_norms:
-            guards.skipped(one)
-            guards.forward(plain_class(one))
-            guards.tensor(guards.entry(one.__dict__["_parameters"], "weight"))
-            guards.entry(one.__dict__, eligibility.norm(one).eps)  # type: ignore[union-attr]
-        for module in (attn, mlp):
-            guards.skipped(module)
-            guards.entry(module.__dict__, "_modules")
-            guards.entry(module.__dict__, RECORD)
-        for name in ("head_dim", known.kind.rotates or "head_dim"):
-            guards.entry(attn.__dict__, name)
-        guards.forward(plain_class(attn))
-        for name in ("q_norm", "k_norm") if known.kind.normed else ():
-            guards.entry(attn._modules, name)
-        rotary = guards.entry(known.names, "apply_rotary_pos_emb")
-        guards.entry(rotary.__globals__, "rotate_half")
-        for module, names in ((attn, (*PROJECTIONS, "o_proj")), (mlp, facts.names)):
-            for name in names:
-                child = guards.entry(module._modules, name)
-                if not is_lora(child):
-                    guards.linear(child)
-                    continue
-                guards.skipped(child)
-                if _runs_base_alone(child):
-                    guards.base_of_lora(child)
-                else:
-                    guards.lora(child, active_adapters(child))
-        guards.unchanged = lambda layer: not facts.change_reason(layer.__dict__["_modules"]["mlp"])
-
     prepared = known, halves
+    guard = partial(_watch, layer, known, facts, own_norms)
     store(layer, x, prepared, [*weights, *layers], guard)
     return prepared
+
+
+def _watch(layer: Any, known: Attention, facts: Any, own_norms: Sequence[Any], guards: Guards) -> None:
+    """Names all that the operands of a decoder layer were taken from."""
+    children = layer.__dict__["_modules"]
+    attn, mlp = children["self_attn"], children["mlp"]
+    guards.forward(plain_class(layer))
+    guards.entry(layer.__dict__, "_modules")
+    for name in (*NORM_NAMES, "self_attn", "mlp"):
+        guards.entry(children, name)
+    for one in own_norms:
+        guards.skipped(one)
+        guards.forward(plain_class(one))
+        guards.tensor(guards.entry(one.__dict__["_parameters"], "weight"))
+        guards.entry(one.__dict__, eligibility.norm(one).eps)  # type: ignore[union-attr]
+    for module in (attn, mlp):
+        guards.skipped(module)
+        guards.entry(module.__dict__, "_modules")
+        guards.entry(module.__dict__, RECORD)
+    for name in ("head_dim", known.kind.rotates or "head_dim"):
+        guards.entry(attn.__dict__, name)
+    guards.forward(plain_class(attn))
+    for name in ("q_norm", "k_norm") if known.kind.normed else ():
+        guards.entry(attn._modules, name)
+    rotary = guards.entry(known.names, "apply_rotary_pos_emb")
+    guards.entry(rotary.__globals__, "rotate_half")
+    for module, names in ((attn, (*PROJECTIONS, "o_proj")), (mlp, facts.names)):
+        for name in names:
+            child = guards.entry(module._modules, name)
+            if not is_lora(child):
+                guards.linear(child)
+                continue
+            guards.skipped(child)
+            if _runs_base_alone(child):
+                guards.base_of_lora(child)
+            else:
+                guards.lora(child, active_adapters(child))
+    guards.unchanged = lambda layer: not facts.change_reason(layer.__dict__["_modules"]["mlp"])
 
 
 def _norm(module: Any, x: Tensor) -> tuple[Tensor, float, float, bool] | None:

@@ -55,9 +55,9 @@ def multi_bottleneck_backward(args: Any) -> tuple[Any, ...]:
     if not _is_fused(args):
         return _composed("multi_bottleneck_backward", args)
     dy, z = as_rows(args.dy, "dy"), as_rows(args.z, "z")
-    value = torch.empty_like(z) if any(args.need_dup) else None
-    need_dz = args.need_dx or any(args.need_ddown) or any(args.need_ddown_bias)
-    dz = torch.empty_like(z) if need_dz else None
+    value: Any = torch.empty_like(z) if any(args.need_dup) else None
+    need_dz = any((args.need_dx, *args.need_ddown, *args.need_ddown_bias))
+    dz: Any = torch.empty_like(z) if need_dz else None
     dx = None
     if args.need_dx:
         dx = (dy.clone() if args.adds_dy else torch.zeros_like(x)).view(args.x.shape)
@@ -70,20 +70,12 @@ def multi_bottleneck_backward(args: Any) -> tuple[Any, ...]:
     sums = []
     for i, adapter in enumerate(adapters):
         mine, columns = Selection(rows=RowGroup(groups, i)), slice(adapter.down.shape[0])
-        if dz is not None and args.need_ddown[i]:
+        if args.need_ddown[i]:
             sums.append(Gemm(x, dz[:, columns], ddown[i].t(), 1.0, mine))
-        if value is not None and args.need_dup[i]:
+        if args.need_dup[i]:
             sums.append(Gemm(dy, value[:, columns], dup[i], adapter.scaling, mine))
     for begin in range(0, len(sums), SUMS_AT_ONCE):
         over_rows(sums[begin : begin + SUMS_AT_ONCE])
-
-    def column_sums(of: Sequence[Tensor], need: Sequence[bool], scale: Sequence[float]) -> list[Tensor]:
-        """Of each adapter's rows, in fp32."""
-        found = []
-        for i, t in enumerate(of):
-            mine = torch.where((groups == i)[:, None], t, 0) if need[i] else t.new_empty((0, 0))
-            found.append(scale[i] * mine.sum(0, dtype=torch.float32))
-        return found
 
     of_ranks = [(z if dz is None else dz)[:, : one.down.shape[0]] for one in adapters]
     return (
@@ -91,10 +83,21 @@ def multi_bottleneck_backward(args: Any) -> tuple[Any, ...]:
         [x.new_empty(0) for _ in adapters],
         [z.new_empty(0) for _ in adapters],
         ddown,
-        column_sums(of_ranks, args.need_ddown_bias, [1.0] * len(adapters)),
+        _column_sums(groups, of_ranks, args.need_ddown_bias, [1.0] * len(adapters)),
         dup,
-        column_sums([dy] * len(adapters), args.need_dup_bias, args.scaling),
+        _column_sums(groups, [dy] * len(adapters), args.need_dup_bias, args.scaling),
     )
+
+
+def _column_sums(
+    groups: Tensor, of: Sequence[Tensor], need: Sequence[bool], scale: Sequence[float]
+) -> list[Tensor]:
+    """Of each adapter's rows, in fp32."""
+    found = []
+    for i, t in enumerate(of):
+        mine = torch.where((groups == i)[:, None], t, 0) if need[i] else t.new_empty((0, 0))
+        found.append(scale[i] * mine.sum(0, dtype=torch.float32))
+    return found
 
 
 def _is_fused(args: Any) -> bool:

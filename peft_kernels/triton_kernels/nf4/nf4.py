@@ -140,9 +140,8 @@ def quantize_absmax(args: Any) -> tuple[Tensor, Tensor, Tensor]:
     check_dtype(args.absmax, torch.float32, "absmax")
     absmax = args.absmax.contiguous()
     nblocks, groups = absmax.numel(), 4
-    offset = (
-        absmax.mean()
-    )  # torch's mean, as in the reference: another order of summation would change the format
+    # torch's mean, as in the reference: another order of summation would change the format.
+    offset = absmax.mean()
     q8 = absmax.new_empty(nblocks, dtype=torch.uint8)
     absmax2 = absmax.new_empty(cdiv(nblocks, NESTED_BLOCKSIZE))
     grid = (cdiv(absmax2.numel(), groups),)
