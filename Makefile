@@ -16,7 +16,7 @@ CARD := $(shell command -v nvidia-smi)
 CPP  := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-all demo test test-all test-seeds test-isa test-gpu test-flows test-dist test-tools triton triton-ptx ptx \
+.PHONY: help setup setup-all demo test test-all test-seeds test-isa test-gpu test-compiled test-flows test-dist test-tools triton triton-ptx ptx \
   fuzz sanitize asan tsan peft-tests upgrades release-check package wheels hub bench docs lint format clean
 
 help: ## List the targets
@@ -130,11 +130,18 @@ WITH_KERNELS := $(patsubst %,tests/%,core ops nf4 patch optim)
 test-isa: $(VENV)/.built-isa $(VENV)/.packages-test ## Run the kernels' tests on other instruction sets
 	$(PYTEST) --backends isa $(WITH_KERNELS) $(ARGS)
 
+# Tests that compile CUDA code and read the result; no kernel of a back end runs.
+COMPILED := $(addprefix tests/gpu/,test_sass.py test_block_sass.py ptx/test_texts.py bench/test_built_ptx.py \
+  card/test_primitives.py cuda_host/test_cuda_host.py)
+test-compiled: $(VENV)/.built-gpu $(VENV)/.packages-test ## Check the machine code of the CUDA kernels
+	$(PYTEST) $(COMPILED) $(ARGS)
+
 # A full run also records which instructions of the CUDA kernels were executed, and checks the list of those that were not.
 EXECUTED := build/ptx_executed
 test-gpu: $(VENV)/.built-gpu $(VENV)/.packages-test ## Run the CUDA kernels' tests as PTX on the CPU, the Triton kernels' in its interpreter
 	@rm -rf $(EXECUTED) && mkdir -p $(EXECUTED)
-	$(if $(ARGS),,PEFT_KERNELS_PTX_EXECUTED=$(EXECUTED)) $(PYTEST) --backends ptx $(WITH_KERNELS) tests/gpu $(ARGS)
+	$(if $(ARGS),,PEFT_KERNELS_PTX_EXECUTED=$(EXECUTED)) $(PYTEST) --backends ptx $(WITH_KERNELS) tests/gpu \
+	  $(addprefix --ignore=,$(COMPILED)) $(ARGS)
 	$(if $(ARGS),,$(if $(NVCC),$(BIN)/python tests/gpu/ptx/executed.py --folder $(EXECUTED) --check))
 	$(if $(ARGS),,$(MAKE) triton ptx)
 
@@ -151,6 +158,7 @@ test-all: ## Run all tests
 	$(MAKE) test
 	$(MAKE) test-isa
 	$(MAKE) test-gpu
+	$(MAKE) test-compiled
 	$(MAKE) test-flows
 	$(MAKE) test-dist
 	$(MAKE) test-tools

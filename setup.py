@@ -260,7 +260,7 @@ def wrapped(folder: str, named: dict[str, str]) -> list[str]:
 def ptx_extension(toolkit: Toolkit) -> Any:
     """`peft_kernels._C_ptx`, for tests: the CUDA back end on CPU tensors.
 
-    nvcc compiles its kernels to PTX for several architectures; tests/gpu/ptx executes that and replaces the
+    nvcc compiles its kernels to PTX for two architectures; tests/gpu/ptx executes that and replaces the
     CUDA runtime.
     """
     from torch.utils import cpp_extension
@@ -273,7 +273,8 @@ def ptx_extension(toolkit: Toolkit) -> Any:
         for path in sorted((ROOT / PTX_FOLDER).rglob("*.c*"))
         if path.suffix in (".cpp", ".cu") and path.name != PTX_PROGRAM
     ]
-    architectures = [f"{a}{b}" for a, b in ARCHITECTURES["ALL"] if (a, b) in toolkit.compiles()]
+    # For 9.0 and 12.0 nvcc writes the same PTX again (tests/gpu/ptx/test_texts.py).
+    architectures = [f"{a}{b}" for a, b in ((8, 0), (10, 0)) if (a, b) in toolkit.compiles()]
     code = [f"-gencode=arch=compute_{a},code=compute_{a}" for a in architectures]
     extension = cpp_extension.CppExtension(
         name="peft_kernels._C_ptx",

@@ -71,6 +71,9 @@ PARTS = {
     "test-gpu": Part(
         (*KERNELS, "gpu"), (*PAGES, "examples/*", "csrc/cpu/*"), on_processor=False, reads=("docs/gpu.md",)
     ),
+    "test-compiled": Part(
+        (), (*PAGES, "peft_kernels/*", "csrc/cpu/*", "examples/*", "tests/[!g]*/*"), on_processor=False
+    ),
     "test-flows": Part(("flows",), (*PAGES, "csrc/cuda/*", "tests/gpu/*.cu*")),
     "test-dist": Part(("dist",), (*PAGES, "csrc/cuda/*", "tests/gpu/*.cu*")),
 }

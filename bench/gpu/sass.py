@@ -116,7 +116,7 @@ def compile_all(
 
     def write_ptx(job: tuple[Path, str]) -> Path:
         file, one = job
-        text = built_ptx.text(file, int(one), _files(file, include)) if one.isdigit() else None
+        text = built_ptx.text(file, int(one), includes(file, include)) if one.isdigit() else None
         return build(file, file, f"compute{one}.ptx", f"-arch=compute_{one}", "-ptx", text=text)[0]
 
     def assemble(job: tuple[Path, int]) -> Cubin:
@@ -137,10 +137,10 @@ def compile_all(
 
 
 def _texts(file: Path, include: Path) -> Iterator[str]:
-    return (path.read_text(encoding="utf-8") for path in _files(file, include))
+    return (path.read_text(encoding="utf-8") for path in includes(file, include))
 
 
-def _files(file: Path, include: Path) -> Iterator[Path]:
+def includes(file: Path, include: Path = SOURCES) -> Iterator[Path]:
     """A file and, once each, the files that it includes with quotes."""
     todo, seen = [file], {file}
     while todo:

@@ -1,21 +1,28 @@
-"""Architectures for which nvcc generates the same PTX, for which `make ptx` runs the kernels' tests once."""
+"""Architectures for which nvcc generates the same PTX: tests run kernels for one of each pair."""
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from pathlib import Path
-from types import ModuleType
 
+import pytest
+
+from bench.gpu import built_ptx, sass
+
+TOOLS = sass.tools()
 SAME = {80: 90, 100: 120}
+SOURCES = [source for source in sass.sources() if source.stem not in sass.HOPPER]
 
 
-def test_pairs_of_architectures_have_the_same_ptx(machine: ModuleType) -> None:
-    """Only one of each pair is tested; if they ever differ, both must be."""
-    texts: dict[int, list[str]] = defaultdict(list)
-    library = Path(str(machine.__file__)).read_bytes()
-    for found in re.finditer(rb"\.version [\d.]+\n\.target sm_(\d+)\n([^\0]*)\0", library):
-        texts[int(found[1])].append(found[2].decode())
-    assert texts.keys() >= {80}
-    for one, other in SAME.items():
-        assert one not in texts or other not in texts or texts[one] == texts[other], (one, other)
+@pytest.mark.skipif(isinstance(TOOLS, str), reason=str(TOOLS))
+@pytest.mark.parametrize("pair", SAME.items(), ids=str)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_two_architectures_have_the_same_ptx(source: Path, pair: tuple[int, int], tmp_path: Path) -> None:
+    """If they ever differ, `_C_ptx` must have both, and `make ptx` must run both."""
+    assert isinstance(TOOLS, sass.Tools)
+    path = tmp_path / "fat"
+    code = [f"-gencode=arch=compute_{a},code=compute_{a}" for a in pair]
+    flags = (*sass.FLAGS, f"-I{sass.SOURCES}", "-fatbin", "--no-compress", *code)
+    sass.run([TOOLS.nvcc, *flags, str(source), "-o", str(path)])
+    texts = [built_ptx.in_object(path.read_bytes(), architecture) for architecture in pair]
+    assert all(texts) and len({re.sub(r"\.target sm_\d+", "", text or "", count=1) for text in texts}) == 1
