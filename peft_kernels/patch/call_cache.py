@@ -64,9 +64,9 @@ class Guards:
         self._frozen: list[Tensor] = []
         self.unchanged: Callable[[nn.Module], bool] | None = None
         """A further condition."""
-        self.empty(vars(torch.nn.modules.module), *GLOBAL_HOOKS)
+        self.expect_empty(vars(torch.nn.modules.module), *GLOBAL_HOOKS)
 
-    def entry(self, where: dict[str, Any], key: str) -> Any:
+    def expect_same(self, where: dict[str, Any], key: str) -> Any:
         """Returns an entry of a dictionary, which must stay the same object."""
         value = where.get(key)
         if where is self._own:
@@ -81,7 +81,7 @@ class Guards:
             self._items.append(list(value))
         return value
 
-    def empty(self, where: dict[str, Any], *keys: str) -> None:
+    def expect_empty(self, where: dict[str, Any], *keys: str) -> None:
         """Entries of a dictionary that must be empty or absent."""
         if where is self._own:
             self._own_empty += keys
@@ -89,74 +89,74 @@ class Guards:
             self._empty_dicts += [where] * len(keys)
             self._empty_keys += keys
 
-    def forward(self, cls: type[nn.Module]) -> None:
+    def expect_forward(self, cls: type[nn.Module]) -> None:
         """A class whose forward and call must stay the same."""
         self._classes.append(cls)
         self._forwards.append(cls.forward)
         self._calls.append(cls.__call__)
 
-    def skipped(self, module: nn.Module) -> None:
+    def expect_untouched(self, module: nn.Module) -> None:
         """A module whose call is skipped: it must keep its class, and get no hooks and no forward of its
         own."""
         self._modules.append(module)
         self._module_classes.append(type(module))
-        self.forward(type(module))
-        self.empty(module.__dict__, "forward", *_HOOKS)
+        self.expect_forward(type(module))
+        self.expect_empty(module.__dict__, "forward", *_HOOKS)
 
-    def tensor(self, tensor: Tensor) -> None:
+    def expect_dtype_and_device(self, tensor: Tensor) -> None:
         """A tensor whose dtype and device `module.to` may change in place."""
         self._tensors.append(tensor)
         self._dtypes.append(tensor.dtype)
         self._devices.append(tensor.get_device())
 
-    def linear(self, layer: nn.Module, has_bias: bool = True) -> None:
+    def expect_linear(self, layer: nn.Module, has_bias: bool = True) -> None:
         """A linear layer whose weight, and bias if it is read, are its parameters."""
-        self.skipped(layer)
+        self.expect_untouched(layer)
         parameters = layer.__dict__["_parameters"]
-        self.entry(layer.__dict__, "compute_dtype")
-        weight = self.entry(parameters, "weight")
-        bias = self.entry(parameters, "bias") if has_bias else None
+        self.expect_same(layer.__dict__, "compute_dtype")
+        weight = self.expect_same(parameters, "weight")
+        bias = self.expect_same(parameters, "bias") if has_bias else None
         if isinstance(weight, HoldsNF4):
-            state = self.entry(weight.__dict__, "_state")
+            state = self.expect_same(weight.__dict__, "_state")
             for name in ("packed", "absmax", "absmax2", "offset", "dense"):
-                self.entry(state.__dict__, name)
+                self.expect_same(state.__dict__, name)
             self._frozen.append(weight)
         elif weight is not None:
-            self.tensor(weight)
+            self.expect_dtype_and_device(weight)
         if bias is not None:
-            self.tensor(bias)
+            self.expect_dtype_and_device(bias)
 
-    def lora(self, module: Any, names: Sequence[str]) -> None:
+    def expect_lora(self, module: Any, names: Sequence[str]) -> None:
         """A LoRA layer of PEFT whose active adapters have no dropout and no variant."""
         d = module.__dict__
-        children = self.entry(d, "_modules")
-        self.forward(plain_class(module))
+        children = self.expect_same(d, "_modules")
+        self.expect_forward(plain_class(module))
         for name in ("_disable_adapters", "_active_adapter"):
-            self.entry(d, name)
-        self.empty(d, "merged_adapters", "lora_variant")
-        scaling, biases = self.entry(d, "scaling"), self.entry(d, "lora_bias")
-        self.linear(self.entry(children, "base_layer"))
+            self.expect_same(d, name)
+        self.expect_empty(d, "merged_adapters", "lora_variant")
+        scaling, biases = self.expect_same(d, "scaling"), self.expect_same(d, "lora_bias")
+        self.expect_linear(self.expect_same(children, "base_layer"))
         for kind in ("lora_A", "lora_B", "lora_dropout"):
-            inside = self.entry(children, kind).__dict__["_modules"]
+            inside = self.expect_same(children, kind).__dict__["_modules"]
             for name in names:
-                part = self.entry(inside, name)
+                part = self.expect_same(inside, name)
                 if kind == "lora_dropout":
-                    self.skipped(part)
-                    self.entry(part.__dict__, "training")
-                    self.entry(part.__dict__, "p")
+                    self.expect_untouched(part)
+                    self.expect_same(part.__dict__, "training")
+                    self.expect_same(part.__dict__, "p")
                 else:
-                    self.linear(part, has_bias=False)
+                    self.expect_linear(part, has_bias=False)
         for name in names:
-            self.entry(scaling, name)
-            self.entry(biases, name)
+            self.expect_same(scaling, name)
+            self.expect_same(biases, name)
 
-    def base_of_lora(self, module: Any) -> None:
+    def expect_base_of_lora(self, module: Any) -> None:
         """A LoRA layer of PEFT that calls its base layer alone: its adapters are merged or disabled."""
         d = module.__dict__
-        self.forward(plain_class(module))
+        self.expect_forward(plain_class(module))
         for name in ("_disable_adapters", "merged_adapters"):
-            self.entry(d, name)
-        self.linear(self.entry(self.entry(d, "_modules"), "base_layer"))
+            self.expect_same(d, name)
+        self.expect_linear(self.expect_same(self.expect_same(d, "_modules"), "base_layer"))
 
     def valid(self, module: nn.Module) -> bool:
         """Whether preparing the call of `module` again would give the same."""

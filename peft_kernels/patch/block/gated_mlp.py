@@ -125,14 +125,14 @@ def _prepare_and_run(module: Any, facts: Facts, args: Any, kwargs: Any) -> Tenso
 
 def _guard(module: Any, facts: Facts, guards: Guards) -> None:
     """Guards all that `_prepare_and_run` read of the module."""
-    children = guards.entry(module.__dict__, "_modules")
+    children = guards.expect_same(module.__dict__, "_modules")
     for name in facts.names:
-        child = guards.entry(children, name)
+        child = guards.expect_same(children, name)
         if is_lora(child):
-            guards.lora(child, active_adapters(child))
-            guards.skipped(child)
+            guards.expect_lora(child, active_adapters(child))
+            guards.expect_untouched(child)
         else:
-            guards.linear(child)
+            guards.expect_linear(child)
     guards.unchanged = lambda module: not facts.change_reason(module)
 
 

@@ -109,37 +109,37 @@ def _watch(layer: Any, known: Attention, facts: Any, own_norms: Sequence[Any], g
     """Names all that the operands of a decoder layer were taken from."""
     children = layer.__dict__["_modules"]
     attn, mlp = children["self_attn"], children["mlp"]
-    guards.forward(plain_class(layer))
-    guards.entry(layer.__dict__, "_modules")
+    guards.expect_forward(plain_class(layer))
+    guards.expect_same(layer.__dict__, "_modules")
     for name in (*NORM_NAMES, "self_attn", "mlp"):
-        guards.entry(children, name)
+        guards.expect_same(children, name)
     for one in own_norms:
-        guards.skipped(one)
-        guards.forward(plain_class(one))
-        guards.tensor(guards.entry(one.__dict__["_parameters"], "weight"))
-        guards.entry(one.__dict__, eligibility.norm(one).eps)  # type: ignore[union-attr]
+        guards.expect_untouched(one)
+        guards.expect_forward(plain_class(one))
+        guards.expect_dtype_and_device(guards.expect_same(one.__dict__["_parameters"], "weight"))
+        guards.expect_same(one.__dict__, eligibility.norm(one).eps)  # type: ignore[union-attr]
     for module in (attn, mlp):
-        guards.skipped(module)
-        guards.entry(module.__dict__, "_modules")
-        guards.entry(module.__dict__, RECORD)
+        guards.expect_untouched(module)
+        guards.expect_same(module.__dict__, "_modules")
+        guards.expect_same(module.__dict__, RECORD)
     for name in ("head_dim", known.kind.rotates or "head_dim"):
-        guards.entry(attn.__dict__, name)
-    guards.forward(plain_class(attn))
+        guards.expect_same(attn.__dict__, name)
+    guards.expect_forward(plain_class(attn))
     for name in ("q_norm", "k_norm") if known.kind.normed else ():
-        guards.entry(attn._modules, name)
-    rotary = guards.entry(known.names, "apply_rotary_pos_emb")
-    guards.entry(rotary.__globals__, "rotate_half")
+        guards.expect_same(attn._modules, name)
+    rotary = guards.expect_same(known.names, "apply_rotary_pos_emb")
+    guards.expect_same(rotary.__globals__, "rotate_half")
     for module, names in ((attn, (*PROJECTIONS, "o_proj")), (mlp, facts.names)):
         for name in names:
-            child = guards.entry(module._modules, name)
+            child = guards.expect_same(module._modules, name)
             if not is_lora(child):
-                guards.linear(child)
+                guards.expect_linear(child)
                 continue
-            guards.skipped(child)
+            guards.expect_untouched(child)
             if _runs_base_alone(child):
-                guards.base_of_lora(child)
+                guards.expect_base_of_lora(child)
             else:
-                guards.lora(child, active_adapters(child))
+                guards.expect_lora(child, active_adapters(child))
     guards.unchanged = lambda layer: not facts.change_reason(layer.__dict__["_modules"]["mlp"])
 
 

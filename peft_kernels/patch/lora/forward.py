@@ -170,7 +170,7 @@ def _lora_call(base: Base, one: Adapter, module: Any = None, names: Sequence[str
         y: Tensor = dispatch.call("lora_linear", x, *op_args, rounds=rounds)[0]
         if module is not None and not one.dropout_p:
             again: Call = lambda x: dispatch.call("lora_linear", x, *op_args)[0]  # noqa: E731
-            store(module, x, again, op_args, lambda guards: guards.lora(module, names))
+            store(module, x, again, op_args, lambda guards: guards.expect_lora(module, names))
         return y
 
     return run
