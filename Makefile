@@ -115,7 +115,8 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 CODE   := $(patsubst %,tests/%,core ops nf4 patch adapters optim checkpoints serving)
 # One flow of each kind: the others are in test-flows.
 FIRST_FLOWS := $(patsubst %,tests/flows/%.py,test_textbook test_generate trainer/test_trainer)
-TESTS  ?= $(CODE) $(FIRST_FLOWS)
+# Long files first, so that no worker waits for the other at the end.
+TESTS  ?= $(FIRST_FLOWS) $(CODE)
 
 test: $(VENV)/.built $(VENV)/.packages-test ## Run the tests for this machine (TESTS=tests/ops/lora ARGS='-k dora' and others)
 	$(PYTEST) --backends native $(TESTS) $(ARGS)
@@ -140,7 +141,7 @@ test-compiled: $(VENV)/.built-gpu $(VENV)/.packages-test ## Check the machine co
 EXECUTED := build/ptx_executed
 test-gpu: $(VENV)/.built-gpu $(VENV)/.packages-test ## Run the CUDA kernels' tests as PTX on the CPU, the Triton kernels' in its interpreter
 	@rm -rf $(EXECUTED) && mkdir -p $(EXECUTED)
-	$(if $(ARGS),,PEFT_KERNELS_PTX_EXECUTED=$(EXECUTED)) $(PYTEST) --backends ptx $(WITH_KERNELS) tests/gpu \
+	$(if $(ARGS),,PEFT_KERNELS_PTX_EXECUTED=$(EXECUTED)) $(PYTEST) --backends ptx tests/gpu $(WITH_KERNELS) \
 	  $(addprefix --ignore=,$(COMPILED)) $(ARGS)
 	$(if $(ARGS),,$(if $(NVCC),$(BIN)/python tests/gpu/ptx/executed.py --folder $(EXECUTED) --check))
 	$(if $(ARGS),,$(MAKE) triton ptx)
@@ -173,7 +174,7 @@ ON_CARDS := $(filter-out %/test_attention.py %/test_casts.py %/test_gradcheck.py
 TRITON := $(patsubst %,tests/gpu/triton_kernels/test_%.py,triton_splits experts_triton adamw_triton loss_triton groups_triton)
 triton: $(VENV)/.built $(VENV)/.packages-test ## Run the Triton kernels' tests in Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton \
-	  $(ON_CARDS) $(TRITON) tests/core/test_compile.py tests/gpu/triton_kernels/test_triton_sums.py $(ARGS)
+	  $(TRITON) $(ON_CARDS) tests/core/test_compile.py tests/gpu/triton_kernels/test_triton_sums.py $(ARGS)
 
 # `make test-gpu` runs the PTX for compute capability 8.0 and rounds the sums of matrix instructions. Here it is the PTX for
 # 10.0, and sums are truncated as on tensor cores. nvcc writes the same PTX for 9.0 as for 8.0, and for 12.0 as for 10.0
