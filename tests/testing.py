@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rounding import assert_close as assert_close
+from rounding import assert_close_together as assert_close_together
 from rounding import relative_error as relative_error
 from torch import Tensor
 

@@ -44,6 +44,16 @@ class Expected:
         return max(testing.relative_error(tensor, self.truth[name]) for name, tensor in got.items())
 
 
+class OfModel(Expected):
+    """Results of a deep model, which can turn one rounding into an error of any size in an element: the RMS
+    error of all of them is judged."""
+
+    def strict(self, got: Tensors) -> float:
+        self._same_names(got)
+        testing.assert_close_together(got, self.plain, self.truth)
+        return self._error(got)
+
+
 def linear(x: Tensor, weight: Tensor) -> Expected:
     """`y = x W^T`. `weight` is in fp32: code * scale."""
     return Expected({"y": F.linear(x, weight.to(x.dtype))}, {"y": F.linear(x.double(), weight.double())})

@@ -112,7 +112,7 @@ class Models(Adapted):
     ) -> correctness.Expected:
         """PEFT over the dequantised weights, in fp64 and under autocast."""
         plain = run(Model(self._prepared(self.over("dense"))))()
-        return correctness.Expected(plain, run(Model(self._prepared(self.over("exact").double())))())
+        return correctness.OfModel(plain, run(Model(self._prepared(self.over("exact").double())))())
 
     def step(self, model: Model, ids: Tensor) -> Callable[[], dict[str, Tensor]]:
         trainable = [p for p in model.model.parameters() if p.requires_grad]
@@ -149,7 +149,7 @@ class Models(Adapted):
     def expected(self, run: Callable[[Model], Callable[[], dict[str, Tensor]]]) -> correctness.Expected:
         """PEFT over the dequantised weights, in fp64 and in the dtype of the case."""
         plain, truth = (run(self.reference(LORA, wide))() for wide in (False, True))
-        return correctness.Expected(plain, truth)
+        return correctness.OfModel(plain, truth)
 
     def _prepared(self, model: Any) -> Any:
         import peft

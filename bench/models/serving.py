@@ -211,7 +211,7 @@ def _alone(
                 logits.append(model(input_ids=torch.tensor([ids])).logits[0, prompt:])
         return {"logits": torch.stack(logits, 1)}
 
-    return correctness.Expected(run(False), run(True))
+    return correctness.OfModel(run(False), run(True))
 
 
 def _case(group: str, rows: int, dtype: str, sizes: ModelSizes, build: Build) -> Case:
