@@ -25,10 +25,6 @@ SIZES: dict[str, Any] = {
     **{"decoder_start_token_id": 2, "initializer_range": 0.1},
 }
 
-OWN_SIZES: dict[str, Any] = {"Llama4ForCausalLM": {"initializer_range": 0.02}}
-"""Sizes that some classes take instead. PEFT's tests compare Llama4's logits to 1e-6, and adapters over weights of
-0.1 make logits of 24, where two orders of one sum differ by more."""
-
 MODELS = {
     "peft-internal-testing/tiny-random-OPTForCausalLM": "OPTForCausalLM",
     "peft-internal-testing/opt-125m": "OPTForCausalLM",
@@ -81,8 +77,7 @@ def _made(kind: str, folder: Path) -> str:
     if not (place / "config.json").exists():
         cls = getattr(transformers, kind)
         known = cls.config_class().to_dict().keys() | cls.config_class.attribute_map.keys()
-        sizes = SIZES | OWN_SIZES.get(kind, {})
-        options = {key: value for key, value in sizes.items() if key in known}
+        options = {key: value for key, value in SIZES.items() if key in known}
         if "layer_types" in known:
             options["layer_types"] = cls.config_class().layer_types[:2]
         with torch.random.fork_rng(devices=[]):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import weakref
 from collections import Counter
 from typing import Any
 
@@ -24,6 +23,7 @@ from upstream_tests import recorder, records_file, write
 
 import peft_kernels as pk
 from peft_kernels.patch import fused, small_calls
+from peft_kernels.patch.lora.forward import FusedLora
 
 # The models of these tests are small.
 small_calls.FEW_PRODUCTS = small_calls.FEW_LOGITS = 0
@@ -58,7 +58,6 @@ class Account:
 
 
 _account = Account()
-_reasons: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 def _patch_where_layers_are_made() -> None:
@@ -78,29 +77,30 @@ def _patch_where_layers_are_made() -> None:
             if layer.fused:
                 _account.watch(layer.fallbacks)
             elif isinstance(module, LoraLayer):
-                _reasons[module] = layer.reason
+                _account.calls["never: " + layer.reason] += 1
 
     setattr(BaseTuner, "inject_adapter", inject_and_patch)  # noqa: B010 (mypy forbids the assignment)
 
 
-def _count_call(module: nn.Module, inputs: Any) -> None:
-    if torch.compiler.is_compiling() or not isinstance(module, LoraLayer):
-        return
-    record = fused.record_of(module)
-    if record is None:
-        _account.calls["never: " + _reasons.get(module, "in no report (a copy of a layer)")] += 1
-        return
-    _account.watch(record.fallbacks)  # a copied layer is in no report
-    if module.disable_adapters or module.merged:
-        _account.calls["base"] += 1
-    else:
-        _account.calls["patched"] += 1
+def _count_calls() -> None:
+    """Counts calls of fused layers, in their class: with a hook on all modules no layer would be fused."""
+    forward = FusedLora.forward
+
+    @functools.wraps(forward)
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        record = fused.record_of(self)
+        if record is not None and not torch.compiler.is_compiling():
+            _account.watch(record.fallbacks)  # a copied layer is in no report
+            _account.calls["base" if self.disable_adapters or self.merged else "patched"] += 1
+        return forward(self, *args, **kwargs)
+
+    FusedLora.forward = counted  # type: ignore[method-assign]
 
 
 _patch_where_layers_are_made()
 peft_tests_models.install(records_file().with_suffix(""))
 if PATCHED:
-    nn.modules.module.register_module_forward_pre_hook(_count_call)
+    _count_calls()
 
 
 def pytest_report_header() -> list[str]:

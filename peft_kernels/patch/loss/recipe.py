@@ -69,6 +69,7 @@ class HeadCall:
         self._layer = layer
         self._is_stepped = False
         self._has_gradients = torch.is_grad_enabled()
+        self._is_of_layer = _shares_memory(head.weight, layer)
         self._before = self._state()
         self._graph: tuple[Any, list[Tensor]] | None = None
         _watch_optimizers()
@@ -119,8 +120,17 @@ class HeadCall:
             parts += [t for t in self.head.weight.tensors().values() if t is not None]
         versions = [None if t.is_inference() else t._version for t in parts]
         memory = [t.untyped_storage() for t in parts]  # FSDP2 frees that of weights
-        merged = list(getattr(self._layer, "merged_adapters", ()))  # PEFT merges through `.data`
+        # PEFT merges through `.data`. With the rows of tokens in place the operand is a tensor of its own.
+        merged = list(getattr(self._layer, "merged_adapters", ())) if self._is_of_layer else []
         return versions, [(m._cdata, m.nbytes()) for m in memory], merged
+
+
+def _shares_memory(weight: Any, layer: Any) -> bool:
+    """Whether the weight of a head is in the memory that the layer holds."""
+    if not isinstance(weight, Tensor):
+        return True
+    own = (t.untyped_storage()._cdata for t in layer.parameters())
+    return weight.untyped_storage()._cdata in own
 
 
 _calls: weakref.WeakValueDictionary[int, HeadCall] = weakref.WeakValueDictionary()

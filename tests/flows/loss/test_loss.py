@@ -215,8 +215,10 @@ def test_the_head_of_trained_tokens() -> None:
     assert_near(got, step(stock, batch()), ONE_STEP)
     with disabled(model), disabled(stock):
         torch.testing.assert_close(model(**batch()).loss, stock(**batch()).loss)
+    before, want = model(**batch()).logits, stock(**batch()).logits
     model.merge_adapter()
     stock.merge_adapter()
+    torch.testing.assert_close(before, want, msg="read after the merge")
     torch.testing.assert_close(model(**batch()).loss, stock(**batch()).loss)
 
 
