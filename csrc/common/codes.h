@@ -1,10 +1,10 @@
 // The values of codes, and layouts: which values a packed weight's codes have, and how many of them share a
 // scale. Free of torch; shared by every back end. In Python: peft_kernels/core/formats.py.
 //
-// Every packed weight is value(code) * scale(block). Codes have four bits but for E4M3's, which are bytes.
-// With four bits a weight is flattened row-major and divided into blocks of `blocksize` elements; element 2i
-// is the HIGH nibble of byte i, element 2i + 1 the low one. E4M3 has a scale for 128 x 128 elements, or for
-// each row.
+// Every packed weight is value(code) * scale(block). Codes have four bits but for E4M3's and int8's, which are
+// bytes. With four bits a weight is flattened row-major and divided into blocks of `blocksize` elements;
+// element 2i is the HIGH nibble of byte i, element 2i + 1 the low one. With bytes a scale is for `blocksize`
+// columns of a row, or for the row; E4M3's is for as many rows as columns.
 #pragma once
 
 #include <cstdint>
@@ -64,13 +64,14 @@ struct Int4Values {
 };
 inline constexpr Int4Values kInt4Values;
 
-// By the number in a layout. The number after them is E4M3's.
+// By the number in a layout. The numbers after them are those of bytes.
 inline constexpr CodeValues kCodeValues[] = {values_of(nf4::kCode, 1.1888107061386108f),
                                              values_of(kFP4, 12.0f), values_of(kE2M1, 1.0f),
                                              kInt4Values.at[kZeroPoint]};
 inline constexpr int64_t kCodeKinds = sizeof(kCodeValues) / sizeof(kCodeValues[0]);
-inline constexpr int64_t kE2M1Codes = 2, kInt4Codes = 3, kE4M3Codes = kCodeKinds;
-inline constexpr int64_t kE4M3Block = 128;  // rows and columns with a scale
+inline constexpr int64_t kE2M1Codes = 2, kInt4Codes = 3;
+inline constexpr int64_t kE4M3Codes = kCodeKinds, kInt8Codes = kCodeKinds + 1;
+inline constexpr int64_t kSmallestByteBlock = 64, kByteBlock = 128;  // columns with a scale
 
 // A layout is one integer: the number of its code values times 2^16, plus the blocksize; 0: a scale for each
 // row.
@@ -82,7 +83,8 @@ inline constexpr int kWholeRowShift = 62;  // log2 of a blocksize that no row ex
 
 inline constexpr bool is_layout(int64_t layout) {
   const int64_t size = blocksize_of(layout), codes = codes_of(layout);
-  if (codes == kE4M3Codes) return size == 0 || size == kE4M3Block;
+  if (codes == kE4M3Codes) return size == 0 || size == kByteBlock;
+  if (codes == kInt8Codes) return size == 0 || size == kSmallestByteBlock || size == kByteBlock;
   if (codes < 0 || codes >= kCodeKinds || (size & (size - 1)) != 0) return false;
   return size >= (codes == kE2M1Codes ? kSmallestBlocksize : nf4::kMinBlocksize) &&
          size <= nf4::kMaxBlocksize;

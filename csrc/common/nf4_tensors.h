@@ -28,18 +28,21 @@ class Nf4Tensors {
     absmax_ = absmax.contiguous();
   }
 
-  // Of four bits; null: E4M3. With zero points the first of kInt4Values.
+  // Of four bits; null: of eight. With zero points the first of kInt4Values.
   const CodeValues* codes() const {
     return has_bytes() ? nullptr : has_zero_points() ? kInt4Values.at : kCodeValues + code_kind_;
   }
   int64_t code_kind() const { return code_kind_; }
-  // A code is a byte: E4M3.
-  bool has_bytes() const { return code_kind_ == kE4M3Codes; }
+  // A code is a byte: E4M3 or int8.
+  bool has_bytes() const { return code_kind_ >= kCodeKinds; }
+  bool has_int8() const { return code_kind_ == kInt8Codes; }
   int block_shift() const { return block_shift_; }
   // log2 of the rows that share a scale.
-  int row_shift() const { return has_bytes() && block_shift_ != kWholeRowShift ? block_shift_ : 0; }
+  int row_shift() const {
+    return code_kind_ == kE4M3Codes && block_shift_ != kWholeRowShift ? block_shift_ : 0;
+  }
   int64_t cols() const { return cols_; }
-  // Scales of a row of E4M3.
+  // Scales of a row of bytes.
   int64_t blocks_in_row() const {
     return block_shift_ == kWholeRowShift ? 1 : (cols_ + (int64_t{1} << block_shift_) - 1) >> block_shift_;
   }

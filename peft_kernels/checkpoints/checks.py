@@ -105,7 +105,7 @@ def faults(
     for weight, names in quantised.items():
         try:
             state, _ = read_nf4(checkpoint, weight, names, codes=False)
-            if values and FORMATS[state.format].bits == 8:  # which has codes of NaN
+            if values and FORMATS[state.format].has_nan:
                 read_nf4(checkpoint, weight, names)
         except CheckpointError as error:
             yield str(error)

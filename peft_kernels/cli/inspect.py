@@ -176,7 +176,7 @@ def _blocks(state: NF4State) -> str:
     if state.blocksize == WHOLE_ROWS:
         return "a scale for each row"
     size = state.blocksize
-    return f"blocks of {f'{size} x {size}' if FORMATS[state.format].bits == 8 else size}"
+    return f"blocks of {f'{size} x {size}' if FORMATS[state.format].is_square else size}"
 
 
 def _scales(state: NF4State) -> str:

@@ -3,7 +3,8 @@
 A packed weight is value(code) * scale(block). Most formats have two 4-bit codes a byte, the first in the high
 nibble, and blocks of `blocksize` consecutive values. Formats differ in the values of their codes and in how a
 scale is stored: in fp32, double-quantised (`ops.nf4`), as one of 256 codes with values of their own, or in 16
-bits beside a zero point. FP8 has a code a byte, and a scale for 128 x 128 values or for a row.
+bits with a zero point. FP8 and int8 have a code a byte, and a scale for each row or for `blocksize` columns:
+of one row in int8, of as many rows in FP8.
 """
 
 from __future__ import annotations
@@ -23,8 +24,6 @@ CODE_VALUES: tuple[tuple[float, ...], ...] = (NF4_CODE, FP4_CODE, E2M1_CODE, INT
 LAYOUT_SHIFT = 16
 """A layout is an index of CODE_VALUES, shifted by this, and the blocksize."""
 
-_E4M3 = len(CODE_VALUES)
-
 WHOLE_ROWS = 0
 """Blocksize of weights with a scale for each row."""
 
@@ -42,8 +41,26 @@ class Format:
     # "absmax": fp32, or double-quantised; "e8m0", "e4m3": codes of a float format of 8 bits; "half": 16 bits,
     # and perhaps zero points; "fp32"
     scale: str
-    bits: int = 4  # of a code
+    code_dtype: torch.dtype | None = None  # of codes of a byte
+    is_square: bool = False  # whether a scale is for as many rows as columns
     default_blocksize: int = 64
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return 4 if self.code_dtype is None else 8
+
+    @property
+    def largest(self) -> float:
+        """The magnitude that no code of a byte exceeds."""
+        assert self.code_dtype is not None
+        of_type = torch.finfo if self.code_dtype.is_floating_point else torch.iinfo
+        return -float(of_type(self.code_dtype).min)
+
+    @property
+    def has_nan(self) -> bool:
+        """Whether codes can be NaN."""
+        return self.code_dtype is not None and self.code_dtype.is_floating_point
 
     @property
     def by_code(self) -> bool:
@@ -73,14 +90,20 @@ class Format:
         """Number of scales of a weight (out_features, in_features)."""
         if self.bits == 4:
             return -(-shape[0] * shape[1] // blocksize)
+        height, width = self.cell(shape[1], blocksize)
+        return -(-shape[0] // height) * (-(-shape[1] // width) if width else 1)
+
+    def cell(self, cols: int, blocksize: int) -> tuple[int, int]:
+        """Rows and columns of bytes that share a scale, in rows of `cols`."""
         if blocksize == WHOLE_ROWS:
-            return shape[0]
-        return -(-shape[0] // blocksize) * -(-shape[1] // blocksize)
+            return 1, cols
+        return (blocksize if self.is_square else 1), blocksize
 
     def bytes_per_value(self, blocksize: int, double_quant: bool = True) -> float:
         """About how much memory a value takes."""
-        scale = {"absmax": 1 if double_quant else 4, "half": 3, "fp32": 4 / 128}.get(self.scale, 1)
-        return self.bits / 8 + (scale / blocksize if blocksize else 0)
+        scale = {"absmax": 1 if double_quant else 4, "half": 3, "fp32": 4}.get(self.scale, 1)
+        values = blocksize**2 if self.is_square else blocksize
+        return self.bits / 8 + (scale / values if blocksize else 0)
 
     def layout(self, blocksize: int) -> int:
         """The integer that tells kernels the values of the codes, and the blocksize."""
@@ -95,10 +118,28 @@ FORMATS: dict[str, Format] = {
         Format("mxfp4", 2, (32,), "e8m0", default_blocksize=32),
         Format("nvfp4", 2, (16,), "e4m3", default_blocksize=16),
         Format("int4", 3, BLOCKSIZES, "half"),
-        Format("fp8", _E4M3, (128, WHOLE_ROWS), "fp32", bits=8, default_blocksize=128),
+        Format(
+            "fp8",
+            len(CODE_VALUES),
+            (128, WHOLE_ROWS),
+            "fp32",
+            code_dtype=torch.float8_e4m3fn,
+            is_square=True,
+            default_blocksize=128,
+        ),
+        Format(
+            "int8",
+            len(CODE_VALUES) + 1,
+            (64, 128, WHOLE_ROWS),
+            "fp32",
+            code_dtype=torch.int8,
+            default_blocksize=128,
+        ),
     )
 }
 """All formats, by name."""
+
+_BYTES = {one.codes: one for one in FORMATS.values() if one.bits == 8}
 
 
 def blocksize_of(layout: int) -> int:
@@ -110,9 +151,9 @@ def codes_of(layout: int) -> int:
     return layout >> LAYOUT_SHIFT
 
 
-def has_bytes(layout: int) -> bool:
-    """Whether a code is a byte: E4M3."""
-    return codes_of(layout) == _E4M3
+def byte_format(layout: int) -> Format | None:
+    """The format, if a code is a byte."""
+    return _BYTES.get(codes_of(layout))
 
 
 @lru_cache(maxsize=32)

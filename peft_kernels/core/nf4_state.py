@@ -90,7 +90,7 @@ class NF4State:
 
     shape: tuple[int, ...]  # (out, in); or (experts, out, in), and each tensor has experts first
     blocksize: int  # 0: a scale for each row
-    packed: Tensor | None = None  # uint8 (out, in / 2), or ((n + 1) // 2,) when `in` is odd; FP8: (out, in)
+    packed: Tensor | None = None  # uint8 (out, in / 2), or ((n + 1) // 2,) when `in` is odd; bytes: (out, in)
     absmax: Tensor | None = None  # fp32 (nblocks,); uint8 codes of it; int4: fp16 or bf16
     absmax2: Tensor | None = None  # fp32 (ceil(nblocks / 256),), or (256,): values of the codes
     offset: Tensor | None = None  # fp32 () with double quantisation; int4: zero points, uint8 (nblocks,)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.code_tables import NESTED_BLOCKSIZE, WEIGHT_DTYPES
-from ..core.formats import FORMATS, SCALE_DTYPES
+from ..core.formats import FORMATS, SCALE_DTYPES, Format
 from ..core.nf4_state import NF4State, packed_rows
 
 READ_SCALE_DTYPES = (*WEIGHT_DTYPES, torch.float64)
@@ -88,8 +88,8 @@ def assemble(
 
 
 def check_scales(key: str, state: NF4State, offset: float) -> None:
-    """Raises ValueError unless all scales are finite and, where they are magnitudes, >= 0; for codes of E4M3
-    that are NaN too."""
+    """Raises ValueError unless all scales are finite and, where they are magnitudes, >= 0; for codes that are
+    NaN too."""
     nested = state.absmax2 is not None and state.offset is not None
     scales = state.absmax2 if nested else state.absmax
     assert scales is not None
@@ -111,16 +111,16 @@ def check_scales(key: str, state: NF4State, offset: float) -> None:
     if form.scale == "half" and state.offset is not None and (count := int((state.offset > 16).sum())):
         raise ValueError(f"{key}.zero_points: expected 0 to 16, got {count} larger ones")
     if form.bits == 8:
-        check_fp8_scales(f"{key}.absmax", scales)
-    if form.bits == 8 and state.packed is not None and (count := nan_codes(state.packed)):
+        check_byte_scales(f"{key}.absmax", scales, form)
+    if form.has_nan and state.packed is not None and (count := nan_codes(state.packed)):
         raise ValueError(f"{key}: expected codes of finite values, got {count} NaN among them")
     if float(scales.max()) + offset > torch.finfo(torch.float32).max:
         raise ValueError(f"{key}.nested_absmax: expected scales in the range of float32, got larger ones")
 
 
-def check_fp8_scales(name: str, scales: Tensor) -> None:
-    """Raises ValueError for scales with which E4M3's largest value is infinite."""
-    largest = torch.finfo(torch.float32).max / torch.finfo(torch.float8_e4m3fn).max
+def check_byte_scales(name: str, scales: Tensor, form: Format) -> None:
+    """Raises ValueError for scales with which the largest code's value is infinite."""
+    largest = torch.finfo(torch.float32).max / form.largest
     if count := int((scales.abs() > largest).sum()):
         raise ValueError(f"{name}: expected scales up to {largest:.3g}, got {count} larger ones")
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.code_tables import ZERO_POINT
-from ..core.formats import FORMATS, WHOLE_ROWS, e4m3_values, e8m0_values
+from ..core.formats import FORMATS, Format, e4m3_values, e8m0_values
 from ..core.registry import public_ops as ops
 
 Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -33,7 +33,9 @@ def quantize(
         return packed, *(ops.quantize_absmax(absmax) if double_quant else (absmax, None, None))
     if scale in ("half", "fp32"):
         _check_finite(weight.abs().amax()[None] if weight.numel() else weight, weight, checked)
-        return _int4(weight, blocksize, double_quant) if scale == "half" else _fp8(weight, blocksize)
+        if scale == "half":
+            return _int4(weight, blocksize, double_quant)
+        return _bytes(weight, FORMATS[format], blocksize)
     blocks = weight.reshape(-1, blocksize).float()
     largest = blocks.abs().amax(1)
     _check_finite(largest, weight, checked)
@@ -90,18 +92,21 @@ def _int4(weight: Tensor, blocksize: int, with_zero_points: bool) -> Parts:
     return _pack(codes), scales, None, zeros.to(torch.uint8) if with_zero_points else None
 
 
-def _fp8(weight: Tensor, blocksize: int) -> Parts:
-    """The largest value of a block, or of a row, takes E4M3's largest code."""
+def _bytes(weight: Tensor, form: Format, blocksize: int) -> Parts:
+    """The largest magnitude of a block, or of a row, takes the largest code."""
+    assert form.code_dtype is not None
+    is_integer = not form.code_dtype.is_floating_point
+    largest = form.largest - is_integer  # of int8 127, with either sign
     (rows, cols), x = weight.shape, weight.float()
-    if blocksize == WHOLE_ROWS:
-        absmax = scales = x.abs().amax(1, keepdim=True) / _E4M3_LARGEST if cols else x.new_zeros(rows, 1)
-    else:
-        padded = F.pad(x, (0, -cols % blocksize, 0, -rows % blocksize))
-        blocks = padded.view(-(-rows // blocksize), blocksize, -(-cols // blocksize), blocksize)
-        absmax = blocks.abs().amax((1, 3)) / _E4M3_LARGEST
-        scales = absmax.repeat_interleave(blocksize, 0)[:rows].repeat_interleave(blocksize, 1)[:, :cols]
-    scaled = (x * _reciprocal(scales)).clamp(-_E4M3_LARGEST, _E4M3_LARGEST)
-    return scaled.to(torch.float8_e4m3fn).contiguous().view(torch.uint8), absmax.reshape(-1), None, None
+    height, width = form.cell(max(cols, 1), blocksize)
+    right = -cols % width if cols or blocksize else 1  # rows without columns have a scale too
+    padded = F.pad(x, (0, right, 0, -rows % height))
+    blocks = padded.view(-(-rows // height), height, padded.shape[1] // width, width)
+    absmax = blocks.abs().amax((1, 3)) / largest
+    scales = absmax.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :cols]
+    scaled = (x * _reciprocal(scales)).clamp(-largest, largest)
+    codes = (scaled.round() if is_integer else scaled).to(form.code_dtype)
+    return codes.contiguous().view(torch.uint8), absmax.reshape(-1), None, None
 
 
 def _reciprocal(x: Tensor) -> Tensor:

@@ -73,7 +73,8 @@ class NF4Weight(NF4Tensor):
         blocksize : int, optional
             Number of consecutive values that share a scale: 32, 64 (the default), ..., 4096 for NF4, FP4 and
             int4, 32 for MXFP4, 16 for NVFP4. Blocks of NF4 and FP4 run over the flat weight. FP8: 128
-            for a scale for 128 x 128 values (the default), 0 for a scale for each row.
+            for a scale for 128 x 128 values (the default), 0 for a scale for each row. int8: 64 or 128 (the
+            default) columns of a row, or 0.
         double_quant : bool
             Quantise the scales of NF4 and FP4 too (4.127 bits per value instead of 4.5 at blocksize 64). Of
             int4, give each block a zero point.
@@ -82,7 +83,7 @@ class NF4Weight(NF4Tensor):
         name : str
             Name of the weight in errors.
         format : str
-            "nf4", "fp4" (bitsandbytes'), "mxfp4", "nvfp4", "int4" or "fp8".
+            "nf4", "fp4" (bitsandbytes'), "mxfp4", "nvfp4", "int4", "fp8" or "int8".
 
         Raises
         ------
@@ -187,7 +188,7 @@ class NF4Weight(NF4Tensor):
 
     @property
     def packed(self) -> Tensor | None:
-        """The codes, uint8: two per byte, the first in the high nibble; FP8: one. None if dense."""
+        """The codes, uint8: two per byte, the first in the high nibble; FP8 and int8: one. None if dense."""
         return None if self.is_dense else self._state.packed
 
     @property

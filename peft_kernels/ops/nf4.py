@@ -17,7 +17,7 @@ from ..core.code_tables import (
     dynamic_thresholds,
     nf4_thresholds,
 )
-from ..core.formats import WHOLE_ROWS, blocksize_of, code_values, has_bytes
+from ..core.formats import Format, blocksize_of, byte_format, code_values
 from ..core.op import Base, Op
 
 ZERO_CODE = 7
@@ -96,8 +96,8 @@ def dense_weight(base: Base, shape: Sequence[int], dtype: torch.dtype) -> Tensor
     absmax = base.absmax
     if absmax is None:
         return base.weight
-    if has_bytes(base.layout):
-        return _from_bytes(base.weight, absmax, blocksize_of(base.layout), shape).to(dtype)
+    if (form := byte_format(base.layout)) is not None:
+        return _from_bytes(base.weight, absmax, form, blocksize_of(base.layout), shape).to(dtype)
     zeros = None
     if base.absmax2 is None:
         zeros = base.offset
@@ -117,14 +117,13 @@ def dense_weight(base: Base, shape: Sequence[int], dtype: torch.dtype) -> Tensor
     return (values * each(absmax)).to(dtype).reshape(tuple(shape))
 
 
-def _from_bytes(codes: Tensor, absmax: Tensor, blocksize: int, shape: Sequence[int]) -> Tensor:
+def _from_bytes(codes: Tensor, absmax: Tensor, form: Format, blocksize: int, shape: Sequence[int]) -> Tensor:
+    assert form.code_dtype is not None
     rows, cols = prod(shape[:-1]), shape[-1]
-    values = codes.reshape(rows, cols).view(torch.float8_e4m3fn).float()
-    if blocksize == WHOLE_ROWS:
-        scale = absmax.view(rows, 1)
-    else:
-        by_block = absmax.view(-(-rows // blocksize), -(-cols // blocksize))
-        scale = by_block.repeat_interleave(blocksize, 0)[:rows].repeat_interleave(blocksize, 1)[:, :cols]
+    height, width = form.cell(cols, blocksize)
+    values = codes.reshape(rows, cols).view(form.code_dtype).float()
+    by_block = absmax.view(-(-rows // height), form.scales((1, cols), blocksize))
+    scale = by_block.repeat_interleave(height, 0)[:rows].repeat_interleave(max(width, 1), 1)[:, :cols]
     return (values * scale).reshape(tuple(shape))
 
 

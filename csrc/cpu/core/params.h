@@ -21,11 +21,11 @@ struct F16 {
 
 // A packed weight. The scale of a block is absmax[block]; where that is null half_scales[block]; where that
 // is null too scale_values[q8[block]], with double quantisation times absmax2[block / 256] plus the offset.
-// Codes are of four bits, or of E4M3 where `codes` is null: then the scale of an element is absmax[(row >>
+// Codes are of four bits, or bytes where `codes` is null: then the scale of an element is absmax[(row >>
 // row_shift) * blocks_in_row + (col >> block_shift)].
 struct Nf4View {
   const CodeValues* codes;      // with zero points: of zero point 0, the others behind it
-  const uint8_t* packed;        // [(n + 1) / 2], or [n] of E4M3
+  const uint8_t* packed;        // [(n + 1) / 2], or [n] bytes
   const float* absmax;          // [blocks], or null
   const uint16_t* half_scales;  // [blocks], or null
   const uint8_t* zero_points;   // [blocks], or null
@@ -35,8 +35,9 @@ struct Nf4View {
   float offset;
   bool has_bf16_scales;         // of half_scales; else fp16
   int block_shift;              // log2(blocksize)
-  int row_shift;                // of E4M3
-  int64_t cols, blocks_in_row;  // of E4M3
+  bool has_int8;                // bytes are int8; else E4M3
+  int row_shift;                // of bytes
+  int64_t cols, blocks_in_row;  // of bytes
 };
 
 // A row-major matrix, read panel by panel: dense, or NF4 when `nf4` is set.

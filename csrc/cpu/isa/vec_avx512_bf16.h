@@ -156,10 +156,10 @@ inline VecPairs lookup_code(const PairCodeTable& table, VecI bits) {
   return (__m512bh)_mm512_permutexvar_epi16(bits, table.codes);
 }
 
-// Codes of E4M3 and of the dynamic maps, by byte permutations (avx512vbmi).
+// Codes of a byte, of E4M3 and of the dynamic maps by byte permutations (avx512vbmi).
 
 // 64 values in order.
-struct BytePairs {
+struct OrderedPairs {
   VecPairs first, second;
 };
 // The low and the high bytes of the 128 magnitudes of E4M3 as bf16, which holds them exactly.
@@ -180,16 +180,16 @@ struct E4M3Bytes {
     }
   }
 };
-class E4M3Table {
+class E4M3Values {
  public:
-  E4M3Table() {
+  E4M3Values() {
     static constexpr E4M3Bytes kBytes;
     for (int half = 0; half < 2; ++half) {
       low_[half] = _mm512_load_si512(kBytes.low + 64 * half);
       high_[half] = _mm512_load_si512(kBytes.high + 64 * half);
     }
   }
-  BytePairs decode(const uint8_t* codes) const {
+  OrderedPairs decode(const uint8_t* codes) const {
     // Unpacking interleaves bytes within 128-bit lanes, so the codes are arranged accordingly.
     const __m512i by_lane = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
     const __m512i index = _mm512_permutexvar_epi64(by_lane, _mm512_loadu_si512(codes));
@@ -200,9 +200,30 @@ class E4M3Table {
     return {(__m512bh)_mm512_unpacklo_epi8(low, high), (__m512bh)_mm512_unpackhi_epi8(low, high)};
   }
 
+ private:
+  __m512i low_[2], high_[2];
+};
+struct Int8Values {
+  OrderedPairs decode(const uint8_t* codes) const { return {half(codes), half(codes + 32)}; }
+
+ private:
+  static VecPairs half(const uint8_t* codes) {
+    const auto* from = reinterpret_cast<const __m128i*>(codes);
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from)));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from + 1)));
+    return _mm512_cvtne2ps_pbh(high, low);
+  }
+};
+
+// Decodes bytes whose values `Values` makes.
+template <class Values>
+class ByteTable {
+ public:
+  OrderedPairs decode(const uint8_t* codes) const { return values_.decode(codes); }
+
   // 64 elements times `factor`, the even before the odd.
   void decode_even_odd(const uint8_t* codes, Vec factor, PanelBF16* out) const {
-    const BytePairs values = decode(codes);
+    const OrderedPairs values = decode(codes);
     store_pairs(out,
                 round_two(mul(even_floats(values.first), factor), mul(even_floats(values.second), factor)));
     store_pairs(out + 32,
@@ -210,7 +231,7 @@ class E4M3Table {
   }
   // 64 columns of two rows with a factor each, interleaved.
   void decode_rows(const uint8_t* row0, Vec factor0, const uint8_t* row1, Vec factor1, PanelBF16* out) const {
-    const BytePairs a = decode(row0), b = decode(row1);
+    const OrderedPairs a = decode(row0), b = decode(row1);
     decode_half(a.first, factor0, b.first, factor1, out);
     decode_half(a.second, factor0, b.second, factor1, out + 64);
   }
@@ -234,7 +255,7 @@ class E4M3Table {
     _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi32(even, second, odd));
   }
 
-  __m512i low_[2], high_[2];
+  const Values values_{};
 };
 
 // Byte kByte of each of 64 lanes.

@@ -87,7 +87,7 @@ struct OuterBF16 : PairSteps {
 #if PEFT_KERNELS_PERMUTES_BYTES
     // Columns from a multiple of 64 on share a scale.
     if (rhs.nf4 && !rhs.nf4->codes && rows == 2 && cols == kStrip && (first | rhs.ld) % kStrip == 0) {
-      return decode_bytes(*rhs.nf4, first, out);
+      return with_byte_codes(*rhs.nf4, [&](auto codes) { decode_bytes(codes, *rhs.nf4, first, out); });
     }
 #endif
     PanelBF16 pair[2][kStrip];
@@ -104,13 +104,15 @@ struct OuterBF16 : PairSteps {
     return count >= 2 * kLanes ? load_pairs(p) : load_pairs_part(p, max64(count, 0));
   }
 #if PEFT_KERNELS_PERMUTES_BYTES
-  // A step of two rows in E4M3.
-  static void decode_bytes(const Nf4View& w, int64_t first, PanelBF16* out) {
+  // A step of two rows of bytes.
+  template <class Codes>
+  static void decode_bytes(Codes, const Nf4View& w, int64_t first, PanelBF16* out) {
     const int64_t row = first / w.cols, block = (first % w.cols) >> w.block_shift;
     const float* scales = w.absmax + block;
     const uint8_t* codes = w.packed + first;
-    E4M3Table().decode_rows(codes, splat(scales[(row >> w.row_shift) * w.blocks_in_row]), codes + w.cols,
-                            splat(scales[((row + 1) >> w.row_shift) * w.blocks_in_row]), out);
+    BytePairs<Codes>().decode_rows(codes, splat(scales[(row >> w.row_shift) * w.blocks_in_row]),
+                                   codes + w.cols,
+                                   splat(scales[((row + 1) >> w.row_shift) * w.blocks_in_row]), out);
   }
 #endif
   static PairTable pair_table(const Nf4View& w, int64_t block0, int64_t block1) {

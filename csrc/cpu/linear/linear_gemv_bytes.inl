@@ -1,10 +1,10 @@
-// GEMV with a weight in E4M3: a few rows of lhs, read in place. Codes are decoded in registers, without their
-// scales, and multiplied by as many rows as sums fit; the sums of kByteBlock columns are then scaled. Codes
-// become pairs of bf16, which hold them exactly, where bytes can be permuted; else fp32.
+// GEMV with a weight of bytes: a few rows of lhs, read in place. Codes are decoded in registers, without their
+// scales, and multiplied by as many rows as sums fit; the sums of up to kByteBlock columns are then scaled.
+// Codes become pairs of bf16, which hold them exactly, where bytes can be permuted; else fp32.
 
-constexpr int64_t kByteBlock = kE4M3Block;  // columns that share a scale, at most
-constexpr int64_t kByteStep = 64;           // columns decoded at once
-constexpr int64_t kByteRun = 1024;          // of one running sum, as in linear_gemv_dense.inl
+constexpr int64_t kByteStep = 64;   // columns decoded at once
+constexpr int64_t kByteRun = 1024;  // of one running sum, as in linear_gemv_dense.inl
+static_assert(kSmallestByteBlock % kByteStep == 0, "");
 
 // More rows are faster packed: bf16 on AMX from seven on, since a tile multiplies 16 in the time of six here.
 inline int64_t few_byte_rows(const GemmTerm& term) {
@@ -12,18 +12,18 @@ inline int64_t few_byte_rows(const GemmTerm& term) {
   return PEFT_KERNELS_PERMUTES_BYTES ? 32 : 16;
 }
 
-template <class T>
+template <class Codes, class T>
 struct FloatBytes {
   using Lhs = T;
-  static constexpr float kFactor = kE4M3PerHalf;
+  static constexpr float kFactor = Codes::kFactor;
   struct Values {
     Vec v[kByteStep / kLanes];
   };
   Values decode(const uint8_t* codes) const {
-    F16 halves[kByteStep];
-    for (int i = 0; i < kByteStep; ++i) halves[i].bits = half_of_e4m3(codes[i]);
+    typename Codes::Value stored[kByteStep];
+    for (int i = 0; i < kByteStep; ++i) stored[i] = Codes::value(codes[i]);
     Values values;
-    for (int i = 0; i < kByteStep / kLanes; ++i) values.v[i] = load(halves + i * kLanes);
+    for (int i = 0; i < kByteStep / kLanes; ++i) values.v[i] = load(stored + i * kLanes);
     return values;
   }
   static Vec mac(const T* x, const Values& values, Vec sum) {
@@ -34,11 +34,12 @@ struct FloatBytes {
 };
 
 #if PEFT_KERNELS_PERMUTES_BYTES
+template <class Codes>
 struct PairBytes {
   using Lhs = BF16;
   static constexpr float kFactor = 1.0f;
-  using Values = BytePairs;
-  E4M3Table table;
+  using Values = OrderedPairs;
+  BytePairs<Codes> table;
   Values decode(const uint8_t* codes) const { return table.decode(codes); }
   static Vec mac(const BF16* x, const Values& values, Vec sum) {
     sum = dot_pairs(load_pairs(x), values.first, sum);
@@ -46,7 +47,8 @@ struct PairBytes {
   }
 };
 #else
-using PairBytes = FloatBytes<BF16>;
+template <class Codes>
+using PairBytes = FloatBytes<Codes, BF16>;
 #endif
 
 // Whether this kernel computes a GEMM. The rows of the whole GEMM decide, as in linear_gemv.inl.
@@ -57,20 +59,20 @@ inline bool byte_gemv_serves(const GemmParams& p) {
          p.m <= few_byte_rows(term);
 }
 
-// tile[r][c] += lhs[r] . codes[c] over `depth` columns. scales[c]: of row c, the next kByteBlock columns'
+// tile[r][c] += lhs[r] . codes[c] over `depth` columns. scales[c]: of row c, the next `block_cols` columns'
 // scale `scale_step` further; 0: one for all. Prefetches as many codes from `ahead` on.
 template <class Bytes, int kRows, int kCols>
 void byte_tile(const Bytes& bytes, const typename Bytes::Lhs* lhs, int64_t lhs_ld, const uint8_t* codes,
-               int64_t codes_ld, int64_t depth, const float* const (&scales)[kCols], int64_t scale_step,
-               const uint8_t* ahead, float* tile) {
+               int64_t codes_ld, int64_t depth, const float* const (&scales)[kCols], int64_t block_cols,
+               int64_t scale_step, const uint8_t* ahead, float* tile) {
   Vec sums[kRows][kCols];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int c = 0; c < kCols; ++c) sums[r][c] = zero();
   }
-  for (int64_t k = 0, block = 0; k < depth; k += kByteBlock, block += scale_step) {
-    const int64_t end = min64(k + kByteBlock, depth);
+  for (int64_t k = 0, block = 0; k < depth; k += block_cols, block += scale_step) {
+    const int64_t end = min64(k + block_cols, depth);
 #pragma GCC unroll 4
     for (int c = 0; c < kCols; ++c) {
       Vec partial[kRows];
@@ -126,13 +128,14 @@ struct ByteGemv {
   void multiply(int64_t m0, int64_t n0, int64_t k, int64_t depth, float* tile) const {
     const Nf4View& w = *term.rhs.nf4;
     const bool by_rows = w.block_shift == kWholeRowShift;
+    const int64_t block_cols = by_rows ? kByteBlock : int64_t{1} << w.block_shift;
     const float* scales[kCols];
     for (int c = 0; c < kCols; ++c) {
-      scales[c] = w.absmax + ((n0 + c) >> w.row_shift) * w.blocks_in_row + (by_rows ? 0 : k / kByteBlock);
+      scales[c] = w.absmax + ((n0 + c) >> w.row_shift) * w.blocks_in_row + (by_rows ? 0 : k / block_cols);
     }
     const uint8_t* codes = w.packed + n0 * term.rhs.ld + k;
     const auto* lhs = static_cast<const typename Bytes::Lhs*>(term.lhs) + m0 * term.lhs_ld + k;
-    byte_tile<Bytes, kRows, kCols>(bytes, lhs, term.lhs_ld, codes, term.rhs.ld, depth, scales,
+    byte_tile<Bytes, kRows, kCols>(bytes, lhs, term.lhs_ld, codes, term.rhs.ld, depth, scales, block_cols,
                                    by_rows ? 0 : 1, codes + kCols * term.rhs.ld, tile);
   }
 };
@@ -153,8 +156,13 @@ void byte_gemv_add_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t 
 
 inline void byte_gemv_add_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int64_t cols,
                                float* tile) {
-  if (term.lhs_dtype == DType::kBF16) return byte_gemv_add_term<PairBytes>(term, m0, rows, n0, cols, tile);
-  with_type(term.lhs_dtype, [&](auto type) {
-    byte_gemv_add_term<FloatBytes<decltype(type)>>(term, m0, rows, n0, cols, tile);
+  with_byte_codes(*term.rhs.nf4, [&](auto codes) {
+    using Codes = decltype(codes);
+    if (term.lhs_dtype == DType::kBF16) {
+      return byte_gemv_add_term<PairBytes<Codes>>(term, m0, rows, n0, cols, tile);
+    }
+    with_type(term.lhs_dtype, [&](auto type) {
+      byte_gemv_add_term<FloatBytes<Codes, decltype(type)>>(term, m0, rows, n0, cols, tile);
+    });
   });
 }

@@ -13,22 +13,22 @@ constexpr int kPackedVectors = kRegisters == 32 ? 4 : 2;
 // The vectors of a strip with `rows` rows.
 inline int64_t strip_vectors(int64_t rows) { return (min64(rows, kPackRows) + kLanes - 1) / kLanes; }
 
-// Codes of E4M3 that share a scale, in runs of 2 * kHalf: the even before the odd, and zeros after the last.
-template <int kHalf, class Out>
+// Bytes that share a scale, in runs of 2 * kHalf: the even before the odd, and zeros after the last.
+template <class Codes, int kHalf, class Out>
 void decode_bytes_split(const uint8_t* codes, int64_t count, float scale, Out* out) {
-  const Vec factor = e4m3_factor(scale);
+  const Vec factor = splat(scale * Codes::kFactor);
   for (; count > 0; count -= 2 * kHalf, codes += 2 * kHalf, out += 2 * kHalf) {
     uint8_t copy[2 * kHalf] = {};
     const bool is_whole = count >= 2 * kHalf;
     if (!is_whole) memcpy(copy, codes, count);
     uint16_t pairs[kHalf];
-    F16 halves[2][kHalf];
+    typename Codes::Value values[2][kHalf];
     memcpy(pairs, is_whole ? codes : copy, sizeof(pairs));
     for (int i = 0; i < kHalf; ++i) {
-      halves[0][i].bits = half_of_e4m3(pairs[i] & 0xff);
-      halves[1][i].bits = half_of_e4m3(pairs[i] >> 8);
+      values[0][i] = Codes::value(static_cast<uint8_t>(pairs[i]));
+      values[1][i] = Codes::value(static_cast<uint8_t>(pairs[i] >> 8));
     }
-    for (int i = 0; i < 2 * kHalf; i += kLanes) store(out + i, mul(load(halves[0] + i), factor));
+    for (int i = 0; i < 2 * kHalf; i += kLanes) store(out + i, mul(load(values[0] + i), factor));
   }
 }
 
@@ -72,8 +72,11 @@ struct FloatsUnit : FloatSteps {
   static void fill_row(const MatrixView& rhs, int64_t first, int64_t count, float* out) {
     const Nf4View w = *rhs.nf4;  // a local copy, which stores to `out` cannot alias
     if (!w.codes) {
-      return for_byte_blocks(w, first, count, [&](int64_t begin, int64_t end, float scale) {
-        decode_bytes_split<kLanes>(w.packed + first + begin, end - begin, scale, out + begin);
+      return with_byte_codes(w, [&](auto codes) {
+        for_byte_blocks(w, first, count, [&](int64_t begin, int64_t end, float scale) {
+          decode_bytes_split<decltype(codes), kLanes>(w.packed + first + begin, end - begin, scale,
+                                                      out + begin);
+        });
       });
     }
     int64_t i = 0;
@@ -175,15 +178,18 @@ struct PairsUnit : PairSteps {
     }
     const Nf4View w = *rhs.nf4;  // a local copy, which stores to `out` cannot alias
     if (!w.codes) {
-      return for_byte_blocks(w, first, count, [&](int64_t begin, int64_t end, float scale) {
+      return with_byte_codes(w, [&](auto codes) {
+        using Codes = decltype(codes);
+        for_byte_blocks(w, first, count, [&](int64_t begin, int64_t end, float scale) {
 #  if PEFT_KERNELS_PERMUTES_BYTES
-        const E4M3Table table;
-        static_assert(kOrder == 64, "");
-        for (; begin + kOrder <= end; begin += kOrder) {
-          table.decode_even_odd(w.packed + first + begin, splat(scale), out + begin);
-        }
+          const BytePairs<Codes> table;
+          static_assert(kOrder == 64, "");
+          for (; begin + kOrder <= end; begin += kOrder) {
+            table.decode_even_odd(w.packed + first + begin, splat(scale), out + begin);
+          }
 #  endif
-        decode_bytes_split<kOrder / 2>(w.packed + first + begin, end - begin, scale, out + begin);
+          decode_bytes_split<Codes, kOrder / 2>(w.packed + first + begin, end - begin, scale, out + begin);
+        });
       });
     }
     int64_t i = 0;

@@ -48,26 +48,53 @@ inline void unpack_scales(const Codebook& book, const Nf4View& w, int64_t first,
 inline uint16_t half_of_e4m3(uint32_t code) {
   return static_cast<uint16_t>((code & 0x7f) << 7 | (code & 0x80) << 8);
 }
-constexpr float kE4M3PerHalf = 256.0f;  // a value, of that of its fp16
-inline Vec e4m3_factor(float scale) { return splat(scale * kE4M3PerHalf); }
 
-template <class Out>
+// The values of codes of a byte, up to kFactor.
+struct E4M3Codes {
+  using Value = F16;
+  static constexpr float kFactor = 256.0f;
+  static F16 value(uint8_t code) { return {half_of_e4m3(code)}; }
+};
+struct Int8Codes {
+  using Value = float;
+  static constexpr float kFactor = 1.0f;
+  static float value(uint8_t code) { return static_cast<int8_t>(code); }
+};
+#if PEFT_KERNELS_PERMUTES_BYTES
+// The same as pairs of bf16, which hold them exactly.
+template <class Codes>
+struct ByteValuesOf {
+  using Type = E4M3Values;
+};
+template <>
+struct ByteValuesOf<Int8Codes> {
+  using Type = Int8Values;
+};
+template <class Codes>
+using BytePairs = ByteTable<typename ByteValuesOf<Codes>::Type>;
+#endif
+template <class Use>
+void with_byte_codes(const Nf4View& w, const Use& use) {
+  w.has_int8 ? use(Int8Codes{}) : use(E4M3Codes{});
+}
+
+template <class Codes, class Out>
 void decode_bytes(const uint8_t* codes, int64_t count, float scale, Out* out) {
   constexpr int64_t kStep = 64;
-  const Vec factor = e4m3_factor(scale);
+  const Vec factor = splat(scale * Codes::kFactor);
   for (; count > 0; count -= kStep, codes += kStep, out += kStep) {
     uint8_t copy[kStep] = {};
-    F16 halves[kStep];
+    typename Codes::Value values[kStep];
     const bool is_whole = count >= kStep;
     if (!is_whole) memcpy(copy, codes, count);
     const uint8_t* from = is_whole ? codes : copy;
-    for (int64_t i = 0; i < kStep; ++i) halves[i].bits = half_of_e4m3(from[i]);
+    for (int64_t i = 0; i < kStep; ++i) values[i] = Codes::value(from[i]);
     for_lanes(0, min64(kStep, count),
-              [&](int64_t i, int64_t lanes) { store_lanes(out + i, mul(load(halves + i), factor), lanes); });
+              [&](int64_t i, int64_t lanes) { store_lanes(out + i, mul(load(values + i), factor), lanes); });
   }
 }
 
-// Calls use(begin, end, scale) for the parts of elements [first, first + count) of E4M3 that share a scale.
+// Calls use(begin, end, scale) for the parts of elements [first, first + count), bytes, that share a scale.
 template <class Use>
 void for_byte_blocks(const Nf4View& w, int64_t first, int64_t count, const Use& use) {
   int64_t row = first / w.cols, col = first % w.cols;
@@ -123,8 +150,10 @@ void decode_short_blocks(const Nf4View& w, int64_t first, int64_t count, Out* ou
 template <class Out>
 void dequantize_run(const Nf4View& w, int64_t first, int64_t count, Out* out) {
   if (!w.codes) {
-    return for_byte_blocks(w, first, count, [&](int64_t begin, int64_t end, float scale) {
-      decode_bytes(w.packed + first + begin, end - begin, scale, out + begin);
+    return with_byte_codes(w, [&](auto codes) {
+      for_byte_blocks(w, first, count, [&](int64_t begin, int64_t end, float scale) {
+        decode_bytes<decltype(codes)>(w.packed + first + begin, end - begin, scale, out + begin);
+      });
     });
   }
   constexpr int64_t kStep = NibbleTable<Out>::kStep;

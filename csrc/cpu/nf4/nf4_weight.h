@@ -18,6 +18,7 @@ class Nf4Weight {
     view_.codes = tensors_.codes();
     view_.packed = tensors_.packed();
     view_.block_shift = tensors_.block_shift();
+    view_.has_int8 = tensors_.has_int8();
     view_.row_shift = tensors_.row_shift();
     view_.cols = cols;
     view_.blocks_in_row = tensors_.has_bytes() ? tensors_.blocks_in_row() : 0;

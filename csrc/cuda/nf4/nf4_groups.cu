@@ -1,5 +1,6 @@
-// Dequantises any part of a weight in int4 or E4M3.
+// Dequantises any part of a weight in int4, E4M3 or int8.
 #include <algorithm>
+#include <type_traits>
 
 #include "../core/launch.cuh"
 #include "nf4_groups.cuh"
@@ -10,9 +11,9 @@ namespace {
 constexpr int kVectorRun = 8;
 constexpr int64_t kMostRuns = int64_t{1} << 31;  // of a launch: indices have 32 bits
 
-template <class T, bool kBytes, int kRun>
+template <class T, GroupCodes kCodes, int kRun>
 void launch_runs(const GroupsView& weight, const Part& part, T* out, int64_t out_stride, Stream stream) {
-  using Kernel = DequantizeGroups<T, kBytes, kRun>;
+  using Kernel = DequantizeGroups<T, kCodes, kRun>;
   const int64_t rows = part.row_end - part.row_begin, in_row = (part.col_end - part.col_begin) / kRun;
   const int64_t most = std::max<int64_t>(kMostRuns / in_row, 1);
   for (int64_t row = 0; row < rows; row += most) {
@@ -26,14 +27,14 @@ void launch_runs(const GroupsView& weight, const Part& part, T* out, int64_t out
   }
 }
 
-template <class T, bool kBytes>
+template <class T, GroupCodes kCodes>
 void launch_part(const GroupsView& weight, const Part& part, T* out, int64_t out_stride, Stream stream) {
   const auto is_whole = [](int64_t size) { return size % kVectorRun == 0; };
   const bool has_vectors = are_aligned({weight.packed}, 8) && are_aligned({out}) &&
                            is_whole(part.col_begin) && is_whole(part.col_end) && is_whole(part.ld) &&
                            is_whole(out_stride);
-  has_vectors ? launch_runs<T, kBytes, kVectorRun>(weight, part, out, out_stride, stream)
-              : launch_runs<T, kBytes, 1>(weight, part, out, out_stride, stream);
+  has_vectors ? launch_runs<T, kCodes, kVectorRun>(weight, part, out, out_stride, stream)
+              : launch_runs<T, kCodes, 1>(weight, part, out, out_stride, stream);
 }
 
 }  // namespace
@@ -43,8 +44,16 @@ void dequantize_groups(const GroupsView& weight, const Part& part, void* out, DT
   if (part.row_end == part.row_begin || part.col_end == part.col_begin) return;
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    weight.has_bytes ? launch_part<T, true>(weight, part, static_cast<T*>(out), out_stride, stream)
-                     : launch_part<T, false>(weight, part, static_cast<T*>(out), out_stride, stream);
+    const auto launch_codes = [&](auto codes) {
+      launch_part<T, decltype(codes)::value>(weight, part, static_cast<T*>(out), out_stride, stream);
+    };
+    if (weight.has_int8) {
+      launch_codes(std::integral_constant<GroupCodes, GroupCodes::kInt8>{});
+    } else if (weight.has_bytes) {
+      launch_codes(std::integral_constant<GroupCodes, GroupCodes::kE4M3>{});
+    } else {
+      launch_codes(std::integral_constant<GroupCodes, GroupCodes::kInt4>{});
+    }
   });
 }
 

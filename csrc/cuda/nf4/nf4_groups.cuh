@@ -1,4 +1,4 @@
-// Dequantises int4 with its zero points, and E4M3; bit-equal to peft_kernels/ops/nf4.
+// Dequantises int4 with its zero points, E4M3 and int8; bit-equal to peft_kernels/ops/nf4.
 #pragma once
 
 #include "../../common/codes.h"
@@ -7,10 +7,12 @@
 
 namespace peft_kernels::cuda {
 
+enum class GroupCodes { kInt4, kE4M3, kInt8 };
+
 // Each thread dequantises runs of kRun elements of a row. With kRun = 8 columns and `ld` are multiples of 8,
 // and addresses are aligned: a run lies in one block, and is read and written as vectors. kRun = 1 takes any
 // part.
-template <class T, bool kBytes, int kRun>
+template <class T, GroupCodes kCodes, int kRun>
 struct DequantizeGroups {
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 4;
@@ -43,10 +45,11 @@ struct DequantizeGroups {
   static DEVICE void dequantize(const GroupsView& weight, int64_t row, int64_t col, int64_t ld, T* out) {
     const int64_t element = row * ld + col;
     float x[kRun];
-    if constexpr (kBytes) {
+    if constexpr (kCodes != GroupCodes::kInt4) {
       const int64_t block = (row >> weight.row_shift) * weight.blocks_in_row + (col >> weight.block_shift);
+      float scale = load_constant(static_cast<const float*>(weight.scale) + block);
       // As fp16, which is 2^-8 times the value.
-      const float scale = load_constant(static_cast<const float*>(weight.scale) + block) * 256.0f;
+      if (kCodes == GroupCodes::kE4M3) scale *= 256.0f;
       uint8_t codes[kRun];
       if constexpr (kRun == 1) {
         codes[0] = load_constant(weight.packed + element);
@@ -59,7 +62,9 @@ struct DequantizeGroups {
       for (int i = 0; i < kRun; ++i) {
         const uint32_t code = codes[i];
         const fp16 half{static_cast<uint16_t>((code & 0x7f) << 7 | (code & 0x80) << 8)};
-        x[i] = __fmul_rn(to_float(half), scale);
+        const float value =
+            kCodes == GroupCodes::kInt8 ? static_cast<float>(static_cast<int8_t>(code)) : to_float(half);
+        x[i] = __fmul_rn(value, scale);
       }
     } else {
       const int64_t block = element >> weight.block_shift;

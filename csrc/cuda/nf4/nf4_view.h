@@ -39,6 +39,7 @@ inline GroupsView groups_of(const Nf4Tensors& weight, int64_t index = 0) {
   const int64_t first = index * weight.blocks();
   view.packed = weight.packed() + index * weight.bytes();
   view.has_bytes = weight.has_bytes();
+  view.has_int8 = weight.has_int8();
   view.scale = weight.has_bytes() ? static_cast<const void*>(weight.absmax() + first)
                                   : static_cast<const void*>(weight.half_scales() + first);
   view.has_bf16_scales = weight.scale_dtype() == DType::kBF16;

@@ -12,9 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...core.formats import WHOLE_ROWS
+from ...core.formats import FORMATS, WHOLE_ROWS
 from ...core.nf4_state import NF4State
-from ..assembly import check_fp8_scales, nan_codes
+from ..assembly import check_byte_scales, nan_codes
 from .owner import Owner, check_finite, expect_shape, kept, tensor_of
 
 BLOCK = [128, 128]
@@ -44,7 +44,7 @@ class Fp8(Owner):
             )
         check_finite(stem + self.scale, scale)
         if scale.device.type != "meta":
-            check_fp8_scales(stem + self.scale, scale)
+            check_byte_scales(stem + self.scale, scale, FORMATS[self.format])
         _check_codes(stem + self.codes, codes)
         wide = scale.float().reshape(-1)
         state = NF4State(

@@ -105,7 +105,7 @@ def _check_rows(parts: list[NF4State], name: str) -> None:
             expected, got = (f"{one.shape[1]} input features in {_form(one)}" for one in (first, part))
             raise ValueError(f"{part.name}: expected {expected}, as {first.name} has it, got {got}")
     for part in parts[:-1]:
-        if FORMATS[part.format].bits == 8 and part.blocksize and part.shape[0] % part.blocksize:
+        if FORMATS[part.format].is_square and part.blocksize and part.shape[0] % part.blocksize:
             raise ValueError(
                 f"{part.name}: expected a multiple of {part.blocksize} output features, since {name} has its "
                 f"rows and others, got {part.shape[0]}"

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from ...core.formats import FORMATS, WHOLE_ROWS
+from ...core.formats import FORMATS
 
 
 @dataclass(frozen=True)
 class Partition:
     """The layout of a weight in cells, the smallest units with bytes and scales of their own.
 
-    For a weight (out_features, in_features) a cell is a block, or the rows that share scales in FP8. Blocks
+    For a weight (out_features, in_features) a cell is a block, or of bytes the rows that share scales. Blocks
     run over the flat weight, so a boundary between rows can fall inside a block, which both ranks then hold.
     For experts, (experts, out_features, in_features), a row and a cell are one expert.
     """
@@ -34,9 +34,11 @@ class Partition:
     @cached_property
     def cell(self) -> int:
         """Elements per cell."""
-        if len(self.shape) == 3 or self.blocksize == WHOLE_ROWS:
-            return max(self.row, 1)
-        return self.blocksize if FORMATS[self.format].bits == 4 else self.blocksize * max(self.row, 1)
+        form = FORMATS[self.format]
+        if len(self.shape) == 3 or form.bits == 8:
+            height = 1 if len(self.shape) == 3 else form.cell(self.row, self.blocksize)[0]
+            return height * max(self.row, 1)
+        return self.blocksize
 
     @cached_property
     def _cell_bytes(self) -> int:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.code_tables import NESTED_BLOCKSIZE
-from ...core.formats import blocksize_of, has_bytes
+from ...core.formats import blocksize_of, byte_format
 from ...core.op import Base, Op
 from ..common import accumulator_dtype
 
@@ -293,8 +293,8 @@ def row_alignment(base: Base, k: int) -> int:
     if base.absmax is None:
         return 1
     size = blocksize_of(base.layout)
-    if has_bytes(base.layout):
-        return max(size, 1)
+    if (form := byte_format(base.layout)) is not None:
+        return form.cell(k, size)[0]
     block = size * NESTED_BLOCKSIZE
     return block // gcd(block, k)
 
@@ -305,8 +305,8 @@ def narrow_base(base: Base, begin: int, end: int, k: int) -> Base:
         return Base(base.weight[begin:end])
     first, last, size = begin * k, end * k, blocksize_of(base.layout)
     flat, absmax2, offset = base.weight.reshape(-1), base.absmax2, base.offset
-    if has_bytes(base.layout):
-        per_row, height = (-(-k // size), size) if size else (1, 1)
+    if (form := byte_format(base.layout)) is not None:
+        height, per_row = form.cell(k, size)[0], form.scales((1, k), size)
         absmax = base.absmax[begin // height * per_row : -(-end // height) * per_row]
         return Base(flat[first:last], absmax, None, None, base.layout)
     blocks = slice(first // size, -(-last // size))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...core.code_tables import BLOCKSIZES
-from ...core.formats import FORMATS, blocksize_of, codes_of, has_bytes
+from ...core.formats import FORMATS, blocksize_of, byte_format, codes_of
 from .common import check
 
 FUSED = ("nf4", "fp4", "mxfp4", "nvfp4")
@@ -22,8 +22,9 @@ SMALLEST_BLOCKS = {
 def check_layout(layout: int) -> None:
     """Raises RuntimeError unless kernels take it."""
     codes, blocksize = codes_of(layout), blocksize_of(layout)
-    if has_bytes(layout):
-        expected, right = "128, or 0 for a scale per row", blocksize in FORMATS["fp8"].blocksizes
+    if (form := byte_format(layout)) is not None:
+        sizes = ", ".join(str(size) for size in form.blocksizes if size)
+        expected, right = f"{sizes}, or 0 for a scale per row", blocksize in form.blocksizes
     else:
         *names, last = FORMATS
         known = f"{', '.join(names)} or {last}, which back end triton has kernels for"

@@ -1,4 +1,5 @@
-"""Dequantises int4 with its zero points, and E4M3, bit-equal to the reference. No GEMM reads them packed."""
+"""Dequantises int4 with its zero points, E4M3 and int8, bit-equal to the reference. GEMMs do not read them
+packed."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from .nf4_weight import Nf4
 GROUPS = config(8, 3, BLOCK_ROWS=16, BLOCK_COLS=256)
 
 ZERO = tl.constexpr(ZERO_POINT)
+INT4 = tl.constexpr(FORMATS["int4"].codes)
 E4M3 = tl.constexpr(FORMATS["fp8"].codes)
 
 
@@ -58,20 +60,25 @@ def groups_kernel(
 
     run = first + RUN * tl.arange(0, RUNS)
     there = (row < rows)[:, None] & (run < cols)[None, :]
-    if codes_of(LAYOUT) != E4M3:
+    if codes_of(LAYOUT) == INT4:
         block = (start[:, None] + run[None, :]) >> block_shift(LAYOUT)
     elif block_shift(LAYOUT) < 0:  # each row has a scale
         block = tl.broadcast_to((first_row + row)[:, None], (BLOCK_ROWS, RUNS))
     else:
         SHIFT: tl.constexpr = block_shift(LAYOUT)
+        ROW_SHIFT: tl.constexpr = SHIFT if codes_of(LAYOUT) == E4M3 else 0
         in_row = tl.cdiv(k, 1 << SHIFT)
-        block = ((first_row + row) >> SHIFT)[:, None] * in_row + ((first_col + run) >> SHIFT)[None, :]
+        block = ((first_row + row) >> ROW_SHIFT)[:, None] * in_row + ((first_col + run) >> SHIFT)[None, :]
     block += index * nblocks
     scale = tl.load(weight.absmax + block, mask=there, other=0.0).to(tl.float32)
 
-    if codes_of(LAYOUT) == E4M3:
-        code = tl.load(packed + start[:, None] + col[None, :], mask=inside, other=0).to(tl.int32)
-        values = tl.reshape(e4m3_value(code), (BLOCK_ROWS, RUNS, RUN))
+    if codes_of(LAYOUT) != INT4:
+        code = tl.load(packed + start[:, None] + col[None, :], mask=inside, other=0)
+        if codes_of(LAYOUT) == E4M3:
+            values = e4m3_value(code.to(tl.int32))
+        else:
+            values = code.to(tl.int8, bitcast=True).to(tl.float32)
+        values = tl.reshape(values, (BLOCK_ROWS, RUNS, RUN))
     else:
         if RUN == 1:
             element = start[:, None] + col[None, :]

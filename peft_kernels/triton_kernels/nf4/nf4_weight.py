@@ -25,7 +25,7 @@ BY_CODES = {one.codes: one for one in FORMATS.values()}
 class Pointers(NamedTuple):
     """The tensors of a weight, for kernels. A dense weight is `packed` alone."""
 
-    packed: Tensor | None  # uint8 [ceil(numel / 2)]; of E4M3 [numel]
+    packed: Tensor | None  # uint8 [ceil(numel / 2)]; bytes [numel]
     absmax: Tensor | None = None  # scales [blocks]: fp32, uint8 codes of them, or of int4 16 bits
     # With an offset double quantisation, fp32 [ceil(blocks / 256)]; else fp32 [256]: values of those codes.
     absmax2: Tensor | None = None
@@ -105,7 +105,7 @@ def check_nested(absmax2: Tensor, offset: Tensor, blocks: int, count: int = 1) -
 
 
 def check_group_scales(form: Format, absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None) -> None:
-    """Raises unless the scales of int4 or E4M3, and int4's zero points, have the right dtypes."""
+    """Raises unless the scales of int4 or of bytes, and int4's zero points, have the right dtypes."""
     if form.bits == 8:
         check(absmax2 is not None or offset is None, "absmax2, offset", "both or neither", "only offset")
         check(absmax2 is None, "absmax2", "none for codes of 8 bits", "one")

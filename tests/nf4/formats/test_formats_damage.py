@@ -68,6 +68,11 @@ DAMAGE: dict[str, tuple[str, str, Callable[[Items], Items]]] = {
         r"^weight\.absmax: expected scales up to 7.6e\+35, got 1 larger ones$",
         filled("weight.absmax", 1e36),
     ),
+    "int8-large-scale": (
+        "int8",
+        r"^weight\.absmax: expected scales up to 2.66e\+36, got 1 larger ones$",
+        filled("weight.absmax", 3e36),
+    ),
     "fp8-zero-points": (
         "fp8",
         r"^weight\.zero_points: expected weight, weight.absmax of fp8, got this key too$",

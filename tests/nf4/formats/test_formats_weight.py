@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 import peft_kernels as pk
 import testing
+from peft_kernels.core.formats import FORMATS
 
 SHAPES = {"layer": (12, 96), "experts": (3, 4, 96)}
 FORMS: dict[str, tuple[str, int, bool]] = {
@@ -28,6 +29,8 @@ FORMS: dict[str, tuple[str, int, bool]] = {
     "int4-plain": ("int4", 32, False),
     "fp8": ("fp8", 128, False),
     "fp8-rows": ("fp8", 0, False),
+    "int8": ("int8", 64, False),
+    "int8-rows": ("int8", 0, False),
 }
 """Format, blocksize, and whether scales are double-quantised or blocks have zero points."""
 each_form = pytest.mark.parametrize("form", FORMS)
@@ -58,9 +61,9 @@ def test_attributes(form: str, shape: tuple[int, ...]) -> None:
     format, blocksize, double_quant = FORMS[form]
     assert weight._state.format == format and weight.blocksize == blocksize
     assert weight.double_quant == (weight.offset is not None) == double_quant
-    scales = {"int4": torch.bfloat16, "fp8": torch.float32}
+    scales = {"int4": torch.bfloat16, "fp8": torch.float32, "int8": torch.float32}
     assert weight.absmax.dtype == (torch.float32 if form == "fp4-plain" else scales.get(format, torch.uint8))
-    assert weight.packed.shape == (*shape[:-1], 96 if format == "fp8" else 48)
+    assert weight.packed.shape == (*shape[:-1], 96 if FORMATS[format].bits == 8 else 48)
 
 
 @BY_CODE
@@ -87,6 +90,17 @@ def test_packed_values_are_quantised_to_themselves(form: str) -> None:
     torch.testing.assert_close(again.dequantize(), weight.dequantize(), rtol=2 * eps, atol=0)
 
 
+@pytest.mark.parametrize("form", ["int8", "int8-rows"])
+def test_int8_rounds_to_the_nearest_code(form: str) -> None:
+    dense = testing.uneven(testing.tensor(12, 160, seed=1))
+    weight = make(form, (12, 160))
+    width = weight.blocksize or 160
+    scale = weight.absmax.view(12, -1).repeat_interleave(width, 1)[:, :160]
+    assert ((weight.dequantize() - dense).abs() <= scale * (0.5 + 1e-5)).all()
+    largest = torch.stack([part.abs().amax(1) for part in dense.split(width, 1)], 1)
+    torch.testing.assert_close(weight.absmax.view(12, -1), largest / 127)
+
+
 @each_form
 def test_zero_blocks(form: str) -> None:
     dense = testing.tensor(4, 192)
@@ -106,7 +120,7 @@ def test_extreme_magnitudes(form: str, magnitude: float) -> None:
 
 REFUSED: dict[str, tuple[str, Callable[[], object]]] = {
     "format": (
-        r"^format: expected one of nf4, fp4, mxfp4, nvfp4, int4, fp8, got 'int3'$",
+        r"^format: expected one of nf4, fp4, mxfp4, nvfp4, int4, fp8, int8, got 'int3'$",
         lambda: pk.NF4Weight.quantize(torch.ones(4, 64), format="int3"),
     ),
     "blocksize": (
@@ -130,7 +144,7 @@ REFUSED: dict[str, tuple[str, Callable[[], object]]] = {
                 format=form,
             ),
         )
-        for form in ("fp4", "mxfp4", "nvfp4", "int4", "fp8")
+        for form in ("fp4", "mxfp4", "nvfp4", "int4", "fp8", "int8")
     },
     "inf-in-an-expert": (
         r"^weight\[1\]: expected finite values, got 128 NaN or Inf among 128$",

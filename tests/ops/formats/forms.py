@@ -20,6 +20,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "int4-symmetric-128": {"format": "int4", "bs": 128, "nested": False},
     "fp8": {"format": "fp8", "bs": 128, "nested": False},
     "fp8-rows": {"format": "fp8", "bs": 0, "nested": False},
+    "int8": {"format": "int8", "bs": 64, "nested": False},
+    "int8-rows": {"format": "int8", "bs": 0, "nested": False},
 }
 """`nested`: with double quantisation, or zero points."""
 ROWS = (*range(1, 10), 12, 16, 17, 70, 200)

@@ -1,4 +1,4 @@
-"""dequantize_nf4 of int4 and FP8, bit for bit, against numpy."""
+"""dequantize_nf4 of int4, FP8 and int8, bit for bit, against numpy."""
 
 from __future__ import annotations
 
@@ -43,13 +43,17 @@ def e4m3_values() -> np.ndarray:
     return values.astype(np.float32)
 
 
-def fp8_oracle(codes: Tensor, scales: Tensor, blocksize: int, shape: tuple[int, int]) -> Tensor:
+def bytes_oracle(
+    codes: Tensor, scales: Tensor, format: str, blocksize: int, shape: tuple[int, int]
+) -> Tensor:
     rows, cols = shape
-    values = e4m3_values()[codes.numpy().reshape(shape)]
+    data = codes.numpy().reshape(shape)
+    values = e4m3_values()[data] if format == "fp8" else data.view(np.int8).astype(np.float32)
     if blocksize == 0:
         return torch.from_numpy(values * scales.numpy()[:, None])
-    by_block = scales.numpy().reshape(-(-rows // blocksize), -(-cols // blocksize))
-    row, col = np.arange(rows) // blocksize, np.arange(cols) // blocksize
+    height = blocksize if format == "fp8" else 1
+    by_block = scales.numpy().reshape(-(-rows // height), -(-cols // blocksize))
+    row, col = np.arange(rows) // height, np.arange(cols) // blocksize
     return torch.from_numpy(values * by_block[row][:, col])
 
 
@@ -73,20 +77,25 @@ def test_every_code_with_every_zero_point(
 
 
 @each_dtype
-@pytest.mark.parametrize("blocksize", [0, 128])
+@pytest.mark.parametrize(
+    ("format", "blocksize"), [("fp8", 0), ("fp8", 128), ("int8", 0), ("int8", 64), ("int8", 128)]
+)
 @pytest.mark.parametrize(
     "shape", [(1, 1), (3, 5), (7, 63), (64, 64), (128, 128), (129, 257), (300, 96), (2, 1000), (0, 8), (8, 0)]
 )
-def test_every_code_of_e4m3(backend: str, shape: tuple[int, int], blocksize: int, dtype: torch.dtype) -> None:
+def test_every_code_of_a_byte(
+    backend: str, shape: tuple[int, int], format: str, blocksize: int, dtype: torch.dtype
+) -> None:
     rows, cols = shape
     codes = torch.arange(rows * cols).mul(7).remainder(256).to(torch.uint8)
-    codes[codes & 0x7F == 0x7F] = 3  # NaN, which no weight has
-    form = FORMATS["fp8"]
+    if format == "fp8":
+        codes[codes & 0x7F == 0x7F] = 3  # NaN, which no weight has
+    form = FORMATS[format]
     scales = testing.tensor(form.scales(shape, blocksize)) * torch.exp2(
         torch.arange(form.scales(shape, blocksize)) % 90 - 45.0
     )
     got = ops.dequantize_nf4(codes, scales, None, None, form.layout(blocksize), list(shape), dtype)
-    assert_same(got, fp8_oracle(codes, scales, blocksize, shape).to(dtype), f"{shape}")
+    assert_same(got, bytes_oracle(codes, scales, format, blocksize, shape).to(dtype), f"{shape}")
 
 
 def test_parts_that_do_not_fit(backend: str) -> None:
@@ -106,6 +115,8 @@ def test_parts_that_do_not_fit(backend: str) -> None:
         "offset: expected Byte": (codes[:4096], half, None, torch.ones(64), int4),
         "offset: expected 64 elements": (codes[:4096], half, None, codes[:63], int4),
         "blocksize: expected": (codes, torch.ones(1), None, None, FORMATS["fp8"].layout(64)),
+        "absmax: expected 128 elements": (codes, torch.ones(1), None, None, FORMATS["int8"].layout(64)),
+        "(blocksize|format): expected": (codes, torch.ones(1), None, None, FORMATS["int8"].layout(32)),
     }
     for message, base in refused.items():
         with pytest.raises(RuntimeError, match=message):

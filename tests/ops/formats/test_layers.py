@@ -107,12 +107,15 @@ def check_values_alone(base: tuple[Any, ...], n: int, k: int, rows: int, dtype: 
 
 
 @each_dtype
-@pytest.mark.parametrize("blocksize", [0, 128])
+@pytest.mark.parametrize(("format", "blocksize"), [("fp8", 0), ("fp8", 128), ("int8", 0), ("int8", 64)])
 @pytest.mark.parametrize("rows", [4, 16, 40])
-def test_every_code_of_fp8(backend: str, rows: int, blocksize: int, dtype: torch.dtype) -> None:
-    form, size = FORMATS["fp8"], 256
+def test_every_code_of_a_byte(
+    backend: str, rows: int, format: str, blocksize: int, dtype: torch.dtype
+) -> None:
+    form, size = FORMATS[format], 256
     codes = (torch.arange(size)[:, None] + torch.arange(size)).to(torch.uint8)
-    codes[codes & 0x7F == 0x7F] = 3  # NaN
+    if form.has_nan:
+        codes[codes & 0x7F == 0x7F] = 3
     scales = testing.tensor(form.scales((size, size), blocksize))
     base = codes.view(-1), scales, None, None, form.layout(blocksize)
     check_values_alone(base, size, size, rows, dtype)
