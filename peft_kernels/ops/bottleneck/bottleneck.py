@@ -273,7 +273,7 @@ def check_parameters(
         if parameter.device != device:
             raise ValueError(f"{owner}{name}: expected device {device} like x, got {parameter.device}")
     if norm_bias is not None and norm_weight is None:
-        raise ValueError(f"{owner}norm_bias: expected a norm_weight beside it, got none")
+        raise ValueError(f"{owner}norm_bias: expected a norm_weight too, got none")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"{owner}dropout_p: expected 0 to 1, got {dropout_p}")
 
