@@ -186,7 +186,7 @@ def bottleneck(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """`residual + scaling * (drop(activation(norm(x) down^T + down_bias)) up^T + up_bias)`: a bottleneck
-    adapter (Houlsby et al. 2019), or one beside a sublayer (He et al. 2022) whose output is `residual`.
+    adapter (Houlsby et al. 2019), or one parallel to a sublayer (He et al. 2022) whose output is `residual`.
 
     Computed in fp32 and rounded once; where x and a parameter are bf16, a back end may also round the other
     operand of that parameter's GEMM to bf16. Where the adapter adds 0, as with an `up` of zeros, the result
