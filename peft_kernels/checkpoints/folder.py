@@ -137,8 +137,8 @@ def _missing_shards(files: list[Path]) -> Iterator[str]:
             there.setdefault((match[1], match[3]), set()).add(int(match[2]))
     for (start, count), numbers in there.items():
         for number in sorted(set(range(1, int(count) + 1)) - numbers):
-            found = f"{start}-{min(numbers):05}-of-{count}.safetensors"
-            yield f"{start}-{number:05}-of-{count}.safetensors: expected this file next to {found}, got none"
+            beside = f"{start}-{min(numbers):05}-of-{count}.safetensors"
+            yield f"{start}-{number:05}-of-{count}.safetensors: expected this file next to {beside}, got none"
 
 
 def _shards(folder: Path) -> list[Path]:
