@@ -71,6 +71,7 @@ PARTS = {
     "test-gpu": Part(
         (*KERNELS, "gpu"), (*PAGES, "examples/*", "csrc/cpu/*"), on_processor=False, reads=("docs/gpu.md",)
     ),
+    # tests/[!g]*/*: all folders of tests but gpu.
     "test-compiled": Part(
         (), (*PAGES, "peft_kernels/*", "csrc/cpu/*", "examples/*", "tests/[!g]*/*"), on_processor=False
     ),

@@ -1,4 +1,4 @@
-"""Checks the kernels, then times them beside torch, bitsandbytes and PEFT in one interleaved run.
+"""Checks the kernels, then times them with torch, bitsandbytes and PEFT in one interleaved run.
 
     python bench/run.py                    # the main cases, in at most five minutes
     python bench/run.py --quick            # under a minute
@@ -15,23 +15,23 @@ Except memory-... these run only by name:
 
 memory-...             bytes that a forward saves for its backward
 sass-..., triton-...   the compiled CUDA and Triton kernels, without a GPU: registers and spills; of the CUDA
-                       kernels instructions per weight beside their limits
+                       kernels instructions per weight, compared with their limits
 estimate-...           a whole step of an 8B model on a GPU, and for how many rows to fuse GEMMs, from bytes
                        and FLOPs
 loading-...            memory and time of loading a checkpoint in 4 bits
 bitsandbytes-ops-...   bitsandbytes' Linear4bit as it is and on our kernels
-attention-...          attention of a layer beside torch's
-busy-...               a training step while other processes use the cores, beside a quiet machine
-loss-...               a language model's head with its loss, beside torch's over all logits
+attention-...          attention of a layer, compared with torch's
+busy-...               a training step while other processes use the cores, compared with a quiet machine
+loss-...               a language model's head with its loss, compared with torch's over all logits
 experts-..., moe-...   layers of experts; a whole mixture of experts (needs 16 GB)
-bottleneck-...         bottleneck adapters beside plain modules
+bottleneck-...         bottleneck adapters compared with plain modules
 adamw-...              a step of optimizers
 optimizer-curves-...   held-out loss of training with each optimizer (most of an hour)
 peak-...               peak memory of a process in a training step of 8x512 tokens
 dpo-..., grpo-..., sft-...   steps of TRL's trainers on SmolLM2-135M
-prefix-...             prefix tuning beside PEFT's, which copies the prefix for each sample
+prefix-...             prefix tuning compared with PEFT's, which copies the prefix for each sample
 methods-...            fine-tuning methods side by side: parameters, memory, time and loss
-serving-...            requests with 8 adapters in one batch, beside 8 passes and one adapter
+serving-...            requests with 8 adapters in one batch, compared with 8 passes and one adapter
 """
 
 from __future__ import annotations

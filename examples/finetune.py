@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     sample, held_out = held_out[0], held_out[:VALIDATION_EXAMPLES]
     stage("data", f"{len(examples):,} examples to train on, {len(held_out)} to validate")
 
-    print("loading torch and the model, which takes half a minute the first time", flush=True)
+    print("loading torch and the model, which can take half a minute the first time", flush=True)
     import finetune_model as lib
     import finetune_report as report
     import torch

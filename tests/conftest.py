@@ -159,7 +159,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def other_isas() -> set[str]:
-    """The instruction sets besides the one that this machine chooses."""
+    """The instruction sets other than the one that this machine chooses."""
     names = {*testing.ISA_LEVELS, *testing.EMULATED.values()}
     chosen = BACKENDS["cpu"].extension.isa_levels()[-1] if testing.unavailable("cpu") is None else ""
     return names - {chosen}

@@ -98,7 +98,7 @@ def transposed(t: Tensor) -> Tensor:
 
 
 def at_odd_address(t: Tensor) -> Tensor:
-    """The same values, contiguous, one element behind aligned memory."""
+    """The same values, contiguous, one element after an aligned address."""
     return torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t)
 
 

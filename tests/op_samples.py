@@ -383,4 +383,4 @@ def _samples(_seed: int) -> dict[str, dict[str, tuple[Any, ...]]]:
     }  # fmt: skip
 
 
-CASES = [(op, sample) for op in registry.OPS for sample in _samples(0)[op]]
+CASES = [(op, sample) for op in registry.OPS for sample in _samples(testing.SEED)[op]]

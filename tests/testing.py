@@ -41,7 +41,7 @@ def backend_ids() -> list[str]:
 
 
 def register_ptx() -> None:
-    """Adds back end `ptx` to BACKENDS, behind the reference, so that it serves only when forced."""
+    """Adds back end `ptx` to BACKENDS, after the reference, so that it serves only when forced."""
     if ptx.BACKEND.name not in BACKENDS:
         ptx.BACKEND.load()
         BACKENDS[ptx.BACKEND.name] = ptx.BACKEND

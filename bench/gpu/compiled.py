@@ -1,4 +1,4 @@
-"""The kernels as compiled, beside their limits, without a GPU: CUDA (sass.py), and Triton (triton_code.py).
+"""The compiled kernels and their limits, without a GPU: CUDA (sass.py), and Triton (triton_code.py).
 
 One case is one architecture.
 """

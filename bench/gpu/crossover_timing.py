@@ -49,7 +49,7 @@ class Cell(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What GEMMs are timed on."""
+    """The device, the library and the clock of a timing."""
 
     library: Any
     """The compiled library, whose crossovers for the card are changed meanwhile and then removed."""

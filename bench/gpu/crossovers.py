@@ -31,7 +31,7 @@ from bench.gpu.crossover_timing import Cell, Target, crossovers, device_clock, t
 from bench.gpu.device_cases import SHAPES
 from bench.lib import report
 from peft_kernels.core.backends import cuda
-from peft_kernels.core.backends.crossovers import ANY, MEASURED, NO_ROWS, Card, Limits, Rows
+from peft_kernels.core.backends.crossovers import ANY, MEASURED, NO_ROWS, WGMMA_RANGES, Card, Limits, Rows
 
 ROWS = (64, 96, 128, 192, 256, 384, 512, 768, 1024)
 EXPERTS_SHAPES = ((1536, 2048), (2048, 768))
@@ -111,7 +111,7 @@ def entry(card: Card, limits: Limits) -> dict[str, Any]:
 
 
 def _row(row: Rows) -> dict[str, Any]:
-    ranges = {name: list(getattr(row, name)) for name in Rows._fields[3:] if getattr(row, name) != NO_ROWS}
+    ranges = {name: list(getattr(row, name)) for name in WGMMA_RANGES if getattr(row, name) != NO_ROWS}
     weights = None if row.weights == ANY else row.weights
     return {"weights": weights, "forward": row.forward, "backward": row.backward, **ranges}
 
@@ -128,7 +128,8 @@ def render(title: str, cells: Sequence[Cell], rows: Sequence[Rows]) -> str:
     limits = [
         [
             "any" if row.weights == ANY else f"{row.weights:,}", str(row.forward), str(row.backward),
-            *("-" if found == NO_ROWS else f"{found.least} to {found.most}" for found in row[3:]),
+            *("-" if found == NO_ROWS else f"{found.least} to {found.most}"
+              for found in (getattr(row, name) for name in WGMMA_RANGES)),
         ]
         for row in rows
     ]  # fmt: skip

@@ -1,9 +1,9 @@
-"""Checks the kernels on a GPU, then times them beside cuBLAS, bitsandbytes and PEFT.
+"""Checks the kernels on a GPU, then times them with cuBLAS, bitsandbytes and PEFT.
 
     python bench/gpu/run.py --output gpu-output
     python bench/gpu/run.py --only '^forward-4096x4096'
     python bench/gpu/run.py --only '^step-'      # the parts of a training step
-    python bench/gpu/run.py --only ^wgmma        # LinearWgmma beside the kernels for mma.sync, on an H100
+    python bench/gpu/run.py --only ^wgmma        # LinearWgmma and the kernels for mma.sync, on an H100
     python bench/gpu/run.py --eager --only m1-   # with the cost of Python and launches
     python bench/gpu/run.py --check              # small shapes, checked and not timed: for sanitizers
     python bench/gpu/run.py --backend cpu        # small shapes on the CPU, to test the suite (or ptx)

@@ -265,8 +265,8 @@ def of_experts(one: tuple[Any, ...], count: int = EXPERTS) -> tuple[Any, ...]:
 
 
 def _formats(dtype: torch.dtype) -> Iterator[Call]:
-    """Formats beside NF4. FP4 has the same code with other numbers; MXFP4 has runs of 32, and here odd rows
-    too; NVFP4 has short blocks."""
+    """Formats other than NF4. FP4 has the same code with other numbers; MXFP4 has runs of 32, and here odd
+    rows too; NVFP4 has short blocks."""
     yield Call("nf4_linear", (empty(FEW, SIZE, dtype=dtype), *packed("fp4", SIZE, SIZE), SIZE, None))
     for m in (FEW, 4 * FEW, MANY):
         x, dy = empty(m, SIZE, dtype=dtype), empty(m, WHOLE, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The cases of LinearWgmma, beside our kernels for mma.sync and others: on compute capability 9.0 alone."""
+"""The cases of LinearWgmma, compared with our kernels for mma.sync and others, on compute capability 9.0."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ TITLES = {
     BLOCK_DORA: "decoder block, DoRA on a dense base, forward + backward",
     BLOCK_DROPOUT: "decoder block, LoRA with dropout 0.05 on a dense base, forward + backward",
     BLOCK_MIXED: "decoder block, 8 samples with 8 LoRA adapters on a dense base, forward without grad",
-    OVERHEAD: "a patched LoRA layer of 64 by 64 beside its op, forward without grad",
+    OVERHEAD: "a patched LoRA layer of 64 by 64 and its op, forward without grad",
     OVERHEAD_NF4: "the same on an NF4 base",
 }
 
@@ -91,7 +91,7 @@ def case(group: str, shape: Shape, m: int | None, dtype: str, build: Build, **op
 
 
 def forward(shape: Shape, m: int, dtype: str) -> Case:
-    """nf4_linear beside torch's dense layer and bitsandbytes in both modes."""
+    """nf4_linear compared with torch's dense layer and bitsandbytes in both modes."""
 
     def build() -> Contenders:
         weights = layers.shared(Weights, FORWARD, *shape, DTYPES[dtype])
@@ -120,7 +120,7 @@ def forward(shape: Shape, m: int, dtype: str) -> Case:
 
 
 def training(group: str, shape: Shape, m: int, dtype: str) -> Case:
-    """A LoRA layer beside PEFT's on the same kind of base and the frozen dense layer alone."""
+    """A LoRA layer compared with PEFT's on the same kind of base and the frozen dense layer alone."""
 
     def build() -> Contenders:
         weights = layers.shared(Weights, group, *shape, DTYPES[dtype])
@@ -161,7 +161,7 @@ def training_entries(
 
 
 def block(group: str, batch: int, tokens: int, dtype: str, sizes: Sizes = SMOLLM2) -> Case:
-    """A patched decoder block with adapters on all projections beside PEFT's on the same kind of base."""
+    """A patched decoder block with adapters on all projections, and PEFT's on the same kind of base."""
     variant = BLOCKS[group]
 
     def build() -> Contenders:

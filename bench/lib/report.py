@@ -127,7 +127,7 @@ def summary(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def _notes(outcomes: Sequence[Outcome]) -> list[str]:
-    """Reasons behind WRONG and `-`, and remarks, each once with the cases it is about."""
+    """Reasons for WRONG and `-`, and remarks, each once with the cases it is about."""
     reasons: dict[str, list[str]] = {}
     for outcome in outcomes:
         for word, found in ((f"{WRONG} ", outcome.wrong), ("- ", outcome.absent), ("", outcome.remarks)):

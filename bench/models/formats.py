@@ -1,7 +1,7 @@
 """Packed formats side by side: GEMMs, and QLoRA of SmolLM2-135M-Instruct as in `examples/finetune.py`.
 
-GEMM cases time one layer's forward and input gradient: formats of 4 bits beside NF4, FP8 beside torch's GEMM
-of a dense weight in the activations' dtype; interleaved, with weights outside the cache. The case of the
+GEMM cases time one layer's forward and input gradient: formats of 4 bits against NF4, FP8 against torch's
+GEMM of a dense weight in the activations' dtype; interleaved, with weights outside the cache. The case of the
 model has bits per weight of the packed layers, the held-out loss before training and after equal steps, and
 the time of a step relative to NF4's.
 """
@@ -41,7 +41,7 @@ COLUMNS = {
 
 
 def beside(format: str) -> str:
-    """What a format is timed beside."""
+    """What a format is compared with."""
     return NF4 if FORMATS[format].bits == 4 else DENSE
 
 
@@ -99,7 +99,7 @@ class GemmCase:
 class Gemms(report.Outcome):
     case: GemmCase
     spreads: dict[str, dict[str, Spread]] = field(default_factory=dict)
-    """The time of what it stands beside / the format's, by what and format."""
+    """The time of what it is compared with / the format's, by what and format."""
 
     def parts(self) -> list[str]:
         return [

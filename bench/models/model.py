@@ -160,7 +160,7 @@ class Models(Adapted):
 
 
 def step(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
-    """A training step of a patched model on NF4 weights, beside PEFT on bitsandbytes."""
+    """A training step of a patched model on NF4 weights, compared with PEFT on bitsandbytes."""
 
     def run(models: Models, model: Model) -> Callable[[], Any]:
         return models.step(model, models.tokens(batch, tokens))
@@ -169,8 +169,8 @@ def step(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) 
 
 
 def textbook(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
-    """A training step of the tutorials' script with `pk.patch`, beside the unpatched one, and ours on
-    `pk.quantize_model` instead of bitsandbytes."""
+    """A training step of the tutorials' script with `pk.patch` and without, and with `pk.quantize_model`
+    instead of bitsandbytes."""
 
     def build() -> Contenders:
         models = layers.shared(Models, TEXTBOOK, sizes, DTYPES[dtype])

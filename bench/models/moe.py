@@ -241,7 +241,7 @@ def standard(dtype: str, sizes: Sizes = QWEN3) -> list[Any]:
 
 
 def forward(tokens: int, dtype: str, sizes: Sizes = QWEN3) -> Case:
-    """Packed experts beside dense ones in transformers' implementations, and dequantising each."""
+    """Packed experts compared with dense ones in transformers' implementations, and with dequantised ones."""
 
     def build() -> Contenders:
         mixtures = layers.shared(Mixtures, MOE, sizes, DTYPES[dtype])
@@ -264,7 +264,7 @@ def forward(tokens: int, dtype: str, sizes: Sizes = QWEN3) -> Case:
 
 
 def training(tokens: int, dtype: str, sizes: Sizes = QWEN3) -> Case:
-    """Patched adapters on packed experts beside PEFT's on dense ones and on packed ones."""
+    """Patched adapters on packed experts compared with PEFT's on dense ones and on packed ones."""
 
     def build() -> Contenders:
         mixtures = layers.shared(Mixtures, MOE_LORA, sizes, DTYPES[dtype])

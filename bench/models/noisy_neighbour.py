@@ -1,5 +1,5 @@
-"""A training step while other processes use the same cores, beside a quiet machine: ours, and PEFT on
-bitsandbytes.
+"""A training step while other processes use the same cores, compared with a quiet machine: ours, and PEFT
+on bitsandbytes.
 
 The neighbours are single-threaded busy loops. With autogroups (/proc/self/autogroup) Linux divides cores
 among sessions first, so neighbours run in the session of the training, as jobs from the same terminal do, and

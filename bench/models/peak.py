@@ -1,4 +1,4 @@
-"""Peak resident memory of a process in a training step, beside stock PEFT's.
+"""Peak resident memory of a process in a training step, compared with stock PEFT.
 
 Each contender makes the model of `model.py` and takes one step in a fresh process. The high-water mark is
 reset in between, as making a model of random weights takes more than loading one. Everything resident counts:

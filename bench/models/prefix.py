@@ -1,4 +1,4 @@
-"""Attention over [prefix; tokens] in one layer of SmolLM2, and steps of prefix tuning, patched beside PEFT.
+"""Attention over [prefix; tokens] in one layer of SmolLM2, and steps of prefix tuning, patched and by PEFT.
 
 PEFT looks the prefix up for each sample and copies it again into its cache. A third contender computes
 attention over the prefix separately, with the queries of all samples in one GEMM, and merges the two

@@ -1,4 +1,4 @@
-"""Serving eight requests with an adapter each in one batch, beside one after the other, and one adapter for
+"""Serving eight requests with an adapter each: in one batch, one after the other, and with one adapter for
 all."""
 
 from __future__ import annotations

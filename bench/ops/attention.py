@@ -1,4 +1,5 @@
-"""Causal attention at training shapes, beside torch's scaled_dot_product_attention as transformers calls it.
+"""Causal attention at training shapes: ours, and torch's scaled_dot_product_attention as transformers calls
+it.
 
 With a mask transformers repeats keys and values for each query head; without, torch shares them. `padded`:
 rows padded on the left to different lengths, whose mask rules out torch's causal kernel.

@@ -1,4 +1,4 @@
-"""Bottleneck adapters beside plain torch modules, eager and compiled.
+"""Bottleneck adapters compared with plain torch modules, eager and compiled.
 
 A sequential adapter adds to its own input, a parallel one to the output of a sublayer. `mixed`: fp32
 parameters with bf16 activations, which plain modules widen. `autocast`: the same under autocast, where plain
@@ -50,7 +50,7 @@ class Kind:
     @property
     def title(self) -> str:
         what = f"{'parallel' if self.parallel else 'sequential'} adapter, {self.activation}"
-        beside = ", fp32 parameters beside bf16" if self.mixed or self.autocast else ""
+        beside = ", fp32 parameters with bf16" if self.mixed or self.autocast else ""
         beside += ", autocast" if self.autocast else ""
         passes = "forward + backward" if self.train else "forward without grad"
         return f"{what}, r={BOTTLENECK}{beside}, {passes}"

@@ -1,5 +1,5 @@
-"""Linear layers of experts: ours on NF4, beside torch's grouped_mm on dense 16-bit weights, as in
-transformers, and on all experts dequantised in each call.
+"""Linear layers of experts: ours on NF4, and torch's grouped_mm on dense 16-bit weights, as in transformers,
+and on all experts dequantised in each call.
 
 M counts tokens; each goes to `top` random experts, so M * top rows are multiplied.
 """

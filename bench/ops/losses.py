@@ -1,4 +1,4 @@
-"""The loss of a language model's head, beside torch's over all logits, and a compiled loss in chunks.
+"""The loss of a language model's head, torch's over all logits, and a compiled loss in chunks.
 
 Forward and backward; one token in eight has no label. The chunked peer computes the gradient of each chunk in
 the forward, compiled (torch.func.grad_and_value). Torch's gets logits in fp32, as in transformers: from bf16

@@ -1,4 +1,4 @@
-"""A step of AdamW with 8-bit moments beside bitsandbytes' and torch's fused AdamW, fp32 parameters.
+"""A step of AdamW with 8-bit moments, and of bitsandbytes' and torch's fused AdamW; fp32 parameters.
 
 The remark has the bytes of state per parameter, and the bytes that a step reads and writes at least.
 """

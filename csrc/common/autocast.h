@@ -7,8 +7,8 @@
 namespace peft_kernels {
 
 // Excludes autocast while it lives: torch's own ops would return another dtype than our kernels expect. Calls
-// from Python leave autocast behind already; C++ callers of the dispatcher, and calls below its autocast
-// keys, do not.
+// from Python exclude it already; those of C++ callers of the dispatcher, and those below its autocast keys,
+// do not.
 class WithoutAutocast {
   const c10::impl::ExcludeDispatchKeyGuard guard_{c10::autocast_dispatch_keyset};
 };

@@ -39,7 +39,7 @@ struct BottleneckArgs {
     up = parameter(up_in, "up");
     checked_vector(norm_weight, k, "norm_weight");
     checked_vector(norm_bias, k, "norm_bias");
-    TORCH_CHECK(norm_weight || !norm_bias, "norm_bias: expected a norm_weight beside it");
+    TORCH_CHECK(norm_weight || !norm_bias, "norm_bias: expected a norm_weight too");
   }
 
   at::TensorOptions floats() const { return x.options().dtype(at::kFloat); }

@@ -24,7 +24,7 @@ inline at::ScalarType compute_type(const OptionalDtype& compute_dtype, const Ten
   return *compute_dtype;
 }
 
-// The dtype that check_bias() allows beside fp32: a layer's bias may have x's dtype or the base GEMM's.
+// The dtype other than fp32 that check_bias() allows: a layer's bias may have x's dtype or the base GEMM's.
 inline at::ScalarType bias_type(const OptionalTensor& bias, at::ScalarType compute, const Tensor& x) {
   return bias && bias->scalar_type() == compute ? compute : x.scalar_type();
 }

@@ -79,21 +79,21 @@ class AdapterConfig:
 
     @classmethod
     def houlsby(cls, **options: Any) -> AdapterConfig:
-        """Behind attention and feed-forward, 16 to one, gelu (Houlsby et al. 2019)."""
+        """After attention and feed-forward, reduction 16, gelu (Houlsby et al. 2019)."""
         preset: dict[str, Any] = {"attention": True, "feed_forward": True}
         return cls(**preset | options)
 
     @classmethod
     def pfeiffer(cls, **options: Any) -> AdapterConfig:
-        """Behind the feed-forward alone, 16 to one, relu (Pfeiffer et al. 2021; after_norm=True is what they
-        have in BERT)."""
+        """After the feed-forward alone, reduction 16, relu (Pfeiffer et al. 2021, who have after_norm=True in
+        BERT)."""
         preset: dict[str, Any] = {"attention": False, "feed_forward": True, "activation": "relu"}
         return cls(**preset | options)
 
     @classmethod
     def beside(cls, **options: Any) -> AdapterConfig:
-        """Beside the feed-forward, relu, scaled by 4 (the scaled parallel adapter of He et al. 2022), 16 to
-        one; the paper's own bottlenecks are wider (512 of 1024)."""
+        """Parallel to the feed-forward, reduction 16, relu, scaled by 4 (the scaled parallel adapter of He et
+        al. 2022, whose own bottlenecks are wider: 512 of 1024)."""
         preset: dict[str, Any] = {"attention": False, "feed_forward": True, "activation": "relu"}
         return cls(**preset | {"parallel": True, "scaling": 4.0} | options)
 

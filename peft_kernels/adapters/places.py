@@ -33,7 +33,7 @@ class Place:
     """The last linear layer."""
     features: int
     norm: str | None
-    """Attribute of the only layer norm beside the last linear layer, as in BERT, or None."""
+    """Attribute of the only layer norm next to the last linear layer, as in BERT, or None."""
 
 
 def root_of(model: nn.Module) -> nn.Module:
@@ -152,7 +152,7 @@ def _place(
     norm = norms[0] if len(norms) == 1 else None
     if config.after_norm and norm is None:
         raise ValueError(
-            f"{path}: expected one layer norm beside {last[0]}, which after_norm reads, got {len(norms)}"
+            f"{path}: expected one layer norm next to {last[0]}, which after_norm reads, got {len(norms)}"
         )
     return Place(path, f"{path}.{first[0]}", f"{path}.{last[0]}", features, norm)
 

@@ -29,7 +29,7 @@ class _Links:
     """Parents of the first and the last linear layer."""
     leaves: tuple[str, str]
     norm: str | None
-    """Attribute of the layer norm beside the last linear layer."""
+    """Attribute of the layer norm next to the last linear layer."""
     hooked: tuple[nn.Module, ...] = ()
     handles: list[RemovableHandle] = field(default_factory=list)
     inputs: dict[int, Tensor] = field(default_factory=dict)
@@ -179,7 +179,7 @@ class AdapterSite(nn.Module):
 
     def _check_order(self, ended: bool) -> None:
         if not ended:
-            raise RuntimeError(f"{self.place.last}: expected a call before the layer norm behind it")
+            raise RuntimeError(f"{self.place.last}: expected a call before the layer norm after it")
 
     def _together(self, y: Tensor, x: Tensor | None, reads: tuple[str, ...]) -> Tensor:
         """Applies the active adapters to all rows."""

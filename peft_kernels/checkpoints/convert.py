@@ -1,6 +1,6 @@
 """quantize_checkpoint: quantises a model's folder, with one tensor in memory.
 
-Output is written to a work folder beside the destination, `.NAME.partial`, and renamed at the end, so the
+Output is written to a work folder next to the destination, `.NAME.partial`, and renamed at the end, so the
 destination is complete or missing. An interrupted run leaves the work folder, and the next one reuses its
 finished shards.
 """
@@ -88,7 +88,7 @@ def quantize_checkpoint(
         Of NF4 and FP4, quantise the scales too; of int4, give blocks zero points. By default True. Other
         formats take none.
     skip : names
-        Modules to skip besides heads, embeddings and norms: full names or consecutive parts of one.
+        Modules to skip in addition to heads, embeddings and norms: full names or consecutive parts of one.
     restart : bool
         Start over instead of continuing an interrupted run.
     experts : bool

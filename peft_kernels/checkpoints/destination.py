@@ -1,4 +1,4 @@
-"""The folder of a new model: checks beforehand, files beside the weights, and the final rename."""
+"""The folder of a new model: checks beforehand, files other than weights, and the final rename."""
 
 from __future__ import annotations
 

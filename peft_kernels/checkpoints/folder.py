@@ -138,7 +138,7 @@ def _missing_shards(files: list[Path]) -> Iterator[str]:
     for (start, count), numbers in there.items():
         for number in sorted(set(range(1, int(count) + 1)) - numbers):
             beside = f"{start}-{min(numbers):05}-of-{count}.safetensors"
-            yield f"{start}-{number:05}-of-{count}.safetensors: expected this file beside {beside}, got none"
+            yield f"{start}-{number:05}-of-{count}.safetensors: expected this file next to {beside}, got none"
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -1,6 +1,6 @@
 """merge_checkpoint: merges a LoRA adapter into a model's folder, with one tensor in memory.
 
-Output is written to a folder beside the destination, `.NAME.merging`, and renamed at the end, so the
+Output is written to a folder next to the destination, `.NAME.merging`, and renamed at the end, so the
 destination is complete or missing. After an error nothing is left.
 """
 

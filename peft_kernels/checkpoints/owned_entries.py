@@ -36,7 +36,7 @@ class PackedEntry(Entry):
         return self.turned(dense).contiguous().view(self.shape)
 
     def state(self) -> tuple[NF4State, dict[str, Tensor]]:
-        """The packed weight, and what `Owner.write` needs besides."""
+        """The packed weight, and what else `Owner.write` needs."""
         tensors = {self.owner.part_of(self.name, item.name): item.read() for item in self.items}
         with checkpoint_errors():
             return self.owner.read(tensors, self.name)

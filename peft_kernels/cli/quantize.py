@@ -2,7 +2,7 @@
 
 NF4 and FP4 are written in bitsandbytes' format: transformers, PEFT, TRL and vLLM read it. Only peft_kernels
 reads the other formats, and mixtures of experts that --experts packs. DST appears when it is complete; an
-interrupted run leaves a folder .DST.partial beside it, and the same command continues from there."""
+interrupted run leaves a folder .DST.partial next to it, and the same command continues from there."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="modules to skip besides heads, embeddings and norms: a name or consecutive parts of one",
+        help="modules to skip in addition to heads, embeddings and norms: a name or consecutive parts of one",
     )
     parser.add_argument(
         "--experts", action="store_true", help="also pack mixtures of experts, which only peft_kernels reads"

@@ -1,5 +1,5 @@
-"""Finds what the call of a module does besides its forward, for code that computes a module's result without
-calling it."""
+"""Finds what the call of a module does in addition to its forward, for code that computes a module's result
+without calling it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of an NF4Weight: packed bytes, or dense values, or dense values beside the retained packed bytes.
+"""The state of an NF4Weight: packed bytes, or dense values, or dense values with the retained packed bytes.
 
 The third form is a reversible merge. Adding a delta to a 4-bit weight and subtracting it again leaves
 rounding errors, and a dense weight. So the state records what was added; once the same values have been

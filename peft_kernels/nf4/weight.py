@@ -6,8 +6,7 @@ deepcopy and state_dict work on it. Four rules:
 - `F.linear(x, weight)` runs the NF4 kernel; any other read uses a dequantised copy. Views of that copy are
   read-only, since a write to them would be lost.
 - A write makes the weight *dense*, for all its aliases: written values are kept exactly, not rounded to 4
-bits.
-  `requantize_()` packs it again.
+  bits. `requantize_()` packs it again.
 - A delta that is added in place and subtracted again (merge and unmerge) restores the packed bytes and frees
   the dense values. See `core.nf4_state`.
 - An average of a weight with itself (SWA, EMA) is the packed weight.

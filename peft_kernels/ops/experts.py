@@ -26,7 +26,7 @@ from .common import empty_h, empty_unless
 class ExpertsLinear(Op):
     """Rows ends[e - 1] to ends[e] of x, (rows, in), times expert e's weight. `ends` is int32, (experts,),
     ascending, as in torch's grouped_mm. Experts are the first dimension of the weight's tensors and of the
-    bias, (experts, out). Rows behind the last end belong to no expert and give zeros."""
+    bias, (experts, out). Rows after the last end belong to no expert and give zeros."""
 
     name = "experts_linear"
     schema = "(Tensor x, Tensor ends, $nf4, SymInt out_features, Tensor? bias) -> Tensor"
@@ -214,7 +214,7 @@ def experts_linear(
     x : Tensor, (rows, in_features)
         fp32, bf16 or fp16. Sums are in fp32.
     ends : Tensor, (experts,), int32
-        Row behind the last row of each expert, ascending: `offs` of torch's grouped_mm. Rows behind the last
+        Row after the last row of each expert, ascending: `offs` of torch's grouped_mm. Rows after the last
         end give zeros.
     weight : NF4Weight, (experts, out_features, in_features)
     bias : Tensor, (experts, out_features), optional

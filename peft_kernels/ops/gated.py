@@ -230,7 +230,7 @@ def gated_mlp_args(
     activation: str,
     compute: torch.dtype,
 ) -> tuple[Any, ...]:
-    """The checked arguments of op `gated_mlp` behind x, which is to have dtype `compute`."""
+    """The checked arguments of op `gated_mlp` after x, which is to have dtype `compute`."""
     check_activation(activation)
     hidden = gate.weight.shape[0]
     if up.weight.shape[0] != hidden:

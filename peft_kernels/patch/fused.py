@@ -237,8 +237,8 @@ def _first_class(cls: Any) -> type[nn.Module]:
 
 
 def is_own(module: Any, forward: Any) -> bool:
-    """Whether a `forward` set on the instance is that of its class, bound: a removed hook leaves it
-    behind."""
+    """Whether a `forward` set on the instance is that of its class, bound: a removed hook leaves
+    it there."""
     cls: Any = type(module)
     return getattr(forward, "__self__", None) is module and forward.__func__ is cls.forward
 

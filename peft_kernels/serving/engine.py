@@ -147,7 +147,7 @@ class Engine:
                         self._store.forget(name)
                 if isinstance(error, BudgetInUse):
                     raise ValueError(
-                        f"adapter {name!r}: expected room in budget_bytes beside adapters in use, got none"
+                        f"adapter {name!r}: expected room in budget_bytes next to adapters in use, got none"
                     ) from None
                 raise
 

@@ -27,7 +27,7 @@ class RowTensors(list[Tensor | None]):
 
 
 class RowCaches(Cache):
-    """The caches of the rows behind the interface of one cache. None is an empty slot, whose keys and values
+    """The caches of the rows, with the interface of one cache. None is an empty slot, whose keys and values
     are dropped. At least one row has a cache."""
 
     def __init__(self, caches: Sequence[Any], implementation: str) -> None:

@@ -113,7 +113,7 @@ class Store:
         Raises
         ------
         BudgetInUse
-            It does not fit beside the adapters in use.
+            It does not fit next to the adapters in use.
         ValueError
             It exceeds the budget, its folder is damaged, or its outputs are not finite. Nothing is changed.
         """

@@ -75,7 +75,7 @@ def test_active_adapters(active: str | tuple[str, ...], dtype: torch.dtype, base
 @pytest.mark.parametrize("active", ["two", ["one", "two"]], ids=["one-active", "several"])
 @pytest.mark.parametrize("base", models.BASES)
 def test_adapters_of_different_dtypes(base: str, active: str | list[str]) -> None:
-    """fp32 adapters beside bf16 ones, on a bf16 model."""
+    """fp32 adapters with bf16 ones, on a bf16 model."""
     model = adapted(base, torch.bfloat16)
     for name, parameter in model.named_parameters():
         if "lora_" in name and ".two." in name:

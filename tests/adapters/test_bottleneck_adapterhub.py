@@ -327,5 +327,5 @@ def test_refused(name: str, tmp_path: Path) -> None:
 def test_misplaced_norms_are_refused() -> None:
     sizes = samples.SIZES | {"num_key_value_heads": 2}
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
-    with pytest.raises(ValueError, match=r"layers\.0: expected one layer norm beside mlp.down_proj"):
+    with pytest.raises(ValueError, match=r"layers\.0: expected one layer norm next to mlp.down_proj"):
         pk.adapters.add(llama, "one", pk.adapters.AdapterConfig.pfeiffer(after_norm=True))

@@ -36,7 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 
 
 def test_round_trip(trained: tuple[Any, Path], tmp_path: Path) -> None:
-    """Under another name, beside other adapters, in a model without the head or in 4 bits; the file is an
+    """Under another name, with other adapters, in a model without the head or in 4 bits; the file is an
     ordinary safetensors file."""
     model, folder = trained
     adapters.set_active(model, "task")

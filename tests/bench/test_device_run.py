@@ -74,7 +74,7 @@ def test_every_kind_of_case_is_checked_and_timed() -> None:
 
 @pytest.mark.usefixtures("on_cpu")
 def test_experts_are_checked_and_timed() -> None:
-    """Beside torch's grouped GEMM on the weights dequantised in each call."""
+    """With torch's grouped GEMM on the weights dequantised in each call."""
     for case in tiny("experts-forward-4-80x64-m9-bf16", "experts-qlora-4-80x64-m9-bf16"):
         result = case.run(Timing(0.0, 1))
         assert not result.wrong and {OURS, experts.DEQUANTISED} <= result.seconds.keys(), result.wrong

@@ -138,7 +138,7 @@ def test_missing_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert inspected(source, capsys)["faults"] == []
     second.unlink()
     (source / "config.json").write_text("{}")
-    message = f"{second.name}: expected this file beside {first.name}, got none"
+    message = f"{second.name}: expected this file next to {first.name}, got none"
     assert inspected(source, capsys)["faults"] == [message]
     with pytest.raises(CheckpointError, match=message):
         quantize_checkpoint(source, tmp_path / "target")

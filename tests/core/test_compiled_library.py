@@ -27,7 +27,7 @@ needs_cpu = needs("cpu")
 def compiled(tmp_path: Path) -> Path:
     """A copy of the package without its compiled libraries of ops; returns the folder to put on the path.
 
-    With a wheel's libraries of kernels: its ops need them beside them.
+    With a wheel's libraries of kernels: its ops need them in their own folder.
     """
     target = tmp_path / "peft_kernels"
     shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("_C*", "*.pyd", "__pycache__"))
@@ -125,7 +125,7 @@ MINOR = ".".join(torch.__version__.split(".")[:2])
 
 @needs_cpu
 def test_a_wheel_loads_the_library_for_this_torch(python: Python, compiled: Path) -> None:
-    """Beside others, which are not libraries here."""
+    """In a folder with others, which are not libraries here."""
     fitting = in_wheel(compiled, MINOR, library())
     for version in ("2.8", "9.10"):
         in_wheel(compiled, version, Path(__file__))
@@ -185,7 +185,7 @@ def test_a_library_for_another_cuda_is_not_loaded(
 @needs_cpu
 @pytest.mark.parametrize("which", ["ops", "kernels"])
 def test_a_library_that_is_cut_off_is_not_loaded(python: Python, compiled: Path, which: str) -> None:
-    """The process would end in SIGBUS. In a wheel the kernels are in a library beside the ops."""
+    """The process would end in SIGBUS. In a wheel the kernels are in a library next to that of the ops."""
     ops = in_wheel(compiled, MINOR, library())
     path = ops if which == "ops" else ops.with_name("libpeft_kernels_cpu.so")
     content = library().read_bytes()

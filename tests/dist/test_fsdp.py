@@ -249,7 +249,7 @@ def shard_operations(folder: Path, mesh: Any) -> None:
 
 @on(2)
 def ignored(folder: Path, mesh: Any) -> None:
-    """An ignored weight stays whole, beside one that is sharded."""
+    """An ignored weight stays whole while another is sharded."""
     model = nn.Sequential(*(MatMul(weight((64, 64), 64, True, torch.float32)) for _ in range(2)))
     x = testing.tensor(3, 64)
     want = model(x)

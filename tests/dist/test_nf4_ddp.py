@@ -168,7 +168,7 @@ def other_adapters(folder: Path) -> None:
 
 
 def uint8_tensors(folder: Path) -> None:
-    """The model's own uint8 tensors are sent beside the packed ones."""
+    """The model's own uint8 tensors are sent as well as the packed ones."""
     for other in (0, 1):
         model = Wrapper(adapted(seed=other * dist.get_rank()))
         mine = torch.full((3, 5), 7 + dist.get_rank(), dtype=torch.uint8)

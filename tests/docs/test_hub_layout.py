@@ -92,7 +92,7 @@ def test_kernel_builders_tests_pass_within_a_minute(layout: Path) -> None:
     done = subprocess.run(
         command, cwd=layout, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
-    after = os.times()  # of the processor: others may run beside it
+    after = os.times()  # of the processor: others may run at the same time
     seconds = after.children_user + after.children_system - before.children_user - before.children_system
     assert done.returncode == 0 and " skipped" not in done.stdout, done.stdout
     assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 40

@@ -171,7 +171,7 @@ def toy(libraries: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_libraries_of_a_wheel_work_in_any_folder(
     libraries: ModuleType, torch: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """The ops find the kernels beside them, and torch in the process."""
+    """The ops find the kernels in their own folder, and torch in the process."""
     other = torch("namespace at { int magic() { return 40; } }")
     made = libraries.compiled(tmp_path / "build", platform.machine(), {"9.9.1": other})
     assert [path.name for path in made] == ["libpeft_kernels_toy.so", "_C.torch9.9.so"]

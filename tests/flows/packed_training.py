@@ -82,7 +82,7 @@ def assert_only_packed_bytes(model: Any, folder: Path, adapt: Adapt) -> None:
     states = [value for state in optimizer.state.values() for value in state.values()]
     known = storages([*tuned.parameters(), *tuned.buffers(), *(p.grad for p in adapters), *states])
     left = {address: nbytes for address, nbytes in alive.storages().items() if address not in known}
-    assert sum(left.values()) <= TABLES, f"alive beside gradients and states: {left}"
+    assert sum(left.values()) <= TABLES, f"alive other than gradients and states: {left}"
 
 
 def storages(tensors: Iterable[Any]) -> dict[int, int]:

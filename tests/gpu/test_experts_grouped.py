@@ -332,7 +332,7 @@ INSIDE = {
     *("aten::contiguous", "aten::to", "aten::resolve_conj", "aten::resolve_neg"),
 }
 OF_THE_CPU = {"aten::mm", "aten::select", "aten::item", "aten::_local_scalar_dense", "aten::copy_"}
-"""What torch's op consists of on the CPU, beside what is above."""
+"""What torch's op consists of on the CPU, in addition to the above."""
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -71,7 +71,7 @@ def test_any_layout(extension: ModuleType, moved: str, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("shape", [(0, 5, 3, 8), (2, 0, 3, 8), (2, 5, 0, 8), (2, 5, 3, 0)], ids=str)
 def test_nothing_to_rotate(extension: ModuleType, shape: tuple[int, ...]) -> None:
-    """Also beside a tensor that has elements."""
+    """Also next to a tensor that has elements."""
     cos, sin = angles(1, shape[1], shape[3])
     x = [torch.ones(shape), testing.tensor(shape[0], shape[1], 2, shape[3])]
     for tensors in (x, x[::-1], []):

@@ -40,8 +40,8 @@ def test_starts_that_leave_room(extension: ModuleType, way: str) -> None:
 
 
 RESERVED = (1024, 2048, 4096, 8192, 9216, 40 << 10)
-"""Bytes of shared memory that the system has, more than any card so far; the wide table has no room beside
-the last two."""
+"""Bytes of shared memory that the system has, more than any card so far; with the last two, the wide table
+has no room."""
 SIZES = {"A100": 163 << 10, "H100": 227 << 10, "RTX-5090": 99 << 10}
 
 

@@ -155,7 +155,7 @@ def test_report() -> None:
     ]
     q, reason = (
         "base_model.model.q (PEFT LoRA Linear on NF4Linear)",
-        "DoRA beside other active adapters (default, plain); activate one at a time",
+        "DoRA together with other active adapters (default, plain); activate one at a time",
     )
     assert str(report).splitlines() == [
         "peft_kernels: 1 of 2 layers fused",

@@ -88,7 +88,7 @@ def test_adapter_in_use_is_not_evicted(folders: dict[str, Path]) -> None:
         engine.step()
         assert first.done or (resident(engine) == ["one"] and not second.tokens)
         if not first.done:
-            with pytest.raises(ValueError, match="expected room in budget_bytes beside adapters in use"):
+            with pytest.raises(ValueError, match="expected room in budget_bytes next to adapters in use"):
                 engine.load("two")
             with pytest.raises(ValueError, match="'one': expected no requests that use it, got 1"):
                 engine.unload("one")

@@ -53,7 +53,7 @@ class AdaptedLayers : public torch::CustomClassHolder {
   std::vector<int64_t> no_group_;
 };
 
-// The operands of rms_norm behind x. The result has x's dtype.
+// The operands of rms_norm after x. The result has x's dtype.
 struct Norm {
   Tensor weight;
   double eps, offset;

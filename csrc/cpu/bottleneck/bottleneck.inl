@@ -1,4 +1,4 @@
-// The parts of a bottleneck adapter besides its GEMMs: layer norm, and activation with dropout.
+// The parts of a bottleneck adapter other than its GEMMs: layer norm, and activation with dropout.
 
 // out = (x - mean) * rstd; returns rstd.
 template <class T>

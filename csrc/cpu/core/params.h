@@ -24,7 +24,7 @@ struct F16 {
 // Codes are of four bits, or bytes where `codes` is null: then the scale of an element is absmax[(row >>
 // row_shift) * blocks_in_row + (col >> block_shift)].
 struct Nf4View {
-  const CodeValues* codes;      // with zero points: of zero point 0, the others behind it
+  const CodeValues* codes;      // with zero points: of zero point 0, followed by the others
   const uint8_t* packed;        // [(n + 1) / 2], or [n] bytes
   const float* absmax;          // [blocks], or null
   const uint16_t* half_scales;  // [blocks], or null

@@ -13,8 +13,8 @@
 #include "../core/dynamic_tables.h"
 #include "../core/kernel_table.h"
 
-// What an ISA has beside its vectors: dot products of bf16 pairs, and AMX tiles. On x86 byte permutations
-// come with the former.
+// What an ISA may have in addition to its vectors: dot products of bf16 pairs, and AMX tiles. On x86, an
+// ISA with such dot products has byte permutations too.
 #ifndef PEFT_KERNELS_BF16_DOT
 #  define PEFT_KERNELS_BF16_DOT 0
 #endif

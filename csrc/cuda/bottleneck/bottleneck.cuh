@@ -77,7 +77,7 @@ struct BottleneckRowsOf {
     Row first;       // of the adapter
   };
 
-  // The row at a position; -1: behind the last one.
+  // The row at a position; -1: after the last one.
   static DEVICE Row row_at(const Params& p, const Tile& tile, Row position) {
     if (position >= tile.end) return -1;
     if constexpr (kGroups) return load_constant(p.order + position);
@@ -118,7 +118,7 @@ struct BottleneckRowsOf {
     const int64_t windows = (p.in_features + kWindow - 1) / kWindow;
     const int64_t begin = windows * slice / slices(a), end = windows * (slice + 1) / slices(a);
     const T* in[2];
-    int64_t in_end[2];  // rows behind the last one are read as zeros
+    int64_t in_end[2];  // rows after the last one are read as zeros
     Words4 next[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

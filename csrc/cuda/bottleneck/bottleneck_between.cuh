@@ -27,7 +27,7 @@ struct BottleneckMatrices {
 struct FourRanks {
   int64_t first;   // among those of the adapter's rows
   int column;      // of the first one
-  int64_t at[4];   // their places in the matrices; negative: behind the last row
+  int64_t at[4];   // their places in the matrices; negative: after the last row
   bool is_vector;  // the places follow each other and are aligned
 };
 

@@ -16,7 +16,7 @@ void in_parts(size_t total, int most, const Body& body) {
   }
 }
 
-// The adapters, and behind them one of no ranks for the rows of none: their result is the term.
+// The adapters, followed by one without ranks for the rows of no adapter: their result is the term.
 template <bool kBackward>
 std::vector<BottleneckAdapter> all_adapters(const MultiBottleneckView& view) {
   std::vector<BottleneckAdapter> adapters;

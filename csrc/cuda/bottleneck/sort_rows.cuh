@@ -7,7 +7,7 @@
 namespace peft_kernels::cuda {
 
 // A block per group, the last one for rows of none. Each counts the rows of the groups before its own, and
-// then lists its own rows behind those.
+// then lists its own rows after those.
 struct SortRows {
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 4;

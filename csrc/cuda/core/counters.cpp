@@ -4,9 +4,10 @@
 //
 // Kernels that use the same slab of counters must not run concurrently:
 //  - Kernels on a stream run one after the other, so outside of captures each stream has one slab.
-//  - A graph may be replayed on any stream, beside the stream it was captured on and beside other graphs
-//    captured there. So every capture has its own slabs, one for each participating stream, as these become
-//    branches that may run concurrently. A graph never runs beside itself: CUDA orders its replays.
+//  - A graph may be replayed on any stream, concurrently with the stream it was captured on and with other
+//    graphs captured there. So every capture has its own slabs, one for each participating stream, as these
+//    become branches that may run concurrently. A graph never runs concurrently with itself: CUDA orders its
+//    replays.
 //
 // Kernels reset their counters to zero, so a slab is zeroed only when it is created. In a capture that is a
 // node of the graph, one for all kernels that follow: every replay starts with zeros, even if the one before

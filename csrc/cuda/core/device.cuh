@@ -1,5 +1,5 @@
-// Device primitives beside CUDA C++: instructions without an intrinsic, loads and stores of whole vectors,
-// and 16-bit floats as bits.
+// Device primitives that CUDA C++ lacks: instructions without an intrinsic, loads and stores of whole
+// vectors, and 16-bit floats as bits.
 //
 // launched by launch.cuh. Grids, blocks and threads have one dimension.
 //

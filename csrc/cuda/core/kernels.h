@@ -2,7 +2,7 @@
 //
 // Interfaces are plain pointers, without torch: the ops (*_ops.cpp) fill the structs of a family's header,
 // its *.cu files implement the functions. Matrices are row-major, sizes are in elements, and a pointer with a
-// DType beside it points to elements of that type.
+// DType next to it points to elements of that type.
 //
 // Every function throws if a launch fails, works asynchronously on a stream, and uses no memory beyond its
 // arguments and its Context. Results are the same from run to run.

@@ -12,7 +12,7 @@ namespace peft_kernels::cuda {
 
 class ListedRows {
  public:
-  // `results` are zeroed in rows behind those of the last expert, unless undefined; at most two.
+  // `results`, at most two, are zeroed in the rows after those of the last expert, unless undefined.
   ListedRows(const Tensor& ends, int64_t rows, int tile_rows, const std::vector<Tensor>& results = {}) {
     const int64_t experts = ends.size(0), tiles = ExpertRows::most_tiles(experts, rows, tile_rows);
     memory_ = at::empty({ExpertRows::bytes(experts, tiles) / int64_t{sizeof(int)}}, ends.options());
@@ -38,7 +38,7 @@ class ListedRows {
   const ExpertRows& view() const { return view_; }
   // The same as the op's argument, but ascending, and from 0 to the number of rows.
   Tensor ends() const { return memory_.narrow(0, view_.ends - memory_.const_data_ptr<int>(), view_.experts); }
-  // Zeroes rows behind those of the last expert.
+  // Zeroes the rows after those of the last expert.
   void clear_rest(const Tensor& result) const {
     const CallContext context;
     peft_kernels::cuda::clear_rest(view_, rows_of(result), context);

@@ -17,7 +17,7 @@ struct RowRange {
 
 // Written on the device by list_expert_rows(), for all rows that have an expert, in order.
 struct ExpertRows {
-  int experts, rows;  // rows: including those behind the last expert's
+  int experts, rows;  // rows: including those after the last expert's
   int tile_rows;      // of a tile, at most
   int max_tiles;
   RowTile* tiles;  // [max_tiles], the first *count of which are used
@@ -34,13 +34,13 @@ struct ExpertRows {
   }
 };
 
-// A result whose rows behind the last expert's are set to zero.
+// A result whose rows after the last expert's are set to zero.
 struct ResultRows {
   void* rows;  // or null
   int64_t row_bytes;
 };
 
-// `ends` [experts]: the row behind the last one of each expert, ascending. Any values are safe: they are
+// `ends` [experts]: the row after the last one of each expert, ascending. Any values are safe: they are
 // clamped.
 void list_expert_rows(const ExpertRows& rows, const int* ends, const ResultRows (&results)[2],
                       const Context& context);

@@ -1,5 +1,5 @@
 // Launches ExpertsWgmma and ExpertsWgmmaDx: the grouped GEMMs of experts for compute capability 9.0. Compiled
-// for sm_90a alone (setup.py), beside the other files.
+// for sm_90a alone, separately from the other files (setup.py).
 #include "../linear/linear_wgmma_launch.cuh"
 #include "experts_launch.cuh"
 

@@ -10,8 +10,8 @@
 
 namespace peft_kernels::cuda {
 
-// A dense low-rank term u[m, depth] v that is added to the sums of an NF4 GEMM. u and v are bf16, whose range
-// is that of fp32, beside fp16 activations too; depth is a multiple of 16 (0: none).
+// A dense low-rank term u[m, depth] v that is added to the sums of an NF4 GEMM. u and v are bf16, with
+// fp16 activations too, since its range is that of fp32; depth is a multiple of 16 (0: none).
 struct Slab {
   const void* u;
   const void* v;  // forward [n, depth], used transposed; backward [depth, k]
@@ -44,7 +44,7 @@ struct LinearParams {
 inline constexpr int kGroup = 64;  // minimum number of row elements that share a scale
 
 // The wide table of pairs (see linear_decode.cuh) is at a fixed address of shared memory, wherever a block's
-// memory starts. Data behind it starts at kBehindWideTable. Data before it has the space up to the table less
+// memory starts. Data after it starts at kBehindWideTable. Data before it has the space up to the table less
 // what the system reserves, which suffices for all kernels if that is at most kMostReserved.
 inline constexpr int kWideTableAddress = 0x10000, kWideTableBytes = 0x10000, kNarrowTableBytes = 0x8000;
 inline constexpr int kBehindWideTable = kWideTableAddress + kWideTableBytes;
@@ -174,7 +174,7 @@ struct WgmmaShape {
   constexpr int x_bytes() const { return tokens * kDepth * 2; }  // of a stage
   constexpr int stages() const { return tokens == 256 ? 4 : tokens == 128 ? 6 : 8; }
   // Addresses in shared memory, wherever a block's own starts. Between the system's part and the table of
-  // pairs are codes, scales, barriers and one stage of x; behind the table are the other stages.
+  // pairs are codes, scales, barriers and one stage of x; after the table are the other stages.
   constexpr int weights() const { return kMostReserved; }
   constexpr int scales() const { return weights() + stages() * kWeightBytes; }
   constexpr int map() const { return scales() + stages() * kScaleBytes; }

@@ -1,4 +1,5 @@
-// Launches LinearWgmma and LinearWgmmaDx. Compiled for sm_90a alone (setup.py), beside the other files.
+// Launches LinearWgmma and LinearWgmmaDx. Compiled for sm_90a alone, separately from the other
+// files (setup.py).
 #include "linear_wgmma_launch.cuh"
 
 namespace peft_kernels::cuda {

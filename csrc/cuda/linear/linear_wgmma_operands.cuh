@@ -166,8 +166,8 @@ struct WgmmaBackward {
                    scale = load_shared_16(scales + lane.scales + half * 64);
       const uint32_t first = __byte_perm(rows.v[0], rows.v[1], lane.selector),
                      second = __byte_perm(rows.v[2], rows.v[3], lane.selector);
-      // Bytes of rows of even index and of the odd ones behind them; then codes of both side by side, of the
-      // even column and the odd one.
+      // Bytes of the rows of even index, and of the odd rows that follow them; then the codes of both rows
+      // side by side, of the even column and of the odd one.
       const uint32_t low = __byte_perm(first, second, 0x5410), high = __byte_perm(first, second, 0x7632);
       constexpr uint32_t kUpper = 0xf0f0f0f0u;
       const uint32_t even = select_bits(kUpper, low, high >> 4), odd = select_bits(kUpper, low << 4, high);

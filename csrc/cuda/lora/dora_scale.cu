@@ -7,7 +7,7 @@
 namespace peft_kernels::cuda {
 namespace {
 
-// Whether rows can be read and written in vectors of 16 bytes; `in` and `out` are the tensors beside z.
+// Whether rows can be read and written in vectors of 16 bytes; `in` and `out` are the tensors other than z.
 template <class T>
 bool has_vectors(const DoraScale& params, const void* in, const void* out) {
   return params.n % kScaleWidth<T, true> == 0 && are_aligned({params.z, params.scale, params.bias, in, out});

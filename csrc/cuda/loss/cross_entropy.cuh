@@ -120,7 +120,7 @@ struct LossRow {
   }
 
  private:
-  // Behind the vectors.
+  // After the vectors.
   static DEVICE int first_single(const Params& p) { return p.vectors * kWidth + thread_index(); }
 
   template <int kCount, class Body>

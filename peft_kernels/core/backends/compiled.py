@@ -96,7 +96,7 @@ class CompiledBackend:
 
     @property
     def extension(self) -> Any:
-        """The library's functions beside its kernels. Raises RuntimeError when it is not loaded."""
+        """The library's functions other than its kernels. Raises RuntimeError when it is not loaded."""
         if self._extension is None:
             raise RuntimeError(f"back end {self.name}: {self._refusal}")
         return self._extension

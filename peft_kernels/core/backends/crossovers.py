@@ -57,6 +57,10 @@ class Rows(NamedTuple):
         return self._replace(forward_wgmma=NO_ROWS, backward_wgmma=NO_ROWS)
 
 
+WGMMA_RANGES = Rows._fields[3:]
+"""The fields of `Rows` that are for wgmma."""
+
+
 class Limits(NamedTuple):
     """Crossovers in ascending order of weights, the last for any weight."""
 
@@ -116,7 +120,7 @@ def _table(entry: dict[str, Any]) -> Table:
 def _rows(entries: list[dict[str, Any]]) -> tuple[Rows, ...]:
     rows = []
     for row in entries:
-        ranges = (_range(row[name]) if name in row else NO_ROWS for name in Rows._fields[3:])
+        ranges = (_range(row[name]) if name in row else NO_ROWS for name in WGMMA_RANGES)
         rows.append(Rows(_number_or_any(row["weights"]), row["forward"], row["backward"], *ranges))
     sizes = [row.weights for row in rows]
     if not all(type(n) is int and 0 <= n <= ANY for row in rows for n in row[:3]):

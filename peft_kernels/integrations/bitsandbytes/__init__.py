@@ -1,4 +1,4 @@
-"""Our kernels behind bitsandbytes' own layers and optimizers, after `enable()`."""
+"""Runs bitsandbytes' own layers and optimizers on our kernels, after `enable()`."""
 
 from .ops import disable, enable, enable_if_asked, unpack
 

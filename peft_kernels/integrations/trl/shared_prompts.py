@@ -87,7 +87,7 @@ def share(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, hidden_size
     if best is None:
         return "no two sequences have the same prompt"
     if work(len(best), max(map(_length, best))) >= work(*ids.shape):
-        return "the prompts are too short beside their completions"
+        return "the prompts are too short compared with their completions"
     return _lay_out(best, ids, counted, input_ids.device)
 
 

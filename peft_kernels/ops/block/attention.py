@@ -152,7 +152,7 @@ def attention(
         one row, sliding windows. With two spans it attends to the keys of both: say, a prompt shared by
         several completions in one row, and its own completion. A query without keys gives 0.
     is_causal : bool
-        No query attends to keys behind its own; the last query's own key is the last one.
+        No query attends to keys after its own; the last query's own key is the last one.
     scale : float, optional
         Positive. By default features ** -0.5.
 

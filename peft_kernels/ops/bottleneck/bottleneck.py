@@ -186,7 +186,7 @@ def bottleneck(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """`residual + scaling * (drop(activation(norm(x) down^T + down_bias)) up^T + up_bias)`: a bottleneck
-    adapter (Houlsby et al. 2019), or one beside a sublayer (He et al. 2022) whose output is `residual`.
+    adapter (Houlsby et al. 2019), or one parallel to a sublayer (He et al. 2022) whose output is `residual`.
 
     Computed in fp32 and rounded once; where x and a parameter are bf16, a back end may also round the other
     operand of that parameter's GEMM to bf16. Where the adapter adds 0, as with an `up` of zeros, the result
@@ -273,7 +273,7 @@ def check_parameters(
         if parameter.device != device:
             raise ValueError(f"{owner}{name}: expected device {device} like x, got {parameter.device}")
     if norm_bias is not None and norm_weight is None:
-        raise ValueError(f"{owner}norm_bias: expected a norm_weight beside it, got none")
+        raise ValueError(f"{owner}norm_bias: expected a norm_weight too, got none")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"{owner}dropout_p: expected 0 to 1, got {dropout_p}")
 

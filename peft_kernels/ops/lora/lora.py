@@ -167,7 +167,7 @@ def lora_linear_args(
     dropout_p: float = 0.0,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Any, ...]:
-    """The checked arguments of op `lora_linear` behind x."""
+    """The checked arguments of op `lora_linear` after x."""
     compute = arguments.compute_type(x, compute_dtype)
     shape, base = arguments.base_weight(x, weight, compute)
     arguments.check_bias(x, bias, shape[0], compute)

@@ -205,7 +205,7 @@ def _token_losses(
             return _Scored(found[0], *found[2:5]), targets
     elif lora_a is None or lora_b is None:
         name, other = ("lora_a", "lora_b") if lora_a is None else ("lora_b", "lora_a")
-        raise ValueError(f"{name}: expected a Tensor beside {other}, got None")
+        raise ValueError(f"{name}: expected a Tensor with {other}, got None")
     else:
         check_adapter(hidden, (vocabulary, features), lora_a, lora_b, 0.0)
         h = float(scaling) * F.linear(x.to(lora_a.dtype), lora_a)

@@ -32,14 +32,14 @@ from . import rms_norm as norms
 from .eligibility import NORM_NAMES, PROJECTIONS, Attention
 
 _PARTS = {"layers", "mlp", "norms"}
-"""Parts of `patch` that a prepared layer computes, besides those that it is installed with."""
+"""Parts of `patch` that a prepared layer computes in addition to those that it is installed with."""
 _MAX_ATTEMPTS = 16
 """How often a layer is prepared at most; then it always calls its modules."""
 
 
 def run(layer: Any, record: Record, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
     """The output of a decoder layer, or None if its modules must be called. `kwargs` are all its arguments
-    behind x."""
+    after x."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not is_plain_call():
         return None
     if x.device.type != "cpu" or dispatch.forced() not in (None, "cpu"):

@@ -159,7 +159,7 @@ def variant_reason(module: Any, names: Sequence[str], ours: type[Fused]) -> str:
         if type(variant) is not DoraLinearVariant:
             return f"{type(variant).__name__.removesuffix('LinearVariant')} is not fused; use LoRA or DoRA"
         if len(names) > 1:
-            return f"DoRA beside other active adapters ({', '.join(names)}); activate one at a time"
+            return f"DoRA together with other active adapters ({', '.join(names)}); activate one at a time"
         magnitude = module.lora_magnitude_vector[name]
         if magnitude.fan_in_fan_out and linear_kind(module.base_layer) is not TRANSPOSED:
             return "DoRA over a transposed weight; nothing to do"

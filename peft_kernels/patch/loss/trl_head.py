@@ -110,7 +110,7 @@ def closure_of(theirs: Any) -> dict[str, Any]:
 
 
 def theirs_of(forward: Any) -> Any:
-    """TRL's forward behind ours, or `forward` itself."""
+    """TRL's forward, which ours replaced, or `forward` itself."""
     return getattr(forward, REPLACES, forward)
 
 

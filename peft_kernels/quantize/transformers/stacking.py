@@ -88,7 +88,7 @@ def stackable(conversion: Any) -> bool:
 
 def _collect(stack: Stack, layers: dict[tuple[str, int], str], there: dict[str, None], owner: Owner) -> None:
     """Collects the layers, by source and number, of all experts. Raises ValueError for the first tensor that
-    is missing: optional ones if any other layer has them, and parts beside if that of another expert has."""
+    is missing: an optional one if any layer has it, one of `Owner.beside` if another expert has it."""
     parts = [part for part in owner.parts if part not in owner.optional]
     parts += [
         part for part in owner.optional if any(owner.stem(name) + part in there for name in layers.values())

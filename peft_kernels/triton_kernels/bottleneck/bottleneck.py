@@ -126,7 +126,7 @@ def _launch(kernel: object, adapter: Adapter, own: OwnRows | None, *args: Any) -
     few = dtype == torch.float32 or rows <= MANY["BLOCK_M"] * multiprocessors(adapter.x.device)
     tiles = FEW if few else MANY
     constants = {"ACTIVATION": adapter.activation, "DTYPE": triton_dtype(dtype), "QUADS": rank % 4 == 0}
-    # fp32 operands are split into parts, which need registers: beside fp16 the most.
+    # fp32 operands are split into parts, which need registers: most with fp16.
     wide = torch.float32 in (adapter.down.dtype, adapter.up.dtype)
     block_k = 64 if not wide else 16 if dtype == torch.float16 and own is not None else 32
     blocks = {"BLOCK_K": block_k, "BLOCK_R": rank_block(rank)}

@@ -52,8 +52,8 @@ def own_rows(order: Tensor, begins: Tensor, adapter: int) -> OwnRows:
 @triton.jit
 def rows_of_program(own, m, BLOCK_M: tl.constexpr):
     """The rows of a program; their positions among the adapter's, which dropout counts by; and how many rows
-    the adapter has. `own` is None or an `OwnRows`: without it they are all. Behind the last row, the rows are
-    those at their positions or, of several adapters, the program's first."""
+    the adapter has. `own` is None or an `OwnRows`; without it, the adapter has all rows. A position after
+    the last row stands for that row of x or, with several adapters, for the program's first row."""
     first = tl.program_id(0) * BLOCK_M
     position = first + tl.arange(0, BLOCK_M)
     if own is None:

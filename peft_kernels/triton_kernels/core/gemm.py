@@ -36,7 +36,7 @@ def dot(a, b, result: tl.constexpr, acc=None):
     """acc + a b, accumulated in fp32. `result` is the dtype that the sums are rounded to in the end.
 
     - Both operands of one 16-bit dtype: multiplied directly, products are exact in fp32.
-    - fp32 times fp32 or 16 bits, for an fp32 result: as accurate as fp32. Beside bf16 the fp32 operand `b` is
+    - fp32 times fp32 or 16 bits, for an fp32 result: as accurate as fp32. With bf16, the fp32 operand `b` is
       split into three bf16 values. float16 would be rounded by that, so it uses 3xTF32 on NVIDIA's tensor
       cores, and fp32 elsewhere.
     - The same for a 16-bit result: each fp32 value is split into two bf16 values, 16 bits in all; low times

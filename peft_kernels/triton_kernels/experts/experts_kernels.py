@@ -1,7 +1,7 @@
 """GEMMs of a mixture of experts: rows sorted by expert, each times its expert's weight or adapter.
 
 `ends`, read on the device, holds where each expert's rows end. A program computes a slot: BLOCK_M rows of one
-expert. The grid has as many slots as there can be; programs without rows return at once. Rows behind the last
+expert. The grid has as many slots as there can be; programs without rows return at once. Rows after the last
 end belong to no expert, and their results are zeros.
 """
 

@@ -37,7 +37,7 @@ def halves_kernel(a_ptr, halves_ptr, unit_ptr, r, k, BLOCK_K: tl.constexpr):
     """Splits each rank of a[r, k] into (halves[0] + halves[1]) unit: float16 [2, r, k], unit a power of two.
 
     The largest value of a rank is scaled to 2^14 or more, and values down to 2^-16 of it keep 22 bits. The
-    error of smaller ones is as small beside the largest, and so beside the norm.
+    error of smaller ones is as small relative to the largest, and so relative to the norm.
     """
     rank = tl.program_id(0).to(tl.int64)
     sizes = tl.zeros((BLOCK_K,), tl.float32)

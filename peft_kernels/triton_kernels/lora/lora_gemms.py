@@ -1,6 +1,6 @@
 """The GEMMs of LoRA adapters: shrink (activations to ranks), expand (ranks to features), sums over rows.
 
-Adapters may be fp32 beside 16-bit activations; they are not rounded. With `row_group`, rows of other groups
+Adapters may be fp32 with 16-bit activations; they are not rounded. With `row_group`, rows of other groups
 count as zeros, whatever they hold. Activations are contiguous rows. A launch computes several GEMMs; those of
 one x are neighbours, so that they find it in the L2 cache.
 """

@@ -1,4 +1,4 @@
-"""Trainer with a bottleneck adapter, alone and beside LoRA."""
+"""Trainer with a bottleneck adapter, alone and with LoRA."""
 
 from __future__ import annotations
 

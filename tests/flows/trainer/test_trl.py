@@ -138,7 +138,7 @@ def test_trainer(name: str, base: str, made_by: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_reward(base: str, tmp_path: Path) -> None:
-    """A scalar head that trains beside the adapters; quantize_model leaves it dense."""
+    """A scalar head that trains with the adapters; quantize_model leaves it dense."""
 
     def trainer() -> Any:
         language = llama("dense")

@@ -111,7 +111,7 @@ void captures_allocate() {
   fake::Stream stream{1}, elsewhere{2};
   const Capture capture({&stream});
   counters(stream);
-  counters(elsewhere);  // beside a capture
+  counters(elsewhere);  // while another stream is captured
   expect(state.mode == cudaStreamCaptureModeGlobal, "the thread's capture mode to be restored");
 }
 

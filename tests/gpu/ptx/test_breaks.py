@@ -1,4 +1,4 @@
-"""Mutation tests: each break of the kernels' PTX must turn the op tests named beside it red.
+"""Mutation tests: each break of the kernels' PTX must turn the op tests named with it red.
 
 The sources are unchanged; the PTX text is edited before it runs.
 """
@@ -180,4 +180,4 @@ def test_broken_it_is_red(extension: ModuleType, name: str, check: str) -> None:
         with pytest.raises((AssertionError, RuntimeError)):
             CHECKS[check]()
         assert changed[0], "the edit changed nothing"
-    CHECKS[check]()  # what a stopped kernel left behind harms none after it
+    CHECKS[check]()  # the state that a stopped kernel leaves does not harm the next one

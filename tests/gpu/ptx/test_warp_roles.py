@@ -1,5 +1,5 @@
-"""What kernels with specialised warps use besides mbarriers, against the PTX ISA: barriers of some of the
-warps, an elected lane, and registers that move between warpgroups."""
+"""What kernels with specialised warps use in addition to mbarriers, against the PTX ISA: barriers of some of
+the warps, an elected lane, and registers that move between warpgroups."""
 
 from __future__ import annotations
 

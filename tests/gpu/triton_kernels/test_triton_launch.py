@@ -68,7 +68,7 @@ def values(
     flag: bool = False,
     threshold: int = 5,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a launch, `offset` elements behind a 16-byte aligned address."""
+    """Arguments of a launch, `offset` elements after a 16-byte aligned address."""
     memory = torch.zeros(96, dtype=dtype)
     x = memory[offset:]
     args = torch.zeros(64), Pair(x, n), torch.zeros(64) if other else None, m, 0.5, threshold

@@ -289,7 +289,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "bias": (r"up_bias: expected shape \(6,\), got \(3,\)", {"up_bias": torch.ones(3)}),
     "dtype": ("down_bias: expected torch.float32 like x or float32, got torch.float16",
               {"down_bias": torch.ones(3).half()}),
-    "norm": ("norm_bias: expected a norm_weight beside it, got none", {"norm_bias": torch.ones(6)}),
+    "norm": ("norm_bias: expected a norm_weight too, got none", {"norm_bias": torch.ones(6)}),
     "residual": (r"residual: expected torch.float32 of shape \(2, 6\) on cpu, got .* \(6,\)",
                  {"residual": torch.ones(6)}),
     "p": ("dropout_p: expected 0 to 1, got 1.5", {"dropout_p": 1.5}),

@@ -165,7 +165,7 @@ def test_bottlenecks_beyond_fp16(backend: str, m: int, large: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("beside", [False, True])
 def test_rows_of_no_adapter_are_copied(backend: str, beside: bool, dtype: torch.dtype) -> None:
-    """To the bit, whatever x holds beside a residual; and so are their gradients."""
+    """To the bit, whatever x holds if there is a residual. So are their gradients."""
     case = case_of(dtype=dtype, beside=beside, m=45)
     x, residual, groups, *rest = arguments(case)["multi_bottleneck"]
     mine = (groups < 0) | (groups >= 3)

@@ -261,7 +261,7 @@ for busy in (False, True):
 @pytest.mark.skipif(sys.platform != "linux", reason="specific to GNU OpenMP")
 def test_torch_threads_do_not_spin_on_a_busy_machine() -> None:
     """Measures the share of idle time between regions in which an OpenMP thread uses the processor."""
-    for _ in range(3):  # tests beside this one may take the processor from a thread that spins
+    for _ in range(3):  # concurrent tests may take the processor from a thread that spins
         quiet, busy = map(float, run(SPINNING).split())
         if quiet >= 0.2:
             break

@@ -28,9 +28,9 @@ SPLITS: dict[str, tuple[int, ...]] = {
     "no-rows": (0, 0, 0),
     "one-expert": (13, 2),
 }
-"""Rows of each expert, and at last how many are behind."""
+"""Rows of each expert, and last the number of rows after those."""
 MANY = (*(i % 19 for i in range(40)), 1100, 1, 0, 7)
-"""More than are packed at once, and an expert larger than that beside small ones."""
+"""More rows than are packed at once; one expert alone has more, the others are small."""
 LONG = (300, 0, 9, 8, 0)
 """An expert with more rows than gradients of adapters sum at once, and an odd number of them."""
 

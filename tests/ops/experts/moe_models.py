@@ -42,7 +42,7 @@ _KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 KINDS = tuple(_KINDS)
-"""Plain, twice; transposed, with biases and a gate of its own; transposed; no gate; with a norm behind."""
+"""Plain, twice; transposed, with biases and a gate of its own; transposed; no gate; followed by a norm."""
 
 
 def experts(kind: str, dtype: torch.dtype = torch.float32, implementation: str = "eager") -> Any:

@@ -1,4 +1,4 @@
-"""The formats of packed weights besides NF4, as axes of cases."""
+"""The formats of packed weights other than NF4, as axes of cases."""
 
 from __future__ import annotations
 

@@ -200,6 +200,8 @@ def test_a_bad_row_stays_in_its_row(backend: str, form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rows", [1, 9, 70])
 def test_threads_do_not_change_a_bit(backend: str, rows: int, form: str) -> None:
+    if backend in ("ptx", "triton"):
+        pytest.skip(f"{backend}: too many elements for an interpreter")
     if backend == "reference":
         pytest.skip("reference: torch's own functions may split their work by threads")
     weight = weight_of(form, 200, 1152)

@@ -269,7 +269,7 @@ def test_dora_norm(backend: str, case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("r", [1, 8, 9, 33])
 def test_dora_norm_keeps_all_bits_of_its_terms(backend: str, r: int, base: str) -> None:
     """The terms have one sign and are most of the norm, so bits lost by a factor add up. With random signs
-    they would hide behind the rounding of w . w."""
+    they would be lost in the rounding of w . w."""
     n, k = 70, 576
     if base == "fp32":
         w = testing.tensor(n, k, seed=1).abs()

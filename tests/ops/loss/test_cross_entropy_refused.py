@@ -58,7 +58,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bias-shape": ({"bias": torch.ones(11)}, r"^bias: expected shape \(12,\), got \(11,\)$"),
     "half-an-adapter": (
         {"lora_a": torch.ones(4, 64)},
-        r"^lora_b: expected a Tensor beside lora_a, got None$",
+        r"^lora_b: expected a Tensor with lora_a, got None$",
     ),
     "lora_b": ({**LORA, "lora_b": torch.ones(12, 5)}, r"^lora_b: expected shape \(12, 4\), got \(12, 5\)$"),
 }

@@ -96,7 +96,7 @@ def test_quantize_multiplies_by_the_inverse(backend: str) -> None:
         weight, distinguishing_absmax(np.array(NF4_THRESHOLDS, np.float32)), strict=True
     ):
         row[0], row[1 : 1 + len(x)] = float(absmax), torch.from_numpy(x)
-    assert_quantizes(weight, 64, "beside thresholds")
+    assert_quantizes(weight, 64, "next to thresholds")
 
 
 @each_dtype

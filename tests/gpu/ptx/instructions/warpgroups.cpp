@@ -1,5 +1,5 @@
-// What kernels with specialised warps use besides mbarriers: barriers of some of the warps, an elected lane,
-// the redistribution of registers, and fences of the async proxy.
+// What kernels with specialised warps use in addition to mbarriers: barriers of some of the warps, an elected
+// lane, the redistribution of registers, and fences of the async proxy.
 #include "warpgroups.h"
 
 #include <string>

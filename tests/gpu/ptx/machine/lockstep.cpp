@@ -278,7 +278,7 @@ bool Scheduler::step(Warp& warp, int steps) {
       warp.again = false;
       if (i.kind == Kind::kAtomic && active != 0) {
         steps = 0;
-        // Spinning lanes may be waiting for those behind them.
+        // Spinning lanes may be waiting for lanes that have not come as far.
         if (!warp.parked.empty() && random() % 4 == 0) {
           warp.parked.push_back({Parked::Why::kYield, warp.pc, warp.lanes});
           warp.lanes = 0;
