@@ -53,12 +53,12 @@ def packed(format: str, n: int, k: int) -> tuple[Any, ...]:
 
 
 def groups(format: str, n: int, k: int, count: int = 1, whole_rows: bool = False) -> tuple[Any, ...]:
-    """The op arguments of `count` weights in int4, with zero points where there is one, or in FP8."""
+    """The op arguments of `count` weights in int4, with zero points where there is one, in FP8 or int8."""
     form = FORMATS[format]
     blocksize = WHOLE_ROWS if whole_rows else form.default_blocksize
     blocks, layout = count * form.scales((n, k), blocksize), form.layout(blocksize)
     codes = empty(count * form.nbytes(n * k), dtype=torch.uint8)
-    if format == "fp8":
+    if form.bits == 8:
         return codes, empty(blocks), None, None, layout
     zeros = empty(blocks, dtype=torch.uint8) if count == 1 else None
     return codes, empty(blocks, dtype=FP16 if count == 1 else BF16), None, zeros, layout
@@ -286,7 +286,7 @@ def _formats(dtype: torch.dtype) -> Iterator[Call]:
 
 def _groups(dtype: torch.dtype) -> Iterator[Call]:
     """Formats that are dequantised: whole, in rows and columns, of odd sizes, of experts."""
-    for format, whole_rows in (("int4", False), ("fp8", False), ("fp8", True)):
+    for format, whole_rows in (("int4", False), ("fp8", False), ("fp8", True), ("int8", False)):
         weight, odd = groups(format, SIZE, SIZE, 1, whole_rows), groups(format, SIZE, ODD, 1, whole_rows)
         experts = groups(format, WHOLE, WHOLE, EXPERTS, whole_rows)
         yield Call("dequantize_nf4", (*odd, [SIZE, ODD], dtype))

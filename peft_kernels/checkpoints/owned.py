@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..core.formats import FORMATS
 from ..core.nf4_state import NF4State
 from ..nf4.owners import Owner, owner_of
 from ..nf4.owners.stacked import joined
@@ -49,7 +50,7 @@ def _is_part(owner: Owner, part: str, dtype: torch.dtype) -> bool:
     """Whether only packed weights of layers have a tensor like this."""
     if part == "weight":
         codes = dtype == torch.uint8 and owner.codes == part
-        return codes or dtype == torch.float8_e4m3fn
+        return codes or dtype in (torch.float8_e4m3fn, FORMATS[owner.format].code_dtype)
     return part in owner.parts
 
 

@@ -191,6 +191,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "int4-symmetric": {"format": "int4", "blocksize": 32, "nested": False},
     "fp8": {"format": "fp8", "blocksize": 128},
     "fp8-rows": {"format": "fp8", "blocksize": 0},
+    "int8": {"format": "int8", "blocksize": 64},
 }
 
 
@@ -201,7 +202,7 @@ def test_formats(grouped: ModuleType, op: str, form: str) -> None:
     int4 and FP8 each expert is dequantised by itself; pieces begin in the middle of their groups' scales."""
     arguments = layer(304, 320, torch.bfloat16, ENDS["some"], **FORMATS[form])[op]
     check(op, arguments)
-    kernel = "DequantizeGroups" if form.startswith(("int4", "fp8")) else "DequantizeAnyExperts"
+    kernel = "DequantizeGroups" if form.startswith(("int4", "fp8", "int8")) else "DequantizeAnyExperts"
     assert kernel in launched(op, arguments)
     whole = call(op, arguments)
     grouped.set_experts_piece_bytes(1)

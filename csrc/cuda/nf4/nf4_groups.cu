@@ -1,6 +1,5 @@
 // Dequantises any part of a weight in int4, E4M3 or int8.
 #include <algorithm>
-#include <type_traits>
 
 #include "../core/launch.cuh"
 #include "nf4_groups.cuh"
@@ -11,9 +10,9 @@ namespace {
 constexpr int kVectorRun = 8;
 constexpr int64_t kMostRuns = int64_t{1} << 31;  // of a launch: indices have 32 bits
 
-template <class T, GroupCodes kCodes, int kRun>
+template <class T, class Codes, int kRun>
 void launch_runs(const GroupsView& weight, const Part& part, T* out, int64_t out_stride, Stream stream) {
-  using Kernel = DequantizeGroups<T, kCodes, kRun>;
+  using Kernel = DequantizeGroups<T, Codes, kRun>;
   const int64_t rows = part.row_end - part.row_begin, in_row = (part.col_end - part.col_begin) / kRun;
   const int64_t most = std::max<int64_t>(kMostRuns / in_row, 1);
   for (int64_t row = 0; row < rows; row += most) {
@@ -27,14 +26,14 @@ void launch_runs(const GroupsView& weight, const Part& part, T* out, int64_t out
   }
 }
 
-template <class T, GroupCodes kCodes>
+template <class T, class Codes>
 void launch_part(const GroupsView& weight, const Part& part, T* out, int64_t out_stride, Stream stream) {
   const auto is_whole = [](int64_t size) { return size % kVectorRun == 0; };
   const bool has_vectors = are_aligned({weight.packed}, 8) && are_aligned({out}) &&
                            is_whole(part.col_begin) && is_whole(part.col_end) && is_whole(part.ld) &&
                            is_whole(out_stride);
-  has_vectors ? launch_runs<T, kCodes, kVectorRun>(weight, part, out, out_stride, stream)
-              : launch_runs<T, kCodes, 1>(weight, part, out, out_stride, stream);
+  has_vectors ? launch_runs<T, Codes, kVectorRun>(weight, part, out, out_stride, stream)
+              : launch_runs<T, Codes, 1>(weight, part, out, out_stride, stream);
 }
 
 }  // namespace
@@ -44,16 +43,10 @@ void dequantize_groups(const GroupsView& weight, const Part& part, void* out, DT
   if (part.row_end == part.row_begin || part.col_end == part.col_begin) return;
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    const auto launch_codes = [&](auto codes) {
-      launch_part<T, decltype(codes)::value>(weight, part, static_cast<T*>(out), out_stride, stream);
-    };
-    if (weight.has_int8) {
-      launch_codes(std::integral_constant<GroupCodes, GroupCodes::kInt8>{});
-    } else if (weight.has_bytes) {
-      launch_codes(std::integral_constant<GroupCodes, GroupCodes::kE4M3>{});
-    } else {
-      launch_codes(std::integral_constant<GroupCodes, GroupCodes::kInt4>{});
-    }
+    T* const to = static_cast<T*>(out);
+    if (weight.has_int8) return launch_part<T, Int8>(weight, part, to, out_stride, stream);
+    weight.has_bytes ? launch_part<T, E4M3>(weight, part, to, out_stride, stream)
+                     : launch_part<T, Int4>(weight, part, to, out_stride, stream);
   });
 }
 

@@ -7,12 +7,28 @@
 
 namespace peft_kernels::cuda {
 
-enum class GroupCodes { kInt4, kE4M3, kInt8 };
+struct Int4 {
+  static constexpr bool kBytes = false;
+};
+// The values of bytes, up to kFactor.
+struct E4M3 {
+  static constexpr bool kBytes = true;
+  static constexpr float kFactor = 256.0f;
+  // As fp16, which is 2^-8 times the value.
+  static DEVICE float value(uint32_t code) {
+    return to_float(fp16{static_cast<uint16_t>((code & 0x7f) << 7 | (code & 0x80) << 8)});
+  }
+};
+struct Int8 {
+  static constexpr bool kBytes = true;
+  static constexpr float kFactor = 1.0f;
+  static DEVICE float value(uint32_t code) { return static_cast<float>(static_cast<int8_t>(code)); }
+};
 
 // Each thread dequantises runs of kRun elements of a row. With kRun = 8 columns and `ld` are multiples of 8,
 // and addresses are aligned: a run lies in one block, and is read and written as vectors. kRun = 1 takes any
 // part.
-template <class T, GroupCodes kCodes, int kRun>
+template <class T, class Codes, int kRun>
 struct DequantizeGroups {
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 4;
@@ -45,11 +61,9 @@ struct DequantizeGroups {
   static DEVICE void dequantize(const GroupsView& weight, int64_t row, int64_t col, int64_t ld, T* out) {
     const int64_t element = row * ld + col;
     float x[kRun];
-    if constexpr (kCodes != GroupCodes::kInt4) {
+    if constexpr (Codes::kBytes) {
       const int64_t block = (row >> weight.row_shift) * weight.blocks_in_row + (col >> weight.block_shift);
-      float scale = load_constant(static_cast<const float*>(weight.scale) + block);
-      // As fp16, which is 2^-8 times the value.
-      if (kCodes == GroupCodes::kE4M3) scale *= 256.0f;
+      const float scale = load_constant(static_cast<const float*>(weight.scale) + block) * Codes::kFactor;
       uint8_t codes[kRun];
       if constexpr (kRun == 1) {
         codes[0] = load_constant(weight.packed + element);
@@ -59,13 +73,7 @@ struct DequantizeGroups {
         for (int i = 0; i < kRun; ++i) codes[i] = static_cast<uint8_t>(words.v[i / 4] >> (i % 4 * 8));
       }
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        const uint32_t code = codes[i];
-        const fp16 half{static_cast<uint16_t>((code & 0x7f) << 7 | (code & 0x80) << 8)};
-        const float value =
-            kCodes == GroupCodes::kInt8 ? static_cast<float>(static_cast<int8_t>(code)) : to_float(half);
-        x[i] = __fmul_rn(value, scale);
-      }
+      for (int i = 0; i < kRun; ++i) x[i] = __fmul_rn(Codes::value(codes[i]), scale);
     } else {
       const int64_t block = element >> weight.block_shift;
       const uint16_t bits = load_constant(static_cast<const uint16_t*>(weight.scale) + block);

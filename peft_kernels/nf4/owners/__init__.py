@@ -13,6 +13,8 @@ from .awq import Awq
 from .compressed_tensors import (
     CompressedTensorsFp8,
     CompressedTensorsInt4,
+    CompressedTensorsInt8,
+    CompressedTensorsInt8Words,
     CompressedTensorsMxfp4,
     CompressedTensorsNvfp4,
 )
@@ -30,6 +32,8 @@ OWNERS: dict[str, Owner] = {
     "compressed-tensors-mxfp4": CompressedTensorsMxfp4(),
     "compressed-tensors-int4": CompressedTensorsInt4(),
     "compressed-tensors-fp8": CompressedTensorsFp8(),
+    "compressed-tensors-int8": CompressedTensorsInt8(),
+    "compressed-tensors-int8-words": CompressedTensorsInt8Words(),
     "modelopt": ModelOptNvfp4(),
     "modelopt-fp8": ModelOptFp8(),
     "gptq": Gptq(),

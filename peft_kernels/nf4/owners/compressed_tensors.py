@@ -1,4 +1,4 @@
-"""The formats of compressed-tensors: NVFP4, MXFP4, int4 in groups, and FP8."""
+"""The formats of compressed-tensors: NVFP4, MXFP4, int4 and int8 in groups, and FP8."""
 
 from __future__ import annotations
 
@@ -10,18 +10,28 @@ from torch import Tensor
 
 from ...core.formats import e4m3_values, e8m0_values
 from ...core.nf4_state import NF4State
+from .byte_codes import BLOCK, ByteCodes, Fp8
 from .config_groups import Grouped
-from .fp8 import BLOCK, Fp8
 from .int4 import Int4
 from .nvfp4 import Nvfp4
 from .owner import Config, check_scales, expect_shape, packed_state, swapped, tensor_of
 
 _REFUSED = ("kv_cache_scheme", "sparsity_config", "transform_config")
 _SHAPE = "weight_shape"
+_WORDS = "pack-quantized"
 
 
 class CompressedTensors(Grouped):
     method, variant_key = "compressed-tensors", "format"
+
+    def variant_of(self, config: Config) -> Any:
+        found = config.get("format")
+        if found != _WORDS:
+            return found
+        groups = config.get("config_groups")
+        weights = [group.get("weights") for group in groups.values()] if isinstance(groups, Mapping) else []
+        eight = weights and all(isinstance(w, Mapping) and w.get("num_bits") == 8 for w in weights)
+        return f"{_WORDS} of 8 bits" if eight else found
 
     def check(self, config: Config) -> None:
         for key in _REFUSED:
@@ -86,7 +96,7 @@ class CompressedTensorsInt4(CompressedTensors, Int4):
     """Eight codes of a row in a word; the names say that codes and zero points are signed, but the words hold
     them from 0."""
 
-    variants = ("pack-quantized",)
+    variants = (_WORDS,)
     title = "INT4 of compressed-tensors"
     allowed: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "num_bits": (4,), "type": ("int",), "strategy": ("group", "channel")
@@ -102,11 +112,46 @@ class CompressedTensorsInt4(CompressedTensors, Int4):
         self, tensors: Mapping[str, Tensor], stem: str, shape: tuple[int, int], length: int
     ) -> None:
         super().check_beside(tensors, stem, shape, length)
-        found = tensors.get(_SHAPE)
-        if found is not None and not found.is_meta and found.tolist() != [*shape]:
-            raise ValueError(
-                f"{stem + _SHAPE}: expected {[*shape]}, as {self.codes} has it, got {found.tolist()}"
-            )
+        _check_shape(tensors, stem, self.codes, shape)
+
+
+class CompressedTensorsInt8(CompressedTensors, ByteCodes):
+    """Codes in int8. Other libraries quantise activations to them too (W8A8)."""
+
+    format = "int8"
+    variants = ("int-quantized",)
+    title = "INT8 of compressed-tensors"
+    allowed: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "num_bits": (8,), "type": ("int",), "symmetric": (True,), "strategy": ("tensor", "channel", "group")
+    }  # fmt: skip
+    scale = "weight_scale"
+    parts: ClassVar[tuple[str, ...]] = (ByteCodes.codes, scale)
+    marks: ClassVar[tuple[str, ...]] = (scale,)
+    beside: ClassVar[tuple[str, ...]] = ("input_scale", "input_zero_point")
+
+
+class CompressedTensorsInt8Words(CompressedTensorsInt8):
+    """Four codes of a row in a word, from 0 instead of -128."""
+
+    variants = (f"{_WORDS} of 8 bits",)
+    codes = "weight_packed"
+    parts = marks = (codes, CompressedTensorsInt8.scale)
+    beside = (_SHAPE, "input_scale", "input_zero_point")
+
+    def codes_in(self, tensors: Mapping[str, Tensor], stem: str) -> Tensor:
+        words = tensor_of(tensors, stem, self.codes, torch.int32)
+        expect_shape(stem + self.codes, ("out", "in / 4"), words.shape)
+        _check_shape(tensors, stem, self.codes, (words.shape[0], words.shape[1] * 4))
+        return words.contiguous().view(torch.uint8) ^ 128
+
+    def codes_of(self, packed: Tensor) -> Tensor:
+        return (packed ^ 128).view(torch.int32)
+
+
+def _check_shape(tensors: Mapping[str, Tensor], stem: str, codes: str, shape: tuple[int, int]) -> None:
+    found = tensors.get(_SHAPE)
+    if found is not None and not found.is_meta and found.tolist() != [*shape]:
+        raise ValueError(f"{stem + _SHAPE}: expected {[*shape]}, as {codes} has it, got {found.tolist()}")
 
 
 class CompressedTensorsFp8(CompressedTensors, Fp8):

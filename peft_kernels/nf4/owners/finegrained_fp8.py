@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .fp8 import BLOCK, Fp8
+from .byte_codes import BLOCK, Fp8
 from .owner import Config
 
 

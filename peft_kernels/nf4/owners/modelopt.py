@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ...core.formats import e4m3_values
+from .byte_codes import Fp8
 from .config_groups import Grouped
-from .fp8 import Fp8
 from .nvfp4 import Nvfp4
 
 

@@ -112,12 +112,14 @@ def examine(module: nn.Module, layers: Layers) -> Examination | None:
 
 
 def _is_read_at_once(layer: Any, x: Any) -> bool:
-    """Whether there are few logits, or those of one token of each sequence, as in generation."""
+    """Whether there are few logits, those of one token of each sequence, as in generation, or those of merged
+    adapters, which PEFT takes out of the weight again through `.data`."""
     if not isinstance(x, Tensor) or not x.dim():
         return False
     rows = x.numel() // max(x.shape[-1], 1)
     few = rows * getattr(layer, "base_layer", layer).out_features < small_calls.FEW_LOGITS
-    return few or not (torch.is_grad_enabled() or x.shape[-2:-1] != (1,))
+    merged = bool(getattr(layer, "merged", False))
+    return few or merged or not (torch.is_grad_enabled() or x.shape[-2:-1] != (1,))
 
 
 def _logits(layer: Any, x: Any, record: Record) -> Tensor | Fallback:

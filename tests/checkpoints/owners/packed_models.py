@@ -128,6 +128,18 @@ def fp8(
     return {"weight": weight, name: scale}, values
 
 
+def int8(out: int, into: int, length: int = -1, in_words: bool = False) -> Weight:
+    codes = torch.randint(-128, 128, (out, into), dtype=torch.int8)
+    length = into if length < 0 else length
+    scale = (0.001 + 0.001 * torch.rand(out, -(-into // length))).to(torch.bfloat16)
+    values = codes.float() * scale.float().repeat_interleave(length, 1)[:, :into]
+    if not in_words:
+        return {"weight": codes, "weight_scale": scale}, values
+    packed = (codes.int() + 128).to(torch.uint8).view(torch.int32)
+    shape = torch.tensor([out, into])
+    return {"weight_packed": packed, "weight_scale": scale, "weight_shape": shape}, values
+
+
 def mxfp4(out: int, into: int) -> Weight:
     codes = torch.randint(0, 256, (out, into // 2), dtype=torch.uint8)
     scales = torch.randint(116, 121, (out, into // 32), dtype=torch.uint8)
@@ -160,6 +172,7 @@ _INT4 = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 _INT4_WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
 _FP8 = {"quant_method": "compressed-tensors", "format": "float-quantized"}
 _FP8_WEIGHTS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
+_INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 _BLOCKS = {
     "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]
 }  # fmt: skip
@@ -178,7 +191,7 @@ class Kind:
 
     @property
     def format(self) -> str:
-        return next((each for each in ("mxfp4", "fp8") if each in self.owner), "int4")
+        return next((each for each in ("mxfp4", "fp8", "int8") if each in self.owner), "int4")
 
 
 KINDS = {
@@ -237,6 +250,21 @@ KINDS = {
         _FP8 | _groups(**_FP8_WEIGHTS | {"strategy": "block", "block_structure": [128, 128]}),
         "compressed-tensors-fp8",
     ),
+    "int8": Kind(
+        lambda *s: int8(*s),
+        _INT4 | _groups(**_INT8 | {"strategy": "channel"}) | {"format": "int-quantized"},
+        "compressed-tensors-int8",
+    ),
+    "int8 groups": Kind(
+        lambda *s: int8(*s, length=128, in_words=True),
+        _INT4 | _groups(**_INT8 | {"strategy": "group", "group_size": 128}),
+        "compressed-tensors-int8-words",
+    ),
+    "int8 words": Kind(
+        lambda *s: int8(*s, in_words=True),
+        _INT4 | _groups(**_INT8 | {"strategy": "channel"}),
+        "compressed-tensors-int8-words",
+    ),
     "fp8 modelopt": Kind(
         lambda *s: with_input(fp8(*s, "tensor", "weight_scale", shape=())),
         {"quant_method": "modelopt", "quant_algo": "FP8"} | _groups(**_FP8_WEIGHTS),
@@ -253,7 +281,7 @@ KINDS = {
 def make(folder: Path, kind: str, **options: Any) -> Made:
     """Writes a Llama with random weights in a format."""
     chosen = KINDS[kind]
-    sizes = _FP8_SIZES if chosen.format == "fp8" else _INT4_SIZES
+    sizes = _FP8_SIZES if chosen.format in ("fp8", "int8") else _INT4_SIZES
     llama(**sizes | options).to(torch.bfloat16).save_pretrained(folder)
     torch.manual_seed(0)
     made = Made({}, {})

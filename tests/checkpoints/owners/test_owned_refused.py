@@ -156,8 +156,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
         "compressed-tensors",
         {"format": "mixed-precision"},
         "format: expected 'nvfp4-pack-quantized', 'mxfp4-pack-quantized', 'pack-quantized', "
-        "'float-quantized' or 'naive-quantized' of compressed-tensors, got 'mixed-precision'; layers in "
-        "several formats are not loaded",
+        "'float-quantized', 'naive-quantized', 'int-quantized' or 'pack-quantized of 8 bits' of "
+        "compressed-tensors, got 'mixed-precision'; layers in several formats are not loaded",
     ),
     "int4": ("compressed-tensors", {"format": "pack-quantized"}, f"{GROUP}.type: expected 'int', for INT4"),
     "group size": (

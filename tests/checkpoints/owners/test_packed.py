@@ -41,13 +41,12 @@ def values(state: NF4State) -> Tensor:
         assert state.absmax2 is not None
         codes = torch.stack((state.packed >> 4, state.packed & 15), -1).view(-1, 32)
         return (torch.tensor(E2M1)[codes.int()] * state.absmax2[state.absmax.int()][:, None]).view(out, into)
-    found = state.packed.view(torch.float8_e4m3fn).float()
+    fp8 = state.format == "fp8"
+    found = state.packed.view(torch.float8_e4m3fn if fp8 else torch.int8).float()
     if not state.blocksize:
         return found * state.absmax[:, None]
-    scales = state.absmax.view(-1, -(-into // state.blocksize))
-    for axis in (0, 1):
-        scales = scales.repeat_interleave(state.blocksize, axis)
-    return found * scales[:out, :into]
+    scales = state.absmax.view(-1, -(-into // state.blocksize)).repeat_interleave(state.blocksize, 1)
+    return found * scales.repeat_interleave(state.blocksize if fp8 else 1, 0)[:out, :into]
 
 
 def nbytes(state: NF4State) -> int:
@@ -84,16 +83,11 @@ def test_blocks(kind: str, model: Any) -> None:
     """Groups as they are, whole rows of 96 in threes of 32, and so 64 and a shorter last group."""
     down = model.get_parameter("model.layers.0.mlp.down_proj.weight")._state
     rows = {"fp8 rows", "fp8 rows in fp32", "fp8 tensor", "fp8 whole", "fp8 modelopt", "fp8 modelopt rows"}
-    expected = 0 if kind in rows else 128 if KINDS[kind].format == "fp8" else 32
-    up = (
-        0
-        if kind in rows
-        else 128
-        if KINDS[kind].format == "fp8"
-        else 64
-        if kind.endswith(("rows", "last"))
-        else 32
-    )
+    rows |= {"int8", "int8 words"}
+    if KINDS[kind].format in ("fp8", "int8"):
+        expected = up = 0 if kind in rows else 128
+    else:
+        expected, up = 32, 64 if kind.endswith(("rows", "last")) else 32
     assert down.blocksize == expected
     assert model.get_parameter("model.layers.0.mlp.up_proj.weight")._state.blocksize == up
     if KINDS[kind].format == "mxfp4":

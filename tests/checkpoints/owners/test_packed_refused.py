@@ -322,7 +322,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"weight_block_size": [64, 128]},
         "weight_block_size: expected [128, 128] or None, got [64, 128]",
     ),
-    "int8": ("packed", _weights("packed", num_bits=8), f"{GROUP}.num_bits: expected 4, for INT4, got 8"),
+    "int5": ("packed", _weights("packed", num_bits=5), f"{GROUP}.num_bits: expected 4, for INT4, got 5"),
+    "int8 from another zero": (
+        "int8 groups",
+        _weights("int8 groups", symmetric=False),
+        f"{GROUP}.symmetric: expected True, for INT8, got False",
+    ),
+    "int4 in bytes": ("int8", _weights("int8", num_bits=4), f"{GROUP}.num_bits: expected 8, for INT8, got 4"),
     "floats": (
         "packed", _weights("packed", type="float"), f"{GROUP}.type: expected 'int', for INT4, got 'float'"
     ),
@@ -354,9 +360,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "another format": (
         "packed",
-        {"format": "int-quantized"},
+        {"format": "marlin-24"},
         "format: expected 'nvfp4-pack-quantized', 'mxfp4-pack-quantized', 'pack-quantized', "
-        "'float-quantized' or 'naive-quantized' of compressed-tensors, got 'int-quantized'",
+        "'float-quantized', 'naive-quantized', 'int-quantized' or 'pack-quantized of 8 bits' of "
+        "compressed-tensors, got 'marlin-24'",
     ),
     "modelopt in int4": (
         "fp8 modelopt",

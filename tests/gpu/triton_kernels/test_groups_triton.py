@@ -25,7 +25,8 @@ from peft_kernels.triton_kernels.nf4.nf4_weight import many_nf4, nf4
 
 pytestmark = pytest.mark.usefixtures("nan_outputs", "triton_alone")
 
-KINDS = {"int4": 32, "int4-symmetric": 64, "int4-256": 256, "fp8": 128, "fp8-rows": 0}
+KINDS = {"int4": 32, "int4-symmetric": 64, "int4-256": 256, "fp8": 128, "fp8-rows": 0, "int8": 64}
+KINDS |= {"int8-rows": 0}
 """And their blocksizes."""
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -51,9 +52,9 @@ def random_bases(kind: str, n: int, k: int, count: int) -> tuple[Base, list[Base
     codes = torch.randint(256, (count, form.nbytes(n * k)), generator=made, dtype=torch.uint8)
     scales = torch.randn(count, blocks, generator=made) * torch.exp2(torch.arange(blocks) % 20 - 12.0)
     zeros = None
-    if form.bits == 8:
-        codes[codes & 0x7F == 0x7F] = 5  # NaN
-    else:
+    if form.has_nan:
+        codes[codes & 0x7F == 0x7F] = 5
+    if form.bits == 4:
         scales = scales.to(SCALE_DTYPES[kind == "int4-256"])
         if kind != "int4-symmetric":
             zeros = torch.randint(17, (count, blocks), generator=made, dtype=torch.uint8)

@@ -143,9 +143,9 @@ def test_layouts_of_every_format() -> None:
 
 
 def test_other_layouts_are_refused() -> None:
-    formats = "nf4, fp4, mxfp4, nvfp4, int4 or fp8"
+    formats = "nf4, fp4, mxfp4, nvfp4, int4, fp8 or int8"
     refused = f"format: expected {formats}, which back end triton has kernels for, got codes "
-    for codes in (5, 1 << 20):
+    for codes in (6, 1 << 20):
         with pytest.raises(RuntimeError, match=f"^{refused}{codes}$"):
             layouts.check_layout(codes << LAYOUT_SHIFT | 64)
     for name, sizes, expected in (
@@ -153,6 +153,7 @@ def test_other_layouts_are_refused() -> None:
         ("nvfp4", (0, 8, 48, 8192), "a power of two from 16 to 4096"),
         ("int4", (0, 16, 48, 8192), "a power of two from 32 to 4096"),
         ("fp8", (1, 64, 256), "128, or 0 for a scale per row"),
+        ("int8", (1, 32, 256), "64, 128, or 0 for a scale per row"),
     ):
         for size in sizes:
             with pytest.raises(RuntimeError, match=f"^blocksize: expected {expected}, got {size} for codes "):
