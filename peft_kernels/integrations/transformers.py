@@ -28,8 +28,9 @@ def read_config(path: Any, **kwargs: Any) -> Any:
     """The configuration of a packed checkpoint, to load it without the library that wrote it.
 
     `AutoModelForCausalLM.from_pretrained(path, config=read_config(path))` reads checkpoints of bitsandbytes
-    and of this package, GPTQ and AWQ, MXFP4 (GPT-OSS), FP8 in blocks (DeepSeek, Qwen), and NVFP4, int4 and
-    FP8 of compressed-tensors and modelopt. The file determines which layers are packed and their blocksizes.
+    and of this package, GPTQ and AWQ, MXFP4 (GPT-OSS), FP8 in blocks (DeepSeek, Qwen), and NVFP4, int4,
+    int8 and FP8 of compressed-tensors and modelopt. The file determines which layers are packed and their
+    blocksizes.
 
     Parameters
     ----------

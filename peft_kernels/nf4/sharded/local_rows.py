@@ -234,7 +234,7 @@ class LocalRows:
             groups = absmax2[first // NESTED_BLOCKSIZE : -(-last // NESTED_BLOCKSIZE)]
             absmax, absmax2 = ops.unpack_absmax(F.pad(absmax, (lead, 0)), groups, self.offset)[lead:], None
         elements = min(last * partition.cell, partition.rows * partition.row) - first * partition.cell
-        # Cells of FP8 are whole rows, others have no shape.
+        # Cells of bytes are whole rows, others have no shape.
         shape = (1, elements) if elements % partition.row else (elements // partition.row, partition.row)
         offset = zero_points[0] if zero_points else None
         dense = ops.dequantize_nf4(packed, absmax, absmax2, offset, layout, shape, dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
+from ...core.formats import FORMATS
 from ...core.wrong_types import an
 from ...nf4.experts_packing import computes_experts
 from ...nf4.owners import Owner
@@ -272,8 +273,9 @@ def packed_form(config: NF4Config) -> str:
 
 
 def _is_dense(items: dict[str, Tensor]) -> bool:
-    """Whether there are no codes of FP8, of which the scales are missing."""
-    return all(item.element_size() > 1 or not item.is_floating_point() for item in items.values())
+    """Whether there are no codes of a byte, of which the scales are missing."""
+    codes = {one.code_dtype for one in FORMATS.values()}
+    return all(item.dtype not in codes for item in items.values())
 
 
 def _owner(about: dict[str, Any], key: str) -> Any:

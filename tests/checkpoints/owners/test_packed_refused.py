@@ -252,6 +252,22 @@ FILES: dict[str, tuple[str, Change, str]] = {
     "FP8 without scales": (
         "fp8", lambda t: t.pop(f"{Q}.weight_scale_inv"), rf"^{Q}\.weight_scale_inv: {NONE}$"
     ),
+    "int8 without scales": ("int8", lambda t: t.pop(f"{Q}.weight_scale"), rf"^{Q}\.weight_scale: {NONE}$"),
+    "int8 of another size": (
+        "int8 words",
+        lambda t: t[f"{Q}.weight_shape"].add_(1),
+        rf"^{Q}\.weight_shape: expected \[192, 192\], as weight_packed has it, got \[193, 193\]$",
+    ),
+    "int8 scales": (
+        "int8 groups",
+        lambda t: t.update({f"{Q}.weight_scale": torch.ones(192, 6)}),
+        rf"^{Q}\.weight_scale: expected shape \(192, 3\) or \(192, 2\), \(192, 1\), \(192,\) or one numb",
+    ),
+    "int8 embeddings": (
+        "int8",
+        lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"].to(torch.int8)}),
+        r"^model\.embed_tokens\.weight: expected a dense weight for an Embedding, got",
+    ),
     "FP8 embeddings": (
         "fp8",
         lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"].to(
