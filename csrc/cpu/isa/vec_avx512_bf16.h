@@ -162,11 +162,19 @@ inline VecPairs lookup_code(const PairCodeTable& table, VecI bits) {
 struct OrderedPairs {
   VecPairs first, second;
 };
-// The low and the high bytes of the 128 magnitudes of E4M3 as bf16, which holds them exactly.
-struct E4M3Bytes {
+// The low and the high bytes of 128 magnitudes as bf16, which holds them exactly.
+struct MagnitudeBytes {
   alignas(64) uint8_t low[128] = {};
   alignas(64) uint8_t high[128] = {};
-  constexpr E4M3Bytes() {
+  // 2^exponent times 1 and a fraction, of which `mantissa` holds the first `bits` bits.
+  constexpr void set(int at, int exponent, int mantissa, int bits) {
+    const int all = (exponent + 127) << 7 | mantissa << (7 - bits);
+    low[at] = static_cast<uint8_t>(all);
+    high[at] = static_cast<uint8_t>(all >> 8);
+  }
+};
+struct E4M3Magnitudes : MagnitudeBytes {
+  constexpr E4M3Magnitudes() {
     for (int code = 1; code < 128; ++code) {
       // The exponent of E4M3 has the bias 7; subnormals are made normal.
       int exponent = code >> 3, mantissa = code & 7;
@@ -174,45 +182,75 @@ struct E4M3Bytes {
         for (exponent = 1; mantissa < 8; --exponent) mantissa *= 2;
         mantissa -= 8;
       }
-      const int bits = (exponent - 7 + 127) << 7 | mantissa << 4;
-      low[code] = static_cast<uint8_t>(bits);
-      high[code] = static_cast<uint8_t>(bits >> 8);
+      set(code, exponent - 7, mantissa, 3);
     }
   }
 };
-class E4M3Values {
- public:
-  E4M3Values() {
-    static constexpr E4M3Bytes kBytes;
-    for (int half = 0; half < 2; ++half) {
-      low_[half] = _mm512_load_si512(kBytes.low + 64 * half);
-      high_[half] = _mm512_load_si512(kBytes.high + 64 * half);
+struct Int8Magnitudes : MagnitudeBytes {
+  constexpr Int8Magnitudes() {
+    for (int code = 1; code < 128; ++code) {
+      int exponent = 0;
+      while (code >> (exponent + 1)) ++exponent;
+      set(code, exponent, code - (1 << exponent), exponent);
     }
   }
-  OrderedPairs decode(const uint8_t* codes) const {
-    // Unpacking interleaves bytes within 128-bit lanes, so the codes are arranged accordingly.
-    const __m512i by_lane = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
-    const __m512i index = _mm512_permutexvar_epi64(by_lane, _mm512_loadu_si512(codes));
-    const __m512i low = _mm512_permutex2var_epi8(low_[0], index, low_[1]);
+};
+// By the low seven bits of each index; signs are those of `codes`.
+class MagnitudeTable {
+ public:
+  explicit MagnitudeTable(const MagnitudeBytes& bytes) {
+    for (int half = 0; half < 2; ++half) {
+      low_[half] = _mm512_load_si512(bytes.low + 64 * half);
+      high_[half] = _mm512_load_si512(bytes.high + 64 * half);
+    }
+  }
+  __m512i low(__m512i index) const { return _mm512_permutex2var_epi8(low_[0], index, low_[1]); }
+  __m512i high(__m512i index, __m512i codes) const {
     constexpr int kOrAnd = 0xf8;  // a | (b & c)
-    const __m512i high = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(high_[0], index, high_[1]), index,
-                                                   _mm512_set1_epi8(static_cast<char>(0x80)), kOrAnd);
-    return {(__m512bh)_mm512_unpacklo_epi8(low, high), (__m512bh)_mm512_unpackhi_epi8(low, high)};
+    return _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(high_[0], index, high_[1]), codes,
+                                     _mm512_set1_epi8(static_cast<char>(0x80)), kOrAnd);
   }
 
  private:
   __m512i low_[2], high_[2];
 };
-struct Int8Values {
-  OrderedPairs decode(const uint8_t* codes) const { return {half(codes), half(codes + 32)}; }
+// Codes in the order in which pairs_of_bytes gives their values in order.
+inline __m512i load_codes_by_lane(const uint8_t* codes) {
+  return _mm512_permutexvar_epi64(_mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0), _mm512_loadu_si512(codes));
+}
+inline OrderedPairs pairs_of_bytes(__m512i low, __m512i high) {
+  // Unpacks within 128-bit lanes.
+  return {(__m512bh)_mm512_unpacklo_epi8(low, high), (__m512bh)_mm512_unpackhi_epi8(low, high)};
+}
+
+class E4M3Values {
+ public:
+  E4M3Values() : table_(kBytes) {}
+  OrderedPairs decode(const uint8_t* codes) const {
+    const __m512i index = load_codes_by_lane(codes);
+    return pairs_of_bytes(table_.low(index), table_.high(index, index));
+  }
 
  private:
-  static VecPairs half(const uint8_t* codes) {
-    const auto* from = reinterpret_cast<const __m128i*>(codes);
-    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from)));
-    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from + 1)));
-    return _mm512_cvtne2ps_pbh(high, low);
+  static constexpr E4M3Magnitudes kBytes{};
+  const MagnitudeTable table_;
+};
+class Int8Values {
+ public:
+  Int8Values() : table_(kBytes) {}
+  OrderedPairs decode(const uint8_t* codes) const {
+    const __m512i code = load_codes_by_lane(codes), index = _mm512_abs_epi8(code);
+    // -128 is the only code whose magnitude has eight bits.
+    const __mmask64 least = _mm512_movepi8_mask(index);
+    const __m512i high = _mm512_mask_mov_epi8(table_.high(index, code), least,
+                                              _mm512_set1_epi8(static_cast<char>(kHighOfLeast)));
+    return pairs_of_bytes(table_.low(index), high);
   }
+
+ private:
+  static constexpr Int8Magnitudes kBytes{};
+  static constexpr int kHighOfLeast = 0xc3;  // of -128 as bf16, whose low byte is 0
+  const MagnitudeTable table_;
 };
 
 // Decodes bytes whose values `Values` makes.
