@@ -1,8 +1,8 @@
 // The values of codes, and layouts: which values a packed weight's codes have, and how many of them share a
 // scale. Free of torch; shared by every back end. In Python: peft_kernels/core/formats.py.
 //
-// Every packed weight is value(code) * scale(block). Codes have four bits but for E4M3's and int8's, which are
-// bytes. With four bits a weight is flattened row-major and divided into blocks of `blocksize` elements;
+// Every packed weight is value(code) * scale(block). Codes have four bits but for E4M3's and int8's, which
+// are bytes. With four bits a weight is flattened row-major and divided into blocks of `blocksize` elements;
 // element 2i is the HIGH nibble of byte i, element 2i + 1 the low one. With bytes a scale is for `blocksize`
 // columns of a row, or for the row; E4M3's is for as many rows as columns.
 #pragma once

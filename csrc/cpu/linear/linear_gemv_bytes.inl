@@ -1,6 +1,6 @@
-// GEMV with a weight of bytes: a few rows of lhs, read in place. Codes are decoded in registers, without their
-// scales, and multiplied by as many rows as sums fit; the sums of up to kByteBlock columns are then scaled.
-// Codes become pairs of bf16, which hold them exactly, where bytes can be permuted; else fp32.
+// GEMV with a weight of bytes: a few rows of lhs, read in place. Codes are decoded in registers, without
+// their scales, and multiplied by as many rows as sums fit; the sums of up to kByteBlock columns are then
+// scaled. Codes become pairs of bf16, which hold them exactly, where bytes can be permuted; else fp32.
 
 constexpr int64_t kByteStep = 64;   // columns decoded at once
 constexpr int64_t kByteRun = 1024;  // of one running sum, as in linear_gemv_dense.inl

@@ -1,5 +1,5 @@
-// Weights in int4, in E4M3 and in int8 on the device. No fused kernel takes them: they are dequantised and multiplied
-// by torch's GEMM.
+// Weights in int4, in E4M3 and in int8 on the device. No fused kernel takes them: they are dequantised and
+// multiplied by torch's GEMM.
 #pragma once
 
 #include "nf4.h"
