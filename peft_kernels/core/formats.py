@@ -52,7 +52,7 @@ class Format:
 
     @property
     def largest(self) -> float:
-        """The magnitude that no code of a byte exceeds."""
+        """The largest magnitude of a code of a byte."""
         assert self.code_dtype is not None
         of_type = torch.finfo if self.code_dtype.is_floating_point else torch.iinfo
         return -float(of_type(self.code_dtype).min)

@@ -156,7 +156,7 @@ inline VecPairs lookup_code(const PairCodeTable& table, VecI bits) {
   return (__m512bh)_mm512_permutexvar_epi16(bits, table.codes);
 }
 
-// Codes of a byte, of E4M3 and of the dynamic maps by byte permutations (avx512vbmi).
+// Codes of a byte, and of the dynamic maps, by byte permutations (avx512vbmi).
 
 // 64 values in order.
 struct OrderedPairs {
@@ -166,7 +166,7 @@ struct OrderedPairs {
 struct MagnitudeBytes {
   alignas(64) uint8_t low[128] = {};
   alignas(64) uint8_t high[128] = {};
-  // 2^exponent times 1 and a fraction, of which `mantissa` holds the first `bits` bits.
+  // The value 2^exponent * (1 + mantissa / 2^bits).
   constexpr void set(int at, int exponent, int mantissa, int bits) {
     const int all = (exponent + 127) << 7 | mantissa << (7 - bits);
     low[at] = static_cast<uint8_t>(all);
@@ -195,7 +195,7 @@ struct Int8Magnitudes : MagnitudeBytes {
     }
   }
 };
-// By the low seven bits of each index; signs are those of `codes`.
+// Looks up the bytes by the low seven bits of each index.
 class MagnitudeTable {
  public:
   explicit MagnitudeTable(const MagnitudeBytes& bytes) {
@@ -205,6 +205,7 @@ class MagnitudeTable {
     }
   }
   __m512i low(__m512i index) const { return _mm512_permutex2var_epi8(low_[0], index, low_[1]); }
+  // With the signs of `codes`.
   __m512i high(__m512i index, __m512i codes) const {
     constexpr int kOrAnd = 0xf8;  // a | (b & c)
     return _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(high_[0], index, high_[1]), codes,
@@ -253,7 +254,7 @@ class Int8Values {
   const MagnitudeTable table_;
 };
 
-// Decodes bytes whose values `Values` makes.
+// Codes of a byte times a factor, decoded by E4M3Values or Int8Values.
 template <class Values>
 class ByteTable {
  public:

@@ -110,9 +110,8 @@ struct OuterBF16 : PairSteps {
     const int64_t row = first / w.cols, block = (first % w.cols) >> w.block_shift;
     const float* scales = w.absmax + block;
     const uint8_t* codes = w.packed + first;
-    BytePairs<Codes>().decode_rows(codes, splat(scales[(row >> w.row_shift) * w.blocks_in_row]),
-                                   codes + w.cols,
-                                   splat(scales[((row + 1) >> w.row_shift) * w.blocks_in_row]), out);
+    const auto scale_of = [&](int64_t at) { return splat(scales[(at >> w.row_shift) * w.blocks_in_row]); };
+    typename Codes::Pairs().decode_rows(codes, scale_of(row), codes + w.cols, scale_of(row + 1), out);
   }
 #endif
   static PairTable pair_table(const Nf4View& w, int64_t block0, int64_t block1) {

@@ -39,7 +39,7 @@ struct PairBytes {
   using Lhs = BF16;
   static constexpr float kFactor = 1.0f;
   using Values = OrderedPairs;
-  BytePairs<Codes> table;
+  typename Codes::Pairs table;
   Values decode(const uint8_t* codes) const { return table.decode(codes); }
   static Vec mac(const BF16* x, const Values& values, Vec sum) {
     sum = dot_pairs(load_pairs(x), values.first, sum);

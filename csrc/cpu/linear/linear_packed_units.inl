@@ -182,7 +182,7 @@ struct PairsUnit : PairSteps {
         using Codes = decltype(codes);
         for_byte_blocks(w, first, count, [&](int64_t begin, int64_t end, float scale) {
 #  if PEFT_KERNELS_PERMUTES_BYTES
-          const BytePairs<Codes> table;
+          const typename Codes::Pairs table;
           static_assert(kOrder == 64, "");
           for (; begin + kOrder <= end; begin += kOrder) {
             table.decode_even_odd(w.packed + first + begin, splat(scale), out + begin);

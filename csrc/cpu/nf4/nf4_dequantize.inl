@@ -49,30 +49,23 @@ inline uint16_t half_of_e4m3(uint32_t code) {
   return static_cast<uint16_t>((code & 0x7f) << 7 | (code & 0x80) << 8);
 }
 
-// The values of codes of a byte, up to kFactor.
+// How codes of a byte are decoded: value(code) times kFactor, or as pairs of bf16, which hold them exactly.
 struct E4M3Codes {
   using Value = F16;
   static constexpr float kFactor = 256.0f;
   static F16 value(uint8_t code) { return {half_of_e4m3(code)}; }
+#if PEFT_KERNELS_PERMUTES_BYTES
+  using Pairs = ByteTable<E4M3Values>;
+#endif
 };
 struct Int8Codes {
   using Value = float;
   static constexpr float kFactor = 1.0f;
   static float value(uint8_t code) { return static_cast<int8_t>(code); }
-};
 #if PEFT_KERNELS_PERMUTES_BYTES
-// The same as pairs of bf16, which hold them exactly.
-template <class Codes>
-struct ByteValuesOf {
-  using Type = E4M3Values;
-};
-template <>
-struct ByteValuesOf<Int8Codes> {
-  using Type = Int8Values;
-};
-template <class Codes>
-using BytePairs = ByteTable<typename ByteValuesOf<Codes>::Type>;
+  using Pairs = ByteTable<Int8Values>;
 #endif
+};
 template <class Use>
 void with_byte_codes(const Nf4View& w, const Use& use) {
   w.has_int8 ? use(Int8Codes{}) : use(E4M3Codes{});
