@@ -19,7 +19,7 @@ Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """packed, absmax, absmax2 and offset of an `NF4State`."""
 
 _E2M1_LARGEST = 6.0
-_E4M3_LARGEST = 448.0
+_E4M3_LARGEST = FORMATS["fp8"].largest
 
 
 def quantize(

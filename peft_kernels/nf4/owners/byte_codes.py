@@ -35,9 +35,9 @@ class ByteCodes(Owner):
         scale = tensor_of(tensors, stem, self.scale, *_SCALES)
         out, into = codes.shape
         grids = {size: self._grid(size, (out, into)) for size in form.blocksizes if size}
-        in_blocks = next((size for size, grid in grids.items() if scale.shape == grid), WHOLE_ROWS)
+        blocksize = next((size for size, grid in grids.items() if scale.shape == grid), WHOLE_ROWS)
         rows = scale.numel() == 1 or scale.shape in ((out,), (out, 1))
-        if not in_blocks and (self.blocks_alone or not rows):
+        if not blocksize and (self.blocks_alone or not rows):
             expected = " or ".join(map(str, grids.values()))
             expected += "" if self.blocks_alone else f", ({out}, 1), ({out},) or one number"
             raise ValueError(f"{stem + self.scale}: expected shape {expected}, got {tuple(scale.shape)}")
@@ -50,15 +50,15 @@ class ByteCodes(Owner):
         wide = scale.float().reshape(-1)
         state = NF4State(
             (out, into),
-            in_blocks,
+            blocksize,
             codes,
-            wide if in_blocks or wide.numel() == out else wide.repeat(out),
+            wide if blocksize or wide.numel() == out else wide.repeat(out),
             double_quant=False,
             name=weight,
             format=self.format,
         )
         assert state.absmax is not None
-        changed = scale.dtype != torch.float32 or scale.shape != self._grid(in_blocks, (out, into))
+        changed = scale.dtype != torch.float32 or scale.shape != self._grid(blocksize, (out, into))
         return state, kept(tensors, (*self.beside, *([self.scale] if changed else [])))
 
     def write(self, state: NF4State, aside: Mapping[str, Tensor], weight: str) -> dict[str, Tensor]:

@@ -13,8 +13,9 @@ from ...core.formats import FORMATS
 class Partition:
     """The layout of a weight in cells, the smallest units with bytes and scales of their own.
 
-    For a weight (out_features, in_features) a cell is a block, or of bytes the rows that share scales. Blocks
-    run over the flat weight, so a boundary between rows can fall inside a block, which both ranks then hold.
+    For a weight (out_features, in_features) a cell is a block, or with codes of a byte the rows that share
+    scales. Blocks run over the flat weight, so a boundary between rows can fall inside a block, which both
+    ranks then hold.
     For experts, (experts, out_features, in_features), a row and a cell are one expert.
     """
 
@@ -34,11 +35,10 @@ class Partition:
     @cached_property
     def cell(self) -> int:
         """Elements per cell."""
-        form = FORMATS[self.format]
-        if len(self.shape) == 3 or form.bits == 8:
-            height = 1 if len(self.shape) == 3 else form.cell(self.row, self.blocksize)[0]
-            return height * max(self.row, 1)
-        return self.blocksize
+        form, row = FORMATS[self.format], max(self.row, 1)
+        if len(self.shape) == 3:
+            return row
+        return self.blocksize if form.bits == 4 else form.cell(row, self.blocksize)[0] * row
 
     @cached_property
     def _cell_bytes(self) -> int:

@@ -66,10 +66,10 @@ class HeadCall:
         """Whether a loss was computed without these logits."""
         self.is_plain = False
         """Whether an op outside the family has read their values, so that later ops compute with these."""
-        self._layer = layer
+        self._layer: Any = layer
         self._is_stepped = False
         self._has_gradients = torch.is_grad_enabled()
-        self._is_of_layer = _shares_memory(head.weight, layer)
+        self._may_be_merged = hasattr(layer, "merged_adapters") and _shares_memory(head.weight, layer)
         self._before = self._state()
         self._graph: tuple[Any, list[Tensor]] | None = None
         _watch_optimizers()
@@ -120,13 +120,14 @@ class HeadCall:
             parts += [t for t in self.head.weight.tensors().values() if t is not None]
         versions = [None if t.is_inference() else t._version for t in parts]
         memory = [t.untyped_storage() for t in parts]  # FSDP2 frees that of weights
-        # PEFT merges through `.data`. With the rows of tokens in place the operand is a tensor of its own.
-        merged = list(getattr(self._layer, "merged_adapters", ())) if self._is_of_layer else []
+        # PEFT merges through `.data`, which changes no version. A weight with the rows of trained tokens is a
+        # new tensor, which a merge leaves alone.
+        merged = list(self._layer.merged_adapters) if self._may_be_merged else []
         return versions, [(m._cdata, m.nbytes()) for m in memory], merged
 
 
-def _shares_memory(weight: Any, layer: Any) -> bool:
-    """Whether the weight of a head is in the memory that the layer holds."""
+def _shares_memory(weight: Any, layer: nn.Module) -> bool:
+    """Whether the weight of a head lies in the memory of a parameter of the layer, or is packed."""
     if not isinstance(weight, Tensor):
         return True
     own = (t.untyped_storage()._cdata for t in layer.parameters())

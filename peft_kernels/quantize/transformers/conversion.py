@@ -273,7 +273,7 @@ def packed_form(config: NF4Config) -> str:
 
 
 def _is_dense(items: dict[str, Tensor]) -> bool:
-    """Whether there are no codes of a byte, of which the scales are missing."""
+    """Whether no item holds codes of a byte, which are nothing without scales."""
     codes = {one.code_dtype for one in FORMATS.values()}
     return all(item.dtype not in codes for item in items.values())
 
