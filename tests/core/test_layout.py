@@ -64,8 +64,8 @@ BUDGETS = {
     "tests": 78_000,
     "tools": 3_300,
 }
-"""Most lines of code in a folder, with those below it. Who adds a feature takes as much away, or raises this
-number and says in the commit what it buys; who takes lines away lowers it."""
+"""Most lines of code in a folder and those below it. A commit that adds a feature removes as many lines, or
+raises the number and says what they buy; one that removes lines lowers it."""
 
 
 def module_name(path: Path) -> str:

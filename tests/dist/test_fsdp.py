@@ -111,6 +111,9 @@ FORMATS = [
     ("fp8", (300, 200), 128),
     ("fp8", (5, 130, 40), 128),
     ("fp8", (5, 48), 0),
+    ("int8", (5, 200), 64),
+    ("int8", (5, 3, 200), 128),
+    ("int8", (5, 48), 0),
 ]
 """Formats, shapes and blocksizes: shards with more and fewer rows, processes without any, experts."""
 

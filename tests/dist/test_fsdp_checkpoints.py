@@ -163,7 +163,14 @@ def saved_later(folder: Path, mesh: Any) -> None:
 @on(2)
 def other_formats(folder: Path, mesh: Any) -> None:
     """In DCP's checkpoints, and rows read from a safetensors file."""
-    for format, blocksize in (("mxfp4", 32), ("nvfp4", 16), ("int4", 64), ("fp8", 128), ("fp8", 0)):
+    for format, blocksize in (
+        ("mxfp4", 32),
+        ("nvfp4", 16),
+        ("int4", 64),
+        ("fp8", 128),
+        ("fp8", 0),
+        ("int8", 64),
+    ):
         path = folder / f"{format}-{blocksize}"
         dense = testing.uneven(testing.tensor(301, 320))
         want = pk.NF4Weight.quantize(dense, blocksize, format=format)

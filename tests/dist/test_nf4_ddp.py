@@ -93,7 +93,7 @@ def same_bytes(folder: Path) -> None:
         assert_equal_in_all_processes(ddp)
 
 
-OTHERS = ("nvfp4", "int4", "fp8")
+OTHERS = ("nvfp4", "int4", "fp8", "int8")
 
 
 def other_bytes(folder: Path) -> None:
