@@ -23,6 +23,7 @@ inline constexpr int kIsaCount = 7;  // without the last, which is for tests and
 struct KernelTable {
   int64_t multiply_adds_per_thread;  // below this, waking a second thread costs more than it saves
   bool has_pairs;                    // whether a GEMM of bf16 with bf16 takes half the time
+  int64_t tile_rows;                 // rows of lhs that gemm_nt and gemm_nn multiply together
   void (*quantize)(const QuantizeParams& params, int64_t block_begin, int64_t block_end);
   void (*quantize_absmax)(const AbsmaxParams& params, int64_t group_begin, int64_t group_end);
   void (*dequantize)(const Nf4View& weight, int64_t begin, int64_t end, DType dtype, void* out);

@@ -40,6 +40,7 @@
 constexpr KernelTable kKernels = {
     kMultiplyAddsPerThread,
     PEFT_KERNELS_BF16_DOT != 0,
+    OuterBF16::kTileRows,
     quantize,
     quantize_absmax,
     dequantize,

@@ -9,8 +9,15 @@ inline void fill_panel_row(const MatrixView& rhs, int64_t first, int64_t count, 
   }
 }
 
+// Depth that is multiplied at once.
+#if PEFT_KERNELS_TILES
+constexpr int kPairsDepthUnit = kTileDepth;
+#else
+constexpr int kPairsDepthUnit = 2;
+#endif
+
 // The first `rows` of kLanes rows of `count` <= 2 * kLanes elements, transposed as pairs. Missing rows, and
-// the second half of an odd last pair, become zeros.
+// elements up to a multiple of kPairsDepthUnit, become zeros.
 inline void transpose_pairs_part(const BF16* x, int64_t ld, int64_t rows, int64_t count, uint32_t* out,
                                  int64_t out_ld) {
   Vec block[kLanes];
@@ -20,7 +27,7 @@ inline void transpose_pairs_part(const BF16* x, int64_t ld, int64_t rows, int64_
                                      : as_floats(load_pairs_part(x + r * ld, count));
   }
   transpose(block);
-  for (int s = 0; s < ceil_div(count, 2); ++s) store_bits(out + s * out_ld, block[s]);
+  for (int s = 0; s < round_up(count, kPairsDepthUnit) / 2; ++s) store_bits(out + s * out_ld, block[s]);
 }
 
 // Pairs along the summed dimension are already adjacent.
@@ -35,15 +42,16 @@ struct DotBF16 : PairSteps {
 struct OuterBF16 : PairSteps {
   static constexpr int64_t kChain = 128;
   static constexpr bool kWholeTiles = PEFT_KERNELS_TILES;
+  static constexpr int kDepthUnit = kPairsDepthUnit;
 #if PEFT_KERNELS_TILES
-  static constexpr int kDepthUnit = kTileDepth, kTileRows = kTileDim;
-  static void multiply(int64_t, int64_t, const PanelBF16* lhs, int64_t lhs_ld, const PanelBF16* strip,
+  static constexpr int kTileRows = kTileDim;
+  static void multiply(int64_t, int64_t cols, const PanelBF16* lhs, int64_t lhs_ld, const PanelBF16* strip,
                        int64_t steps, bool adds, float* tile, int64_t tile_ld, Prefetch) {
-    tiles_block<1, kStrip / kTileDim>(lhs, lhs_ld * sizeof(PanelBF16), strip, kElements * steps / kTileDepth,
-                                      adds, tile, tile_ld);
+    multiply_vectors<kStrip / kTileDim>(ceil_div(cols, kTileDim), lhs, lhs_ld, strip,
+                                        kElements * steps / kTileDepth, adds, tile, tile_ld);
   }
 #else
-  static constexpr int kDepthUnit = kElements, kTileRows = kOuterRows;
+  static constexpr int kTileRows = kOuterRows;
   static void multiply(int64_t rows, int64_t cols, const PanelBF16* lhs, int64_t lhs_ld,
                        const PanelBF16* strip, int64_t steps, bool adds, float* tile, int64_t tile_ld,
                        Prefetch fetch) {
@@ -99,6 +107,20 @@ struct OuterBF16 : PairSteps {
   }
 
  private:
+#if PEFT_KERNELS_TILES
+  // Up to kVectors vectors of a strip.
+  template <int kVectors>
+  static void multiply_vectors(int64_t vectors, const PanelBF16* lhs, int64_t lhs_ld, const PanelBF16* strip,
+                               int64_t steps, bool adds, float* tile, int64_t tile_ld) {
+    if constexpr (kVectors > 1) {
+      if (vectors < kVectors) {
+        return multiply_vectors<kVectors - 1>(vectors, lhs, lhs_ld, strip, steps, adds, tile, tile_ld);
+      }
+    }
+    tiles_block<1, kVectors>(lhs, lhs_ld * sizeof(PanelBF16), strip, kStrip * sizeof(uint32_t), steps, adds,
+                             tile, tile_ld);
+  }
+#endif
   // The first `count` of 32 elements, the others zero.
   static VecPairs load_run(const BF16* p, int64_t count) {
     return count >= 2 * kLanes ? load_pairs(p) : load_pairs_part(p, max64(count, 0));

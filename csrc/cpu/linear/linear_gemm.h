@@ -156,7 +156,7 @@ class Gemm {
   }
   bool is_packed() const { return params.plan != NtPlan::kDots && params.plan != NtPlan::kGemv; }
 
-  GemmJob nt_job() { return {kernels().gemm_nt, complete_params(), 0, params.m, 6, 16}; }
+  GemmJob nt_job() { return {kernels().gemm_nt, complete_params(), 0, params.m, kernels().tile_rows, 16}; }
   GemmJob nn_job() { return {kernels().gemm_nn, complete_params(), 0, params.m, nn_row_unit_, 64}; }
   GemmJob packed_job(const void* packed, int64_t m_begin, int64_t m_end) {
     params.packed_lhs = packed;
@@ -176,7 +176,7 @@ class Gemm {
 
   c10::SmallVector<GemmTerm, 4> terms_;
   Tensor bias_;
-  int64_t nn_row_unit_ = 6;
+  int64_t nn_row_unit_ = kernels().tile_rows;
   c10::SmallVector<Tensor, 2> kept_alive_;
 };
 

@@ -23,6 +23,14 @@ int64_t nn_depth_block(const GemmParams& p) {
                       : kNnNarrowFloats * static_cast<int64_t>(sizeof(float) / sizeof(typename Outer::Value));
 }
 
+// Passes of about kNnDepth: on tiles a short last one would load and store the sums for little work.
+template <class Outer>
+int64_t nn_even_depth(int64_t depth) {
+  constexpr int64_t kMost = kNnDepth * 5 / 4;
+  const int64_t even = round_up(ceil_div(depth, max64(depth / kNnDepth, 1)), Outer::kDepthUnit);
+  return even <= kMost ? even : kNnDepth;
+}
+
 // Prefetches columns [first, first + cols) of a row of rhs: rows are too far apart for the hardware
 // prefetcher.
 inline void prefetch_columns(const MatrixView& rhs, int64_t first, int64_t cols) {
@@ -107,6 +115,7 @@ void nn_add_term(const GemmTerm& term, const MatrixView* next, int64_t depth_blo
                  int64_t n0, int64_t cols, bool adds, float* tile, void* panel_memory, void* lhs_memory) {
   using Value = typename Outer::Value;
   NnPanel<Outer> panel{term, n0, cols, static_cast<Value*>(panel_memory), static_cast<Value*>(lhs_memory)};
+  if (Outer::kWholeTiles && depth_block == kNnDepth) depth_block = nn_even_depth<Outer>(term.depth);
   for (int64_t p0 = 0; p0 < term.depth; p0 += depth_block, adds = true) {
     panel.fill(p0, min64(depth_block, term.depth - p0), depth_block);
     const int64_t end = p0 + panel.depth;
@@ -181,7 +190,9 @@ void gemm_nn(const GemmParams& p, const Rect& rect, void* scratch) {
         finish_tile(p, m0, rows, n0, cols, tile, kNnTileLd, start);
         continue;
       }
-      start_tile(p, m0, rows, n0, cols, tile, kNnTileLd);
+      // Then its sums are stored, not added to zeros.
+      const bool first_starts = !p.add_to_out && !p.bias && first_term_covers(p, m0, m0 + rows);
+      if (!first_starts) start_tile(p, m0, rows, n0, cols, tile, kNnTileLd);
       for (int64_t t = 0; t < p.term_count; ++t) {
         const GemmTerm& term = p.terms[t];
         const int64_t begin = max64(m0, term.m_begin), end = min64(m0 + rows, term.m_end);
@@ -192,7 +203,7 @@ void gemm_nn(const GemmParams& p, const Rect& rect, void* scratch) {
           float* after = tile + (end - m0) * kNnTileLd;
           const size_t kept = min64(kNnRowsAfter, m0 + rows - end) * kNnTileLd * sizeof(float);
           memcpy(masked, after, kept);
-          add_term(t, begin, end - begin, n0, cols, true, sums);
+          add_term(t, begin, end - begin, n0, cols, t > 0 || !first_starts, sums);
           memcpy(after, masked, kept);
           continue;
         }

@@ -134,6 +134,47 @@ void thin_rows(const GemmTerm& term, int64_t steps, const void* panel, int64_t m
                                 no_prefetch(tile));
 }
 
+#if PEFT_KERNELS_TILES
+// Adds a term of bf16 on tiles: rhs is transposed into a strip of pairs, rows of lhs are used in place. Room
+// for a tile of lhs and its sums follows `panel`.
+inline void nt_add_term_on_tiles(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int64_t cols,
+                                 float* tile, char* panel) {
+  constexpr int64_t kTileBytes = kTileDim * (kNtRowBytes + kStrip * sizeof(float));
+  static_assert(kNtRowBytes * kStrip <= kNtPanelBytes && kTileBytes <= kGemvScratchBytes, "");
+  const Tiles tiles;
+  auto* strip = reinterpret_cast<PanelBF16*>(panel);
+  float* apart = reinterpret_cast<float*>(panel + kNtPanelBytes);
+  auto* copy = reinterpret_cast<PanelBF16*>(apart + kTileDim * kStrip);
+  const int64_t block = nt_depth_block(term.depth, sizeof(BF16));
+  GemmTerm part = term;
+  for (int64_t k0 = 0; k0 < term.depth; k0 += block) {
+    part.depth = min64(block, term.depth - k0);
+    part.rhs.data = static_cast<const BF16*>(term.rhs.data) + k0;
+    nt_fill_thin_pairs(part, n0, cols, strip);
+    const int64_t padded = round_up(part.depth, kTileDepth), steps = padded / OuterBF16::kElements;
+    const auto* lhs = static_cast<const PanelBF16*>(term.lhs) + m0 * term.lhs_ld + k0;
+    float* sums = tile;
+    for (int64_t r = 0; r < rows; r += kTileDim, lhs += kTileDim * term.lhs_ld, sums += kTileDim * kStrip) {
+      const int64_t height = min64(kTileDim, rows - r);
+      if (height == kTileDim && part.depth == padded) {
+        OuterBF16::multiply(height, cols, lhs, term.lhs_ld, strip, steps, true, sums, kStrip,
+                            no_prefetch(sums));
+        continue;
+      }
+      // Apart, as rows after the last one must not change, not even when rhs holds an Inf.
+      memset(copy, 0, kTileDim * padded * sizeof(BF16));
+      for (int64_t i = 0; i < height; ++i) {
+        memcpy(copy + i * padded, lhs + i * term.lhs_ld, part.depth * sizeof(BF16));
+      }
+      const size_t kept = height * kStrip * sizeof(float);
+      memcpy(apart, sums, kept);
+      OuterBF16::multiply(height, cols, copy, padded, strip, steps, true, apart, kStrip, no_prefetch(apart));
+      memcpy(sums, apart, kept);
+    }
+  }
+}
+#endif
+
 // Calls use(multiply) with what multiplies a few rows of a thin term; returns false if the term is not thin.
 template <class Use>
 bool with_thin(const GemmTerm& term, int64_t n0, int64_t cols, void* panel, const Use& use) {
@@ -154,14 +195,20 @@ bool with_thin(const GemmTerm& term, int64_t n0, int64_t cols, void* panel, cons
   return true;
 }
 
+// `fills_tiles`: the GEMM has enough rows for AMX tiles.
 inline void nt_add_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int64_t cols, float* tile,
-                        void* panel) {
+                        void* panel, [[maybe_unused]] bool fills_tiles) {
   const bool was_thin = with_thin(term, n0, cols, panel, [&](const auto& multiply) {
     for (int64_t r = 0; r < rows; r += kOuterRows) {
       multiply(m0 + r, min64(kOuterRows, rows - r), true, tile + r * kStrip);
     }
   });
   if (was_thin) return;
+#if PEFT_KERNELS_TILES
+  if (fills_tiles && !term.rhs.nf4 && has_bf16_values(term)) {
+    return nt_add_term_on_tiles(term, m0, rows, n0, cols, tile, static_cast<char*>(panel));
+  }
+#endif
   if (has_bf16_values(term)) return nt_add_term<DotBF16>(term, m0, rows, n0, cols, tile, panel);
   with_type(term.lhs_dtype,
             [&](auto type) { nt_add_term<DotF32<decltype(type)>>(term, m0, rows, n0, cols, tile, panel); });
@@ -209,7 +256,7 @@ void gemm_nt(const GemmParams& p, const Rect& rect, void* scratch) {
         } else if (t == 0 && dense_gemv) {
           dense_gemv_add_term(term, begin, end - begin, n0, cols, sums);
         } else {
-          nt_add_term(term, begin, end - begin, n0, cols, sums, panel);
+          nt_add_term(term, begin, end - begin, n0, cols, sums, panel, p.m >= OuterBF16::kTileRows);
         }
       }
       finish_tile(p, m0, rows, n0, cols, tile, kStrip);

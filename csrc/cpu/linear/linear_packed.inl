@@ -158,11 +158,11 @@ void packed_add_thin(const GemmTerm& term, int64_t begin, int64_t end, const Pac
       float* sums = whole ? b.tile + m : masked_sums;
       const int64_t ld = whole ? b.tile_ld : kPackRows;
       if (!whole) memset(masked_sums, 0, b.cols * kPackRows * sizeof(float));
-      for (int64_t c = 0; c < b.cols; c += kOuterRows) {
-        outer_rows<Thin, kOuterRows>(min64(kOuterRows, b.cols - c), kStrip, rhs + c * kThinDepthBlock,
-                                     kThinDepthBlock, reinterpret_cast<const Value*>(strip),
-                                     ceil_div(depth, Thin::kElements), true, sums + c * ld, ld,
-                                     no_prefetch(sums));
+      for (int64_t c = 0; c < b.cols; c += Thin::kTileRows) {
+        Thin::multiply(min64(Thin::kTileRows, b.cols - c), kStrip, rhs + c * kThinDepthBlock, kThinDepthBlock,
+                       reinterpret_cast<const Value*>(strip),
+                       round_up(depth, Thin::kDepthUnit) / Thin::kElements, true, sums + c * ld, ld,
+                       no_prefetch(sums));
       }
       if (whole) continue;
       for (int64_t c = 0; c < b.cols; ++c) {

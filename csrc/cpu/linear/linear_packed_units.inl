@@ -236,7 +236,7 @@ struct PairsUnit : PairSteps {
                        int64_t tile_ld, const char* ahead, int64_t ahead_bytes) {
 #  if PEFT_KERNELS_TILES
     const int64_t tile_steps = kElements * steps / kTileDepth;
-    tiles_block<4 / kSide, kSide>(rows, kPackedRowBytes, strip, tile_steps, adds, tile, tile_ld,
+    tiles_block<4 / kSide, kSide>(rows, kPackedRowBytes, strip, kSide * 64, tile_steps, adds, tile, tile_ld,
                                   {ahead, ceil_div(ahead_bytes, 64 * tile_steps)});
 #  else
     sum_steps<PairsUnit, kTileRows<kSide>, kSide>(rows, Constant<kPackedRowBytes / sizeof(*rows)>{}, strip,

@@ -37,11 +37,15 @@ struct PairSteps {
 };
 #endif
 
+// Whether the first term is added to all of rows [m0, m1), unmasked.
+inline bool first_term_covers(const GemmParams& p, int64_t m0, int64_t m1) {
+  if (p.term_count == 0) return false;
+  const GemmTerm& term = p.terms[0];
+  return term.depth > 0 && term.mask.threshold == 0 && term.m_begin <= m0 && m1 <= term.m_end;
+}
 // Whether the output is a start value plus a single unmasked term.
 inline bool is_one_term(const GemmParams& p, const Rect& rect) {
-  if (p.term_count != 1 || p.add_to_out) return false;
-  const GemmTerm& term = p.terms[0];
-  return term.depth > 0 && term.mask.threshold == 0 && term.m_begin <= rect.m0 && rect.m1 <= term.m_end;
+  return p.term_count == 1 && !p.add_to_out && first_term_covers(p, rect.m0, rect.m1);
 }
 // The start values of columns; false if they start from 0.
 inline bool start_columns(const GemmParams& p, int64_t n0, int64_t cols, float* start) {

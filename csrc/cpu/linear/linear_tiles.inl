@@ -26,10 +26,10 @@ struct TilePrefetch {
 // kRowTiles tiles of rows times kVectors vectors of lanes, at most four tiles of sums, which are added to
 // memory or stored there.
 template <int kRowTiles, int kVectors>
-void tiles_block(const void* rows, int64_t row_bytes, const void* pairs, int64_t steps, bool adds,
-                 float* sums, int64_t sums_ld, TilePrefetch ahead = {}) {
+void tiles_block(const void* rows, int64_t row_bytes, const void* pairs, int64_t pair_bytes, int64_t steps,
+                 bool adds, float* sums, int64_t sums_ld, TilePrefetch ahead = {}) {
   static_assert(kRowTiles * kVectors <= 4, "");
-  const int64_t sums_bytes = sums_ld * sizeof(float), pair_bytes = kVectors * 64;
+  const int64_t sums_bytes = sums_ld * sizeof(float);
   const auto* a = static_cast<const char*>(rows);
   const auto* b = static_cast<const char*>(pairs);
   const auto sums_at = [&](int r, int v) { return sums + r * kTileDim * sums_ld + v * kTileDim; };

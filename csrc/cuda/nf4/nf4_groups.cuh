@@ -10,7 +10,7 @@ namespace peft_kernels::cuda {
 struct Int4 {
   static constexpr bool kBytes = false;
 };
-// Codes of a byte: value(code) times kFactor.
+// The values of bytes, up to kFactor.
 struct E4M3 {
   static constexpr bool kBytes = true;
   static constexpr float kFactor = 256.0f;

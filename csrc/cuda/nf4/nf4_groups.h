@@ -12,9 +12,8 @@ struct GroupsView {
   const uint8_t* packed;
   const void* scale;
   const uint8_t* zero_points;  // null: 8
-  bool has_bytes;              // int8 or E4M3; else int4
-  bool has_int8;
-  bool has_bf16_scales;  // int4; else fp16
+  bool has_bytes, has_int8;    // int8, else E4M3
+  bool has_bf16_scales;        // int4; else fp16
   int block_shift, row_shift;
   int64_t blocks_in_row;
 };
