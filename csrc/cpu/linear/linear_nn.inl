@@ -190,7 +190,7 @@ void gemm_nn(const GemmParams& p, const Rect& rect, void* scratch) {
         finish_tile(p, m0, rows, n0, cols, tile, kNnTileLd, start);
         continue;
       }
-      // Then its sums are stored, not added to zeros.
+      // Storing the first term saves filling the sums with zeros and adding to them.
       const bool first_starts = !p.add_to_out && !p.bias && first_term_covers(p, m0, m0 + rows);
       if (!first_starts) start_tile(p, m0, rows, n0, cols, tile, kNnTileLd);
       for (int64_t t = 0; t < p.term_count; ++t) {

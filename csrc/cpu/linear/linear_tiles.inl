@@ -24,7 +24,7 @@ struct TilePrefetch {
 };
 
 // kRowTiles tiles of rows times kVectors vectors of lanes, at most four tiles of sums, which are added to
-// memory or stored there.
+// memory or stored there. Rows of `pairs` are pair_bytes apart.
 template <int kRowTiles, int kVectors>
 void tiles_block(const void* rows, int64_t row_bytes, const void* pairs, int64_t pair_bytes, int64_t steps,
                  bool adds, float* sums, int64_t sums_ld, TilePrefetch ahead = {}) {
