@@ -14,7 +14,7 @@ from .checkpoints.load import load_checkpoint
 from .core import backends, dispatch
 from .core.dispatch import use_backend
 from .host_memory import keep_freed_memory
-from .nf4.weight import NF4Weight
+from .nf4.weight import NF4Weight, PackedWeight
 from .ops.block.attention import attention
 from .ops.block.rms_norm import add_rms_norm, rms_norm
 from .ops.block.rotary import rotary
@@ -40,6 +40,7 @@ __all__ = [
     "Adapter",
     "BottleneckParameters",
     "NF4Weight",
+    "PackedWeight",
     "adapters",
     "add_rms_norm",
     "attention",

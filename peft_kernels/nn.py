@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .core.nf4_state import PARALLEL
+from .core.packed_state import PARALLEL
 from .core.wrong_types import refuses_wrong_types
 from .nf4 import loading
 from .nf4.model import ModelLink
 from .nf4.sharded import accelerate_loading
 from .nf4.sharded.checks import UNGATHERED, is_dtensor, is_sharded, is_tensor_parallel
-from .nf4.weight import NF4Weight
+from .nf4.weight import PackedWeight
 from .ops.arguments import autocast_dtype
 from .ops.linear import nf4_linear
 from .ops.lora.dora import dora_linear
@@ -25,7 +25,7 @@ __all__ = ["LoRALinear", "NF4Linear", "NF4LoRALinear"]
 
 
 class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
-    """A frozen `nn.Linear` whose weight is an `NF4Weight`.
+    """A frozen `nn.Linear` whose weight is an `PackedWeight`.
 
     It works with code for nn.Linear: `peft.get_peft_model` injects LoRA, and `model.to()`, deepcopy and
     pickle work. `state_dict` uses bitsandbytes' keys; checkpoints are interchangeable.
@@ -57,7 +57,7 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
 
     @refuses_wrong_types
     def __init__(
-        self, weight: NF4Weight, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None
+        self, weight: PackedWeight, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear.__init__ would allocate a dense weight
         self.out_features, self.in_features = weight._state.shape
@@ -80,12 +80,12 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
         """Quantises an nn.Linear (also an NF4Linear made dense by a merge) or a Conv1D of transformers.
 
         `linear` is not changed; its bias is shared. On the meta device the layer is empty. Errors as
-        `NF4Weight.quantize`.
+        `PackedWeight.quantize`.
         """
         dense: Any = linear.weight.detach()  # type: ignore[operator]
         if not isinstance(linear, nn.Linear):
             dense = dense.t()
-        weight = NF4Weight.quantize(dense, blocksize, double_quant, name=name, format=format)
+        weight = PackedWeight.quantize(dense, blocksize, double_quant, name=name, format=format)
         new = cls(weight, compute_dtype=compute_dtype)
         new.register_parameter("bias", linear.bias)
         if not isinstance(linear, NF4Linear) and type(linear) is not nn.Linear:
@@ -98,7 +98,7 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
     def awaiting(cls, linear: nn.Module, compute_dtype: torch.dtype | None = None) -> NF4Linear:
         """A placeholder on the meta device until its weight is assigned.
 
-        Assigning an NF4Weight completes it; assigning a dense weight (out_features, in_features) turns it
+        Assigning a PackedWeight completes it; assigning a dense weight (out_features, in_features) turns it
         into an ordinary layer of `linear`'s class."""
         new = cls.__new__(cls)
         nn.Module.__init__(new)
@@ -114,7 +114,7 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
-        if not isinstance(weight, NF4Weight):
+        if not isinstance(weight, PackedWeight):
             if is_sharded(weight):
                 raise RuntimeError(f"weight: {UNGATHERED}")
             if is_tensor_parallel(weight):
@@ -133,7 +133,7 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
     def revert_to_linear_if_dense(self) -> nn.Module:
         """Reverts to an ordinary layer of `plain_class` if the weight is dense. Returns the layer."""
         weight = self._parameters["weight"]
-        if isinstance(weight, NF4Weight) and weight.dense is not None:
+        if isinstance(weight, PackedWeight) and weight.dense is not None:
             self.weight = weight
         return self
 
@@ -143,7 +143,7 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
         """PEFT's `merge_and_unload` calls this on each unwrapped layer, which is where a merged one
         reverts."""
         weight = self._parameters["weight"]
-        dense = isinstance(weight, NF4Weight) and weight.is_dense
+        dense = isinstance(weight, PackedWeight) and weight.is_dense
         if memo is None and dense and self.link is not None and self.link.holds(self):
             self.revert_to_linear_if_dense()
         return nn.Module.named_modules(self, memo, prefix, remove_duplicate)
@@ -153,7 +153,7 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
             return super().__setattr__(name, value)
         if is_sharded(value) or is_tensor_parallel(value):
             return super().__setattr__(name, value)
-        if isinstance(value, NF4Weight):
+        if isinstance(value, PackedWeight):
             if value.dense is None:
                 return super().__setattr__(name, value)
             value = nn.Parameter(value.dense, requires_grad=False)
@@ -189,9 +189,9 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
         )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if isinstance(self.weight, NF4Weight) and self.weight.dense is not None:
+        if isinstance(self.weight, PackedWeight) and self.weight.dense is not None:
             destination[prefix + "weight"] = self._transposed(self.weight.dense)
-        elif isinstance(self.weight, NF4Weight):
+        elif isinstance(self.weight, PackedWeight):
             destination.update(self.weight.state_dict(prefix))
         elif is_tensor_parallel(self.weight) and not keep_vars:
             # Gathering the DTensor would gather dense values.
@@ -223,7 +223,7 @@ class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
     def extra_repr(self) -> str:
         weight = self.weight
         form = ""
-        if isinstance(weight, NF4Weight):
+        if isinstance(weight, PackedWeight):
             form = f", {weight._state.form}, dtype={weight.dtype}"
             if self.compute_dtype is not None:
                 form += f", compute_dtype={self.compute_dtype}"
@@ -301,7 +301,7 @@ class LoRALinear(nn.Module):
         if autocast is not None:
             x = x.to(autocast)
             adapter = (self.lora_A.to(autocast), self.lora_B.to(autocast))
-            if not isinstance(weight, NF4Weight):
+            if not isinstance(weight, PackedWeight):
                 weight = weight.to(autocast)
         elif x.dtype == torch.float32:
             compute_dtype = getattr(base, "compute_dtype", None) or weight.dtype
@@ -315,7 +315,7 @@ class LoRALinear(nn.Module):
     def _weight(self) -> Tensor:
         """The base weight in fp32."""
         weight = self.base_layer.weight
-        return weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.float()
+        return weight.dequantize(torch.float32) if isinstance(weight, PackedWeight) else weight.float()
 
     def delta_weight(self) -> Tensor:
         """`scaling * B A`, (out_features, in_features), in the adapter's dtype."""
@@ -354,6 +354,6 @@ class NF4LoRALinear(LoRALinear):
         blocksize: int = 64,
         double_quant: bool = True,
     ) -> None:
-        if isinstance(base_layer, nn.Linear) and not isinstance(base_layer.weight, NF4Weight):
+        if isinstance(base_layer, nn.Linear) and not isinstance(base_layer.weight, PackedWeight):
             base_layer = NF4Linear.from_linear(base_layer, blocksize, double_quant)
         super().__init__(base_layer, r, lora_alpha, use_rslora, dtype, lora_dropout, use_dora)

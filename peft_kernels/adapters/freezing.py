@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..nf4.tensor import NF4Tensor
+from ..nf4.tensor import PackedTensor
 from ..quantize.architectures import in_task_head
 from .adapter import BottleneckAdapter
 
@@ -68,4 +68,4 @@ def _freeze(model: nn.Module) -> None:
 
 def _is_packed(parameter: nn.Parameter) -> bool:
     """Whether the weight was quantised since it was frozen, so that it cannot be trained."""
-    return isinstance(parameter, NF4Tensor) or not parameter.is_floating_point()
+    return isinstance(parameter, PackedTensor) or not parameter.is_floating_point()

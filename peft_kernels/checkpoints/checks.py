@@ -73,7 +73,7 @@ def kind_of(names: Iterable[str]) -> str:
 
 
 def read_nf4(checkpoint: Checkpoint, weight: str, names: list[str], codes: bool = True) -> Any:
-    """(NF4State, dtype) of a weight. `codes=False` skips the codes, of which any value is valid in 4 bits.
+    """(PackedState, dtype) of a weight. `codes=False` skips the codes, of which any value is valid in 4 bits.
     Raises CheckpointError for an item that does not fit."""
     items: dict[str, Tensor] = {}
     for name in names:

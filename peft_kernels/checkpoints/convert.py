@@ -83,7 +83,7 @@ def quantize_checkpoint(
     destination : path
         Must not exist.
     blocksize : int, optional
-        As `NF4Weight.quantize`.
+        As `PackedWeight.quantize`.
     double_quant : bool, optional
         Of NF4 and FP4, quantise the scales too; of int4, give blocks zero points. By default True. Other
         formats take none.
@@ -96,7 +96,7 @@ def quantize_checkpoint(
     partial : bool
         Accept missing tensors, or ones of other shapes than the architecture's.
     format : str
-        As `NF4Weight.quantize`.
+        As `PackedWeight.quantize`.
     started, progress : callable
         Called with the plan, and then with the name and bytes of each tensor.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.wrong_types import names_wrong_types
-from ..nf4.weight import NF4Weight
+from ..nf4.weight import PackedWeight
 from .checks import nf4_weights, read_nf4
 from .folder import Checkpoint
 from .header import CheckpointError, Entry, shown
@@ -69,7 +69,7 @@ def _check_names(
     for name, place in places.items():
         if strict and id(place) not in there:
             raise CheckpointError(f"{name}: the checkpoint has no tensor of this name, the model has")
-        if isinstance(place, NF4Weight) and name in checkpoint.entries and name not in quantised:
+        if isinstance(place, PackedWeight) and name in checkpoint.entries and name not in quantised:
             raise CheckpointError(f"{name}: expected an NF4 weight, got a plain tensor")
     items = {item for names in quantised.values() for item in names}
     for name in checkpoint.entries:
@@ -79,7 +79,7 @@ def _check_names(
         if name not in places:
             if strict:
                 raise CheckpointError(f"{shown(name)}: the model has no weight of this name")
-        elif not isinstance(places[name], NF4Weight):
+        elif not isinstance(places[name], PackedWeight):
             raise CheckpointError(
                 f"{name}: expected a plain tensor, got an NF4 weight (quantize_model first)"
             )
@@ -99,5 +99,5 @@ def _nf4(name: str, place: Any, checkpoint: Checkpoint, names: list[str]) -> Ten
         raise CheckpointError(f"{name}: expected shape {tuple(place.shape)}, got {state.shape}")
     state.name = place._state.name
     with torch.no_grad():
-        weight: Tensor = NF4Weight(state, dtype).to(place.device)
+        weight: Tensor = PackedWeight(state, dtype).to(place.device)
     return weight

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..core.formats import FORMATS
-from ..core.nf4_state import NF4State
+from ..core.packed_state import PackedState
 from ..nf4 import packed_format
 from ..nf4.owners.stacked import joined
-from ..nf4.weight import NF4Weight
+from ..nf4.weight import PackedWeight
 from .changes import Change, Experts, ReadPart
 from .checks import finite_pieces, read_nf4
 from .folder import Checkpoint
@@ -181,7 +181,7 @@ class MergedFile:
         writer: ShardWriter,
         name: str,
         items: list[str],
-        state: NF4State,
+        state: PackedState,
         dtype: torch.dtype,
         change: Change | None,
     ) -> None:
@@ -199,7 +199,7 @@ class MergedFile:
             writer.write(key, tensor.view(kind.shape) if ".quant_state." not in key else tensor)
 
     def _write_expert(
-        self, writer: ShardWriter, name: str, state: NF4State, dtype: torch.dtype, change: Change | None
+        self, writer: ShardWriter, name: str, state: PackedState, dtype: torch.dtype, change: Change | None
     ) -> None:
         if self.dense:
             writer.write_row(name, self._dense(name, state, dtype, change))
@@ -209,22 +209,22 @@ class MergedFile:
         for key, tensor in packed_format.tensors(again, name).items():
             writer.write_row(key, tensor)
 
-    def _dense(self, name: str, state: NF4State, dtype: torch.dtype, change: Change | None) -> Tensor:
+    def _dense(self, name: str, state: PackedState, dtype: torch.dtype, change: Change | None) -> Tensor:
         weight = state.dequantize(dtype)
         if change is not None:
             weight = self._merged(weight, change, name)
         return weight.t() if name in self.plan.transposed else weight
 
     def _repacked(
-        self, name: str, state: NF4State, dtype: torch.dtype, change: Change, transposed: bool = False
-    ) -> NF4Weight:
+        self, name: str, state: PackedState, dtype: torch.dtype, change: Change, transposed: bool = False
+    ) -> PackedWeight:
         """The merged weight, packed as it was. `transposed` is whether the change is for (in, out)."""
         before = state.dequantize(dtype)
         weight = before.mT.contiguous() if transposed else before.clone()
         merged = self._merged(weight, change, name)
         merged = merged.mT.contiguous() if transposed else merged
         with checkpoint_errors():
-            packed = NF4Weight.quantize(
+            packed = PackedWeight.quantize(
                 _for_scales(merged, state),
                 state.blocksize,
                 state.double_quant,
@@ -235,12 +235,12 @@ class MergedFile:
         self.rounding.add(before, merged, packed._state.dequantize(dtype))
         return packed
 
-    def _shape(self, name: str, state: NF4State) -> tuple[int, ...]:
+    def _shape(self, name: str, state: PackedState) -> tuple[int, ...]:
         *experts, rows, columns = state.shape
         return (*experts, columns, rows) if name in self.plan.transposed else (*experts, rows, columns)
 
 
-def _for_scales(weight: Tensor, state: NF4State) -> Tensor:
+def _for_scales(weight: Tensor, state: PackedState) -> Tensor:
     """The weight in a dtype of which int4's scales get the dtype that they have in `state`."""
     if FORMATS[state.format].scale != "half" or state.absmax is None:
         return weight

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core.formats import FORMATS
-from ..core.nf4_state import NF4State
+from ..core.packed_state import PackedState
 from ..nf4.owners import Owner, owner_of
 from ..nf4.owners.stacked import joined
 from .folder import Checkpoint
@@ -54,7 +54,7 @@ def _is_part(owner: Owner, part: str, dtype: torch.dtype) -> bool:
     return part in owner.parts
 
 
-def read_owned(checkpoint: Checkpoint, weight: str, names: list[str], headers: bool = False) -> NF4State:
+def read_owned(checkpoint: Checkpoint, weight: str, names: list[str], headers: bool = False) -> PackedState:
     """A packed weight, without its codes if any value of them is valid; with `headers` on the meta device:
     then only tensors of one number are read. Raises CheckpointError for a tensor that does not fit."""
     owner, tensors = owner_in(checkpoint.config), {}
@@ -83,7 +83,7 @@ def owned_stacks(checkpoint: Checkpoint, model: Any) -> dict[str, Stack]:
         return stacks_of(model, checkpoint.entries, owner)
 
 
-def joined_stack(stack: Stack, name: str, layers: Mapping[str, NF4State]) -> NF4State:
+def joined_stack(stack: Stack, name: str, layers: Mapping[str, PackedState]) -> PackedState:
     """One weight of experts, of its layers by name. Raises CheckpointError for layers that do not fit."""
     with checkpoint_errors():
         return joined(stack.of(layers), len(stack.weights), name)

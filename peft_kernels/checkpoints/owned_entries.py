@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.code_tables import WEIGHT_DTYPES
-from ..core.nf4_state import NF4State
+from ..core.packed_state import PackedState
 from ..nf4.owners import Owner
 from .folder import Checkpoint
 from .header import CheckpointError, Entry
@@ -35,7 +35,7 @@ class PackedEntry(Entry):
         dense = self.state()[0].dequantize(self.dtype)
         return self.turned(dense).contiguous().view(self.shape)
 
-    def state(self) -> tuple[NF4State, dict[str, Tensor]]:
+    def state(self) -> tuple[PackedState, dict[str, Tensor]]:
         """The packed weight, and what else `Owner.write` needs."""
         tensors = {self.owner.part_of(self.name, item.name): item.read() for item in self.items}
         with checkpoint_errors():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.formats import FORMATS
-from ..core.nf4_state import NF4State
+from ..core.packed_state import PackedState
 from ..nf4 import bitsandbytes_format, packed_format
 from ..nf4.assembly import check_scales
 from ..nf4.sharded.local_rows import LocalRows
@@ -25,7 +25,7 @@ def read_rows(entry: Entry, start: int, stop: int) -> Tensor:
     return _flat(entry, start * row, stop * row).view(stop - start, *entry.shape[1:])
 
 
-def read_layout(checkpoint: Checkpoint, weight: str, names: list[str]) -> tuple[NF4State, torch.dtype]:
+def read_layout(checkpoint: Checkpoint, weight: str, names: list[str]) -> tuple[PackedState, torch.dtype]:
     """A packed weight and its nominal dtype, with codes, first-level scales and zero points on the meta
     device. Raises CheckpointError for an item that does not fit."""
     items: dict[str, Tensor] = {}
@@ -46,7 +46,9 @@ def read_layout(checkpoint: Checkpoint, weight: str, names: list[str]) -> tuple[
     return state, dtype
 
 
-def read_local_rows(checkpoint: Checkpoint, weight: str, state: NF4State, start: int, stop: int) -> LocalRows:
+def read_local_rows(
+    checkpoint: Checkpoint, weight: str, state: PackedState, start: int, stop: int
+) -> LocalRows:
     """Rows [start, stop) of a packed weight with the `state` of `read_layout`; reads only the blocks they
     touch. Errors as there."""
     form = FORMATS[state.format]

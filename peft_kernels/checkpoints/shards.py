@@ -12,7 +12,7 @@ import torch
 
 from ..nf4 import packed_format
 from ..nf4.bitsandbytes_format import STATE_ITEMS, description
-from ..nf4.weight import NF4Weight
+from ..nf4.weight import PackedWeight
 from .checks import finite_pieces
 from .experts_tensors import ExpertsWeight
 from .folder import Checkpoint
@@ -110,9 +110,11 @@ class Shard:
         key = weight.written(f"{weight.name}.{item}")
         writer.write(key, torch.tensor(list(blob), dtype=torch.uint8))
 
-    def _nf4(self, dense: torch.Tensor, name: str) -> NF4Weight:
+    def _nf4(self, dense: torch.Tensor, name: str) -> PackedWeight:
         try:
-            return NF4Weight.quantize(dense, self.blocksize, self.double_quant, name=name, format=self.format)
+            return PackedWeight.quantize(
+                dense, self.blocksize, self.double_quant, name=name, format=self.format
+            )
         except ValueError as error:
             raise CheckpointError(str(error)) from error
 

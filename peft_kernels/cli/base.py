@@ -18,7 +18,7 @@ from ..checkpoints.names import Names
 from ..checkpoints.owned import joined_stack, owned_stacks, owned_weights, owner_in, read_owned
 from ..checkpoints.rows import read_layout
 from ..core.formats import FORMATS
-from ..core.nf4_state import NF4State
+from ..core.packed_state import PackedState
 from ..core.wrong_types import an
 from ..nf4.experts_packing import computes_experts
 from ..quantize.architectures import is_linear
@@ -98,7 +98,7 @@ def _packed(checkpoint: Checkpoint, model: Any, form: str) -> dict[str, int]:
     owner = owner_in(checkpoint.config)
     marked = set() if owner is None else owner.weights(checkpoint.entries).keys()
     _refuse_conversions(model, marked - in_stacks, form)
-    states: dict[str, NF4State] = {}
+    states: dict[str, PackedState] = {}
     for weight, items in (nf4_weights(checkpoint.entries) | owned).items():
         if weight in owned:
             state = read_owned(checkpoint, weight, items, headers=True)

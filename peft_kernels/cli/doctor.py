@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import NF4Weight, lora_linear, nf4_linear
+from .. import PackedWeight, lora_linear, nf4_linear
 from .. import __version__ as version
 from ..core import dispatch, registry
 from ..core.backends import BACKENDS, Backend, crossovers, cuda
@@ -156,7 +156,7 @@ def _compare(
 
     dense = random(out, into) * into**-0.5
     with dispatch.use_backend("reference"):
-        packed = NF4Weight.quantize(dense, blocksize, nested)
+        packed = PackedWeight.quantize(dense, blocksize, nested)
     x, dy = random(rows, into).to(dtype), random(rows, out).to(dtype)
     a, b = random(_RANK, into) * into**-0.5, random(out, _RANK)
     truth = _reference(packed, x.double(), dy.double(), a, b)
@@ -174,7 +174,7 @@ def _compare(
         yield Check(backend.name, what, name, _error(got.cpu(), truth[what]), allowed)
 
 
-def _compute(weight: NF4Weight, x: Tensor, dy: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+def _compute(weight: PackedWeight, x: Tensor, dy: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
     x1, x2 = (x.detach().requires_grad_() for _ in range(2))
     a, b = a.requires_grad_(), b.requires_grad_()
     y = nf4_linear(x1, weight)
@@ -184,7 +184,7 @@ def _compute(weight: NF4Weight, x: Tensor, dy: Tensor, a: Tensor, b: Tensor) -> 
     return _named(y, x1.grad, z, x2.grad, a.grad, b.grad)
 
 
-def _reference(weight: NF4Weight, x: Tensor, dy: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+def _reference(weight: PackedWeight, x: Tensor, dy: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
     """The same results in plain torch, in x's dtype."""
     base, plain = weight._state.op_args, {name: op.plain for name, op in registry.OPS.items()}
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32

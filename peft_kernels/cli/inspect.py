@@ -18,7 +18,7 @@ from ..checkpoints.folder import Checkpoint
 from ..checkpoints.header import CheckpointError
 from ..checkpoints.owned import owned_weights, owner_in, read_owned
 from ..core.formats import FORMATS, WHOLE_ROWS
-from ..core.nf4_state import NF4State
+from ..core.packed_state import PackedState
 from .output import Output, counted, size
 
 _FAULTY = ", faulty"
@@ -172,14 +172,14 @@ def _form(checkpoint: Checkpoint, name: str, quantised: dict[str, list[str]]) ->
     return f"{kind} of {dense}, {_blocks(state)}, {_scales(state)}", state.shape
 
 
-def _blocks(state: NF4State) -> str:
+def _blocks(state: PackedState) -> str:
     if state.blocksize == WHOLE_ROWS:
         return "a scale for each row"
     size = state.blocksize
     return f"blocks of {f'{size} x {size}' if FORMATS[state.format].is_square else size}"
 
 
-def _scales(state: NF4State) -> str:
+def _scales(state: PackedState) -> str:
     scale = FORMATS[state.format].scale
     if scale == "half":
         return "16-bit scales" + (" and zero points" if state.offset is not None else "")

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import torch
 
-from ..nf4.weight import NF4Weight
+from ..nf4.weight import PackedWeight
 from .sizes import Block, Experts, Linear, Mixture, Model, Run
 
 _FP32, _INT64 = 4, 8
@@ -29,7 +29,7 @@ def packed_bytes(
 ) -> int:
     """A packed weight, with its scales. Raises ValueError if the format cannot have one of this shape."""
     meta = torch.empty(out_features, in_features, dtype=torch.bfloat16, device="meta")
-    return NF4Weight.quantize(meta, blocksize, double_quant, name=name, format=format).nbytes
+    return PackedWeight.quantize(meta, blocksize, double_quant, name=name, format=format).nbytes
 
 
 def weights(model: Model, run: Run) -> int:

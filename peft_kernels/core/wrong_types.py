@@ -130,12 +130,14 @@ def _words(kind: Any) -> str:
 
 
 def an(value: Any) -> str:
-    """The class of a value, with its article: "an NF4Weight"."""
+    """The class of a value, with its article: "a PackedWeight"."""
     return _named(type(value))
 
 
 def _named(kind: Any) -> str:
-    name: str = {"HoldsNF4": "NF4Weight", "NF4State": "NF4Weight"}.get(kind.__name__, kind.__name__)
+    name: str = {"HoldsPacked": "PackedWeight", "PackedState": "PackedWeight"}.get(
+        kind.__name__, kind.__name__
+    )
     return f"{'an' if name[0] in 'AEIOUaeio' or name.startswith('NF') else 'a'} {name}"
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.nf4_state import PARALLEL
+from ..core.packed_state import PARALLEL
 from ..nf4 import bitsandbytes_format
 from ..nf4.sharded.checks import is_tensor_parallel
-from ..nf4.weight import NF4Weight
+from ..nf4.weight import PackedWeight
 from ..patch.fused import plain_class
 from ..patch.lora.eligibility import active_adapters, lora_linear_classes
 from .bitsandbytes.ops import unpack
@@ -74,10 +74,10 @@ def merge_and_unload(model: Any, quantize: bool = False, safe_merge: bool = Fals
             vars(module).pop("merge", None)
 
 
-def _packed(base: nn.Module) -> list[NF4Weight]:
+def _packed(base: nn.Module) -> list[PackedWeight]:
     """A layer's weights that are packed, or merged with their packed bytes kept."""
     parameters: Iterable[Any] = base._parameters.values()
-    weights = [weight for weight in parameters if isinstance(weight, NF4Weight)]
+    weights = [weight for weight in parameters if isinstance(weight, PackedWeight)]
     return [weight for weight in weights if weight.is_merged or not weight.is_dense]
 
 
@@ -98,7 +98,7 @@ def _merge_by(module: Any, merge: Callable[..., None]) -> None:
     vars(module)["merge"] = instead
 
 
-def _merge_and_repack(module: Any, weights: list[NF4Weight], *args: Any, **kwargs: Any) -> None:
+def _merge_and_repack(module: Any, weights: list[PackedWeight], *args: Any, **kwargs: Any) -> None:
     module.merge(*args, **kwargs)
     for weight in weights:
         weight.requantize_()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.code_tables import NESTED_BLOCKSIZE, WEIGHT_DTYPES
 from ..core.formats import FORMATS, SCALE_DTYPES, Format
-from ..core.nf4_state import NF4State, packed_rows
+from ..core.packed_state import PackedState, packed_rows
 
 READ_SCALE_DTYPES = (*WEIGHT_DTYPES, torch.float64)
 """Dtypes in which scales may be stored that are fp32 here."""
@@ -28,7 +28,7 @@ def assemble(
     absmax2: Tensor | None,
     offset: Tensor | None,
     format: str = "nf4",
-) -> NF4State:
+) -> PackedState:
     """The state of a weight from its tensors. Checks every length and dtype, so that no kernel reads out of
     bounds."""
     if len(shape) != 2 or min(shape) < 0 or max(shape) > _LARGEST_SIZE:
@@ -75,7 +75,7 @@ def assemble(
             raise ValueError(f"{key}.nested_absmax: expected a floating dtype, got {absmax2.dtype}")
         absmax2 = absmax2.float()
         offset = offset.float().reshape(())
-    return NF4State(
+    return PackedState(
         (shape[0], shape[1]),
         blocksize,
         packed_rows(flat[:nbytes], shape, form.bits),
@@ -87,7 +87,7 @@ def assemble(
     )
 
 
-def check_scales(key: str, state: NF4State, offset: float) -> None:
+def check_scales(key: str, state: PackedState, offset: float) -> None:
     """Raises ValueError unless all scales are finite and, where they are magnitudes, >= 0; for codes that are
     NaN too."""
     nested = state.absmax2 is not None and state.offset is not None

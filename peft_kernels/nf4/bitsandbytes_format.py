@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.code_tables import NESTED_BLOCKSIZE, WEIGHT_DTYPES, dynamic_map, is_dynamic_map
 from ..core.formats import FORMATS, code_values
-from ..core.nf4_state import NF4State
+from ..core.packed_state import PackedState
 from .assembly import READ_SCALE_DTYPES, assemble, check_scales, expect, short
 
 STATE_PREFIX = "quant_state.bitsandbytes__"  # then the quantisation type
@@ -28,7 +28,7 @@ _CPU = torch.device("cpu")
 _OTHER_TABLE = "_peft_kernels_other_table"  # on a QuantState: what `reason_other_table` found
 
 
-def to_state_dict(state: NF4State, dtype: torch.dtype, key: str) -> dict[str, Tensor]:
+def to_state_dict(state: PackedState, dtype: torch.dtype, key: str) -> dict[str, Tensor]:
     """A weight under bitsandbytes' keys, the codes under `key`; a dense weight is one plain tensor."""
     if state.dense is not None:
         return {key: state.dense}
@@ -58,7 +58,7 @@ def description(
     return json.dumps(numbers | nested).encode()
 
 
-def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, torch.dtype]:
+def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[PackedState, torch.dtype]:
     """The weight saved under `key` and its nominal dtype. Raises ValueError for an item that is missing,
     truncated, unknown, or has impossible values."""
     packed = _item(state_dict, key)
@@ -233,7 +233,7 @@ def reason_unusable(params4bit: Any) -> str | None:
     return None
 
 
-def state_of(params4bit: Any, name: str = "params4bit") -> NF4State:
+def state_of(params4bit: Any, name: str = "params4bit") -> PackedState:
     """The state of a quantised Params4bit, sharing memory. Raises ValueError if it cannot be used."""
     reason = reason_unusable(params4bit) or reason_other_table(params4bit)
     if reason is not None:
@@ -244,7 +244,7 @@ def state_of(params4bit: Any, name: str = "params4bit") -> NF4State:
     return assemble(name, tuple(found.shape), found.blocksize, found.dtype, *tensors, found.quant_type)
 
 
-def to_params4bit(state: NF4State, dtype: torch.dtype) -> Any:
+def to_params4bit(state: PackedState, dtype: torch.dtype) -> Any:
     """A `bitsandbytes.nn.Params4bit` sharing memory with a weight. Raises ValueError for a dense weight."""
     import bitsandbytes
     from bitsandbytes.functional import QuantState

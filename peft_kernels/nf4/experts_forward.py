@@ -19,7 +19,7 @@ from ..ops.arguments import autocast_dtype
 from ..ops.experts import experts_linear, experts_lora_linear, runs
 from ..ops.gated import gated_activation
 from .grouped_linear import grouped_linear, has_kernel
-from .weight import NF4Weight
+from .weight import PackedWeight
 
 __all__ = ["experts_forward"]
 
@@ -75,7 +75,7 @@ def _compute_dtype(module: Any, x: Tensor, weight: Tensor) -> torch.dtype:
     autocast = autocast_dtype(x.device.type)
     if autocast is not None:
         return autocast
-    if x.dtype != torch.float32 and isinstance(weight, NF4Weight):
+    if x.dtype != torch.float32 and isinstance(weight, PackedWeight):
         return x.dtype
     return getattr(module, "compute_dtype", None) or weight.dtype
 
@@ -83,7 +83,7 @@ def _compute_dtype(module: Any, x: Tensor, weight: Tensor) -> torch.dtype:
 def _linear(
     module: Any, name: str, weight: Tensor, x: Tensor, ends: Tensor, chosen: Tensor, lora: Mapping[str, Lora]
 ) -> Tensor:
-    if module.is_transposed and not isinstance(weight, NF4Weight):
+    if module.is_transposed and not isinstance(weight, PackedWeight):
         weight = weight.mT
     bias: Tensor | None = getattr(module, f"{name}_bias") if module.has_bias else None
     if bias is not None:
@@ -97,8 +97,8 @@ def _linear(
 
 
 def _matmul(x: Tensor, ends: Tensor, weight: Tensor, bias: Tensor | None, adapter: Lora | None) -> Tensor:
-    packed = isinstance(weight, NF4Weight)
-    dense: Any = weight.dense if isinstance(weight, NF4Weight) else weight
+    packed = isinstance(weight, PackedWeight)
+    dense: Any = weight.dense if isinstance(weight, PackedWeight) else weight
     if adapter is not None:
         a, b, scaling = adapter
         # Autocast rounds weights, so PEFT's A and B too. For few rows (decoding), casting the adapters of all

@@ -15,7 +15,7 @@ from .loading import load_layer
 from .model import ModelLink
 from .sharded import accelerate_loading
 from .sharded.checks import is_sharded, is_tensor_parallel
-from .weight import NF4Weight
+from .weight import PackedWeight
 
 _HOME = "transformers.integrations.moe"
 
@@ -44,7 +44,7 @@ def packed_weights(module: nn.Module) -> list[str]:
     return [
         name
         for name, weight in found
-        if (isinstance(weight, NF4Weight) and not weight.is_dense) or is_tensor_parallel(weight)
+        if (isinstance(weight, PackedWeight) and not weight.is_dense) or is_tensor_parallel(weight)
     ]
 
 
@@ -119,7 +119,7 @@ class NF4Experts(accelerate_loading.ReceivesWeights):
     def extra_repr(self) -> str:
         weights = _weights(self)
         forms = ", ".join(f"{name}={tuple(weight.shape)}" for name, weight in weights.items())
-        some = next((weight for weight in weights.values() if isinstance(weight, NF4Weight)), None)
+        some = next((weight for weight in weights.values() if isinstance(weight, PackedWeight)), None)
         return forms if some is None else f"{forms}, {some._state.form}, dtype={some.dtype}"
 
 
@@ -131,10 +131,11 @@ def pack(
     compute_dtype: torch.dtype | None = None,
     format: str = "nf4",
 ) -> None:
-    """Quantises the weights of an experts module in place, one at a time. Errors as `NF4Weight.quantize`."""
+    """Quantises the weights of an experts module in place, one at a time. Raises as
+    `PackedWeight.quantize`."""
     for key in weight_names(module):
         dense = _transposed(module, module._parameters[key].detach(), module.is_transposed)
-        weight = NF4Weight.quantize(dense, blocksize, double_quant, name=f"{name}.{key}", format=format)
+        weight = PackedWeight.quantize(dense, blocksize, double_quant, name=f"{name}.{key}", format=format)
         module._parameters[key] = nn.Parameter(weight, requires_grad=False)
     adopt(module, compute_dtype)
 
@@ -143,7 +144,7 @@ def adopt(module: Any, compute_dtype: torch.dtype | None = None) -> None:
     """Turns a module that already holds NF4 weights (experts, out, in) into NF4Experts. Ordinary parameters
     stay dense and are transposed to that layout."""
     for weight in _weights(module).values():
-        if not isinstance(weight, NF4Weight) and module.is_transposed:
+        if not isinstance(weight, PackedWeight) and module.is_transposed:
             weight.data = _transposed(module, weight.data, True)
     module.__class__ = _class_for(type(module))
     module.stored_transposed, module.is_transposed = module.is_transposed, False
@@ -167,7 +168,7 @@ def unpack(module: Any, dtype: torch.dtype | None = None) -> None:
 
 
 def _weights(module: Any) -> dict[str, Any]:
-    """The weights: NF4Weights, dense after a merge, or ordinary parameters if the checkpoint has them
+    """The weights: PackedWeights, dense after a merge, or ordinary parameters if the checkpoint has them
     dense."""
     return {name: module._parameters[name] for name in weight_names(module)}
 
@@ -175,7 +176,7 @@ def _weights(module: Any) -> dict[str, Any]:
 def _dense(weight: Tensor) -> Tensor | None:
     if is_sharded(weight):
         return None
-    return weight.dense if isinstance(weight, NF4Weight) else weight.data
+    return weight.dense if isinstance(weight, PackedWeight) else weight.data
 
 
 def _transposed(module: Any, weight: Tensor, transposed: bool | None = None) -> Tensor:

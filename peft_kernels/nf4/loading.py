@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.nf4_state import NF4State
+from ..core.packed_state import PackedState
 from .sharded import accelerate_loading
 from .sharded.checks import is_dtensor, is_sharded, load_rows
-from .weight import NF4Weight
+from .weight import PackedWeight
 
 
 def load_layer(
@@ -63,7 +63,7 @@ def load_layer(
 def read_weight(
     own: Tensor, state_dict: Mapping[str, Any], prefix: str, name: str, transpose: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """The NF4Weight or the dense values that a state dict has for the weight `own`.
+    """The PackedWeight or the dense values that a state dict has for the weight `own`.
 
     `transpose` converts dense values to the layout of `own`. Raises ValueError for what does not fit.
     """
@@ -74,7 +74,7 @@ def read_weight(
     if is_dtensor(values):
         new = values.detach()
     elif alone and isinstance(values, Tensor) and values.is_floating_point():
-        if not (own.is_dense if isinstance(own, NF4Weight) else not is_dtensor(own)):
+        if not (own.is_dense if isinstance(own, PackedWeight) else not is_dtensor(own)):
             raise ValueError(
                 f"{key}: expected the items of an NF4 weight, got dense values alone, which a weight takes "
                 "only while it is dense itself (merged, or started by PiSSA or OLoRA); load a dense "
@@ -82,8 +82,8 @@ def read_weight(
             )
         new = transpose(values.detach()) if values.dim() == own.dim() else values
     else:
-        new = NF4Weight.from_state_dict(state_dict, prefix, name)
-        if isinstance(own, NF4Weight):
+        new = PackedWeight.from_state_dict(state_dict, prefix, name)
+        if isinstance(own, PackedWeight):
             new._state.name = own._state.name
     if new.shape != own.shape:
         raise ValueError(f"{key}: expected shape {tuple(own.shape)}, got {tuple(new.shape)}")
@@ -98,19 +98,19 @@ def assign_weight(module: nn.Module, key: str, new: Tensor, assign: bool) -> Non
     """
     name = key.rpartition(".")[2]
     own: Any = module._parameters[name]
-    if is_sharded(own) and isinstance(new, NF4Weight):
+    if is_sharded(own) and isinstance(new, PackedWeight):
         load_rows(own, new, new.device if assign else None)
         return
-    is_ours = isinstance(own, NF4Weight)
+    is_ours = isinstance(own, PackedWeight)
     if is_ours and own._state.holds(new):
         return
     if assign:
-        if is_ours and not isinstance(new, NF4Weight):
-            form = NF4State(
+        if is_ours and not isinstance(new, PackedWeight):
+            form = PackedState(
                 tuple(own.shape), own.blocksize, double_quant=own.double_quant, format=own._state.format
             )
             form.dense, form.name = new, own._state.name
-            made = NF4Weight(form, new.dtype)
+            made = PackedWeight(form, new.dtype)
             made._is_param = True  # nn.Parameter() refuses a dense one, whose detach() is an ordinary tensor
             module._parameters[name] = made  # type: ignore[assignment]
         else:
@@ -122,5 +122,5 @@ def assign_weight(module: nn.Module, key: str, new: Tensor, assign: bool) -> Non
             "to_empty(device=...) first",
             stacklevel=2,
         )
-    dtype = new.dtype if isinstance(new, NF4Weight) else own.dtype
+    dtype = new.dtype if isinstance(new, PackedWeight) else own.dtype
     own.data = new.to(own.device, dtype, copy=True)

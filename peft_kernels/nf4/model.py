@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from .packed_format import METHOD
-from .weight import NF4Weight
+from .weight import PackedWeight
 
 RECORD = "_peft_kernels_nf4"
 
@@ -50,7 +50,7 @@ class ModelLink:
     def layer_gone(self) -> None:
         """Called when a layer became an ordinary one; unmarks the model if it was the last NF4 layer."""
         model = self.model
-        if model is not None and not any(isinstance(weight, NF4Weight) for weight in model.parameters()):
+        if model is not None and not any(isinstance(weight, PackedWeight) for weight in model.parameters()):
             _unmark(model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelLink:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..core.nf4_state import Share
+from ..core.packed_state import Share
 from .read_only import has_views, written
 
 aten = torch.ops.aten

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .packed_format import ITEMS
-from .weight import NF4Weight
+from .weight import PackedWeight
 
 
 def take_packed(hook: Any, layer: nn.Module) -> None:
@@ -20,7 +20,7 @@ def take_packed(hook: Any, layer: nn.Module) -> None:
     for one in getattr(hook, "hooks", (hook,)):
         found = getattr(one, "weights_map", None)
         if _offloads(one) and found is not None and not isinstance(found, _Offloaded):
-            packed = {name for name, p in layer._parameters.items() if isinstance(p, NF4Weight)}
+            packed = {name for name, p in layer._parameters.items() if isinstance(p, PackedWeight)}
             one.weights_map = _Offloaded(found, packed)
 
 
@@ -42,11 +42,11 @@ class _Offloaded(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         value = self._items[name]
-        if name not in self._packed or isinstance(value, NF4Weight):
+        if name not in self._packed or isinstance(value, PackedWeight):
             return value
         keys = [f"{name}.{item}" for item in ITEMS]
         parts = {key: self._items[key] for key in keys if key in self._items}
-        return NF4Weight.from_state_dict({name: value, **parts}, name=name)
+        return PackedWeight.from_state_dict({name: value, **parts}, name=name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._items)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.formats import FORMATS
-from ..core.nf4_state import NF4State, packed_rows
+from ..core.packed_state import PackedState, packed_rows
 from . import bitsandbytes_format
 from .assembly import assemble, check_scales, expect, short
 from .bitsandbytes_format import QUANT_TYPES, description
@@ -34,7 +34,7 @@ ITEMS = {*TENSOR_ITEMS, *STATE_ITEMS, *bitsandbytes_format.TENSOR_ITEMS, *bitsan
 """Items beside the codes in every format that `read` reads."""
 
 
-def holds(state: NF4State) -> bool:
+def holds(state: PackedState) -> bool:
     """Whether a weight is saved in this format."""
     return len(state.shape) == 3 or state.format not in QUANT_TYPES
 
@@ -65,7 +65,7 @@ def state_item(shape: tuple[int, ...], format: str) -> str:
     return _NF4_EXPERTS if format == "nf4" else _EXPERTS
 
 
-def to_state_dict(state: NF4State, dtype: torch.dtype, key: str) -> dict[str, Tensor]:
+def to_state_dict(state: PackedState, dtype: torch.dtype, key: str) -> dict[str, Tensor]:
     """Items of a packed weight, the codes under `key`; a dense weight is one plain tensor."""
     if state.dense is not None:
         return {key: state.dense}
@@ -75,7 +75,7 @@ def to_state_dict(state: NF4State, dtype: torch.dtype, key: str) -> dict[str, Te
     return items | {item: torch.tensor(blob, dtype=torch.uint8, device=items[key].device)}
 
 
-def tensors(state: NF4State, key: str) -> dict[str, Tensor]:
+def tensors(state: PackedState, key: str) -> dict[str, Tensor]:
     """The items except for the description. For one expert, (out, in), its row of each."""
     assert state.packed is not None and state.absmax is not None
     items = {key: state.packed.view(*state.shape[:-2], -1), f"{key}.absmax": state.absmax}
@@ -88,14 +88,14 @@ def tensors(state: NF4State, key: str) -> dict[str, Tensor]:
     return items
 
 
-def read(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, torch.dtype]:
+def read(state_dict: Mapping[str, Any], key: str) -> tuple[PackedState, torch.dtype]:
     """`from_state_dict` of the format in which `key` is stored, this one or bitsandbytes'."""
     if any(f"{key}.{item}" in state_dict for item in STATE_ITEMS):
         return from_state_dict(state_dict, key)
     return bitsandbytes_format.from_state_dict(state_dict, key)
 
 
-def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, torch.dtype]:
+def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[PackedState, torch.dtype]:
     """The weights saved under `key` and their nominal dtype. Raises ValueError for an item that is missing,
     truncated, unknown, or has impossible values."""
     numbers = _description_of(state_dict, key)

@@ -16,7 +16,7 @@ from ..core.formats import FORMATS, Format, e4m3_values, e8m0_values
 from ..core.registry import public_ops as ops
 
 Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""packed, absmax, absmax2 and offset of an `NF4State`."""
+"""packed, absmax, absmax2 and offset of an `PackedState`."""
 
 _E2M1_LARGEST = 6.0
 _E4M3_LARGEST = FORMATS["fp8"].largest

@@ -1,4 +1,4 @@
-"""torch functions and ops on a 4-bit tensor, by the rules in `weight.NF4Weight`."""
+"""torch functions and ops on a 4-bit tensor, by the rules in `weight.PackedWeight`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..core.code_tables import WEIGHT_DTYPES
-from ..core.nf4_state import PARALLEL, Addition, HoldsNF4, NF4State, Share, warn_of_growth
+from ..core.packed_state import PARALLEL, Addition, HoldsPacked, PackedState, Share, warn_of_growth
 from ..ops.linear import nf4_linear
 from .multiples import EACH, Multiple, each, outcome
 from .read_only import has_views, read_only, written
@@ -38,7 +38,7 @@ FLATTENED = (
 FROZEN = "NF4 weights are frozen; for full fine-tuning load the model without quantize_model"
 
 
-class NF4Tensor(HoldsNF4):
+class PackedTensor(HoldsPacked):
     """Implements torch's function and op protocols for packed weights."""
 
     _ddp_ignored = True
@@ -46,10 +46,10 @@ class NF4Tensor(HoldsNF4):
 
     @staticmethod
     def __new__(
-        cls, state: NF4State | NF4Tensor, dtype: torch.dtype | None = None, requires_grad: bool = False
+        cls, state: PackedState | PackedTensor, dtype: torch.dtype | None = None, requires_grad: bool = False
     ) -> Any:
         """A tensor for a state; or a parameter for a tensor, as accelerate constructs parameters."""
-        if isinstance(state, NF4Tensor):
+        if isinstance(state, PackedTensor):
             return torch.nn.Parameter(state, requires_grad=requires_grad)
         some = next(iter(state.tensors().values()))
         self = torch.Tensor._make_wrapper_subclass(cls, state.shape, dtype=dtype, device=some.device)
@@ -94,7 +94,7 @@ class NF4Tensor(HoldsNF4):
         if func is F.linear:
             return _linear(*args, **kwargs)
         handler = _FUNCTIONS.get(func)  # setter wrappers are equal, not identical
-        if handler is not None and isinstance(args[0], NF4Tensor):
+        if handler is not None and isinstance(args[0], PackedTensor):
             return handler(func, *args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -106,9 +106,9 @@ class NF4Tensor(HoldsNF4):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if isinstance(input, NF4Tensor) or not isinstance(weight, NF4Tensor):
+    if isinstance(input, PackedTensor) or not isinstance(weight, PackedTensor):
         # NF4 activations and biases are not used by layers, but must still work.
-        dense = [t.dequantize() if isinstance(t, NF4Tensor) else t for t in (input, weight)]
+        dense = [t.dequantize() if isinstance(t, PackedTensor) else t for t in (input, weight)]
         return F.linear(dense[0], dense[1], bias)
     if weight.requires_grad:  # a copy to which a trained tensor was added (SHiRA)
         return _plainly(F.linear, input, weight, bias)
@@ -120,10 +120,10 @@ def _plainly(func: Any, *args: Any, **kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
 
-def _assign_data(func: Any, self: NF4Tensor, value: Tensor) -> None:
+def _assign_data(func: Any, self: PackedTensor, value: Tensor) -> None:
     """`self.data = value`."""
     old = self._state
-    if isinstance(value, NF4Tensor):
+    if isinstance(value, PackedTensor):
         cast = value.__dict__.get("_cast")
         if cast is not None and cast[0]() is old and value._state.packed is cast[1] and not value.is_dense:
             return  # `p.data = p.data.to(dtype)` of PEFT's kbit preparation: nothing to widen
@@ -132,14 +132,14 @@ def _assign_data(func: Any, self: NF4Tensor, value: Tensor) -> None:
         if old.is_once(value._share()) and value.dtype != torch.float64:
             return old.repack()
         value = value._held
-    if not (isinstance(value, NF4Tensor) and value._state is old):
+    if not (isinstance(value, PackedTensor) and value._state is old):
         old.refuse_part()
-    if not isinstance(value, NF4Tensor):
+    if not isinstance(value, PackedTensor):
         if tuple(value.shape) != old.shape:
             flat = f": {FLATTENED}" if value.dim() == 1 else ""
             raise ValueError(f"{old.name}: data: expected shape {old.shape}, got {tuple(value.shape)}{flat}")
         packed = old.packed is not None
-        state = NF4State(
+        state = PackedState(
             old.shape,
             old.blocksize,
             dense=value.detach(),
@@ -154,7 +154,7 @@ def _assign_data(func: Any, self: NF4Tensor, value: Tensor) -> None:
     self._state = value._state
 
 
-def _get_data(func: Any, self: NF4Tensor) -> Tensor:
+def _get_data(func: Any, self: PackedTensor) -> Tensor:
     if self.is_dense and not self.is_merged:
         return _plainly(func, self.dense)
     out: Tensor = _plainly(func, self)
@@ -162,34 +162,34 @@ def _get_data(func: Any, self: NF4Tensor) -> Tensor:
     return out
 
 
-def _read(func: Any, self: NF4Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _read(func: Any, self: PackedTensor, *args: Any, **kwargs: Any) -> Tensor:
     if self.is_dense and not self.is_merged:
         return _plainly(func, self.dense, *args, **kwargs)
     out: Tensor = _plainly(func, self, *args, **kwargs)
     source = self.__dict__.get("_data_of")
-    if source is not None and isinstance(out, NF4Tensor) and out is not self and out.device == self.device:
+    if source is not None and isinstance(out, PackedTensor) and out is not self and out.device == self.device:
         out.__dict__["_cast"] = (source, out._state.packed)
     return out
 
 
-def _detach(func: Any, self: NF4Tensor) -> Tensor:
+def _detach(func: Any, self: PackedTensor) -> Tensor:
     packed = self._state.packed is not None
     if packed and not torch.compiler.is_compiling() and ddp.is_ddp_broadcast(sys._getframe(2)):
         return ddp.BroadcastBuffer.of(self._state, self.dtype)
     return _read(func, self)
 
 
-def _read_storage(func: Any, self: NF4Tensor, *args: Any, **kwargs: Any) -> Any:
+def _read_storage(func: Any, self: PackedTensor, *args: Any, **kwargs: Any) -> Any:
     return func(self.dequantize(), *args, **kwargs)
 
 
-def _set_requires_grad(func: Any, self: NF4Tensor, requires_grad: bool = True) -> Any:
+def _set_requires_grad(func: Any, self: PackedTensor, requires_grad: bool = True) -> Any:
     if requires_grad:
         raise ValueError(f"{self._state.name.removesuffix('.weight')}: {FROZEN}")
     return _plainly(func, self, requires_grad)
 
 
-def _get_item(func: Any, self: NF4Tensor, index: Any) -> Tensor:
+def _get_item(func: Any, self: PackedTensor, index: Any) -> Tensor:
     """`weight[i]` of experts: one expert's weight, packed."""
     number = isinstance(index, Tensor) and index.dim() == 0 and index.dtype in (torch.int32, torch.int64)
     if self.dim() != 3 or self.is_dense or not (number or type(index) is int):
@@ -197,13 +197,13 @@ def _get_item(func: Any, self: NF4Tensor, index: Any) -> Tensor:
     return type(self)(self._state.expert(int(index)), self.dtype)
 
 
-def _share_memory(func: Any, self: NF4Tensor) -> NF4Tensor:
+def _share_memory(func: Any, self: PackedTensor) -> PackedTensor:
     for tensor in self._state.tensors().values():
         tensor.share_memory_()
     return self
 
 
-def _is_shared(func: Any, self: NF4Tensor) -> bool:
+def _is_shared(func: Any, self: PackedTensor) -> bool:
     return all(tensor.is_shared() for tensor in self._state.tensors().values())
 
 
@@ -222,12 +222,12 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
 
 
 def _dense(value: Any) -> Any:
-    if not isinstance(value, NF4Tensor):
+    if not isinstance(value, PackedTensor):
         return value
     return value._state.dense if value.is_dense else value.dequantize()
 
 
-def _not_whole(weight: NF4Tensor, what: str) -> str:
+def _not_whole(weight: PackedTensor, what: str) -> str:
     return (
         f"{weight._state.name}: {PARALLEL}, and {what}, expected matmuls only: merges, casts "
         "(prepare_model_for_kbit_training) and adapters that read the base weight (DoRA, PiSSA, OLoRA) "
@@ -240,23 +240,23 @@ def on_dense(func: Any, args: Any, kwargs: Any) -> Any:
     if func in EACH:
         return each(func, args, kwargs)
     for arg in args:
-        if isinstance(arg, NF4Tensor) and arg._state.slice_of is not None:
+        if isinstance(arg, PackedTensor) and arg._state.slice_of is not None:
             raise RuntimeError(_not_whole(arg, f"was to be read or written by {func}"))
-    targets = [target for target in written(func, args, kwargs) if isinstance(target, NF4Tensor)]
+    targets = [target for target in written(func, args, kwargs) if isinstance(target, PackedTensor)]
     share = outcome(func, args, kwargs)
     for arg in args:
-        if has_views(func) and isinstance(arg, NF4Tensor) and arg._state.factor is not None:
+        if has_views(func) and isinstance(arg, PackedTensor) and arg._state.factor is not None:
             arg._state.forget_packed()  # the view may be written to
     if targets:
         return _write(func, args, kwargs, targets, share)
     dense_args, dense_kwargs = tree_map(_dense, (args, kwargs))
     out = func(*dense_args, **dense_kwargs)
-    if has_views(func) and any(isinstance(a, NF4Tensor) and a._state.packed is not None for a in args):
+    if has_views(func) and any(isinstance(a, PackedTensor) and a._state.packed is not None for a in args):
         return read_only(out)
     return Multiple.of(out, share)
 
 
-def _write(func: Any, args: Any, kwargs: Any, targets: list[NF4Tensor], share: Share | None) -> Any:
+def _write(func: Any, args: Any, kwargs: Any, targets: list[PackedTensor], share: Share | None) -> Any:
     first: Any = args[0] if args else None
     if share is not None and first._state.is_once(share):
         first._state.repack()
@@ -268,7 +268,7 @@ def _write(func: Any, args: Any, kwargs: Any, targets: list[NF4Tensor], share: S
     before = [target._state.dense for target in targets]
     for target in targets:
         target._state.before_write(target.dtype)
-    written_to = first._state.dense if isinstance(first, NF4Tensor) else None
+    written_to = first._state.dense if isinstance(first, PackedTensor) else None
     dense_args, dense_kwargs = tree_map(_dense, (args, kwargs))
     try:
         out = func(*dense_args, **dense_kwargs)
@@ -283,7 +283,7 @@ def _write(func: Any, args: Any, kwargs: Any, targets: list[NF4Tensor], share: S
             target._state.added(addition)
         else:
             target._state.wrote()
-    if isinstance(first, NF4Tensor) and out is written_to:
+    if isinstance(first, PackedTensor) and out is written_to:
         return first  # an in-place op returns the argument that it wrote to
     return out
 
@@ -291,7 +291,7 @@ def _write(func: Any, args: Any, kwargs: Any, targets: list[NF4Tensor], share: S
 def _addition(func: Any, args: Any, kwargs: Any) -> Addition | None:
     """The addition that an in-place op makes to an NF4 weight, or None for other ops."""
     sign = _ADDS.get(func)
-    if sign is None or not isinstance(args[0], NF4Tensor) or args[0]._state.packed is None:
+    if sign is None or not isinstance(args[0], PackedTensor) or args[0]._state.packed is None:
         return None
     alpha = args[2] if len(args) > 2 else kwargs.get("alpha", 1)
     return Addition.of(_dense(args[1]), sign * alpha, args[0].dtype)
@@ -344,7 +344,7 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
 
 def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
     target, source = args[:2]
-    if isinstance(target, NF4Tensor) and isinstance(source, NF4Tensor) and target.shape == source.shape:
+    if isinstance(target, PackedTensor) and isinstance(source, PackedTensor) and target.shape == source.shape:
         target._state.refuse_part()
         device = target.device
         target._state.become(source._state.map(lambda t: t.to(device, copy=True)))

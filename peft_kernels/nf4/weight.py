@@ -1,4 +1,4 @@
-"""NF4Weight: a 4-bit weight as a tensor subclass that works with code for ordinary tensors.
+"""PackedWeight: a quantised weight as a tensor subclass that works with code for ordinary tensors.
 
 It is a frozen parameter in `nn.Linear.weight`, so PEFT's `weight.data += delta`, accelerate, `model.to()`,
 deepcopy and state_dict work on it. Four rules:
@@ -8,7 +8,7 @@ deepcopy and state_dict work on it. Four rules:
 - A write makes the weight *dense*, for all its aliases: written values are kept exactly, not rounded to 4
   bits. `requantize_()` packs it again.
 - A delta that is added in place and subtracted again (merge and unmerge) restores the packed bytes and frees
-  the dense values. See `core.nf4_state`.
+  the dense values. See `core.packed_state`.
 - An average of a weight with itself (SWA, EMA) is the packed weight.
 """
 
@@ -28,18 +28,18 @@ from torch import Tensor
 from ..core.code_tables import WEIGHT_DTYPES
 from ..core.fingerprint import fingerprint
 from ..core.formats import FORMATS, check_form
-from ..core.nf4_state import Addition, NF4State, packed_rows
+from ..core.packed_state import Addition, PackedState, packed_rows
 from ..core.wrong_types import names_wrong_types
 from . import bitsandbytes_format, packed_format, quantizing
-from .tensor import NF4Tensor
+from .tensor import PackedTensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["NF4State", "NF4Weight"]
+__all__ = ["NF4Weight", "PackedState", "PackedWeight"]
 
 
-class NF4Weight(NF4Tensor):
+class PackedWeight(PackedTensor):
     """A packed weight (out_features, in_features), in 4-bit NormalFloat or another of `core.formats`; or one
     for each of many experts, (experts, out_features, in_features).
 
@@ -47,7 +47,7 @@ class NF4Weight(NF4Tensor):
     with `quantize`, `from_state_dict` or `from_bnb`. `dtype` is nominal: the dtype of the dense weight;
     matmuls are computed in the dtype of the activations.
 
-    Experts are quantised one by one: no block or scale is shared, and `weight[i]` is the NF4Weight of one
+    Experts are quantised one by one: no block or scale is shared, and `weight[i]` is the PackedWeight of one
     expert, sharing memory and read-only.
     """
 
@@ -61,7 +61,7 @@ class NF4Weight(NF4Tensor):
         check_finite: bool = True,
         name: str = "weight",
         format: str = "nf4",
-    ) -> NF4Weight:
+    ) -> PackedWeight:
         """Quantise a dense weight.
 
         Parameters
@@ -90,7 +90,7 @@ class NF4Weight(NF4Tensor):
             Wrong number of dimensions, dtype, format or blocksize; NaN or Inf in the weight; rows that are
             not whole blocks in MXFP4, NVFP4 or int4.
         """
-        if isinstance(weight, NF4Weight):
+        if isinstance(weight, PackedWeight):
             weight = weight.dequantize()
         if weight.dim() not in (2, 3):
             expected = "(out_features, in_features) or (experts, out_features, in_features)"
@@ -108,7 +108,7 @@ class NF4Weight(NF4Tensor):
         parts = quantizing.quantize(weight.detach(), format, blocksize, double_quant, checked)
         packed, absmax, absmax2, offset = parts
         shape = (weight.shape[0], weight.shape[1])
-        state = NF4State(shape, blocksize, packed_rows(packed, shape, FORMATS[format].bits))
+        state = PackedState(shape, blocksize, packed_rows(packed, shape, FORMATS[format].bits))
         state.absmax, state.absmax2, state.offset = absmax, absmax2, offset
         state.double_quant, state.name, state.format = double_quant, name, format
         return cls(state, weight.dtype)
@@ -124,7 +124,7 @@ class NF4Weight(NF4Tensor):
         check_finite: bool = True,
         name: str = "weight",
         format: str = "nf4",
-    ) -> NF4Weight:
+    ) -> PackedWeight:
         """`quantize` for `count` weights of equal shape (out_features, in_features), one at a time, so that
         they need not all be in memory. Errors name the expert."""
         state, dtype = None, torch.float32
@@ -139,12 +139,12 @@ class NF4Weight(NF4Tensor):
             raise ValueError(f"{name}: expected at least one expert, got none")
         return cls(state, dtype)
 
-    def requantize_(self) -> NF4Weight:
+    def requantize_(self) -> PackedWeight:
         """Packs a dense weight again, which rounds its values to 4 bits."""
         state = self._state
         if state.dense is not None:
             dense = state.dense.to(self.dtype)
-            packed = NF4Weight.quantize(
+            packed = PackedWeight.quantize(
                 dense, state.blocksize, state.double_quant, name=state.name, format=state.format
             )
             state.become(packed._state)
@@ -236,13 +236,13 @@ class NF4Weight(NF4Tensor):
     @classmethod
     def from_state_dict(
         cls, state_dict: Mapping[str, Any], prefix: str = "", name: str = "weight"
-    ) -> NF4Weight:
+    ) -> PackedWeight:
         """Reads tensors that `state_dict` or bitsandbytes wrote. Raises ValueError for items that do not
         fit."""
         return cls(*packed_format.read(state_dict, prefix + name))
 
     @classmethod
-    def from_bnb(cls, params4bit: Any) -> NF4Weight:
+    def from_bnb(cls, params4bit: Any) -> PackedWeight:
         """Wraps a quantised `bitsandbytes.nn.Params4bit` of type nf4, sharing its memory.
 
         Raises ValueError if it is not quantised yet, is fp4, or was repacked by bitsandbytes' CPU inference.
@@ -259,7 +259,8 @@ class NF4Weight(NF4Tensor):
         if not self.is_dense:
             form = f"{state.form}, double_quant={state.double_quant}"
         shape = ", ".join(map(str, state.shape))
-        return f"NF4Weight({shape}, dtype={self.dtype}, device={self.device}, {form})"
+        name = "NF4Weight" if state.format == "nf4" else "PackedWeight"
+        return f"{name}({shape}, dtype={self.dtype}, device={self.device}, {form})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = self._state
@@ -282,11 +283,15 @@ class NF4Weight(NF4Tensor):
         return [f"_{name}" for name in names], context
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Any], context: Any, size: Any, stride: Any) -> NF4Weight:
+    def __tensor_unflatten__(inner: dict[str, Any], context: Any, size: Any, stride: Any) -> PackedWeight:
         shape, blocksize, double_quant, format, dtype = context
         parts = {name.removeprefix("_"): tensor for name, tensor in inner.items()}
-        state = NF4State(shape, blocksize, double_quant=double_quant, format=format, **parts)
-        return NF4Weight(state, dtype)
+        state = PackedState(shape, blocksize, double_quant=double_quant, format=format, **parts)
+        return PackedWeight(state, dtype)
+
+
+NF4Weight = PackedWeight
+"""The name that users of NF4 know."""
 
 
 def _refuse_pipeline(name: str, caller: FrameType | None) -> None:
@@ -301,12 +306,12 @@ def _refuse_pipeline(name: str, caller: FrameType | None) -> None:
         caller = caller.f_back
 
 
-def _rebuild(state: NF4State, dtype: torch.dtype, requires_grad: bool, is_param: bool) -> NF4Weight:
-    weight = NF4Weight(state, dtype)
+def _rebuild(state: PackedState, dtype: torch.dtype, requires_grad: bool, is_param: bool) -> PackedWeight:
+    weight = PackedWeight(state, dtype)
     if is_param:
         weight._is_param = True
     return weight
 
 
 # For torch.load(weights_only=True): plain containers of tensors and numbers.
-torch.serialization.add_safe_globals([_rebuild, NF4State, Addition])
+torch.serialization.add_safe_globals([_rebuild, PackedState, Addition])

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..core.backends.base import DTYPES
-from ..core.nf4_state import HoldsNF4, NF4State
 from ..core.op import Base
+from ..core.packed_state import HoldsPacked, PackedState
 
-Weight = HoldsNF4 | NF4State | Tensor
-"""(out_features, in_features): an NF4Weight, its state, or a dense tensor."""
+Weight = HoldsPacked | PackedState | Tensor
+"""(out_features, in_features): a PackedWeight, its state, or a dense tensor."""
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -57,8 +57,8 @@ def base_weight(
 ) -> tuple[tuple[int, int], Base]:
     """The weight's shape, and the weight as ops take it for a GEMM in `compute`. Raises ValueError unless it
     fits x or `in_features`."""
-    state: Any = weight._state if isinstance(weight, HoldsNF4) else weight
-    packed = isinstance(state, NF4State)
+    state: Any = weight._state if isinstance(weight, HoldsPacked) else weight
+    packed = isinstance(state, PackedState)
     dense = state.merged_values() if packed else state
     if dense is None:
         if state is not weight and _requires_grad(weight):

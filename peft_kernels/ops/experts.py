@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..core import dispatch
-from ..core.nf4_state import HoldsNF4, NF4State
 from ..core.op import Base, Op
+from ..core.packed_state import HoldsPacked, PackedState
 from ..core.wrong_types import names_wrong_types
 from . import arguments
 from .arguments import Weight
@@ -205,7 +205,7 @@ def expert_base(base: Base, e: int) -> Base:
 
 @names_wrong_types
 def experts_linear(
-    x: Tensor, ends: Tensor, weight: HoldsNF4 | NF4State, bias: Tensor | None = None
+    x: Tensor, ends: Tensor, weight: HoldsPacked | PackedState, bias: Tensor | None = None
 ) -> Tensor:
     """Multiplies rows of x, sorted by expert, by their experts' frozen NF4 weights, and adds their biases.
 
@@ -216,7 +216,7 @@ def experts_linear(
     ends : Tensor, (experts,), int32
         Row after the last row of each expert, ascending: `offs` of torch's grouped_mm. Rows after the last
         end give zeros.
-    weight : NF4Weight, (experts, out_features, in_features)
+    weight : PackedWeight, (experts, out_features, in_features)
     bias : Tensor, (experts, out_features), optional
         Of x's dtype or fp32. Frozen.
 
@@ -229,12 +229,12 @@ def experts_linear(
     ValueError
         Shapes, dtypes or devices that do not fit; a weight or bias that requires grad.
     """
-    if not isinstance(weight, (HoldsNF4, NF4State)):
-        raise ValueError(f"weight: expected an NF4Weight, got {type(weight).__name__}")
+    if not isinstance(weight, (HoldsPacked, PackedState)):
+        raise ValueError(f"weight: expected a PackedWeight, got {type(weight).__name__}")
     shape, base = _experts_of(x, ends, weight)
     _check_bias(x, bias, shape)
     if base.absmax is None:
-        raise ValueError("weight: expected packed values, got an NF4Weight that a write made dense")
+        raise ValueError("weight: expected packed values, got a PackedWeight that a write made dense")
     y: Tensor = dispatch.call("experts_linear", x, ends, *base, shape[1], bias)
     return y
 
@@ -255,7 +255,7 @@ def experts_lora_linear(
     ----------
     x, ends, bias
         As `experts_linear`.
-    weight : NF4Weight or Tensor, (experts, out_features, in_features)
+    weight : PackedWeight or Tensor, (experts, out_features, in_features)
         NF4, or dense of x's dtype. Frozen.
     lora_a : Tensor, (experts, r, in_features)
     lora_b : Tensor, (experts, out_features, r)
@@ -291,8 +291,8 @@ def experts_lora_linear(
 
 
 def _experts_of(x: Tensor, ends: Tensor, weight: Weight) -> tuple[tuple[int, int, int], Base]:
-    state: Any = weight._state if isinstance(weight, HoldsNF4) else weight
-    packed = isinstance(state, NF4State)
+    state: Any = weight._state if isinstance(weight, HoldsPacked) else weight
+    packed = isinstance(state, PackedState)
     dense = state.merged_values() if packed else state
     if len(state.shape) != 3:
         expected = "(experts, out_features, in_features)"

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import dispatch
-from ..core.nf4_state import HoldsNF4, NF4State
 from ..core.op import Base, Op
+from ..core.packed_state import HoldsPacked, PackedState
 from ..core.wrong_types import names_wrong_types
 from . import arguments
 from .arguments import autocast_dtype, no_autocast
@@ -79,7 +79,7 @@ class NF4LinearDx(Op):
 @names_wrong_types
 def nf4_linear(
     x: Tensor,
-    weight: HoldsNF4 | NF4State,
+    weight: HoldsPacked | PackedState,
     bias: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -89,7 +89,7 @@ def nf4_linear(
     ----------
     x : Tensor, (..., in_features)
         fp32, bf16 or fp16. Accumulates in fp32.
-    weight : NF4Weight, (out_features, in_features)
+    weight : PackedWeight, (out_features, in_features)
     bias : Tensor, (out_features,), optional
         Of x's dtype, of compute_dtype or fp32.
     compute_dtype : torch.dtype, optional
@@ -105,8 +105,8 @@ def nf4_linear(
     ValueError
         Shapes, dtypes or devices that do not fit; a weight that requires grad.
     """
-    if not isinstance(weight, (HoldsNF4, NF4State)):
-        raise ValueError(f"weight: expected an NF4Weight, got {type(weight).__name__}")
+    if not isinstance(weight, (HoldsPacked, PackedState)):
+        raise ValueError(f"weight: expected a PackedWeight, got {type(weight).__name__}")
     compute = arguments.compute_type(x, compute_dtype)
     shape, base = arguments.base_weight(x, weight, compute)
     arguments.check_bias(x, bias, shape[0], compute)

@@ -20,7 +20,7 @@ import torch.nn.modules.module
 from torch import Tensor, nn
 
 from ..core.module_calls import GLOBAL_HOOKS
-from ..core.nf4_state import HoldsNF4
+from ..core.packed_state import HoldsPacked
 from .fused import RECORD, Record, plain_class
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -116,7 +116,7 @@ class Guards:
         self.expect_same(layer.__dict__, "compute_dtype")
         weight = self.expect_same(parameters, "weight")
         bias = self.expect_same(parameters, "bias") if has_bias else None
-        if isinstance(weight, HoldsNF4):
+        if isinstance(weight, HoldsPacked):
             state = self.expect_same(weight.__dict__, "_state")
             for name in ("packed", "absmax", "absmax2", "offset", "dense"):
                 self.expect_same(state.__dict__, name)

@@ -19,7 +19,7 @@ from ..core.module_calls import class_forward, is_compiled_by_jit, more_than_for
 from ..core.wrong_types import an
 from ..nf4 import bitsandbytes_format
 from ..nf4.sharded.checks import UNGATHERED, is_sharded, is_tensor_parallel
-from ..nf4.weight import NF4State, NF4Weight
+from ..nf4.weight import PackedState, PackedWeight
 from ..nn import NF4Linear
 from . import fused, sources
 from .fused import Fallback
@@ -48,7 +48,7 @@ _ORDINARY = (nn.Parameter, Tensor, FakeTensor)
 class Base(NamedTuple):
     """The operands of a linear layer for one call, as ops take them."""
 
-    weight: NF4Weight | NF4State | Tensor
+    weight: PackedWeight | PackedState | Tensor
     bias: Tensor | None
     dtype: torch.dtype
     """x is cast to it."""
@@ -119,9 +119,9 @@ def linear_kind(layer: nn.Module) -> str:
 
 
 def is_packed(layer: nn.Module) -> bool:
-    """Whether the weight of a linear layer is an NF4Weight, whole or one rank's shard."""
+    """Whether the weight of a linear layer is a PackedWeight, whole or one rank's shard."""
     weight = layer._parameters.get("weight")
-    return isinstance(weight, NF4Weight) or is_sharded(weight) or is_tensor_parallel(weight)
+    return isinstance(weight, PackedWeight) or is_sharded(weight) or is_tensor_parallel(weight)
 
 
 def is_linear4bit(module: nn.Module) -> bool:
@@ -176,7 +176,7 @@ def fused_operands(
     dtype = spec.dtype if spec.autocast is None else spec.autocast
     if kind is FOUR_BIT:
         found = _four_bit(layer, weight, spec)
-    elif type(weight) is NF4Weight:
+    elif type(weight) is PackedWeight:
         found = weight._state, dtype, _packed_dtype(layer, weight, spec, dtype), dtype
     else:
         found = _dense(kind, weight, spec, dtype, rounds_frozen)
@@ -201,7 +201,7 @@ def _four_bit(layer: Any, weight: Any, spec: InputSpec) -> Any:
     return _state_of(weight), dtype, compute, spec.dtype
 
 
-def _packed_dtype(layer: Any, weight: NF4Weight, spec: InputSpec, dtype: torch.dtype) -> Any:
+def _packed_dtype(layer: Any, weight: PackedWeight, spec: InputSpec, dtype: torch.dtype) -> Any:
     if spec.autocast is not None or dtype != torch.float32:
         return dtype
     own = layer.__dict__.get("compute_dtype")
@@ -230,7 +230,7 @@ def _compute_dtype(layer: Any, x_dtype: torch.dtype) -> torch.dtype:
     return own if own is not None and (layer.compute_type_is_set or x_dtype == torch.float16) else x_dtype
 
 
-def _state_of(weight: Any) -> NF4State:
+def _state_of(weight: Any) -> PackedState:
     """`bitsandbytes.state_of` without its checks, for a weight in bitsandbytes' layout; back ends check
     sizes."""
     quant_state = weight.quant_state
@@ -242,4 +242,4 @@ def _state_of(weight: Any) -> NF4State:
         packed = weight.view(shape[0], shape[1] // 2) if shape[1] % 2 == 0 else weight.view(-1)
     second, offset = (quant_state.state2.absmax, quant_state.offset) if quant_state.nested else (None, None)
     format = quant_state.quant_type
-    return NF4State(shape, quant_state.blocksize, packed, absmax, second, offset, format=format)
+    return PackedState(shape, quant_state.blocksize, packed, absmax, second, offset, format=format)

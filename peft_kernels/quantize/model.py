@@ -60,7 +60,7 @@ def quantize_model(
         Always skipped: layers with shared weights (tied embeddings) or in two places, PEFT's adapters, and
         other subclasses of nn.Linear.
     blocksize, double_quant
-        As `NF4Weight.quantize`.
+        As `PackedWeight.quantize`.
     progress : bool, optional
         Show a progress bar; by default if more than 200 million values are quantised.
     compute_dtype : torch.dtype, optional
@@ -72,7 +72,7 @@ def quantize_model(
         three dimensions, and most of such a model. Off by default, because bitsandbytes has no format for
         them: only this package reads the saved model. A warning reports the bytes that stay dense.
     format : str
-        As `NF4Weight.quantize`. Only this package reads a saved model in another format than "nf4" and
+        As `PackedWeight.quantize`. Only this package reads a saved model in another format than "nf4" and
         "fp4".
 
     Returns

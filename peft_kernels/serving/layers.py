@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core import dispatch
-from ..core.nf4_state import NF4State
-from ..nf4.weight import NF4Weight
+from ..core.packed_state import PackedState
+from ..nf4.weight import PackedWeight
 from ..ops import arguments
 from ..ops.lora.lora import lora_linear
 from ..ops.lora.multi_lora import AdaptedLinear, Adapter, flatten, multi_lora_linear
@@ -76,7 +76,7 @@ class Rows:
             if (
                 len(there) == 1
                 or isinstance(base, Fallback)
-                or isinstance(base.weight, (NF4Weight, NF4State))
+                or isinstance(base.weight, (PackedWeight, PackedState))
             ):
                 return None
             return _without(base)

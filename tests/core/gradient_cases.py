@@ -26,7 +26,7 @@ def leaf(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tens
 
 
 def inputs(dtype: torch.dtype, base: str, adapter: torch.dtype, bias: torch.dtype | None) -> dict[str, Any]:
-    """Leaves of a lora_linear call; `weight` is an NF4Weight or a trainable dense leaf."""
+    """Leaves of a lora_linear call; `weight` is a PackedWeight or a trainable dense leaf."""
     weight: Tensor
     if base == "dense":
         weight = leaf(N, K, dtype=dtype, seed=1, scale=K**-0.5)

@@ -45,7 +45,9 @@ SHARED = {
     ),
     "bias-device": ({"bias": torch.ones(12, device="meta")}, r"^bias: expected device cpu like x, got meta$"),
 }
-NF4_ONLY = {"weight-dense": ({"weight": torch.ones(12, 64)}, r"^weight: expected an NF4Weight, got Tensor$")}
+NF4_ONLY = {
+    "weight-dense": ({"weight": torch.ones(12, 64)}, r"^weight: expected a PackedWeight, got Tensor$")
+}
 LORA_ONLY = {
     "dense-dtype": (
         {"weight": torch.ones(12, 64, dtype=torch.bfloat16)},

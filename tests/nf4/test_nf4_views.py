@@ -1,4 +1,4 @@
-"""Reads of an NF4Weight, and its views, which are read-only."""
+"""Reads of a PackedWeight, and its views, which are read-only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes to an NF4Weight keep full precision and reach every alias."""
+"""Writes to a PackedWeight keep full precision and reach every alias."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.core import nf4_state
+from peft_kernels.core import packed_state
 
 
 def add_to_data(weight: Tensor, delta: Tensor) -> None:
@@ -87,7 +87,7 @@ def test_write_to_a_wrapped_dtype_rounds_to_that_dtype() -> None:
 
 
 def test_memory_growth_warns_once_per_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nf4_state, "_warned", set())
+    monkeypatch.setattr(packed_state, "_warned", set())
     weight = pk.NF4Weight.quantize(testing.tensor(12, 64), name="model.q.weight")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -106,14 +106,14 @@ def test_memory_growth_warns_once_per_kind(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_merge_into_dense_layers_does_not_warn(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the recipe does it; what stays merged and packed warns when it is called."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
-    monkeypatch.setattr(nf4_state, "_warned", set())
+    monkeypatch.setattr(packed_state, "_warned", set())
     config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     model = peft.get_peft_model(pk.quantize_model(models.tiny_llama(num_hidden_layers=1)), config)
     model.merge_adapter()
     with pytest.warns(UserWarning, match="until it is unmerged"):
         model(input_ids=torch.ones(1, 3, dtype=torch.int64))
     model.unmerge_adapter()
-    nf4_state._warned.clear()
+    packed_state._warned.clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*bytes for each value")
         model.merge_and_unload()(input_ids=torch.ones(1, 3, dtype=torch.int64))

@@ -1,6 +1,6 @@
 """Reports and checkpoints for NF4 models under FSDP2 (`torch.distributed.fsdp.fully_shard`).
 
-Sharding itself needs none of this: `fully_shard` works on `NF4Weight` and `NF4Shard`.
+Sharding itself needs none of this: `fully_shard` works on `PackedWeight` and `NF4Shard`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...core.nf4_state import PARALLEL
+from ...core.packed_state import PARALLEL
 from ...nf4.sharded.checks import is_dtensor, is_sharded, is_tensor_parallel
 from ...nf4.sharded.fsdp_tensor import NF4Shard
 from ...nf4.sharded.local_rows import LocalRows
 from ...nf4.sharded.ranks import groups_of, mesh_of, raise_everywhere
-from ...nf4.weight import NF4Weight
+from ...nf4.weight import PackedWeight
 from .broadcast import load_full_state_dict
 from .loading import empty_layers, load_checkpoint
 
@@ -75,7 +75,7 @@ def report(model: nn.Module) -> ShardingReport:
             found.bytes_whole += part.whole_nbytes
             if not part.partition.is_cell_aligned(part.partition.rows_per_rank(_shards(weight))):
                 found.joined.append(name)
-        elif isinstance(weight, NF4Weight):
+        elif isinstance(weight, PackedWeight):
             found.replicated.append(name)
             found.bytes_here += weight.nbytes
             found.bytes_whole += weight.nbytes
@@ -97,7 +97,7 @@ def checkpoint_state(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         value: Any = p.detach()
-        if isinstance(value, NF4Weight) and not value.is_dense:
+        if isinstance(value, PackedWeight) and not value.is_dense:
             value = NF4Shard(LocalRows.of(value._state), value.dtype)
         found[name] = value
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -122,7 +122,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
         whole = _whole(value)
         if not first:
             continue
-        if isinstance(whole, NF4Weight):
+        if isinstance(whole, PackedWeight):
             prefix, dot, name = key.rpartition(".")
             found |= {k: t.cpu() for k, t in whole.state_dict(prefix + dot, name).items()}
         else:
@@ -172,7 +172,7 @@ def _whole(value: Any) -> Any:
     if isinstance(whole, NF4Shard):  # on a single process, where nothing was gathered
         rows = whole._rows
         state = rows.whole(rows.gather_outputs(1, rows.divided), (rows.absmax2, rows.offset))
-        whole = NF4Weight(state, whole.dtype)
+        whole = PackedWeight(state, whole.dtype)
     return whole
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...core.wrong_types import an
 from ...nf4.sharded.checks import is_dtensor, is_sharded
 from ...nf4.sharded.ranks import first_value, groups_of, local_slices, make_parameter
-from ...nf4.weight import NF4Weight
+from ...nf4.weight import PackedWeight
 
 Tensors = dict[str, Any]
 """The parameters or the buffers of a module."""
@@ -221,5 +221,5 @@ def _rows(weight: Any, rows: slice) -> Tensor:
         dense = part.dequantize(weight.dtype)
     else:
         whole = _whole(weight)
-        dense = (whole.dequantize() if isinstance(whole, NF4Weight) else whole)[rows]
+        dense = (whole.dequantize() if isinstance(whole, PackedWeight) else whole)[rows]
     return dense.float() if dense.dtype == torch.float16 else dense  # as in PEFT

@@ -23,7 +23,7 @@ from ...nf4.sharded.ranks import (
     mesh_of,
     raise_everywhere,
 )
-from ...nf4.weight import NF4Weight
+from ...nf4.weight import PackedWeight
 from . import adapters
 from .loading import (
     assign_tensors,
@@ -110,15 +110,15 @@ def _values(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         if not isinstance(value, Tensor) or value.is_meta:
             got = "one on the meta device" if isinstance(value, Tensor) else type(value).__name__
             raise CheckpointError(f"{name}: expected a tensor, got {got}")
-        if isinstance(value, NF4Weight) and value.is_dense:
+        if isinstance(value, PackedWeight) and value.is_dense:
             found[name] = value.dequantize()
     for name, mine in quantised.items():
-        found[name] = NF4Weight.from_state_dict({item: state_dict[item] for item in mine}, name=name)
+        found[name] = PackedWeight.from_state_dict({item: state_dict[item] for item in mine}, name=name)
     return found
 
 
 def _about(value: Tensor) -> Any:
-    return layout_of(value._state) if isinstance(value, NF4Weight) else (value.dtype, tuple(value.shape))
+    return layout_of(value._state) if isinstance(value, PackedWeight) else (value.dtype, tuple(value.shape))
 
 
 def _names_to_load(model: nn.Module, places: dict[str, Any], plan: dict[str, Any], strict: bool) -> list[str]:

@@ -25,7 +25,7 @@ from ...nf4.sharded.ranks import (
     mesh_of,
     raise_everywhere,
 )
-from ...nf4.weight import NF4Weight
+from ...nf4.weight import PackedWeight
 from ...nn import NF4Linear
 from ...quantize.architectures import is_linear
 from ...quantize.report import QuantizeReport, nbytes_of
@@ -70,7 +70,7 @@ def empty_layers(model: nn.Module, path: Path | str, compute_dtype: torch.dtype 
         layer = NF4Linear.awaiting(linear, compute_dtype)
         if tuple(layer.weight.shape) != state.shape:
             raise CheckpointError(f"{weight}: expected shape {tuple(shape or ())}, got {state.shape}")
-        empty = NF4Weight(state.map(lambda t: t.to(META)), dtype)
+        empty = PackedWeight(state.map(lambda t: t.to(META)), dtype)
         layer._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
         layer.link = link
         found[name] = layer
@@ -223,7 +223,7 @@ def names_to_load(
 
 def expects_packed(name: str, place: Any, packed: bool) -> bool:
     """Whether a place is for an NF4 weight. Raises CheckpointError if that differs from `packed`."""
-    if packed != (is_sharded(place) or isinstance(place, NF4Weight)):
+    if packed != (is_sharded(place) or isinstance(place, PackedWeight)):
         expected, got = "an NF4 weight", "a plain tensor"
         expected, got = (got, expected) if packed else (expected, got)
         raise CheckpointError(f"{name}: expected {expected}, got {got}")
@@ -266,9 +266,9 @@ def _dense_rows(name: str, place: Any, entry: Entry) -> Tensor:
 def _fill(place: Any, value: Any) -> None:
     if is_sharded(place):
         place._local_tensor._rows.load(value)
-    elif isinstance(place, NF4Weight):
+    elif isinstance(place, PackedWeight):
         state = value.whole(value.divided, (value.absmax2, value.offset))
         state.name = place._state.name
-        place.data = NF4Weight(state, place.dtype).to(place.device)
+        place.data = PackedWeight(state, place.dtype).to(place.device)
     else:
         (place.to_local() if is_dtensor(place) else place).copy_(value)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...core.formats import FORMATS, WHOLE_ROWS
-from ...core.nf4_state import NF4State
+from ...core.packed_state import PackedState
 from ..assembly import check_byte_scales, nan_codes
 from .owner import Owner, check_finite, expect_shape, kept, tensor_of
 
@@ -28,7 +28,7 @@ class ByteCodes(Owner):
     blocks_alone: ClassVar[bool] = False
     """Whether the owner has scales of blocks alone."""
 
-    def read(self, tensors: Mapping[str, Tensor], weight: str) -> tuple[NF4State, dict[str, Tensor]]:
+    def read(self, tensors: Mapping[str, Tensor], weight: str) -> tuple[PackedState, dict[str, Tensor]]:
         stem = self.stem(weight)
         form = FORMATS[self.format]
         codes = self.codes_in(tensors, stem)
@@ -48,7 +48,7 @@ class ByteCodes(Owner):
             name = stem + self.codes
             raise ValueError(f"{name}: expected codes of finite values, got {bad} NaN among {codes.numel()}")
         wide = scale.float().reshape(-1)
-        state = NF4State(
+        state = PackedState(
             (out, into),
             blocksize,
             codes,
@@ -61,7 +61,7 @@ class ByteCodes(Owner):
         changed = scale.dtype != torch.float32 or scale.shape != self._grid(blocksize, (out, into))
         return state, kept(tensors, (*self.beside, *([self.scale] if changed else [])))
 
-    def write(self, state: NF4State, aside: Mapping[str, Tensor], weight: str) -> dict[str, Tensor]:
+    def write(self, state: PackedState, aside: Mapping[str, Tensor], weight: str) -> dict[str, Tensor]:
         assert state.packed is not None and state.absmax is not None
         stem = self.stem(weight)
         scale = state.absmax.view(self._grid(state.blocksize, state.shape))

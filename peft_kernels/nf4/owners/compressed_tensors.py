@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ...core.formats import e4m3_values, e8m0_values
-from ...core.nf4_state import NF4State
+from ...core.packed_state import PackedState
 from .byte_codes import BLOCK, ByteCodes, Fp8
 from .config_groups import Grouped
 from .int4 import Int4
 from .nvfp4 import Nvfp4
-from .owner import Config, check_scales, expect_shape, packed_state, swapped, tensor_of
+from .owner import Config, check_scales, expect_shape, state_of_codes, swapped, tensor_of
 
 _REFUSED = ("kv_cache_scheme", "sparsity_config", "transform_config")
 _SHAPE = "weight_shape"
@@ -71,7 +71,7 @@ class CompressedTensorsMxfp4(CompressedTensors):
     parts = (codes, scale)
     marks = (codes,)
 
-    def read(self, tensors: Mapping[str, Tensor], weight: str) -> tuple[NF4State, dict[str, Tensor]]:
+    def read(self, tensors: Mapping[str, Tensor], weight: str) -> tuple[PackedState, dict[str, Tensor]]:
         stem = self.stem(weight)
         codes = tensor_of(tensors, stem, self.codes, torch.uint8)
         scales = tensor_of(tensors, stem, self.scale, torch.uint8)
@@ -81,9 +81,9 @@ class CompressedTensorsMxfp4(CompressedTensors):
         values = e8m0_values(scales.device)
         check_scales(stem + self.scale, scales, values)
         shape = (out, blocks * self.blocksize)
-        return packed_state(self.format, shape, codes, scales, values.clone(), weight), {}
+        return state_of_codes(self.format, shape, codes, scales, values.clone(), weight), {}
 
-    def write(self, state: NF4State, aside: Mapping[str, Tensor], weight: str) -> dict[str, Tensor]:
+    def write(self, state: PackedState, aside: Mapping[str, Tensor], weight: str) -> dict[str, Tensor]:
         assert state.packed is not None and state.absmax is not None
         stem, (out, into) = self.stem(weight), state.shape
         return {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...core.code_tables import ZERO_POINT
 from ...core.formats import FORMATS, SCALE_DTYPES
-from ...core.nf4_state import NF4State
+from ...core.packed_state import PackedState
 from .int4_words import NATURAL, PER_WORD, Words
 from .owner import Owner, check_finite, expect_shape, kept, tensor_of
 
@@ -37,7 +37,7 @@ class Int4(Owner):
     zero_shift: ClassVar[int] = 0
     """What to add to the words of zero points."""
 
-    def read(self, tensors: Mapping[str, Tensor], weight: str) -> tuple[NF4State, dict[str, Tensor]]:
+    def read(self, tensors: Mapping[str, Tensor], weight: str) -> tuple[PackedState, dict[str, Tensor]]:
         stem = self.stem(weight)
         words = tensor_of(tensors, stem, self.codes, torch.int32)
         scales = tensor_of(tensors, stem, self.scale, *SCALE_DTYPES)
@@ -53,7 +53,7 @@ class Int4(Owner):
         offset = self._zero_points(tensors, stem, out, groups)
         of_block = torch.arange(0, into, blocksize, device=scales.device) // length
         scales = scales.T if self.transposed else scales
-        state = NF4State(
+        state = PackedState(
             (out, into),
             blocksize,
             self._codes.packed(words),
@@ -67,7 +67,7 @@ class Int4(Owner):
         # Groups that are longer than blocks are found again by the shape of the scales.
         return state, kept(tensors, (*self.beside, *([self.scale] if length > blocksize else [])))
 
-    def write(self, state: NF4State, aside: Mapping[str, Tensor], weight: str) -> dict[str, Tensor]:
+    def write(self, state: PackedState, aside: Mapping[str, Tensor], weight: str) -> dict[str, Tensor]:
         assert state.packed is not None and state.absmax is not None
         stem, (out, into) = self.stem(weight), state.shape
         groups = into // state.blocksize

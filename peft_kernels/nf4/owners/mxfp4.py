@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ...core.formats import e8m0_values
-from ...core.nf4_state import NF4State
-from .owner import Config, Owner, check_scales, expect_shape, packed_state, swapped, tensor_of
+from ...core.packed_state import PackedState
+from .owner import Config, Owner, check_scales, expect_shape, state_of_codes, swapped, tensor_of
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 
@@ -26,7 +26,7 @@ class Mxfp4(Owner):
     def check(self, config: Config) -> None:
         pass  # its configuration has no variants
 
-    def read(self, tensors: Mapping[str, Tensor], weight: str) -> tuple[NF4State, dict[str, Tensor]]:
+    def read(self, tensors: Mapping[str, Tensor], weight: str) -> tuple[PackedState, dict[str, Tensor]]:
         scales = tensor_of(tensors, weight, _SCALES, torch.uint8)
         blocks = tensor_of(tensors, weight, _BLOCKS, torch.uint8)
         expect_shape(weight + _SCALES, ("experts", "out", "in / 32"), scales.shape)
@@ -35,9 +35,9 @@ class Mxfp4(Owner):
         check_scales(weight + _SCALES, scales, values)
         experts, out, count = scales.shape
         shape = (experts, out, count * self.blocksize)
-        return packed_state(self.format, shape, blocks, scales, values, weight), {}
+        return state_of_codes(self.format, shape, blocks, scales, values, weight), {}
 
-    def write(self, state: NF4State, aside: Mapping[str, Tensor], weight: str) -> dict[str, Tensor]:
+    def write(self, state: PackedState, aside: Mapping[str, Tensor], weight: str) -> dict[str, Tensor]:
         assert state.packed is not None and state.absmax is not None
         experts, out, into = state.shape
         shape = (experts, out, into // self.blocksize)

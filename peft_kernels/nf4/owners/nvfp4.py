@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...core.nf4_state import NF4State
+from ...core.packed_state import PackedState
 from .config_groups import Grouped
-from .owner import check_scales, expect_shape, kept, packed_state, swapped, tensor_of
+from .owner import check_scales, expect_shape, kept, state_of_codes, swapped, tensor_of
 
 _SCALE = "weight_scale"
 _ONE = 0x38  # the code of 1.0 in E4M3
@@ -39,7 +39,7 @@ class Nvfp4(Grouped):
         """The scale of the whole weight, in the owner's shape, with which the scale 1 means `one`, fp32 ();
         perhaps rounded."""
 
-    def read(self, tensors: Mapping[str, Tensor], weight: str) -> tuple[NF4State, dict[str, Tensor]]:
+    def read(self, tensors: Mapping[str, Tensor], weight: str) -> tuple[PackedState, dict[str, Tensor]]:
         stem = self.stem(weight)
         codes = tensor_of(tensors, stem, self.codes, torch.uint8)
         scales = tensor_of(tensors, stem, _SCALE, torch.float8_e4m3fn)
@@ -55,10 +55,10 @@ class Nvfp4(Grouped):
         if whole.device.type != "meta" and not bool(values[_ONE].isfinite() & (values[_ONE] > 0)):
             raise ValueError(f"{stem + self.whole}: expected a number above 0, got {float(whole)}")
         check_scales(stem + _SCALE, scales.view(torch.uint8), values)
-        state = packed_state(self.format, (out, into), codes, scales.view(torch.uint8), values, weight)
+        state = state_of_codes(self.format, (out, into), codes, scales.view(torch.uint8), values, weight)
         return state, kept(tensors, (self.whole, *self.beside))
 
-    def write(self, state: NF4State, aside: Mapping[str, Tensor], weight: str) -> dict[str, Tensor]:
+    def write(self, state: PackedState, aside: Mapping[str, Tensor], weight: str) -> dict[str, Tensor]:
         assert state.packed is not None and state.absmax is not None and state.absmax2 is not None
         stem, whole = self.stem(weight), aside.get(self.whole)
         if whole is None or not self._means(whole, state.absmax2):  # packed again since

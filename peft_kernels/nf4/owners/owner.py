@@ -1,4 +1,4 @@
-"""The format of an owner: the names of a weight's tensors, and how they become an NF4State and back."""
+"""The format of an owner: the names of a weight's tensors, and how they become a PackedState and back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...core.formats import FORMATS
-from ...core.nf4_state import NF4State, packed_rows
+from ...core.packed_state import PackedState, packed_rows
 
 Config = Mapping[str, Any]
 
@@ -93,7 +93,7 @@ class Owner(ABC):
         return ""
 
     @abstractmethod
-    def read(self, tensors: Mapping[str, Tensor], weight: str) -> tuple[NF4State, dict[str, Tensor]]:
+    def read(self, tensors: Mapping[str, Tensor], weight: str) -> tuple[PackedState, dict[str, Tensor]]:
         """A weight, and its tensors to keep aside for `write`, by part.
 
         Parameters
@@ -110,7 +110,7 @@ class Owner(ABC):
         """
 
     @abstractmethod
-    def write(self, state: NF4State, aside: Mapping[str, Tensor], weight: str) -> dict[str, Tensor]:
+    def write(self, state: PackedState, aside: Mapping[str, Tensor], weight: str) -> dict[str, Tensor]:
         """The tensors of a packed weight by name, as `read` took them. Raises ValueError for a weight that
         this format cannot hold."""
 
@@ -157,9 +157,9 @@ def expect_shape(name: str, expected: tuple[int | str, ...], got: Iterable[int])
         raise ValueError(f"{name}: expected shape ({shown}), got {got}")
 
 
-def packed_state(
+def state_of_codes(
     format: str, shape: tuple[int, ...], codes: Tensor, scales: Tensor, values: Tensor, weight: str
-) -> NF4State:
+) -> PackedState:
     """The state of a weight in a format whose scales are codes.
 
     Parameters
@@ -172,7 +172,7 @@ def packed_state(
         uint8, a code for each block, and fp32 (256,), what they mean.
     """
     count = shape[:-2]
-    return NF4State(
+    return PackedState(
         shape,
         FORMATS[format].blocksizes[0],
         packed_rows(swapped(codes).view(*count, -1), shape),

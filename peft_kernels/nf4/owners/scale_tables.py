@@ -11,14 +11,14 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ...core.nf4_state import NF4State
+from ...core.packed_state import PackedState
 
 _SECOND = 128  # where the second layer's codes begin
 _NEGATIVE_ZERO, _ITS_PLACE = 128, 127  # 127 is NaN, which no scale is
 _ONE = 0x38  # the code of 1.0
 
 
-def joined_tables(parts: list[NF4State]) -> tuple[list[Tensor], Tensor]:
+def joined_tables(parts: list[PackedState]) -> tuple[list[Tensor], Tensor]:
     """The codes of each layer's scales, uint8 (nblocks,), and what they mean in all, fp32 (256,).
 
     Raises ValueError if there are more than two scales of whole layers.
@@ -43,7 +43,7 @@ def joined_tables(parts: list[NF4State]) -> tuple[list[Tensor], Tensor]:
     return moved, torch.cat(halves)
 
 
-def own_table(part: NF4State) -> NF4State:
+def own_table(part: PackedState) -> PackedState:
     """A layer with codes and values as they were before `joined_tables`, if this changed them."""
     assert part.absmax is not None and part.absmax2 is not None
     codes, values = part.absmax, part.absmax2

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...core.code_tables import ZERO_POINT
 from ...core.formats import FORMATS
-from ...core.nf4_state import NF4State
+from ...core.packed_state import PackedState
 from .owner import Owner
 from .scale_tables import joined_tables, own_table
 
@@ -30,7 +30,7 @@ class Stacked:
     asides: list[list[dict[str, Tensor]]]
     """What `Owner.read` put aside of each expert's layers; tensors that are equal may be the same."""
 
-    def write(self, state: NF4State, owner: Owner, weight: str) -> dict[str, Tensor]:
+    def write(self, state: PackedState, owner: Owner, weight: str) -> dict[str, Tensor]:
         """The tensors of all layers by name. Raises ValueError as `Owner.write`."""
         items: dict[str, Tensor] = {}
         for e, (parts, asides) in enumerate(zip(apart(state, self.rows), self.asides, strict=True)):
@@ -41,13 +41,13 @@ class Stacked:
         return items
 
 
-def joined(experts: Iterable[list[NF4State]], count: int, name: str) -> NF4State:
+def joined(experts: Iterable[list[PackedState]], count: int, name: str) -> PackedState:
     """One weight (count, out, in) of each expert's layers, whose rows follow each other.
 
     Raises ValueError if experts have layers of different shapes, blocks or dtypes of scales, or blocks would
     have rows of two layers.
     """
-    whole, first = None, list[NF4State]()
+    whole, first = None, list[PackedState]()
     for e, parts in enumerate(experts):
         if whole is None:
             first = parts
@@ -62,11 +62,11 @@ def joined(experts: Iterable[list[NF4State]], count: int, name: str) -> NF4State
     return whole
 
 
-def apart(state: NF4State, rows: list[int]) -> Iterator[list[NF4State]]:
+def apart(state: PackedState, rows: list[int]) -> Iterator[list[PackedState]]:
     """The layers of each expert, in the weight's memory, except for scales that another table had."""
     form = FORMATS[state.format]
     for e in range(state.shape[0]):
-        one, parts, row, scale = state.expert(e), list[NF4State](), 0, 0
+        one, parts, row, scale = state.expert(e), list[PackedState](), 0, 0
         assert one.packed is not None and one.absmax is not None
         for count in rows:
             shape = count, one.shape[1]
@@ -79,7 +79,7 @@ def apart(state: NF4State, rows: list[int]) -> Iterator[list[NF4State]]:
         yield parts
 
 
-def _fill(whole: NF4State, expert: int, parts: list[NF4State]) -> None:
+def _fill(whole: PackedState, expert: int, parts: list[PackedState]) -> None:
     assert whole.packed is not None and whole.absmax is not None
     scales = [part.absmax for part in parts if part.absmax is not None]
     if whole.absmax2 is not None:
@@ -98,7 +98,7 @@ def _fill(whole: NF4State, expert: int, parts: list[NF4State]) -> None:
         row, begin = row + part.shape[0], end
 
 
-def _check_rows(parts: list[NF4State], name: str) -> None:
+def _check_rows(parts: list[PackedState], name: str) -> None:
     first = parts[0]
     for part in parts[1:]:
         if part.shape[1] != first.shape[1] or _form(part) != _form(first):
@@ -112,7 +112,7 @@ def _check_rows(parts: list[NF4State], name: str) -> None:
             )
 
 
-def _empty(parts: list[NF4State], count: int, name: str) -> NF4State:
+def _empty(parts: list[PackedState], count: int, name: str) -> PackedState:
     some = parts[0]
     assert some.packed is not None and some.absmax is not None
     out = sum(part.shape[0] for part in parts)
@@ -129,7 +129,7 @@ def _empty(parts: list[NF4State], count: int, name: str) -> NF4State:
     )
 
 
-def _form(state: NF4State) -> str:
+def _form(state: PackedState) -> str:
     """What layers must have in common, for comparisons and messages."""
     blocks = f"blocks of {state.blocksize}" if state.blocksize else "whole rows"
     half = FORMATS[state.format].scale == "half"

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..offload import take_packed
-from ..weight import NF4Weight
+from ..weight import PackedWeight
 from .checks import is_dtensor, is_sharded
 
 _ASSIGNS = nn.Module.__setattr__.__code__
@@ -63,7 +63,7 @@ class ReceivesWeights:
     def register_parameter(self: Any, name: str, param: Any) -> None:
         """Refuses torch's `parallelize_module`, which registers DTensors; FSDP2 assigns them."""
         weight, caller = self._parameters.get(name), sys._getframe(1).f_code
-        if isinstance(weight, NF4Weight) and is_dtensor(param) and caller is not _ASSIGNS:
+        if isinstance(weight, PackedWeight) and is_dtensor(param) and caller is not _ASSIGNS:
             raise ValueError(
                 f"{weight._state.name}: expected a plan of transformers (from_pretrained(..., tp_plan=...)) "
                 "for tensor parallelism of a packed weight, got a DTensor, as parallelize_module makes it"
@@ -74,7 +74,7 @@ class ReceivesWeights:
         """Keeps packed weights that a move to the meta device would drop under RAM-efficient loading."""
         if not is_ram_efficient():
             return super()._apply(fn, recurse)  # type: ignore[misc]
-        found = {name: w.detach() for name, w in self._parameters.items() if isinstance(w, NF4Weight)}
+        found = {name: w.detach() for name, w in self._parameters.items() if isinstance(w, PackedWeight)}
         super()._apply(fn, recurse)  # type: ignore[misc]
         for name, weight in found.items():
             if self._parameters[name].is_meta and not weight.is_meta:
@@ -85,7 +85,7 @@ class ReceivesWeights:
     def named_buffers(self: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
         """Refuses torch's `set_model_state_dict`, which lists buffers before it sends anything."""
         for name, weight in self._parameters.items():
-            if is_sharded(weight) or isinstance(weight, NF4Weight):
+            if is_sharded(weight) or isinstance(weight, PackedWeight):
                 _refuse_full_state_dict(name, weight, sys._getframe(1))
         found: Iterator[tuple[str, Tensor]] = super().named_buffers(*args, **kwargs)  # type: ignore[misc]
         return found

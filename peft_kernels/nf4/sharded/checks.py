@@ -1,5 +1,5 @@
-"""Checks of layer weights that are DTensors of NF4Shards (`fully_shard`, while not gathered) or of NF4Weights
-(tensor parallelism of transformers)."""
+"""Checks of layer weights that are DTensors: of NF4Shards (`fully_shard`, while not gathered), or of
+PackedWeights (tensor parallelism of transformers)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from ..weight import NF4Weight
+from ..weight import PackedWeight
 from .fsdp_tensor import NF4Shard
 from .local_rows import LocalRows
 
@@ -29,11 +29,11 @@ def is_sharded(weight: Any) -> TypeGuard[Any]:
 
 
 def is_tensor_parallel(weight: Any) -> TypeGuard[Any]:
-    """Whether `weight` is a DTensor whose local tensor is an NF4Weight: some rows or columns of the whole."""
-    return isinstance(getattr(weight, "_local_tensor", None), NF4Weight)
+    """Whether `weight` is a DTensor whose local tensor, some rows or columns of it, is a PackedWeight."""
+    return isinstance(getattr(weight, "_local_tensor", None), PackedWeight)
 
 
-def load_rows(weight: Any, whole: NF4Weight, device: torch.device | None = None) -> None:
+def load_rows(weight: Any, whole: PackedWeight, device: torch.device | None = None) -> None:
     """Loads this process's rows of `whole` into a sharded weight, which is first made on `device` if
     given."""
     shard: NF4Shard = weight._local_tensor

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...core.fingerprint import fingerprint
-from ...core.nf4_state import NF4State
+from ...core.packed_state import PackedState
 
 
 def is_ddp_broadcast(caller: FrameType) -> bool:
@@ -56,7 +56,7 @@ class BroadcastBuffer(Tensor):
         pass
 
     @classmethod
-    def of(cls, state: NF4State, dtype: torch.dtype) -> BroadcastBuffer:
+    def of(cls, state: PackedState, dtype: torch.dtype) -> BroadcastBuffer:
         """The buffer of a packed weight of nominal dtype `dtype`."""
         tensors = state.tensors()
         kind = state.shape, str(dtype), state.format, state.blocksize

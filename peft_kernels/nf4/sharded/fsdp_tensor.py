@@ -1,4 +1,4 @@
-"""NF4Shard: one process's rows of an NF4Weight under FSDP2 and DTensor.
+"""NF4Shard: one process's rows of a PackedWeight under FSDP2 and DTensor.
 
 `fully_shard` splits a parameter, keeps one shard in a DTensor and gathers the whole weight before use. Packed
 bytes and first-level scales are sent, never dense values. Reading a shard dequantises a copy of its rows. It
@@ -19,11 +19,11 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._pytree import tree_map
 
 from ...core.code_tables import WEIGHT_DTYPES
-from ...core.nf4_state import Share
+from ...core.packed_state import Share
 from .. import tensor as nf4_tensor
 from ..multiples import EACH, Multiple, each, outcome
 from ..read_only import has_views, read_only, written
-from ..weight import NF4Weight
+from ..weight import PackedWeight
 from .local_rows import LocalRows, pack_bytes, unpack_bytes
 from .partition import Partition
 
@@ -33,7 +33,7 @@ Size = tuple[int, ...] | torch.Size
 
 
 class NF4Shard(Tensor):
-    """Rows of an NF4Weight: a Tensor (rows, in_features), or (experts, out_features, in_features), of the
+    """Rows of a PackedWeight: a Tensor (rows, in_features), or (experts, out_features, in_features), of the
     weight's nominal dtype.
 
     The tensor's shape can differ from that of its rows: FSDP2 pads shards to one size and views them flat.
@@ -129,7 +129,7 @@ class NF4Shard(Tensor):
             part.join(count, gathered, outputs)
         state = part.whole(outputs, second)
         state.gathered = True
-        return NF4Weight(state, param_dtype), () if seamless else tuple(outputs)
+        return PackedWeight(state, param_dtype), () if seamless else tuple(outputs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         part = self._rows
@@ -151,7 +151,7 @@ def _rebuild(part: LocalRows, dtype: torch.dtype, shape: Size) -> NF4Shard:
 torch.serialization.add_safe_globals([_rebuild, LocalRows, Partition])
 
 
-def _local(weight: Any) -> NF4Weight:
+def _local(weight: Any) -> PackedWeight:
     return getattr(weight, "_local_tensor", weight)
 
 
@@ -255,7 +255,7 @@ def _slice(func: Any, args: Any, kwargs: Any) -> Any:
     start, stop, _ = slice(start, stop).indices(shard.shape[0])
     rows = max(stop - start, 0)
     if shard._gathered and start == 0 and rows == part.partition.rows:
-        return NF4Weight(part.whole(part.divided, (part.absmax2, part.offset)), shard.dtype)
+        return PackedWeight(part.whole(part.divided, (part.absmax2, part.offset)), shard.dtype)
     if start == 0 and rows >= part.rows:
         return _like(shard, part, (rows, *shard.shape[1:]))
     if start + rows > part.rows:  # reaches into the padding
@@ -324,7 +324,7 @@ def _all_gather(func: Any, args: Any, kwargs: Any) -> Tensor:
         part.join(count, gathered, flat)
     state, rows = part.whole(flat, part.second_level(gathered)), shard.shape[0] * count
     if rows == part.partition.rows:
-        return NF4Weight(state, shard.dtype)
+        return PackedWeight(state, shard.dtype)
     whole = NF4Shard(LocalRows.of(state), shard.dtype, (rows, *shard.shape[1:]))
     whole._gathered = True
     return whole
@@ -343,7 +343,7 @@ def _register_wait_ops() -> None:
 
 
 def _can_be_sharded(weight: Any) -> bool:
-    state = weight._state if isinstance(weight, NF4Weight) else None
+    state = weight._state if isinstance(weight, PackedWeight) else None
     return state is not None and state.dense is None and state.part_of is None and prod(state.shape) > 0
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...core.code_tables import NESTED_BLOCKSIZE
 from ...core.formats import FORMATS
-from ...core.nf4_state import NF4State, packed_rows
+from ...core.packed_state import PackedState, packed_rows
 from ...core.registry import public_ops as ops
 from .partition import Partition
 
@@ -32,8 +32,8 @@ class LocalRows:
     start: int
     stop: int
     packed: Tensor  # uint8, flat; may have padding at the end
-    absmax: Tensor  # as in NF4State, flat; may have padding
-    absmax2: Tensor | None  # of the whole weight, as in NF4State
+    absmax: Tensor  # as in PackedState, flat; may have padding
+    absmax2: Tensor | None  # of the whole weight, as in PackedState
     offset: Tensor | None  # of the whole weight; zero points like absmax
     name: str = "weight"
 
@@ -42,7 +42,7 @@ class LocalRows:
         return self.partition.format
 
     @classmethod
-    def of(cls, state: NF4State) -> LocalRows:
+    def of(cls, state: PackedState) -> LocalRows:
         """All rows of a packed weight; shares its memory."""
         assert state.packed is not None and state.absmax is not None
         partition = Partition(tuple(state.shape), state.blocksize, state.format)
@@ -191,7 +191,7 @@ class LocalRows:
             offset = gathered[2][n : n + offset.numel()].view(offset.shape)
         return gathered[2][:n].view(absmax2.shape), offset
 
-    def whole(self, flat: Sequence[Tensor], second: tuple[Tensor | None, Tensor | None]) -> NF4State:
+    def whole(self, flat: Sequence[Tensor], second: tuple[Tensor | None, Tensor | None]) -> PackedState:
         """The whole weight, from the results of `gather_outputs` and `second_level`."""
         shape, (packed, absmax, *zero_points) = self.partition.shape, flat
         absmax2, offset = second
@@ -200,7 +200,7 @@ class LocalRows:
         if len(shape) == 3:
             packed, absmax = packed.view(shape[0], -1), absmax.view(shape[0], -1)
             offset = offset.view(shape[0], -1) if zero_points and offset is not None else offset
-        return NF4State(
+        return PackedState(
             shape,
             self.partition.blocksize,
             packed_rows(packed, shape, FORMATS[self.format].bits),

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...core.nf4_state import NF4State
-from ..weight import NF4Weight
+from ...core.packed_state import PackedState
+from ..weight import PackedWeight
 from .checks import is_dtensor, is_sharded
 from .fsdp_tensor import NF4Shard
 from .local_rows import LocalRows
@@ -72,9 +72,9 @@ def make_parameter(place: Any, value: Any, device: torch.device) -> nn.Parameter
         part = empty._rows.map(lambda t: torch.zeros_like(t, device=device))
         part.load(value)
         local: Tensor = NF4Shard(part, empty.dtype, empty.shape)
-    elif isinstance(place, NF4Weight):
+    elif isinstance(place, PackedWeight):
         state = value.whole(value.divided, (value.absmax2, value.offset))
-        local = NF4Weight(state.map(lambda t: t.to(device)), place.dtype)
+        local = PackedWeight(state.map(lambda t: t.to(device)), place.dtype)
     else:
         local = value.to(device)
     if is_dtensor(place):
@@ -99,14 +99,14 @@ Layout = tuple[tuple[int, ...], str, int, dict[str, tuple[tuple[int, ...], torch
 """Shape, format and blocksize of a packed weight, and shapes and dtypes of its tensors."""
 
 
-def layout_of(state: NF4State) -> Layout:
+def layout_of(state: PackedState) -> Layout:
     part = LocalRows.of(state)
     tensors = {name: (tuple(t.shape), t.dtype) for name, t in part.tensors().items()}
     return part.partition.shape, part.format, part.partition.blocksize, tensors
 
 
 def broadcast_weight(
-    weight: NF4Weight | None, layout: Layout, groups: list[Any], kind: str, name: str
+    weight: PackedWeight | None, layout: Layout, groups: list[Any], kind: str, name: str
 ) -> LocalRows:
     """The first process's packed weight, whole, in every process."""
     shape, format, blocksize, about = layout

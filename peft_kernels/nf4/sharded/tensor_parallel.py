@@ -14,8 +14,8 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from ...core.nf4_state import NF4State, packed_rows
-from ..weight import NF4Weight
+from ...core.packed_state import PackedState, packed_rows
+from ..weight import PackedWeight
 from .checks import is_dtensor, is_tensor_parallel
 from .tp_slices import Second, encode_scales, one_level_scales, slice_size, slice_state, unsliceable_reason
 
@@ -97,7 +97,7 @@ def _refusal(name: str, planned: str, count: int, reason: str) -> str:
     )
 
 
-def local_slice(weight: NF4Weight, layer: Any) -> NF4Weight:
+def local_slice(weight: PackedWeight, layer: Any) -> PackedWeight:
     """This process's slice of a whole packed weight, in memory of its own; the weight itself if the plan does
     not split it. Records the second-level scales of the whole on `layer`."""
     awaiting = layer._parameters["weight"]
@@ -112,7 +112,7 @@ def local_slice(weight: NF4Weight, layer: Any) -> NF4Weight:
     stop = min(start + size, state.shape[dim])
     if state.absmax2 is not None and state.offset is not None:
         layer.whole_scales = (state.absmax2.to("cpu", copy=True), state.offset.to("cpu", copy=True))
-    return NF4Weight(slice_state(state, dim, start, stop), weight.dtype)
+    return PackedWeight(slice_state(state, dim, start, stop), weight.dtype)
 
 
 def remove_mesh_names(model: nn.Module) -> None:
@@ -152,9 +152,9 @@ def gather_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _whole(weight: Any, second: Second | None) -> NF4Weight:
+def _whole(weight: Any, second: Second | None) -> PackedWeight:
     """Gathers a split weight, double-quantised again if `second` has its second-level scales."""
-    mine: NF4State = weight._local_tensor._state
+    mine: PackedState = weight._local_tensor._state
     assert mine.packed is not None and mine.slice_of is not None
     rows, columns = shape = mine.slice_of
     dim, blocksize = weight.placements[0].dim % 2, mine.blocksize
@@ -168,7 +168,7 @@ def _whole(weight: Any, second: Second | None) -> NF4Weight:
     scales = _gathered(scales, size // blocksize, mesh)[..., : -(-whole // blocksize)].reshape(-1)
     codes = None if second is None else encode_scales(scales, second)
     absmax2, offset = (values, None) if codes is None or second is None else second
-    state = NF4State(
+    state = PackedState(
         (rows, columns),
         blocksize,
         packed_rows(packed, shape),
@@ -178,7 +178,7 @@ def _whole(weight: Any, second: Second | None) -> NF4Weight:
         name=mine.name,
         format=mine.format,
     )
-    return NF4Weight(state, weight.dtype)
+    return PackedWeight(state, weight.dtype)
 
 
 def _gathered(tensor: Tensor, size: int, mesh: Any) -> Tensor:

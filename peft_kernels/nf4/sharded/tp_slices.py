@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...core.code_tables import NESTED_BLOCKSIZE
 from ...core.formats import FORMATS
-from ...core.nf4_state import NF4State, packed_rows
+from ...core.packed_state import PackedState, packed_rows
 from ...core.registry import public_ops as ops
 from .partition import Partition
 
@@ -48,7 +48,7 @@ def unsliceable_reason(shape: tuple[int, ...], format: str, blocksize: int, dim:
     return ""
 
 
-def slice_state(state: NF4State, dim: int, start: int, stop: int) -> NF4State:
+def slice_state(state: PackedState, dim: int, start: int, stop: int) -> PackedState:
     """Rows (`dim` 0) or columns (`dim` 1) [start, stop) of a packed weight, in memory of their own.
 
     `unsliceable_reason` tells whether it can be split there. Dequantised values are bit-identical to the
@@ -76,7 +76,7 @@ def slice_state(state: NF4State, dim: int, start: int, stop: int) -> NF4State:
     return _of(state, shape, packed, scales, (None, None))
 
 
-def one_level_scales(state: NF4State) -> tuple[Tensor, Tensor | None]:
+def one_level_scales(state: PackedState) -> tuple[Tensor, Tensor | None]:
     """The scale of each block, (nblocks,), without double quantisation: fp32; or uint8 codes, and their
     values."""
     assert state.absmax is not None
@@ -102,15 +102,15 @@ def encode_scales(scales: Tensor, second: Second) -> Tensor | None:
 
 
 def _of(
-    state: NF4State,
+    state: PackedState,
     shape: tuple[int, int],
     packed: Tensor,
     absmax: Tensor,
     second: tuple[Tensor | None, Tensor | None],
-) -> NF4State:
+) -> PackedState:
     own = packed.clone(memory_format=torch.contiguous_format).view(-1)
     absmax2, offset = (None if tensor is None else tensor.clone() for tensor in second)
-    return NF4State(
+    return PackedState(
         shape,
         state.blocksize,
         packed_rows(own, shape),

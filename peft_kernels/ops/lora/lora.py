@@ -125,7 +125,7 @@ def lora_linear(
     ----------
     x : Tensor, (..., in_features)
         fp32, bf16 or fp16.
-    weight : NF4Weight or Tensor, (out_features, in_features)
+    weight : PackedWeight or Tensor, (out_features, in_features)
         The base: NF4 (frozen), or dense in compute_dtype.
     lora_a : Tensor, (r, in_features)
     lora_b : Tensor, (out_features, r)

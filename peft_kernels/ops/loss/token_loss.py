@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core import dispatch
-from ...core.nf4_state import HoldsNF4, NF4State
+from ...core.packed_state import HoldsPacked, PackedState
 from ...core.wrong_types import names_wrong_types
 from .. import arguments
 from ..arguments import Weight
@@ -50,7 +50,7 @@ def linear_cross_entropy(
     hidden : Tensor, (..., hidden_size)
         fp32, bf16 or fp16; under autocast it, and a dense weight, are rounded as F.linear does. Logits,
         probabilities and sums are in fp32.
-    weight : NF4Weight or Tensor, (vocabulary, hidden_size)
+    weight : PackedWeight or Tensor, (vocabulary, hidden_size)
         The head: NF4 (frozen), or dense of hidden's dtype, frozen or trained.
     labels : Tensor, int64, hidden.shape[:-1]
         From 0 to vocabulary - 1, or ignore_index.
@@ -237,7 +237,7 @@ def _autocast(hidden: Tensor, weight: Any, *adapter: Any) -> tuple[Any, ...]:
     if dtype is None or not hidden.is_floating_point() or hidden.dtype == torch.float64:
         return hidden, weight, *adapter, None
     of_weight = None
-    if not isinstance(weight, (HoldsNF4, NF4State)):
+    if not isinstance(weight, (HoldsPacked, PackedState)):
         of_weight = torch.float32 if weight.dtype == torch.float32 else None
         weight = weight if of_weight else weight.to(dtype)
     return hidden.to(dtype), weight, *(t if t is None else t.to(dtype) for t in adapter), of_weight

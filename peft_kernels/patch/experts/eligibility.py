@@ -13,7 +13,7 @@ import torch
 from ...core.code_tables import WEIGHT_DTYPES
 from ...core.wrong_types import an
 from ...nf4.experts_packing import NF4Experts, weight_names
-from ...nf4.weight import NF4Weight
+from ...nf4.weight import PackedWeight
 from .. import sources, verify
 from ..eligibility import hook_reason
 from ..fused import Fused, plain_class
@@ -107,7 +107,7 @@ def _weights_reason(experts: Any, device: torch.device | None) -> str:
             return f"{name} is not a parameter; remove the parametrization"
         if weight.requires_grad:
             return f"{name} is trained; freeze it to fuse it"
-        if not isinstance(weight, NF4Weight) and weight.dtype not in WEIGHT_DTYPES:
+        if not isinstance(weight, PackedWeight) and weight.dtype not in WEIGHT_DTYPES:
             return f"{name} is of {weight.dtype}; cast it to fp32, bf16 or fp16"
         bias = found.get(f"{name}_bias")
         if bias is not None and bias.requires_grad:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...core import dispatch
-from ...nf4.weight import NF4Weight
+from ...nf4.weight import PackedWeight
 from ...ops.arguments import is_traced
 from ...ops.lora.dora import dora_linear, dora_norm
 from ...ops.lora.lora import lora_linear_args
@@ -51,13 +51,13 @@ class FusedLora(Fused):
 
     def merge(self: Any, *args: Any, **kwargs: Any) -> None:
         weight = self.get_base_layer().weight
-        assigned = self.lora_variant and isinstance(weight, NF4Weight)
+        assigned = self.lora_variant and isinstance(weight, PackedWeight)
         with weight.merging() if assigned else nullcontext():
             super().merge(*args, **kwargs)  # type: ignore[misc]
 
     def unmerge(self: Any) -> None:
         weight = self.get_base_layer().weight
-        assigned = self.lora_variant and isinstance(weight, NF4Weight)
+        assigned = self.lora_variant and isinstance(weight, PackedWeight)
         with weight.unmerging() if assigned else nullcontext():
             super().unmerge()  # type: ignore[misc]
 

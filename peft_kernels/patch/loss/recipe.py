@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ...core.nf4_state import NF4State
+from ...core.packed_state import PackedState
 from ...ops.arguments import no_autocast
 from ...ops.linear import nf4_linear
 from ...ops.lora.lora import lora_linear
@@ -52,7 +52,7 @@ class Head(NamedTuple):
         x, weight, bias, a, b, scaling = self
         if a is not None and b is not None:
             return lora_linear(x, weight, a, b, scaling, bias)
-        if isinstance(weight, NF4State):
+        if isinstance(weight, PackedState):
             return nf4_linear(x, weight, bias)
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -116,7 +116,7 @@ class HeadCall:
 
     def _state(self) -> Any:
         parts = [t for t in self.head if isinstance(t, Tensor)]
-        if isinstance(self.head.weight, NF4State):
+        if isinstance(self.head.weight, PackedState):
             parts += [t for t in self.head.weight.tensors().values() if t is not None]
         versions = [None if t.is_inference() else t._version for t in parts]
         memory = [t.untyped_storage() for t in parts]  # FSDP2 frees that of weights

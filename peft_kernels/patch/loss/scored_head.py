@@ -13,7 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
 from ...core.gradient import AutogradFunction
-from ...core.nf4_state import HoldsNF4
+from ...core.packed_state import HoldsPacked
 from ...ops.arguments import autocast_dtype
 from ...ops.loss.token_loss import token_log_probs
 
@@ -48,7 +48,7 @@ def active_head(model: Any) -> Any:
 
 def score(
     hidden: Tensor,
-    weight: HoldsNF4 | Tensor,
+    weight: HoldsPacked | Tensor,
     bias: Tensor | None,
     targets: Tensor,
     temperature: float = 1.0,
@@ -82,7 +82,7 @@ def score(
     inner, cap = logit_scale / temperature, None if softcap is None else softcap / temperature
     if "log_sum_sq_probs" not in outputs:
         # Under autocast the op casts it, chunk by chunk.
-        if not isinstance(weight, HoldsNF4) and autocast_dtype(hidden.device.type) is None:
+        if not isinstance(weight, HoldsPacked) and autocast_dtype(hidden.device.type) is None:
             weight = weight.to(hidden.dtype)
             bias = None if bias is None else bias.to(hidden.dtype)
         asked = ("entropy", "is_top1", "mean_logits")  # in the op's order
@@ -90,7 +90,7 @@ def score(
         found = token_log_probs(hidden, weight, targets, bias, logit_scale=inner, softcap=cap, **wanted)
         parts = (found,) if isinstance(found, Tensor) else found
         return Scores(**dict(zip(("log_probs", *wanted), parts, strict=True)))
-    if isinstance(weight, HoldsNF4):
+    if isinstance(weight, HoldsPacked):
         raise ValueError("weight: expected a dense one for log_sum_sq_probs, got one in NF4")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.requires_grad and torch.is_grad_enabled():

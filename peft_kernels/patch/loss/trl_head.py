@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.gradient import RaiseInBackward
-from ...nf4.weight import NF4Weight
+from ...nf4.weight import PackedWeight
 from ...nn import NF4Linear
 from ..fused import REPLACES, plain_class, record_of
 from .eligibility import device_reason
@@ -50,7 +50,7 @@ class TrlHead:
         if self.head:
             return self.head
         head = active_head(model)
-        weight, packed = head.weight, type(head.weight) is NF4Weight
+        weight, packed = head.weight, type(head.weight) is PackedWeight
         if plain_class(head) not in (nn.Linear, NF4Linear):
             return f"the head is a {type(head).__name__}; nothing to do"
         if not packed and type(weight) not in (Tensor, nn.Parameter):

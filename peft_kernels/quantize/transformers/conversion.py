@@ -15,7 +15,7 @@ from ...nf4.experts_packing import computes_experts
 from ...nf4.owners import Owner
 from ...nf4.sharded import tensor_parallel
 from ...nf4.sharded.checks import is_dtensor
-from ...nf4.weight import NF4Weight
+from ...nf4.weight import PackedWeight
 from ...nn import NF4Linear
 from .config import NF4Config
 from .mapped_files import MappedFiles
@@ -142,9 +142,9 @@ class Quantize(_Conversion):
             )
             experts = parts.experts(own.dtype)
             turned = (one.mT for one in experts) if layer.is_transposed else experts
-            weight = NF4Weight.quantize_experts(turned, own.shape[0], *options)
+            weight = PackedWeight.quantize_experts(turned, own.shape[0], *options)
         else:
-            weight = NF4Weight.quantize(_as_linear(key, layer, value).to(own.dtype), *options)
+            weight = PackedWeight.quantize(_as_linear(key, layer, value).to(own.dtype), *options)
             weight = tensor_parallel.local_slice(weight, layer)
         if isinstance(value, Tensor):
             self.files.release(value)
@@ -200,7 +200,7 @@ class Read(_Conversion):
             key + name.removeprefix("weight"): item if sharded else self._aligned(item)
             for name, item in items.items()
         }
-        packed = NF4Weight.from_state_dict(named, key.removesuffix("weight"))
+        packed = PackedWeight.from_state_dict(named, key.removesuffix("weight"))
         expect_shape(key, (layer.out_features, layer.in_features), tuple(packed.shape))
         packed._state.name = key
         if sharded:  # only the local slice is read from the mapped file
@@ -224,7 +224,7 @@ class Read(_Conversion):
                 self.files.release(tensor)
         if aside:
             layer.aside = aside
-        weight = NF4Weight(state, getattr(layer, key.rpartition(".")[2]).dtype)
+        weight = PackedWeight(state, getattr(layer, key.rpartition(".")[2]).dtype)
         return nn.Parameter(weight, requires_grad=False)
 
     def _aligned(self, item: Tensor) -> Tensor:
@@ -261,7 +261,7 @@ class ReadExperts(Read):
             tensors = {owner.part_of(key, item): tensor for item, tensor in items.items()}
             return self._owned(key, layer, shape, tensors, owner)
         aligned = {item: self._aligned(tensor) for item, tensor in items.items()}
-        packed = NF4Weight.from_state_dict(aligned, prefix + dot, name)
+        packed = PackedWeight.from_state_dict(aligned, prefix + dot, name)
         expect_shape(key, shape, tuple(packed.shape))
         packed._state.name = key
         return nn.Parameter(packed, requires_grad=False)

@@ -19,13 +19,13 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import Mxfp4Config
 
 from ...core.formats import FORMATS
-from ...core.nf4_state import PARALLEL
+from ...core.packed_state import PARALLEL
 from ...nf4.experts_packing import NF4Experts, adopt, packed_weights, unpack, weight_names
 from ...nf4.model import ModelLink, mark_quantized
 from ...nf4.packed_format import METHOD
 from ...nf4.sharded import tensor_parallel
 from ...nf4.sharded.checks import is_tensor_parallel
-from ...nf4.weight import NF4Weight
+from ...nf4.weight import PackedWeight
 from ...nn import NF4Linear
 from ..architectures import is_linear
 from ..report import QuantizeReport, nbytes_of
@@ -267,7 +267,7 @@ class NF4Quantizer(HfQuantizer):
         other = dtype is not None and dtype != model.dtype
         layers: dict[Any, list[Any]] = {}
         for module in model.modules():
-            weights = [w for w in module._parameters.values() if isinstance(w, NF4Weight)]
+            weights = [w for w in module._parameters.values() if isinstance(w, PackedWeight)]
             if weights:
                 layers[module] = weights
         usual = Counter(weight.dtype for weights in layers.values() for weight in weights).most_common(1)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from ...core.nf4_state import NF4State
+from ...core.packed_state import PackedState
 from ...nf4.experts_packing import computes_experts
 from ...nf4.owners import Owner
 from ...nf4.owners.owner import missing
 from ...nf4.owners.stacked import Stacked, joined
-from ...nf4.weight import NF4Weight
+from ...nf4.weight import PackedWeight
 from .config import NF4Config
 from .conversion import Errors, Read, expect_shape
 from .layouts import merges_experts
@@ -42,7 +42,7 @@ class Stack:
     def names(self) -> list[str]:
         return [name for expert in self.weights for name in expert]
 
-    def of(self, layers: Mapping[str, NF4State]) -> list[list[NF4State]]:
+    def of(self, layers: Mapping[str, PackedState]) -> list[list[PackedState]]:
         """The layers of each expert, from all layers by name."""
         return [[layers[each] for each in expert] for expert in self.weights]
 
@@ -162,11 +162,11 @@ class ReadStacked(Read):
         state = joined(self._read(stack, lists, layout, owner), len(stack.weights), key)
         expect_shape(key, tuple(getattr(layer, name).shape), state.shape)
         layer.stacks = {**(getattr(layer, "stacks", None) or {}), name: layout}
-        return nn.Parameter(NF4Weight(state, getattr(layer, name).dtype), requires_grad=False)
+        return nn.Parameter(PackedWeight(state, getattr(layer, name).dtype), requires_grad=False)
 
     def _read(
         self, stack: Stack, lists: dict[tuple[str, str], list[Tensor]], layout: Stacked, owner: Owner
-    ) -> Iterator[list[NF4State]]:
+    ) -> Iterator[list[PackedState]]:
         """Yields the layers of one expert at a time, and releases the memory of earlier ones."""
         for e, weights in enumerate(stack.weights):
             found, asides = [], list[dict[str, Tensor]]()

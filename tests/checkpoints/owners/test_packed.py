@@ -13,7 +13,7 @@ from packed_models import KINDS, Made, config_of, make
 from torch import Tensor
 from transformers_models import Auto, nf4_layers, read, same_bits, transformers
 
-from peft_kernels.core.nf4_state import NF4State
+from peft_kernels.core.packed_state import PackedState
 from peft_kernels.integrations import transformers as integration
 from peft_kernels.quantize.transformers.mapped_files import MappedFiles
 
@@ -28,7 +28,7 @@ def model(made: Made, folder: Path) -> Any:
     return read(folder)
 
 
-def values(state: NF4State) -> Tensor:
+def values(state: PackedState) -> Tensor:
     """A weight in fp32, by the definition of our formats, without the kernels."""
     assert state.packed is not None and state.absmax is not None
     out, into = state.shape
@@ -49,7 +49,7 @@ def values(state: NF4State) -> Tensor:
     return found * scales.repeat_interleave(state.blocksize if fp8 else 1, 0)[:out, :into]
 
 
-def nbytes(state: NF4State) -> int:
+def nbytes(state: PackedState) -> int:
     return sum(tensor.nbytes for tensor in state.tensors().values())
 
 

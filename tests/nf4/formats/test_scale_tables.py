@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_kernels.core.nf4_state import NF4State
+from peft_kernels.core.packed_state import PackedState
 from peft_kernels.nf4.owners import OWNERS
 from peft_kernels.nf4.owners.stacked import apart, joined
 
@@ -32,7 +32,7 @@ WHOLES = {
 """Owners, and the scales of both whole layers."""
 
 
-def layer(codes: str, owner: str, whole: float) -> NF4State:
+def layer(codes: str, owner: str, whole: float) -> PackedState:
     tensors = {
         "weight": torch.arange(128 * 8).mul(37).to(torch.uint8).view(-1, 8),
         "weight_scale": CODES[codes].to(torch.uint8).view(torch.float8_e4m3fn).view(-1, 1),

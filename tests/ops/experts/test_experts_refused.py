@@ -104,7 +104,7 @@ def test_experts_lora_linear_refuses(case: str) -> None:
 @pytest.mark.filterwarnings("ignore:.* bytes for each value of an NF4 weight")
 def test_experts_linear_needs_packed_values() -> None:
     x, ends = good()["x"], good()["ends"]
-    with pytest.raises(ValueError, match=r"^weight: expected an NF4Weight, got Tensor$"):
+    with pytest.raises(ValueError, match=r"^weight: expected a PackedWeight, got Tensor$"):
         pk.experts_linear(x, ends, ones(E, N, K))  # type: ignore[arg-type]
     dense = weight()
     dense.mul_(2.0)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import peft_kernels as pk
 import testing
 from peft_kernels.core import fingerprint as fingerprints
-from peft_kernels.core import nf4_state
+from peft_kernels.core import packed_state
 from peft_kernels.core.fingerprint import fingerprint
 from peft_kernels.nn import NF4Linear
 
@@ -126,7 +126,7 @@ def test_writes_to_a_merged_weight_are_kept(how: str) -> None:
     weight, delta = pk.NF4Weight.quantize(testing.tensor(48, 64)), testing.tensor(48, 64, seed=1)
     weight.data += delta
     plain = weight.dequantize()
-    twin = pk.NF4Weight(nf4_state.NF4State((48, 64), 64, dense=plain), torch.float32)
+    twin = pk.NF4Weight(packed_state.PackedState((48, 64), 64, dense=plain), torch.float32)
     for w in (weight, twin):
         BETWEEN[how](w, delta)
         w.data -= delta

@@ -1,4 +1,4 @@
-"""The state of an NF4Weight: packed bytes, or dense values, or dense values with the retained packed bytes.
+"""The state of a PackedWeight: packed bytes, or dense values, or dense values with the retained packed bytes.
 
 The third form is a reversible merge. Adding a delta to a 4-bit weight and subtracting it again leaves
 rounding errors, and a dense weight. So the state records what was added; once the same values have been
@@ -81,7 +81,7 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 @dataclass
-class NF4State:
+class PackedState:
     """The stored form of a weight, shared by all its aliases.
 
     `packed` and `absmax` alone; or `dense` alone, after a write; or all of them while merged: `dense` is then
@@ -98,7 +98,7 @@ class NF4State:
     double_quant: bool = True  # whether requantize_() makes an offset
     name: str = "weight"  # in errors and warnings
     additions: list[Addition] = field(default_factory=list)
-    seal: Any = None  # fingerprint of `dense` as NF4Weight.merging left it
+    seal: Any = None  # fingerprint of `dense` as PackedWeight.merging left it
     factor: Any = None  # `dense` is this times the packed form, while an average is computed in place
     part_of: str | None = None  # the weight that this is one expert of; then read-only
     gathered: bool = False  # by FSDP2, until it is freed; then read-only
@@ -109,7 +109,7 @@ class NF4State:
         named = {name: getattr(self, name) for name in (*PACKED_FORM, "dense")}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> NF4State:
+    def map(self, function: Callable[[Tensor], Tensor]) -> PackedState:
         """A copy with other tensors, which is no longer part of a whole."""
         new = {name: function(tensor) for name, tensor in self.tensors().items()}
         changed: dict[str, Any] = {
@@ -120,10 +120,10 @@ class NF4State:
         }
         return dataclasses.replace(self, **changed)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NF4State:
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedState:
         return self.map(lambda tensor: copy.deepcopy(tensor, memo))
 
-    def become(self, other: NF4State) -> None:
+    def become(self, other: PackedState) -> None:
         """Takes over another state, except for the name."""
         self.__dict__.update(other.__dict__ | {"name": self.name})
 
@@ -160,7 +160,7 @@ class NF4State:
         dense: Tensor = ops.dequantize_nf4(*self.op_args, self.shape, dtype)
         return dense
 
-    def expert(self, index: int) -> NF4State:
+    def expert(self, index: int) -> PackedState:
         """One expert's packed weight, in this one's memory."""
         if not -self.shape[0] <= index < self.shape[0]:
             raise IndexError(f"index: expected one of {self.shape[0]} experts, got {index}")
@@ -180,7 +180,7 @@ class NF4State:
 
     def holds(self, loaded: Tensor) -> bool:
         """Whether both are dense, with the same values."""
-        values = loaded._state.dense if isinstance(loaded, HoldsNF4) else loaded
+        values = loaded._state.dense if isinstance(loaded, HoldsPacked) else loaded
         if self.dense is None or values is None:
             return False
         return torch.equal(self.dense, values.to(self.dense))
@@ -287,10 +287,10 @@ class NF4State:
         warn_of_growth("for good", self)
 
 
-class HoldsNF4(torch.Tensor):
-    """A tensor whose values are an NF4State."""
+class HoldsPacked(torch.Tensor):
+    """A tensor whose values are a PackedState."""
 
-    _state: NF4State
+    _state: PackedState
 
     def _share(self) -> Share | None:
         return self._state.share
@@ -309,7 +309,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
 
 
-def warn_of_growth(kind: str, state: NF4State) -> None:
+def warn_of_growth(kind: str, state: PackedState) -> None:
     """Warns, once per process and kind, that 4-bit weights have become larger, and by how much."""
     if kind in _warned:
         return
