@@ -1,4 +1,4 @@
-"""Print the table of `peft_kernels/patch/sources.py` for other versions, without installing them.
+"""Print the table of `peft_kernels/patch/rules/sources.py` for other versions, without installing them.
 
     python tools/fingerprints.py peft==0.20.0 peft==0.22.0      # pip downloads them
     python tools/fingerprints.py peft-0.22.0-py3-none-any.whl   # or source distributions
@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from peft_kernels.patch.sources import KNOWN, fingerprint_of
+from peft_kernels.patch.rules.sources import KNOWN, fingerprint_of
 
 Read = Callable[[str], "str | None"]
 Table = dict[str, dict[str, list[str]]]

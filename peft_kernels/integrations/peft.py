@@ -14,7 +14,7 @@ from ..nf4 import bitsandbytes_format
 from ..nf4.sharded.checks import is_tensor_parallel
 from ..nf4.weight import PackedWeight
 from ..patch.fused import plain_class
-from ..patch.lora.eligibility import active_adapters, lora_linear_classes
+from ..patch.rules.lora import active_adapters, lora_linear_classes
 from .bitsandbytes.ops import unpack
 
 

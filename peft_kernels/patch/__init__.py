@@ -20,14 +20,14 @@ from ..core.wrong_types import an
 from ..quantize.report import nbytes_of, report_of
 from . import fused
 from .block.attention_function import FusedAttentionFunction
-from .examination import Examination
 from .examine import LAYER, LOSS, PARTS, PREFIX, examine_all
 from .fused import Record
-from .loss.eligibility import heads
 from .loss.forward import LossModel, head_mixin
 from .loss.trl_head import has_trl_head
 from .prefix.forward import checkpointed
 from .report import LayerReport, PatchReport
+from .rules.examination import Examination
+from .rules.loss import heads
 
 __all__ = ["LayerReport", "PatchReport", "explain", "patch", "patched", "unpatch"]
 

@@ -10,16 +10,17 @@ from torch import nn
 from ..core.module_calls import is_compiled_by_jit
 from ..nf4.experts_packing import NF4Experts
 from .block import attention, decoder_layer, gated_mlp, rms_norm
-from .eligibility import is_linear4bit, is_packed, layer_reason, linear_kind, unsupported_reason
-from .examination import Examination, Layers
-from .experts import eligibility as experts
 from .experts.forward import FusedParameters
-from .lora.eligibility import class_reason, is_lora
 from .lora.forward import FusedLora, lora_reason
 from .lora.linear4bit import FusedLinear4bit
 from .loss import forward as loss_forward
-from .loss.eligibility import heads
 from .prefix import forward as prefix_forward
+from .rules import experts
+from .rules.examination import Examination, Layers
+from .rules.linear4bit import is_linear4bit
+from .rules.linear_kind import is_packed, layer_reason, linear_kind, unsupported_reason
+from .rules.lora import is_lora, of_class
+from .rules.loss import heads
 
 LAYER, MLP, NORM, ATTENTION, DECODER_LAYER = "layer", "gated MLP", "norm", "attention", "decoder layer"
 LOSS, PREFIX = "loss without logits", "PEFT prefix tuning"
@@ -49,7 +50,7 @@ def examine_layer(module: nn.Module) -> Examination | None:
         return _examine_wrappers(list(experts.nest(module)))
     if is_lora(module):
         base: Any = module.get_base_layer()  # type: ignore[operator]
-        never = class_reason(module, FusedLora)
+        never = of_class(module, FusedLora).reason
         kind = f"PEFT LoRA {name} on {type(base).__name__}"
         return Examination(kind, None if never else FusedLora, never or lora_reason(module))
     if is_linear4bit(module):

@@ -10,10 +10,10 @@ from typing import Any
 
 from ..host_memory import returns_freed_memory
 from .block.attention_function import AttentionFacts, function_reason
-from .eligibility import NO_KERNEL
 from .examine import LAYER, LOSS, MLP, PREFIX, examine, layers
 from .fused import Record, record_of, replaced_reason
-from .prefix.eligibility import not_recomputable
+from .rules.calls import NO_KERNEL
+from .rules.prefix import not_recomputable
 
 
 @dataclass

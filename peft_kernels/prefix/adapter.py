@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ..core.wrong_types import an
-from ..patch.prefix.eligibility import is_prefix_config
+from ..patch.rules.prefix import is_prefix_config
 
 
 class PrefixAdapter(NamedTuple):

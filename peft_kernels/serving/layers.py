@@ -20,9 +20,10 @@ from ..nf4.weight import PackedWeight
 from ..ops import arguments
 from ..ops.lora.lora import lora_linear
 from ..ops.lora.multi_lora import AdaptedLinear, Adapter, flatten, multi_lora_linear
-from ..patch.eligibility import Base, fused_operands, linear_kind, unsupported_reason
 from ..patch.fused import RECORD, Fallback, Fused, Record, fuse, record_of, restore
 from ..patch.input_spec import input_spec
+from ..patch.rules.linear import Base, fused_operands
+from ..patch.rules.linear_kind import linear_kind, unsupported_reason
 
 
 @dataclass

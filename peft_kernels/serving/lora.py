@@ -13,9 +13,9 @@ from torch import nn
 from ..checkpoints.header import CheckpointError, Entry, shown
 from ..checkpoints.lora_folder import CONFIG, WEIGHTS, LoraFolder, check_init, read_finite, scaling_of
 from ..ops.lora.dora import dora_factors
-from ..patch.eligibility import fused_operands
 from ..patch.fused import Fallback
 from ..patch.input_spec import input_spec
+from ..patch.rules.linear import fused_operands
 from .layers import LoraLayer, reason_unserved
 
 _UNSERVED = (

@@ -336,7 +336,7 @@ def numbers(version: str) -> list[int]:
 
 def test_reviewed_sources_are_those_of_supported_versions(versions: ModuleType) -> None:
     """Raising a bound leaves sources that no supported version has."""
-    from peft_kernels.patch.sources import KNOWN
+    from peft_kernels.patch.rules.sources import KNOWN
 
     bounds = versions.oldest()
     for name, spans in KNOWN.items():

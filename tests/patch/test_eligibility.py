@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.patch import sources
-from peft_kernels.patch.lora import eligibility
+from peft_kernels.patch.rules import sources, verdict
 
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verdicts are cached for the life of a process."""
-    monkeypatch.setattr(eligibility, "_class_reasons", {})
+    verdict._verdicts.clear()
 
 
 def unknown(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:

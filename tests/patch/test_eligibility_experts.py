@@ -27,16 +27,14 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.patch import sources
-from peft_kernels.patch.experts import eligibility
 from peft_kernels.patch.experts import forward as experts
+from peft_kernels.patch.rules import sources, verdict
 
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verdicts are cached for the life of a process."""
-    for table in ("_wrapper_classes", "_expert_classes"):
-        monkeypatch.setattr(eligibility, table, {})
+    verdict._verdicts.clear()
 
 
 # Not fused, and the reason.
@@ -203,7 +201,7 @@ def test_experts_with_other_results_are_not_fused() -> None:
     plain = model(tokens())
     report = pk.patch(model)
     assert torch.equal(model(tokens()), plain)
-    assert "Halved gives other results" in report.original[0].reason
+    assert "Halved is not known, and gives other results" in report.original[0].reason
 
 
 def test_custom_implementation() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import peft_kernels as pk
 from peft_kernels.core.module_calls import HOOKED_ALL
 from peft_kernels.nf4.sharded.checks import UNGATHERED
-from peft_kernels.patch.eligibility import NO_KERNEL, PARALLEL
+from peft_kernels.patch.rules.calls import NO_KERNEL, PARALLEL
 
 PACKAGE = Path(pk.__file__).parent
 PLACES = [*sorted((PACKAGE / "patch").rglob("*.py")), PACKAGE / "core" / "module_calls.py"]
@@ -22,18 +22,19 @@ ACTIONS = (
     "unpatch", "use ", "see ", "for GRPO use",
 )  # fmt: skip
 """How what a user can do begins, after the last semicolon of a reason."""
+GIVEN_TO = ("Fallback", "CannotTry", "reasons.append")
 WITHOUT = {"sources.py"}
-"""`verify.py` adds what one can do to its reasons."""
+"""`verdict.decide` adds what one can do to its reasons."""
 
 
 def reasons_in(path: Path) -> Iterator[str]:
     """The reasons that a module gives, with {...} for expressions; without those that end with another."""
     functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
     for function in functions:
-        named = re.search("reason|more_than_forward|not_recomputable", function.name) or path.stem == "verify"
+        named = re.search("reason|more_than_forward|not_recomputable", function.name)
         for node in ast.walk(function):
             given: list[ast.AST | None] = []
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Fallback", "reasons.append"):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in GIVEN_TO:
                 given = [*node.args]
             elif isinstance(node, ast.Return):
                 given = [node.value] if named else []

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from peft_kernels.patch import sources
-from peft_kernels.patch.sources import KNOWN, fingerprint, known, reason_unknown
+from peft_kernels.patch.rules import sources
+from peft_kernels.patch.rules.sources import KNOWN, fingerprint, known, reason_unknown
 
 TOOL = Path(__file__).resolve().parent.parent.parent / "tools" / "fingerprints.py"
 
@@ -115,18 +115,6 @@ def test_a_decorator_of_the_same_file_counts_by_its_name(tmp_path: Path) -> None
     assert found != fingerprint(made(tmp_path, decorated.replace("@once", "")))
 
 
-def test_only_checkpoint_wrappers_are_unwrapped() -> None:
-    """transformers wraps the forward of every layer that supports checkpointing, even a wrapped one."""
-    modeling_layers = pytest.importorskip("transformers.modeling_layers")
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-
-    forward = LlamaDecoderLayer.forward
-    assert known(forward)
-    wrapped = functools.wraps(forward)(lambda *args: None)
-    layer = type("Layer", (modeling_layers.GradientCheckpointingLayer,), {"forward": wrapped})
-    assert fingerprint(layer.forward) is None
-
-
 def test_without_a_source_there_is_no_fingerprint() -> None:
     space: dict[str, Any] = {}
     exec("def forward(self, x): return x", space)
@@ -199,11 +187,11 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_tool_reads_archives(tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It prints the fingerprint that the function has at run time, also for a definition inside an `if`."""
     old = "def forward(self, x):\n    return x\n"
-    falcon = "transformers/models/falcon/modeling_falcon.py"
+    variants = "peft/tuners/lora/variants.py"
     for version, scale in (("9.0.0", ""), ("9.1.0", "2 * "), ("9.2.0", "2 * ")):
-        source = f"if True:\n    class FalconLinear:\n        {textwrap.indent(old, ' ' * 8).strip()}\n"
-        with zipfile.ZipFile(tmp_path / f"transformers-{version}-py3-none-any.whl", "w") as wheel:
-            wheel.writestr(falcon, source.replace("return ", f"return {scale}"))
+        source = f"if True:\n    class DoraLinearVariant:\n        {textwrap.indent(old, ' ' * 8).strip()}\n"
+        with zipfile.ZipFile(tmp_path / f"peft-{version}-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(variants, source.replace("return ", f"return {scale}"))
     status = tool([str(path) for path in sorted(tmp_path.glob("*.whl"))])
     said = capsys.readouterr().out
     first, second = (
@@ -212,8 +200,8 @@ def test_the_tool_reads_archives(tool: Any, tmp_path: Path, capsys: pytest.Captu
     )
     assert status == 0
     assert f'"{first}": "9.0.0",  # new\n        "{second}": "9.1.0 to 9.2.0",  # new\n' in said
-    assert '"transformers.pytorch_utils.Conv1D.forward": {\n        # absent in 9.0.0, 9.1.0, 9.2.0\n' in said
-    assert "peft" not in said
+    assert '"peft.tuners.lora.layer.Linear.forward": {\n        # absent in 9.0.0, 9.1.0, 9.2.0\n' in said
+    assert "bitsandbytes" not in said
 
 
 def test_tool_prints_its_usage_and_bad_arguments(tool: Any, capsys: pytest.CaptureFixture[str]) -> None:

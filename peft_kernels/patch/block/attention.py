@@ -13,15 +13,17 @@ from ...core.backends.base import DTYPES
 from ...ops.arguments import autocast_dtype, is_traced
 from ...ops.block.rotary import rotary
 from ...ops.lora.multi_lora import AdaptedLinear, multi_lora_linear
-from ..eligibility import Base
-from ..examination import Examination, Layers
 from ..fused import Fallback, computed_by
 from ..input_spec import input_spec
-from ..lora.eligibility import is_lora
 from ..lora.forward import adapted_operands, sum_reason
-from . import eligibility, empty_cache
+from ..rules import attention as rule
+from ..rules.attention import PROJECTIONS, Attention
+from ..rules.calls import ORDINARY, device_reason
+from ..rules.examination import Examination, Layers
+from ..rules.linear import Base
+from ..rules.lora import is_lora
+from . import empty_cache
 from .attention_function import AttentionFacts, FusedAttentionFunction, function_reason, has_choice
-from .eligibility import ORDINARY, PROJECTIONS, Attention
 
 _ROUNDING = ("eager", "sdpa", "peft_kernels")
 """Attention functions whose inputs autocast rounds."""
@@ -38,9 +40,9 @@ def _run(
     """What the original forward returns, or a Fallback."""
     if torch.compiler.is_compiling() or is_traced():  # a compiler fuses the embedding with its neighbours
         return Fallback()
-    known = eligibility.attention(module)
-    if isinstance(known, Fallback):
-        return known
+    known, reason, _ = rule.attention(module)
+    if reason:
+        return Fallback(reason)
     x = hidden_states
     if len(args) > 1 or not supports(module, x, position_embeddings):
         return Fallback()
@@ -53,16 +55,17 @@ def _run(
         return projected
     values, dtypes = projected
     rounded = rounds_to(module, cache, x.device.type)
-    if rounded is None or known.kind.normed:
+    if rounded is None or known.normed:
         values = [t.to(dtype) for t, dtype in zip(values, dtypes, strict=True)]
     q, k, v = (t.view(*x.shape[:-1], -1, module.head_dim) for t in values)
-    if known.kind.normed:
+    if known.normed:
         q, k = module.q_norm(q), module.k_norm(k)
-    if not known.kind.rotates or getattr(module, known.kind.rotates):
+    if not known.rotates or getattr(module, known.rotates):
         q, k = rotary(q, k, cos, sin, rounded)
     if rounded is not None:
         q, k, v = (t.to(rounded) for t in (q, k, v))
-    y, weights = attend(module, known, [t.transpose(1, 2) for t in (q, k, v)], attention_mask, cache, kwargs)
+    heads = [t.transpose(1, 2) for t in (q, k, v)]
+    y, weights = attend(module, known, heads, position_embeddings, attention_mask, cache, kwargs)
     return module.o_proj(y.reshape(*x.shape[:-1], -1).contiguous()), weights
 
 
@@ -81,7 +84,7 @@ def supports(module: Any, x: Any, position_embeddings: Any) -> bool:
         return False
     batch, rows = x.shape[:2]
     return (
-        not eligibility.device_reason(x, "rotary")
+        not device_reason(x, "rotary")
         and cos.shape[0] in (1, batch)
         and cos.shape[1:] == (rows, module.head_dim)
         and module.head_dim % 2 == 0
@@ -136,22 +139,23 @@ def rounds_to(module: Any, cache: Any, device_type: str) -> torch.dtype | None:
 def attend(
     module: Any,
     known: Attention,
-    projected: Sequence[Tensor],
+    heads: Sequence[Tensor],
+    position_embeddings: Any,
     attention_mask: Any,
     cache: Any,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Any]:
-    """The rest of the original forward, without its output projection."""
-    q, k, v = projected
+    """The rest of the original forward, without its output projection. Changes `kwargs`."""
+    q, k, v = heads
+    more = known.update_arguments(kwargs, position_embeddings)
     if cache is not None and not empty_cache.fill(cache, k, v, module.layer_idx):
-        more = {"kwargs": kwargs} if known.cache == "cache" else {}
         k, v = cache.update(k, v, module.layer_idx, **more)
     options = {
         keyword: getattr(getattr(module, holder) if holder else module, name, None)
-        for keyword, holder, name in known.kind.passed
+        for keyword, holder, name in known.passed
     }
     functions, eager = known.names["ALL_ATTENTION_FUNCTIONS"], known.names["eager_attention_forward"]
-    attend = functions.get_interface(module.config._attn_implementation, eager)
+    attend = functions.get(module.config._attn_implementation, eager)
     dropout = module.attention_dropout if module.training else 0.0
     found: tuple[Tensor, Any] = attend(
         module, q, k, v, attention_mask, dropout=dropout, scaling=module.scaling, **options, **kwargs
@@ -161,7 +165,7 @@ def attend(
 
 def examine(module: nn.Module, layers: Layers, without: Collection[str] = ()) -> Examination | None:
     """`without`: "qkv" for projections and their rotary embedding, "attention" for the attention function."""
-    projects = "qkv" not in without and eligibility.is_attention(module)
+    projects = "qkv" not in without and rule.is_attention(module)
     attends = "attention" not in without and has_choice(module)
     if not projects and not attends:
         return None
@@ -175,9 +179,8 @@ def examine(module: nn.Module, layers: Layers, without: Collection[str] = ()) ->
 
 
 def _projections_reason(module: nn.Module, layers: Layers) -> str:
-    known = eligibility.attention(module)
-    if isinstance(known, Fallback):
-        return known.reason
+    if reason := rule.attention(module).reason:
+        return reason
     reasons = ((name, _projection_reason(module._modules[name], layers)) for name in PROJECTIONS)
     return next((f"{name}: {reason}" for name, reason in reasons if reason), "")
 
@@ -185,4 +188,4 @@ def _projections_reason(module: nn.Module, layers: Layers) -> str:
 def _projection_reason(child: Any, layers: Layers) -> str:
     reason = sum_reason(child, layers) if is_lora(child) else ""
     weight = next(child.parameters(), None)
-    return reason or ("" if weight is None else eligibility.device_reason(weight, "rotary"))
+    return reason or ("" if weight is None else device_reason(weight, "rotary"))

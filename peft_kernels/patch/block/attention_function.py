@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..fused import Fused, plain_class, record_of
-from . import eligibility
+from ..rules.calls import device_reason
 
 NAME = "peft_kernels"
 """The name of our function in transformers' registry."""
@@ -67,7 +67,7 @@ def function_reason(module: Any) -> str:
     if not (function.__module__ or "").startswith(("transformers.", __package__)):
         return f"{name!r} is {function.__module__}.{function.__qualname__}; nothing to do"
     weight = next(module.parameters(), None)
-    return "" if weight is None else eligibility.device_reason(weight, "attention")
+    return "" if weight is None else device_reason(weight, "attention")
 
 
 def _forward(module: nn.Module) -> Any:

@@ -13,10 +13,13 @@ from ...core.wrong_types import an
 from ...ops.arguments import autocast_dtype, is_traced
 from ...ops.block.rms_norm import add_rms_norm, rms_norm
 from ...ops.casts import add_residual
-from ..eligibility import hook_reason
-from ..examination import Examination, Layers
 from ..fused import RECORD, Fallback, Fused, computed_by
-from . import eligibility, prepared_layer
+from ..rules import attention as attention_rule
+from ..rules import decoder_layer as rule
+from ..rules.calls import ORDINARY, device_reason, hook_reason
+from ..rules.decoder_layer import NORM_NAMES
+from ..rules.examination import Examination, Layers
+from . import prepared_layer
 from . import rms_norm as norms
 from .attention import FusedAttention, rounds_to
 from .gated_mlp import FusedMlp
@@ -25,11 +28,11 @@ from .gated_mlp import FusedMlp
 def _run(layer: Any, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Tensor | Fallback:
     if torch.compiler.is_compiling() or is_traced():  # a compiler fuses the sum and the norm itself
         return Fallback()
-    defaults = eligibility.layer(layer)
+    defaults = rule.layer(layer)
     if defaults is None:
         return Fallback("its forward was replaced; restore it to fuse it")
     x = hidden_states
-    if not isinstance(x, Tensor) or eligibility.device_reason(x, "add_rms_norm") or len(args) > len(defaults):
+    if not isinstance(x, Tensor) or device_reason(x, "add_rms_norm") or len(args) > len(defaults):
         return Fallback()
     known = dict(defaults)
     if "past_key_values" in kwargs and "past_key_values" not in known:  # its old name
@@ -39,19 +42,19 @@ def _run(layer: Any, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Te
     if prepared is not None:
         return prepared
     children = layer.__dict__["_modules"]
-    first, second = (_norm_operands(children, name, x) for name in eligibility.NORM_NAMES)
+    first, second = (_norm_operands(children, name, x) for name in NORM_NAMES)
     if isinstance(first, Fallback):
         return first
     if isinstance(second, Fallback):
         return second
     attention, mlp = children["self_attn"], children["mlp"]
     y, _ = attention(hidden_states=_normed(first, _rounds_to(attention, kwargs, x), x), **kwargs)
-    if type(y) not in eligibility.ORDINARY or y.shape != x.shape or y.dtype not in DTYPES:
+    if type(y) not in ORDINARY or y.shape != x.shape or y.dtype not in DTYPES:
         x = x + y
-        return x + mlp(children[eligibility.NORM_NAMES[1]](x))
+        return x + mlp(children[NORM_NAMES[1]](x))
     y, x = _normed(second, _rounds_to(mlp, kwargs, x), y, x)
     y = mlp(y)
-    if type(y) in eligibility.ORDINARY and y.shape == x.shape and y.dtype != x.dtype and y.dtype in DTYPES:
+    if type(y) in ORDINARY and y.shape == x.shape and y.dtype != x.dtype and y.dtype in DTYPES:
         return add_residual(y, x)  # torch's sum of two dtypes takes twice as long
     return x + y
 
@@ -85,16 +88,16 @@ def _rounds_to(half: Any, kwargs: dict[str, Any], x: Tensor) -> torch.dtype | No
     kind = type(half)
     if issubclass(kind, FusedMlp):
         return autocast_dtype(x.device.type) if half.training and torch.is_grad_enabled() else None
-    known = eligibility.attention(half) if issubclass(kind, FusedAttention) else Fallback()
-    return None if isinstance(known, Fallback) else rounds_to(half, kwargs.get(known.cache), x.device.type)
+    known = attention_rule.attention(half).computes if issubclass(kind, FusedAttention) else None
+    return None if known is None else rounds_to(half, kwargs.get(known.cache), x.device.type)
 
 
 def examine(module: nn.Module, layers: Layers) -> Examination | None:
-    if eligibility.layer(module) is None:
-        above = eligibility.layer_of_subclass(module)
+    if rule.layer(module) is None:
+        above = rule.layer_of_subclass(module)
         reason = f"a subclass of {above} with a forward of its own; nothing to do"
         return Examination.of("decoder layer", module, FusedDecoderLayer, reason) if above else None
-    reasons = ((name, _norm_reason(module._modules[name], layers)) for name in eligibility.NORM_NAMES)
+    reasons = ((name, _norm_reason(module._modules[name], layers)) for name in NORM_NAMES)
     reason = next((f"{name}: {reason}" for name, reason in reasons if reason), "")
     return Examination.of("decoder layer", module, FusedDecoderLayer, reason)
 
@@ -103,4 +106,4 @@ def _norm_reason(norm: Any, layers: Layers) -> str:
     found = norms.examine(norm, layers)
     if found is None:
         return f"{an(norm)}, which is none of the norms known here; nothing to do"
-    return found.reason or eligibility.device_reason(norm.weight, "add_rms_norm")
+    return found.reason or device_reason(norm.weight, "add_rms_norm")

@@ -22,14 +22,18 @@ from ...core.gradient import is_plain_call
 from ...ops.block.rms_norm import CASTING
 from ...ops.lora.multi_lora import AdaptedLinear, flatten
 from ..call_cache import Guards, cached_call, store
-from ..eligibility import fused_operands, hook_reason
 from ..fused import RECORD, Fallback, Record, has, plain_class
 from ..input_spec import InputSpec
-from ..lora.eligibility import active_adapters, is_lora
 from ..lora.forward import adapted_operands
-from . import attention, eligibility, gated_mlp
+from ..rules import attention as rule
+from ..rules import norm as norm_rule
+from ..rules.attention import PROJECTIONS, Attention
+from ..rules.calls import hook_reason
+from ..rules.decoder_layer import NORM_NAMES
+from ..rules.linear import fused_operands
+from ..rules.lora import active_adapters, is_lora
+from . import attention, gated_mlp
 from . import rms_norm as norms
-from .eligibility import NORM_NAMES, PROJECTIONS, Attention
 
 _PARTS = {"layers", "mlp", "norms"}
 """Parts of `patch` that a prepared layer computes in addition to those that it is installed with."""
@@ -56,10 +60,10 @@ def run(layer: Any, record: Record, x: Tensor, kwargs: dict[str, Any]) -> Tensor
             return None
     known, halves = prepared
     rest = dict(kwargs)
-    cos, sin = rest.pop("position_embeddings")
+    positions = rest.pop("position_embeddings")
     mask, cache = rest.pop("attention_mask", None), rest.pop(known.cache, None)
-    heads = halves.project(x, cos, sin)
-    y, _ = attention.attend(attn, known, heads, mask, cache, rest)
+    heads = halves.project(x, *positions)
+    y, _ = attention.attend(attn, known, heads, positions, mask, cache, rest)
     out: Tensor = halves.finish(y, x)
     return out
 
@@ -73,14 +77,14 @@ def _prepare(layer: Any, record: Record, x: Tensor) -> tuple[Attention, Any] | N
     record.attempts += 1
     children = layer.__dict__["_modules"]
     attn, mlp = children["self_attn"], children["mlp"]
-    known = eligibility.attention(attn)
-    if isinstance(known, Fallback) or x.dtype not in DTYPES:
+    known = rule.attention(attn).computes
+    if known is None or x.dtype not in DTYPES:
         return None
     facts = gated_mlp.facts_of(mlp)
     if isinstance(facts, Fallback) or facts.change_reason(mlp) or any(map(hook_reason, (attn, mlp))):
         return None
     own_norms = [children[name] for name in NORM_NAMES]
-    if known.kind.normed:
+    if known.normed:
         own_norms += [attn.q_norm, attn.k_norm]
     normed = [_norm(one, x) for one in own_norms]
     groups = [
@@ -96,7 +100,7 @@ def _prepare(layer: Any, record: Record, x: Tensor) -> tuple[Attention, Any] | N
     weights, eps, offsets, roundings = zip(*normed, strict=True)
     library = cpu.BACKEND.extension
     held = [library.AdaptedLayers(*one) for one in layers]
-    rotates = not known.kind.rotates or bool(getattr(attn, known.kind.rotates))
+    rotates = not known.rotates or bool(getattr(attn, known.rotates))
     of_norms = map(list, (weights, eps, offsets, roundings))
     halves = library.DecoderLayer(*of_norms, *held, attn.head_dim, rotates, facts.activation)
     prepared = known, halves
@@ -117,15 +121,15 @@ def _watch(layer: Any, known: Attention, facts: Any, own_norms: Sequence[Any], g
         guards.expect_untouched(one)
         guards.expect_forward(plain_class(one))
         guards.expect_dtype_and_device(guards.expect_same(one.__dict__["_parameters"], "weight"))
-        guards.expect_same(one.__dict__, eligibility.norm(one).eps)  # type: ignore[union-attr]
+        guards.expect_same(one.__dict__, norm_rule.norm(one).computes.eps)
     for module in (attn, mlp):
         guards.expect_untouched(module)
         guards.expect_same(module.__dict__, "_modules")
         guards.expect_same(module.__dict__, RECORD)
-    for name in ("head_dim", known.kind.rotates or "head_dim"):
+    for name in ("head_dim", known.rotates or "head_dim"):
         guards.expect_same(attn.__dict__, name)
     guards.expect_forward(plain_class(attn))
-    for name in ("q_norm", "k_norm") if known.kind.normed else ():
+    for name in ("q_norm", "k_norm") if known.normed else ():
         guards.expect_same(attn._modules, name)
     rotary = guards.expect_same(known.names, "apply_rotary_pos_emb")
     guards.expect_same(rotary.__globals__, "rotate_half")

@@ -12,9 +12,10 @@ from ...core.wrong_types import an
 from ...nf4.sharded.checks import is_dtensor
 from ...ops.arguments import is_traced
 from ...ops.block.rms_norm import rms_norm
-from ..examination import Examination, Layers
 from ..fused import Fallback, Fused, computed_by
-from . import eligibility
+from ..rules import norm as rule
+from ..rules.calls import ORDINARY, device_reason
+from ..rules.examination import Examination, Layers
 
 
 def _run(module: Any, *args: Any, **kwargs: Any) -> Tensor | Fallback:
@@ -23,7 +24,7 @@ def _run(module: Any, *args: Any, **kwargs: Any) -> Tensor | Fallback:
     if len(args) != 1 or kwargs:
         return Fallback(f"extra arguments ({', '.join(kwargs) or 'positional'}); call it without them")
     (x,) = args
-    if eligibility.device_reason(x, "rms_norm"):
+    if device_reason(x, "rms_norm"):
         return Fallback()
     found = operands(module, x)
     if isinstance(found, Fallback):
@@ -39,30 +40,26 @@ class FusedRmsNorm(Fused):
 
 def operands(module: Any, x: Tensor) -> tuple[Tensor, float, dict[str, Any]] | Fallback:
     """The arguments of `rms_norm` after x."""
-    kind = eligibility.norm(module)
-    if isinstance(kind, Fallback):
-        return kind
+    kind, unknown, _ = rule.norm(module)
+    if unknown:
+        return Fallback(unknown)
     d = module.__dict__
     weight = d["_parameters"].get("weight")
     if weight is None:  # a replica, or a view of FSDP
         weight = d.get("weight")
-    reason = eligibility.weight_reason(weight, x.device)
+    reason = rule.weight_reason(weight, x.device)
     if reason:
         return Fallback(reason)
-    if x.dtype not in DTYPES or type(x) not in eligibility.ORDINARY:
+    if x.dtype not in DTYPES or type(x) not in ORDINARY:
         return Fallback(f"x is {an(x)} of {x.dtype}; pass a tensor in fp32, bf16 or fp16")
     return weight, getattr(module, kind.eps), {"offset": kind.offset, "casting": kind.casting}
 
 
 def examine(module: nn.Module, layers: Layers) -> Examination | None:
-    if not eligibility.is_norm(module):
+    if not rule.is_norm(module):
         return None
-    kind = eligibility.norm(module)
     weight: Any = module._parameters["weight"]
-    if isinstance(kind, Fallback):
-        reason = kind.reason
-    elif is_dtensor(weight):  # `fully_shard` gathers it for the call
-        reason = eligibility.device_reason(weight, "rms_norm")
-    else:
-        reason = eligibility.weight_reason(weight)
+    reason = rule.norm(module).reason
+    if not reason:  # `fully_shard` gathers a DTensor for the call
+        reason = device_reason(weight, "rms_norm") if is_dtensor(weight) else rule.weight_reason(weight)
     return Examination.of("norm", module, FusedRmsNorm, reason)

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ...nf4.experts_forward import Lora, experts_forward
 from ..fused import Fallback, Fused, computed_by
-from ..lora.eligibility import active_adapters
-from . import eligibility
+from ..rules import experts as rule
+from ..rules.lora import active_adapters
 
 
 def _run(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | Fallback:
-    wrappers = list(eligibility.nest(module))
+    wrappers = list(rule.nest(module))
     if any(wrapper.merged_adapters for wrapper in wrappers):
         return Fallback()
     active = {wrapper.parameter_name: _active(wrapper) for wrapper in wrappers}
@@ -32,12 +32,12 @@ def _run(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | Fallback
     given = [name for name, value in kwargs.items() if value is not None]
     if given or len(args) != 2:
         return Fallback(f"extra arguments ({', '.join(given) or 'positional'}); call it without them")
-    reason = eligibility.wrappers_reason(wrappers, x.device, FusedParameters)
+    reason = rule.wrappers_reason(wrappers, x.device, FusedParameters)
     if reason:
         return Fallback(reason)
-    experts = eligibility.wrapped(wrappers)
+    experts = rule.wrapped(wrappers)
     lora = {
-        wrapper.parameter_name: summed(wrapper, names, eligibility.transposed(experts))
+        wrapper.parameter_name: summed(wrapper, names, rule.transposed(experts))
         for wrapper in wrappers
         if (names := active[wrapper.parameter_name])
     }

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers on our kernels: `LoraLayer.forward` over every kind of base that `eligibility` knows.
+"""PEFT's LoRA layers on our kernels: `LoraLayer.forward` over every kind of base that `rules` knows.
 
 A call is prepared from the state of the layer at that moment (active adapters, dropout, merged or not), and
 prepared again when any of it has changed since, so everything that PEFT can do to a layer takes effect.
@@ -21,12 +21,13 @@ from ...ops.lora.dora import dora_linear, dora_norm
 from ...ops.lora.lora import lora_linear_args
 from ...ops.lora.multi_lora import AdaptedLinear, Adapter, multi_lora_linear
 from ..call_cache import Call, cached_call, store
-from ..eligibility import Base, fused_operands, hook_reason
-from ..examination import Layers
 from ..fused import RECORD, Fallback, Fused
 from ..input_spec import InputSpec, input_spec
-from . import eligibility
-from .eligibility import active_adapters, is_lora
+from ..rules import lora as rule
+from ..rules.calls import hook_reason
+from ..rules.examination import Layers
+from ..rules.linear import Base, fused_operands
+from ..rules.lora import active_adapters, is_lora
 
 Operands = tuple[Base, list[Adapter]]
 
@@ -64,14 +65,14 @@ class FusedLora(Fused):
 
 def lora_reason(module: Any) -> str:
     """Why a LoRA layer with its active adapters cannot run fused, for any x, or ""."""
-    return eligibility.lora_reason(module, FusedLora)
+    return rule.lora_reason(module, FusedLora)
 
 
 def sum_reason(module: Any, layers: Layers) -> str:
     """Why a LoRA layer, examined in `layers`, cannot be part of an op over several layers, or ""."""
     found = layers[module]
     assert found is not None
-    return found.reason or eligibility.sum_reason(module, active_adapters(module))
+    return found.reason or rule.sum_reason(module, active_adapters(module))
 
 
 def adapted_operands(module: Any, spec: InputSpec) -> Operands | Fallback:
@@ -80,20 +81,18 @@ def adapted_operands(module: Any, spec: InputSpec) -> Operands | Fallback:
     if not is_lora(module):
         base = fused_operands(module, spec, called=False)
         return base if isinstance(base, Fallback) else (base, [])
-    reason = hook_reason(module) or eligibility.class_reason(module, FusedLora)
+    reason = hook_reason(module) or rule.of_class(module, FusedLora).reason
     if reason or module.disable_adapters or module.merged_adapters:
         return Fallback(reason)
     names = active_adapters(module)
-    if reason := eligibility.sum_reason(module, names):
+    if reason := rule.sum_reason(module, names):
         return Fallback(reason)
     return _operands(module, spec, names)
 
 
 def _operands(module: Any, spec: InputSpec, names: Sequence[str], mixed: bool = False) -> Operands | Fallback:
     """`mixed`: each row takes one of the adapters, so the caller adds their biases (`lora_bias=True`)."""
-    reason = eligibility.class_reason(module, FusedLora) or eligibility.variant_reason(
-        module, names, FusedLora
-    )
+    reason = rule.of_class(module, FusedLora).reason or rule.variant_reason(module, names, FusedLora)
     if reason:
         return Fallback(reason)
     base = fused_operands(module.__dict__["_modules"]["base_layer"], spec, called=False)
@@ -102,7 +101,7 @@ def _operands(module: Any, spec: InputSpec, names: Sequence[str], mixed: bool = 
     adapters = []
     bias: Any = base.bias
     for group, name in enumerate(names):
-        adapter = eligibility.adapter_operands(module, name, base.dtype, spec, group)
+        adapter = rule.adapter_operands(module, name, base.dtype, spec, group)
         if isinstance(adapter, Fallback):
             return adapter
         adapters.append(adapter)

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from ...ops.linear import nf4_linear
-from ..eligibility import fused_operands
 from ..fused import Fallback, Fused, computed_by
 from ..input_spec import input_spec
+from ..rules.linear import fused_operands
 
 
 def _run(module: Any, x: Tensor) -> Tensor | Fallback:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...ops.arguments import is_traced
 from ...ops.lora.multi_lora import AdaptedLinear, multi_lora_linear
-from ..eligibility import fused_operands
 from ..fused import Fallback
 from ..input_spec import input_spec
+from ..rules.linear import fused_operands
 
 _MAX_ROWS = 8
 """The op may still choose torch's GEMM below this."""

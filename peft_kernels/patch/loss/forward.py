@@ -14,15 +14,18 @@ from torch import Tensor, nn
 
 from ...ops.arguments import is_traced
 from .. import small_calls
-from ..eligibility import fused_operands, is_linear4bit
-from ..examination import Examination, Layers
-from ..fused import RECORD, Fallback, Fused, Record, has, record_of
+from ..fused import RECORD, Fallback, Fused, Record, has, record_of, replaced_reason
 from ..input_spec import input_spec
-from ..lora.eligibility import is_lora
-from ..lora.forward import FusedLora, adapted_operands, rounded
+from ..lora.forward import FusedLora, adapted_operands, lora_reason, rounded
 from ..lora.linear4bit import FusedLinear4bit
-from . import eligibility, few_rows, trl_head
-from .eligibility import is_tokens
+from ..rules import loss as rule
+from ..rules.examination import Examination, Layers
+from ..rules.linear import fused_operands
+from ..rules.linear4bit import is_linear4bit
+from ..rules.linear_kind import TRANSPOSED, layer_reason, linear_kind
+from ..rules.lora import is_lora
+from ..rules.loss import is_tokens
+from . import few_rows, trl_head
 from .lazy_logits import lazy_logits
 from .recipe import Head, HeadCall
 
@@ -36,7 +39,7 @@ class LossFacts:
 
     def change_reason(self, model: nn.Module) -> str:
         """Why calls no longer run without logits, or ""."""
-        late = [layer for layer in eligibility.heads(model) if not has(layer, LazyHead)]
+        late = [layer for layer in rule.heads(model) if not has(layer, LazyHead)]
         return f"the head, a {type(late[0]).__name__}, was added after patch(); patch again" if late else ""
 
 
@@ -101,14 +104,29 @@ def head_mixin(layer: nn.Module) -> type[LazyHead]:
 
 def examine(module: nn.Module, layers: Layers) -> Examination | None:
     """Examines a model that computes logits."""
-    heads = eligibility.heads(module)
+    heads = rule.heads(module)
     if not heads:
         return None
-    reasons = [eligibility.head_reason(layer) for layer in heads]
+    reasons = [_head_reason(layer) for layer in heads]
     if any(record_of(layer) is not None and not has(layer, LazyHead) for layer in heads):
         reasons.append("its head was patched without the loss; unpatch first")
     reason = next((reason for reason in reasons if reason), "")
     return Examination.of("loss without logits,", module, LossModel, reason, LossFacts())
+
+
+def _head_reason(layer: nn.Module) -> str:
+    """Why the logits of a layer are computed in any case, or ""."""
+    weight = next(layer.parameters(), None)
+    if weight is not None and (reason := rule.device_reason(weight)):
+        return reason
+    if reason := replaced_reason(layer):
+        return f"the head: {reason}"
+    if is_lora(layer):
+        return lora_reason(layer)
+    layer = layer.base_layer if is_tokens(layer) else layer  # type: ignore[assignment]
+    if linear_kind(layer) in ("", TRANSPOSED):
+        return f"its head is a {type(layer).__name__}; nothing to do"
+    return layer_reason(layer)
 
 
 def _is_read_at_once(layer: Any, x: Any) -> bool:
@@ -128,7 +146,7 @@ def _logits(layer: Any, x: Any, record: Record) -> Tensor | Fallback:
         return Fallback(
             f"hidden states are a {type(x).__name__}, or a transform of torch.func is active; nothing to do"
         )
-    if reason := eligibility.freed_reason(layer):
+    if reason := rule.freed_reason(layer):
         return Fallback(reason)
     operands: Any = _operands(layer, x)
     if isinstance(operands, Fallback):

@@ -18,7 +18,7 @@ from ...core.gradient import RaiseInBackward
 from ...nf4.weight import PackedWeight
 from ...nn import NF4Linear
 from ..fused import REPLACES, plain_class, record_of
-from .eligibility import device_reason
+from ..rules.loss import device_reason
 
 IGNORED = -100
 """The label of tokens without a loss, in TRL and transformers."""

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from ...core.wrong_types import an
-from ..examination import Examination, Layers
 from ..fused import RECORD, Fused, plain_class
-from . import eligibility
+from ..rules import prefix as rule
+from ..rules.examination import Examination, Layers
 
 _UNCAST = "_peft_kernels_uncast"
 """The attribute a PeftModel has while it computes a prefix in the dtype of its parameters."""
@@ -31,11 +31,11 @@ class FusedPrefix(Fused):
     def get_prompt(self: Any, batch_size: int, *args: Any, **kwargs: Any) -> Any:
         stock = super().get_prompt  # type: ignore[misc]
         record = self.__dict__.get(RECORD)
-        if record is None or not eligibility.is_active(self):
+        if record is None or not rule.is_active(self):
             return stock(batch_size, *args, **kwargs)
         from . import cache as prefix_cache
 
-        recomputed = eligibility.checkpointing(self, CheckpointedLayer)
+        recomputed = rule.checkpointing(self, CheckpointedLayer)
         dtype = self.base_model_torch_dtype
         if batch_size > 1:
             self.__dict__[_UNCAST] = True
@@ -74,7 +74,7 @@ class GeneratingPrefix(FusedPrefix):
     methods = (*FusedPrefix.methods, "prepare_inputs_for_generation")
 
     def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        ours = RECORD in self.__dict__ and eligibility.is_active(self) and eligibility.takes_cache()
+        ours = RECORD in self.__dict__ and rule.is_active(self) and rule.takes_cache()
         if not ours:
             return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         return _prepare(self, *args, **kwargs)
@@ -135,8 +135,8 @@ class CheckpointedLayer(Fused):
             return stock(*args, **kwargs)
         from . import cache as prefix_cache
 
-        index = eligibility.index_in_cache(self)
-        assert index is not None  # see `eligibility.not_recomputable`
+        index = rule.index_in_cache(self)
+        assert index is not None  # see `rule.not_recomputable`
         layer = prefix_cache.of_self_attention(cache).layers[index]
 
         def run(keys: Any, values: Any, *args: Any) -> Any:
@@ -152,7 +152,7 @@ class CheckpointedLayer(Fused):
 
 def _recomputed_prefix(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The prefix among the arguments of a checkpointed call, or None."""
-    if RECORD not in module.__dict__ or not eligibility.recomputes(module):
+    if RECORD not in module.__dict__ or not rule.recomputes(module):
         return None
     from . import cache as prefix_cache
 
@@ -171,17 +171,15 @@ def _unchecked(module: Any) -> Iterator[None]:
 
 def checkpointed(model: Any) -> Iterator[tuple[nn.Module, type[Fused]]]:
     """The modules of a PeftModel that must keep its prefix, and the class to install in each."""
-    yield from ((layer, CheckpointedLayer) for _, layer in eligibility.layers(model))
-    yield from ((stack, CheckpointedStack) for stack in eligibility.stacks(model))
+    yield from ((layer, CheckpointedLayer) for _, layer in rule.layers(model))
+    yield from ((stack, CheckpointedStack) for stack in rule.stacks(model))
 
 
 def examine(module: nn.Module, layers: Layers) -> Examination | None:
     """Examines a model of PEFT with prefix tuning."""
-    if not eligibility.is_prefix(module):
+    if not rule.is_prefix(module):
         return None
     generates = hasattr(plain_class(module), "prepare_inputs_for_generation")
     mixin = GeneratingPrefix if generates else FusedPrefix
-    reason = (
-        "" if eligibility.is_active(module) else "the active adapter is of another kind; activate the prefix"
-    )
+    reason = "" if rule.is_active(module) else "the active adapter is of another kind; activate the prefix"
     return Examination(f"PEFT prefix tuning {type(module).__name__}", mixin, reason)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import peft_kernels as pk
 import testing
 from peft_kernels.patch.block import attention as fused_attention
-from peft_kernels.patch.block import eligibility
 from peft_kernels.patch.fused import Fallback
+from peft_kernels.patch.rules import verdict
 
 FAMILIES = {
     "Llama": 5, "Mistral": 5, "Qwen2": 5, "Qwen3": 9, "Granite": 5, "Gemma": 5, "Gemma2": 9, "Gemma3": 13,
@@ -34,7 +34,7 @@ FAMILIES = {
 @pytest.fixture(autouse=True)
 def _clear_verdicts() -> Iterator[None]:
     yield
-    eligibility._attentions.clear()
+    verdict._verdicts.clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -231,8 +231,14 @@ def test_foreign_functions_are_not_fused(monkeypatch: pytest.MonkeyPatch, op_cou
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, *rest: theirs(q, k, *rest))
     op_counts.clear()
     assert_near(one_step(model), one_step(stock))
+    assert op_counts["rotary"] == 2, "it computes the same"
+    monkeypatch.setattr(
+        modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: theirs(q, k, cos, -sin)
+    )
+    op_counts.clear()
+    assert_near(one_step(model), one_step(stock))
     assert not op_counts["rotary"] and block_fallbacks(report).total() == 2
-    assert "its rotary embedding is none of those known here" in str(report)
+    assert "its forward is none of those known here" in str(report)
 
     class Other(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -245,12 +251,21 @@ def test_foreign_functions_are_not_fused(monkeypatch: pytest.MonkeyPatch, op_cou
     assert "its forward is none of the norms known here" in str(report)
 
 
+class HalvedRMSNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(64)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * self.weight * nn.functional.rms_norm(x, (64,), eps=self.eps)
+
+
 def test_unknown_norms_and_layers_are_reported() -> None:
-    report = pk.patch(family("Helium"))
-    assert (
-        "its forward is none of the norms known here; nothing to do: model.layers.0.input_layernorm"
-        in str(report)
-    )
+    model = family("Llama")
+    model.model.layers[0].input_layernorm = HalvedRMSNorm()
+    report = pk.patch(model)
+    reason = "its forward is none of the norms known here; nothing to do"
+    assert f"{reason}: model.layers.0.input_layernorm" in str(report)
     model = family("Cohere")
     report = pk.patch(model)
     assert "in part, 2 layers: projections by its own forward, its forward is none of those k" in str(report)

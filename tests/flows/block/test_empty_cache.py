@@ -78,4 +78,6 @@ def test_only_empty_stock_caches_in_training(monkeypatch: pytest.MonkeyPatch) ->
         assert not empty_cache.fill(cache_of(), k, v, 0)
     theirs = DynamicLayer.update
     monkeypatch.setattr(DynamicLayer, "update", lambda *args, **kwargs: theirs(*args, **kwargs))
+    assert empty_cache.fill(cache_of(), k, v, 0), "it does the same"
+    monkeypatch.setattr(DynamicLayer, "update", lambda self, k, v, *rest: theirs(self, 2 * k, v))
     assert not empty_cache.fill(cache_of(), k, v, 0)

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from ...core.wrong_types import an
 from ...ops.arguments import is_traced
 from ...ops.lora.multi_lora import Adapter
-from .. import sources, verify
-from ..eligibility import TRANSPOSED, hook_reason, layer_reason, linear_kind
 from ..fused import Fallback, Fused, plain_class
 from ..input_spec import InputSpec
+from . import sources, trial
+from .calls import hook_reason
+from .linear_kind import TRANSPOSED, layer_reason, linear_kind
+from .verdict import Verdict, cached, decide
 
-_class_reasons: dict[tuple[Any, ...], str] = {}
-"""Reasons by class and its forward, and for DoRA by both forwards."""
 _linear_forward = nn.Linear.forward
 _CALLED = ("_mixed_batch_forward", "_check_forward_args", "_cast_input_dtype")
 """Methods that the forward of a LoRA layer calls."""
@@ -60,30 +60,32 @@ def active_adapters(module: Any) -> list[str]:
     return [name for name in names if name in known]
 
 
-def class_reason(module: Any, ours: type[Fused]) -> str:
-    """Why `ours` does not compute what the class of a LoRA layer does."""
+def of_class(module: Any, ours: type[Fused]) -> Verdict:
+    """Whether `ours` computes what the class of a LoRA layer does."""
     cls: Any = plain_class(module)
     key = cls, cls.forward
-    found = _class_reasons.get(key)
-    return (
-        verify.once(_class_reasons, key, lambda: _class_reason(cls, module, ours)) if found is None else found
-    )
+    found = cached(key)
+    if found is not None:
+        return found
+    if reason := _own_reason(cls):
+        return Verdict(reason=reason)
+    functions = cls.forward, *(getattr(cls, name) for name in _CALLED)
+    same = lambda: trial.lora(module, active_adapters(module), ours)  # noqa: E731
+    return decide(key, lambda: sources.reason_unknown(*functions), same)
 
 
-def _class_reason(cls: Any, module: Any, ours: type[Fused]) -> str:
+def _own_reason(cls: Any) -> str:
+    """Why no forward of ours is meant for a class."""
     like = {one.forward: one for one in lora_linear_classes()}.get(cls.forward)
     if like is None:
         return f"no fused forward for {cls.__module__}.{cls.__qualname__}; nothing to do"
-    for name in _CALLED:
-        if getattr(cls, name) is not getattr(like, name):
-            return f"{cls.__module__}.{cls.__qualname__} has its own {name}; nothing to do"
-    reason = sources.reason_unknown(cls.forward, *(getattr(cls, name) for name in _CALLED))
-    return reason and verify.lora(module, active_adapters(module), ours, reason)
+    own = next((name for name in _CALLED if getattr(cls, name) is not getattr(like, name)), "")
+    return own and f"{cls.__module__}.{cls.__qualname__} has its own {own}; nothing to do"
 
 
 def lora_reason(module: Any, ours: type[Fused]) -> str:
     """Why a LoRA layer with its active adapters cannot run fused, for any x."""
-    if reason := class_reason(module, ours):  # other classes may store adapters elsewhere
+    if reason := of_class(module, ours).reason:  # other classes may store adapters elsewhere
         return reason
     names, layer = active_adapters(module), module._modules["base_layer"]
     reason = layer_reason(layer) or hook_reason(layer)
@@ -181,10 +183,9 @@ def sum_reason(module: Any, names: Sequence[str]) -> str:
 
 def _dora_reason(module: Any, variant: Any, magnitude: Any, ours: type[Fused]) -> str:
     key = type(variant).forward, type(magnitude).forward
-
-    def find() -> str:
-        reason = sources.reason_unknown(*key, type(magnitude).get_weight_norm)
-        return reason and verify.lora(module, active_adapters(module), ours, reason)
-
-    found = _class_reasons.get(key)
-    return verify.once(_class_reasons, key, find) if found is None else found
+    found = cached(key) or decide(
+        key,
+        lambda: sources.reason_unknown(*key, type(magnitude).get_weight_norm),
+        lambda: trial.lora(module, active_adapters(module), ours),
+    )
+    return found.reason

@@ -7,11 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import eligibility
-from ..eligibility import TRANSPOSED, layer_reason, linear_kind
-from ..fused import replaced_reason
-from ..lora.eligibility import is_lora
-from ..lora.forward import lora_reason
+from . import calls
 
 
 def heads(model: Any) -> list[Any]:
@@ -44,7 +40,7 @@ def is_tokens(layer: Any) -> bool:
 def device_reason(weight: Tensor) -> str:
     """Why the loss of a head with this weight is not computed without logits, or "". Heads may be trained."""
     ops = "linear_cross_entropy", "linear_cross_entropy_trained"
-    return next(filter(None, (eligibility.device_reason(weight, op) for op in ops)), "")
+    return next(filter(None, (calls.device_reason(weight, op) for op in ops)), "")
 
 
 def freed_reason(layer: nn.Module) -> str:
@@ -57,18 +53,3 @@ def freed_reason(layer: nn.Module) -> str:
         if any(hasattr(p, "ds_id") for p in layer.parameters())
         else ""
     )
-
-
-def head_reason(layer: nn.Module) -> str:
-    """Why the logits of a layer are computed in any case, or ""."""
-    weight = next(layer.parameters(), None)
-    if weight is not None and (reason := device_reason(weight)):
-        return reason
-    if reason := replaced_reason(layer):
-        return f"the head: {reason}"
-    if is_lora(layer):
-        return lora_reason(layer)
-    layer = layer.base_layer if is_tokens(layer) else layer  # type: ignore[assignment]
-    if linear_kind(layer) in ("", TRANSPOSED):
-        return f"its head is a {type(layer).__name__}; nothing to do"
-    return layer_reason(layer)

@@ -5,7 +5,7 @@ Functions that return only a reason return "" if there is none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,11 @@ from ...core.code_tables import WEIGHT_DTYPES
 from ...core.wrong_types import an
 from ...nf4.experts_packing import NF4Experts, weight_names
 from ...nf4.weight import PackedWeight
-from .. import sources, verify
-from ..eligibility import hook_reason
 from ..fused import Fused, plain_class
-from ..lora.eligibility import is_lora
-
-_wrapper_classes: dict[tuple[Any, ...], str] = {}
-_expert_classes: dict[tuple[type, Callable[..., Any], Any], str] = {}
+from . import sources, trial
+from .calls import hook_reason
+from .lora import is_lora
+from .verdict import cached, decide
 
 _CALLED = ("_activate_lora", "get_delta_weight", "get_delta_factors", "get_param")
 """Methods that the forward of a `ParamWrapper` calls; not every version has all."""
@@ -124,27 +122,21 @@ def _experts_class_reason(experts: Any) -> str:
     cls = plain_class(experts)
     chosen = getattr(getattr(experts, "config", None), "_experts_implementation", None)
     key = cls, cls.forward, chosen
-    found = _expert_classes.get(key)
-    if found is None:
-        found, tried = verify.experts(experts)
-        if tried:
-            _expert_classes[key] = found
-    return found
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    found = cached(key) or decide(key, lambda: f"{name} is not known", lambda: trial.experts(experts))
+    return found.reason
 
 
 def _wrapper_class_reason(wrappers: Sequence[Any], ours: type[Fused]) -> str:
     """Why `ours` does not compute what the class of these wrappers does."""
-
-    def find(cls: Any) -> str:
-        functions = [getattr(cls, name) for name in _CALLED if hasattr(cls, name)]
-        reason = sources.reason_unknown(cls.forward, *functions)
-        return reason and verify.parameters(wrappers, ours, reason)
-
     for cls in {plain_class(wrapper): None for wrapper in wrappers}:
+        functions = [getattr(cls, name) for name in ("forward", *_CALLED) if hasattr(cls, name)]
         key = cls, cls.forward
-        found = _wrapper_classes.get(key)
-        if found is None:
-            found = verify.once(_wrapper_classes, key, lambda cls=cls: find(cls))  # type: ignore[misc]
-        if found:
-            return found
+        found = cached(key) or decide(
+            key,
+            lambda functions=functions: sources.reason_unknown(*functions),  # type: ignore[misc]
+            lambda: trial.parameters(wrappers, ours),
+        )
+        if found.reason:
+            return found.reason
     return ""

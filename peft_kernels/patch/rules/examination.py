@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .fused import Fused
+from ..fused import Fused
 
 
 @dataclass

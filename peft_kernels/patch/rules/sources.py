@@ -1,8 +1,7 @@
 """Recognises the functions of other libraries that our fused forwards replace, by a hash of their source.
 
-A fused forward computes what a forward of PEFT, bitsandbytes or transformers computed when ours was written.
-The table lists the versions of each function that were reviewed; `tools/fingerprints.py` prints it for
-others.
+A fused forward computes what a forward of PEFT or bitsandbytes computed when ours was written. The table
+lists the versions of each function that were reviewed; `tools/fingerprints.py` prints it for others.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import inspect
-import sys
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -39,54 +37,6 @@ KNOWN: dict[str, dict[str, str]] = {
     "peft.tuners.lora.dora.cache_decorator": {"288b4d50b73adb54": "0.20.0 to 0.21.2"},
     "bitsandbytes.nn.modules.Linear4bit.forward": {"ca51ab17d0636863": "0.50.0 to 0.50.2"},
     "bitsandbytes.nn.modules.Linear4bit.set_compute_type": {"d1f7a6eb3da2dd81": "0.50.0 to 0.50.2"},
-    "transformers.models.llama.modeling_llama.LlamaRMSNorm.forward": {"2f53ab0ccb1a5679": "5.23.0 to 5.24.0"},
-    "transformers.models.gemma.modeling_gemma.GemmaRMSNorm.forward": {"eb2b79c61fd5c59a": "5.23.0 to 5.24.0"},
-    "transformers.models.gemma.modeling_gemma.GemmaRMSNorm._norm": {"4a3e49eb57fd8d1c": "5.23.0 to 5.24.0"},
-    "transformers.models.olmo2.modeling_olmo2.Olmo2RMSNorm.forward": {"cbd8715dd591c742": "5.23.0 to 5.24.0"},
-    "transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward": {
-        "d39fb29dbb6d1f76": "5.23.0",
-        "ed0862eba73f05fe": "5.24.0",
-    },
-    "transformers.models.mixtral.modeling_mixtral.MixtralDecoderLayer.forward": {
-        "8fac77c75941d335": "5.23.0",
-        "028301c8ba3c9f6e": "5.24.0",
-    },
-    "transformers.models.llama.modeling_llama.apply_rotary_pos_emb": {"73b8f1be688e9d28": "5.23.0 to 5.24.0"},
-    "transformers.models.llama.modeling_llama.rotate_half": {"3718d708a300358f": "5.23.0 to 5.24.0"},
-    "transformers.models.llama.modeling_llama.LlamaAttention.forward": {
-        "77f7d5720e95a24f": "5.23.0",
-        "2e89277ac6ecccb7": "5.24.0",
-    },
-    "transformers.models.mistral.modeling_mistral.MistralAttention.forward": {
-        "a8f025968f9c8bf4": "5.23.0",
-        "444ad336a6944b90": "5.24.0",
-    },
-    "transformers.models.qwen2.modeling_qwen2.Qwen2Attention.forward": {
-        "b2ca15cae6c33a89": "5.23.0",
-        "af370a8e258d3aa4": "5.24.0",
-    },
-    "transformers.models.qwen3.modeling_qwen3.Qwen3Attention.forward": {
-        "c2f7f42a93e75204": "5.23.0",
-        "1bc6152015a9eceb": "5.24.0",
-    },
-    "transformers.models.gemma2.modeling_gemma2.Gemma2Attention.forward": {
-        "9eaf23b572ce8b65": "5.23.0",
-        "f2e874e130deb1ec": "5.24.0",
-    },
-    "transformers.models.gemma3.modeling_gemma3.Gemma3Attention.forward": {
-        "177ee839610bb9d5": "5.23.0",
-        "891d744f7e604de4": "5.24.0",
-    },
-    "transformers.models.smollm3.modeling_smollm3.SmolLM3Attention.forward": {
-        "d22ab01dd7083c76": "5.23.0",
-        "785b397087e82e6a": "5.24.0",
-    },
-    "transformers.pytorch_utils.Conv1D.forward": {"dcf8ce4ff2064634": "5.23.0 to 5.24.0"},
-    "transformers.models.falcon.modeling_falcon.FalconLinear.forward": {
-        "8fb580e19d223db9": "5.23.0 to 5.24.0"
-    },
-    "transformers.cache_utils.Cache.update": {"acd30e0201920764": "5.23.0 to 5.24.0"},
-    "transformers.cache_utils.DynamicLayer.update": {"efd863817b6fe3c5": "5.23.0 to 5.24.0"},
 }
 """Fingerprints of the reviewed sources, by qualified name, and the versions that have them."""
 
@@ -139,39 +89,20 @@ _MANAGER = contextlib.contextmanager(iter).__code__
 """The code of every function wrapped by contextmanager."""
 
 
-def _is_decorator(code: Any) -> bool:
-    """Whether this is the code of a wrapper that only calls the wrapped function: contextlib's, transformers'
-    `deprecate_kwarg`, which renames arguments, and its wrapper around the forward of layers that can be
-    checkpointed."""
-    return code is _MANAGER or _renames_arguments(code) or _checkpoints(code)
-
-
-def _renames_arguments(code: Any) -> bool:
-    deprecation: Any = sys.modules.get("transformers.utils.deprecation")
-    return deprecation is not None and code is deprecation.deprecate_kwarg("", "0")(fingerprint_of).__code__
-
-
-def _checkpoints(code: Any) -> bool:
-    layers: Any = sys.modules.get("transformers.modeling_layers")
-    made = getattr(layers, "GradientCheckpointingLayer", object).__init_subclass__
-    # Before transformers 5.24 it was `__call__` that checkpointed.
-    return any(code is one for one in getattr(_code(made), "co_consts", ()))
-
-
 @lru_cache(maxsize=256)
 def fingerprint(function: Callable[..., Any]) -> str | None:
     """16 hex digits of a hash of a function's source, or None if there is no source.
 
     Comments, docstrings, annotations, blank lines and formatting are ignored. A wrapper (`functools.wraps`)
     has no fingerprint, unless it is defined in the same file as the function: then it is the library's own
-    decorator, and part of the source. Wrappers of `_is_decorator` are ignored.
+    decorator, and part of the source. The wrapper of `contextlib.contextmanager` is ignored.
     """
     wrappers: list[Any] = []
     inner = inspect.unwrap(function, stop=wrappers.append)  # `append` returns None: never stops
     try:
         file = inspect.getsourcefile(inner)
         codes = map(_code, [*wrappers, inner])
-        if not all(_is_decorator(code) or inspect.getsourcefile(code) == file for code in codes):
+        if not all(code is _MANAGER or inspect.getsourcefile(code) == file for code in codes):
             return None
         source = inspect.getsource(inner)
         # The lines of a method are indented, except inside of strings.
@@ -195,13 +126,6 @@ def qualified_name(function: Callable[..., Any]) -> str:
 def known(function: Callable[..., Any]) -> bool:
     """Whether this is, by name and source, a reviewed function."""
     return fingerprint(function) in KNOWN.get(qualified_name(function), ())
-
-
-def like(function: Callable[..., Any], *names: str) -> str | None:
-    """The first of these names with a reviewed source equal to that of `function`, or None: transformers
-    copies functions from model to model."""
-    found = fingerprint(function)
-    return next((name for name in names if found is not None and found in KNOWN[name]), None)
 
 
 def reason_unknown(*functions: Callable[..., Any]) -> str:
