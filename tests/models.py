@@ -8,6 +8,7 @@ import pickle
 from typing import Any
 
 import torch
+from installed import before
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -55,7 +56,8 @@ def to_base(model: nn.Module, base: str, compute_dtype: torch.dtype | None = Non
 def to_linear4bit(
     linear: nn.Linear, compute_dtype: torch.dtype | None = None, quant_type: str = "nf4"
 ) -> Any:
-    """The layer as bitsandbytes' Linear4bit with double quantisation. Skips without bitsandbytes."""
+    """The layer as bitsandbytes' Linear4bit. Before 0.50 without double quantisation, whose table was another one
+    on CPUs. Skips without bitsandbytes."""
     import pytest
 
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -65,6 +67,7 @@ def to_linear4bit(
         bias=linear.bias is not None,
         quant_type=quant_type,
         compute_dtype=compute_dtype,
+        compress_statistics=not before("bitsandbytes", "0.50"),
     )
     layer.load_state_dict(copy.deepcopy(linear.state_dict()))
     layer.to(linear.weight.dtype).to("cpu")

@@ -50,8 +50,8 @@ def examine_layer(module: nn.Module) -> Examination | None:
         return _examine_wrappers(list(experts.nest(module)))
     if is_lora(module):
         base: Any = module.get_base_layer()  # type: ignore[operator]
-        never = of_class(module, FusedLora).reason
-        kind = f"PEFT LoRA {name} on {type(base).__name__}"
+        _, never, tried = of_class(module, FusedLora)
+        kind = f"PEFT LoRA {name} on {type(base).__name__}{' (tried)' if tried else ''}"
         return Examination(kind, None if never else FusedLora, never or lora_reason(module))
     if is_linear4bit(module):
         known = bool(linear_kind(module))

@@ -46,6 +46,7 @@ def test_an_unknown_version_is_tried_once_per_class(
     tried = [record for record in caplog.messages if "tried on one layer" in record]
     assert len(tried) == 1 + bool(options) and "has changed" in tried[0], str(report)
     assert not report.original, str(report)
+    assert report.details().count("(tried)") == 2
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert testing.relative_error(model(x), plain) < ONE_MODEL
 

@@ -155,7 +155,8 @@ def attend(
         for keyword, holder, name in known.passed
     }
     functions, eager = known.names["ALL_ATTENTION_FUNCTIONS"], known.names["eager_attention_forward"]
-    attend = functions.get(module.config._attn_implementation, eager)
+    name = module.config._attn_implementation
+    attend = functions.get(name, eager) if name == "eager" else functions[name]
     dropout = module.attention_dropout if module.training else 0.0
     found: tuple[Tensor, Any] = attend(
         module, q, k, v, attention_mask, dropout=dropout, scaling=module.scaling, **options, **kwargs

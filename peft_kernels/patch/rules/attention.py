@@ -26,6 +26,7 @@ _HEAD, _FEATURES, _HEADS = 4, 8, {"q_proj": 2, "k_proj": 1, "v_proj": 1, "o_proj
 _SCALING, _DROPOUT, _LAYER, _MASK, _WEIGHTS = 0.37, 0.25, 5, "the mask", "the weights"
 _OTHERS = {"position_ids": "the position_ids", "more": "another argument"}
 _NOT_GIVEN = "not given"
+_KWARGS = ("kwargs",)
 _UNKNOWN = "its forward is none of those known here; nothing to do"
 
 
@@ -43,9 +44,9 @@ class Attention(NamedTuple):
     """The name of its argument for the KV cache."""
     own: tuple[str, ...]
     """Its arguments after the cache, which are not passed on to the attention function."""
-    update: str
-    """The argument of the cache's `update` after the layer's index: "kwargs" (transformers 5.24),
-    "cache_kwargs" (5.0), or "" for none."""
+    update: tuple[str, ...]
+    """What `update` of the cache is given after the layer's index: nothing, its `kwargs` (transformers 5.24), or
+    these entries of `cache_kwargs` (5.0)."""
     names: dict[str, Any]
     """The globals of its file."""
 
@@ -53,12 +54,10 @@ class Attention(NamedTuple):
         """The arguments of the cache's `update` after the layer's index. Takes the module's own arguments out
         of `kwargs`, the others go to the attention function."""
         own = {name: kwargs.pop(name, None) for name in self.own}
-        if self.update == "kwargs":
+        if self.update == _KWARGS:
             return {"kwargs": kwargs}
-        if self.update == "cache_kwargs":
-            cos, sin = positions
-            return {"cache_kwargs": {"sin": sin, "cos": cos, **own}}
-        return {}
+        given = dict(zip(("cos", "sin"), positions, strict=True)) | own
+        return {"cache_kwargs": {name: given[name] for name in self.update}} if self.update else {}
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -107,12 +106,12 @@ def _kind(module: nn.Module, forward: FunctionType) -> Attention | None:
         rotates="use_rope" if "use_rope" in vars(module) else "",
         cache=names[3],
         own=tuple(names[4:]),
-        update="",
+        update=(),
         names=forward.__globals__,
     )
     x = torch.ones(1, 2, _FEATURES, device="cpu")
     (_, (updated, attended), _), _ = _Trial(module, forward, kind, "sdpa", True).theirs(x, False)
-    update = next((name for name in ("kwargs", "cache_kwargs") if updated[name] is not _NOT_GIVEN), "")
+    update = _KWARGS if updated["kwargs"] is not _NOT_GIVEN else tuple(updated["cache_kwargs"] or ())
     settings = {value: place for place, value in _given_settings()}
     passed = [(key, *settings[value]) for key, value in attended["options"].items() if value in settings]
     return kind._replace(passed=tuple(passed), update=update)
@@ -245,7 +244,7 @@ def _update(
     keys: Tensor,
     values: Tensor,
     layer_idx: int,
-    cache_kwargs: Any = _NOT_GIVEN,
+    cache_kwargs: Any = None,
     kwargs: Any = _NOT_GIVEN,
 ) -> tuple[Tensor, Tensor]:
     calls.append(

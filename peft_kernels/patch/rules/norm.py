@@ -19,7 +19,7 @@ from .verdict import Verdict, cached, recognise
 _DTYPES = ((torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32))
 """Dtypes of x and of the weight in a trial."""
 _SCALES = (1e-3, 0.1, 1.0, 1e4)
-"""Of the rows: eps counts in the first, a clamp shows in the last."""
+"""Of the rows: eps counts in the first, a clamp of x shows in the last."""
 
 
 _UNKNOWN = "its forward is none of the norms known here; nothing to do"
@@ -62,11 +62,13 @@ def _agrees(module: nn.Module, forward: Any, kind: Norm, dtype: torch.dtype, of_
     """Whether `rms_norm` gives what the forward does for x and a weight of these dtypes."""
     eps, features = 0.03, 64
     for training in (True, False):
-        with plain_mode():
+        with plain_mode(has_gradient=training):
             generator = torch.Generator().manual_seed(0)
             x = torch.randn(4, 4, 2, features, generator=generator, device="cpu")
             x = (x * torch.tensor(_SCALES, device="cpu").view(4, 1, 1, 1)).to(dtype)
-            weight = torch.randn(features, generator=generator, device="cpu").to(of_weight)
+            weight = torch.randn(features, generator=generator, device="cpu")
+            weight[::4] *= 1e3  # so that a clamp of the result shows
+            weight = weight.to(of_weight)
             x, weight = x.requires_grad_(training), weight.requires_grad_(training)
             stand_in = StandIn(module, {"weight": weight, kind.eps: eps}, training)
             try:
@@ -77,7 +79,13 @@ def _agrees(module: nn.Module, forward: Any, kind: Norm, dtype: torch.dtype, of_
             if stand_in.reads or not isinstance(theirs, Tensor) or not _equal(theirs, ours):
                 return False
             if training and dtype is torch.float32:
-                pairs = zip(*(torch.autograd.grad(y.sum(), (x, weight)) for y in (theirs, ours)), strict=True)
+                pairs = zip(
+                    *(
+                        torch.autograd.grad(y.sum(), (x, weight), materialize_grads=True)
+                        for y in (theirs, ours)
+                    ),
+                    strict=True,
+                )
                 if not all(torch.allclose(a, b, 1e-3, 1e-4) for a, b in pairs):
                     return False
     return True
