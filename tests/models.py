@@ -56,8 +56,8 @@ def to_base(model: nn.Module, base: str, compute_dtype: torch.dtype | None = Non
 def to_linear4bit(
     linear: nn.Linear, compute_dtype: torch.dtype | None = None, quant_type: str = "nf4"
 ) -> Any:
-    """The layer as bitsandbytes' Linear4bit. Before 0.50 without double quantisation, whose table was another one
-    on CPUs. Skips without bitsandbytes."""
+    """The layer as bitsandbytes' Linear4bit, before 0.50 without double quantisation, which had another table
+    on CPUs then. Skips without bitsandbytes."""
     import pytest
 
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")

@@ -256,6 +256,12 @@ def flows_run_with_other_versions() -> str:
     return make("upgrades")
 
 
+@check("families", is_long=True)
+def families_are_fused_as_before() -> str:
+    """tools/families.py renews docs/families.md; its last line is the last row that has changed."""
+    return run([sys.executable, "tools/families.py"], "families")
+
+
 @check("docs", is_long=True)
 def site_is_built() -> str:
     """`make docs` builds the site without a broken link."""

@@ -194,7 +194,9 @@ def _cached_norm(vector: Any, name: str, x: Tensor, base: Base, one: Adapter) ->
     context."""
     from peft.tuners.lora import dora
 
-    cache = vector._dora_cache
+    cache = getattr(vector, "_dora_cache", None)
+    if cache is None:  # PEFT before 0.19
+        return None
     if not dora.ENABLE_DORA_CACHING or vector.training:
         cache.clear()
         return None

@@ -45,8 +45,8 @@ class Attention(NamedTuple):
     own: tuple[str, ...]
     """Its arguments after the cache, which are not passed on to the attention function."""
     update: tuple[str, ...]
-    """What `update` of the cache is given after the layer's index: nothing, its `kwargs` (transformers 5.24), or
-    these entries of `cache_kwargs` (5.0)."""
+    """What `update` of the cache is given after the layer's index: nothing, its `kwargs` (transformers 5.24),
+    or these entries of `cache_kwargs` (5.0)."""
     names: dict[str, Any]
     """The globals of its file."""
 
