@@ -103,23 +103,6 @@ def compared(wanted: Expected, makes: Mapping[str, Callable[[], Any]], needs: st
 
 
 @dataclass(frozen=True)
-class Goal:
-    """A bound on our time relative to that of one contender."""
-
-    against: str
-    limit: float
-    cost: bool = False
-    """False: its time / ours is at least `limit`. True: our time / its time is at most `limit`; the other is
-    then not a peer but a cheaper job of ours, a yardstick, and to be slower is no loss."""
-
-    def met(self, ratio: Spread) -> bool:
-        return ratio.median <= self.limit if self.cost else ratio.median >= self.limit
-
-    def __str__(self) -> str:
-        return f"at {'most' if self.cost else 'least'} {self.limit:g}"
-
-
-@dataclass(frozen=True)
 class Case:
     """One problem to time. `build` makes the contenders, ours among them."""
 
@@ -131,7 +114,8 @@ class Case:
     build: Build
     batch: int | None = None
     """Of a block: the samples that the M rows belong to."""
-    goals: Sequence[Goal] = ()
+    yardsticks: Sequence[str] = ()
+    """Contenders that are no peers but cheaper jobs of ours, which the cost of this one is relative to."""
     title: str = ""
     seconds: float = 1.0
     needs: str = ""
@@ -189,9 +173,8 @@ class Result(report.Outcome):
         return [name for name in self.contenders if name not in (OURS, *self.yardsticks)]
 
     @property
-    def yardsticks(self) -> list[str]:
-        """Cheaper jobs of ours that the cost of this one is relative to."""
-        return [goal.against for goal in self.case.goals if goal.cost]
+    def yardsticks(self) -> Sequence[str]:
+        return self.case.yardsticks
 
     def time(self, name: str) -> Spread | None:
         return Spread.of(self.seconds[name]) if name in self.seconds else None
@@ -235,18 +218,10 @@ class Result(report.Outcome):
             "times_ms": times,
             "ratios": {name: report.rounded(ratio) for name, ratio in self.ratios().items()},
             "costs": {name: report.rounded(cost) for name, cost in costs.items()},
-            "goals": {goal.against: {"limit": goal.limit, "cost": goal.cost} for goal in case.goals},
             "errors": {name: float(f"{error:.4g}") for name, error in self.errors.items()},
             "rounds": max(map(len, self.seconds.values()), default=0),
             "copies": self.copies,
         }
-
-    def goals(self) -> Iterator[tuple[str, bool | None]]:
-        for goal in self.case.goals:
-            ratio = self.against(goal.against)
-            quotient = f"{OURS} / {goal.against}" if goal.cost else f"{goal.against} / {OURS}"
-            text = f"{quotient}: {goal}, measured {self.cell(goal.against).partition(' (')[0]}"
-            yield text, None if ratio is None else goal.met(ratio)
 
     @classmethod
     def tables(cls, outcomes: Sequence[Result], unit: str) -> Iterator[tuple[str, str]]:

