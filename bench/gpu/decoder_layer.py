@@ -92,10 +92,14 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     def rotated(x: Tensor) -> Tensor:
-        a, b = x.chunk(2, -1)
+        a, b = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
         return x * cos[:, :, None] + torch.cat([-b, a], -1) * sin[:, :, None]
 
     return rotated(q), rotated(k)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 def angles(sizes: Sizes, device: str) -> tuple[Tensor, Tensor]:
@@ -133,7 +137,7 @@ class Layer:
         q, k, v = self._heads(*(linear(i, y) for i in (Q, K, V)))
         x = x + linear(O, self._attention(*rotary(q, k, cos, sin), v))
         y = norm(x, self.norms[1])
-        return x + linear(DOWN, F.silu(linear(GATE, y)) * linear(UP, y))
+        return x + linear(DOWN, gated(linear(GATE, y), linear(UP, y)))
 
     def ours(self, cos: Tensor, sin: Tensor, x: Tensor, *adapters: Tensor) -> Tensor:
         pairs = zip(self.weights, adapters[::2], adapters[1::2], strict=True)

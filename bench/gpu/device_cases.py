@@ -23,7 +23,7 @@ from ..lib.report import OURS
 from ..ops import experts, optimizers
 from .device_weights import DTYPE, DeviceWeights
 from .roofline import Gpu
-from .step_cases import PartCase, Parts
+from .step_cases import LIMITS, Parts
 from .step_estimate import Ours
 
 SHAPES: Sequence[Shape] = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
@@ -233,8 +233,8 @@ def checked_rows(m: int) -> Tensor:
 
 def roofline(case: Case, gpu: Gpu) -> float | None:
     """Seconds that the device needs at least, or None if the case is a linear layer with LoRA."""
-    if isinstance(case, PartCase):
-        return case.limit(Ours(gpu, case.sizes)).seconds
+    if case.group in LIMITS:
+        return LIMITS[case.group](Ours(gpu)).seconds
     if case.group == DEQUANTIZE:
         return gpu.dequantize(case.out_features, case.in_features)
     if case.group in optimizers.TITLES:
