@@ -13,8 +13,7 @@ from torch import Tensor
 import peft_kernels as pk
 from peft_kernels import AdaptedLinear, Adapter
 
-from ..lib.layers import SCALING
-from .device_weights import DeviceWeights, normal
+from ..lib.layers import SCALING, Weights, normal
 
 Shape = tuple[int, int]
 
@@ -116,8 +115,13 @@ class Layer:
     def __init__(self, sizes: Sizes, device: str) -> None:
         self.sizes = sizes
         shapes = [shape for group in sizes.groups for shape in group]
-        self.weights = [DeviceWeights(shape, device, seed) for seed, shape in enumerate(shapes)]
-        self.norms = [1 + normal(device, sizes.hidden, seed=seed, scale=0.1) for seed in (6, 7)]
+        self.weights = [
+            Weights(*shape, torch.bfloat16, device=device, seed=seed) for seed, shape in enumerate(shapes)
+        ]
+        self.norms = [
+            1 + normal(sizes.hidden, dtype=torch.bfloat16, seed=seed, scale=0.1, device=device)
+            for seed in (6, 7)
+        ]
 
     def adapters(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """A and B of each layer by name, with values of bf16. What they add is smaller than the layer's own

@@ -21,9 +21,8 @@ from ..lib.harness import Case, Contenders, Entry, contenders, copies
 from ..lib.layers import BNB, LayerCache, Weights
 from ..lib.report import OURS
 from ..ops import experts, optimizers
-from .device_weights import DTYPE, DeviceWeights
 from .roofline import Gpu
-from .step_cases import LIMITS, Parts
+from .step_cases import DTYPE, LIMITS, Parts
 from .step_estimate import Ours
 
 SHAPES: Sequence[Shape] = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
@@ -60,7 +59,7 @@ class Suite:
 
     def __init__(self, device: str, tiny: bool, cache: int) -> None:
         self.device, self.tiny, self.cache = device, tiny, cache
-        self._weights: DeviceWeights | None = None
+        self._weights: Weights | None = None
         self._layers: tuple[str, Shape, LayerCache] | None = None
 
     def cases(self) -> list[Case]:
@@ -109,12 +108,12 @@ class Suite:
 
         return Case(group, *shape, m, DTYPE, build, title=TITLES[group])
 
-    def weights(self, shape: Shape) -> DeviceWeights:
+    def weights(self, shape: Shape) -> Weights:
         """Only those of the last shape are kept in memory."""
         found = self._weights
         if found is None or (found.out_features, found.in_features) != shape:
             self._weights = self._layers = None
-            found = self._weights = DeviceWeights(shape, self.device)
+            found = self._weights = Weights(*shape, torch.bfloat16, device=self.device)
         return found
 
     def layers(self, group: str, shape: Shape) -> LayerCache:
@@ -127,7 +126,7 @@ class Suite:
     def copies(self, weights: Weights, contenders: int) -> tuple[int, int]:
         return (2, 2) if self.tiny else cases.weight_copies(weights, contenders, self.cache)
 
-    def forward(self, weights: DeviceWeights, m: int) -> list[Entry]:
+    def forward(self, weights: Weights, m: int) -> list[Entry]:
         def ours(weight: pk.NF4Weight) -> Call:
             return partial(pk.nf4_linear, weight=weight)
 
@@ -136,7 +135,7 @@ class Suite:
 
         return self.gemm(weights, weights.x(m), False, ours, lambda weight: weight, theirs)
 
-    def dx(self, weights: DeviceWeights, m: int) -> list[Entry]:
+    def dx(self, weights: Weights, m: int) -> list[Entry]:
         dy = weights.dy(m)
 
         def ours(weight: pk.NF4Weight) -> Call:
@@ -155,7 +154,7 @@ class Suite:
 
     def gemm(
         self,
-        weights: DeviceWeights,
+        weights: Weights,
         x: Tensor,
         is_backward: bool,
         ours: Callable[[pk.NF4Weight], Call],
@@ -193,11 +192,11 @@ class Suite:
             entry("bnb", lambda: theirs(packed), BNB),
         ]
 
-    def lora(self, weights: DeviceWeights, m: int) -> list[Entry]:
+    def lora(self, weights: Weights, m: int) -> list[Entry]:
         entries, call = cases.training_entries(weights, m, True, self.copies(weights, 3), CUBLAS_FROZEN)
         return [replace(entry, call=call) for entry in entries]
 
-    def dequantize(self, weights: DeviceWeights) -> list[Entry]:
+    def dequantize(self, weights: Weights) -> list[Entry]:
         return cases.dequantize_entries(weights, self.copies(weights, 2)[0])
 
 

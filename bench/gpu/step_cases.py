@@ -25,10 +25,10 @@ from ..lib.report import OURS
 from ..ops import losses
 from . import step_estimate
 from .decoder_layer import EPS, LLAMA, Layer, Sizes, add_norm, angles, norm, rotary
-from .device_weights import DTYPE, normal
 from .step_estimate import Cost, Ours
 
 TINY = Sizes(2, 20, 192, 320, 6, 2, 32, 300, 1)
+DTYPE = "bf16"
 TORCH, ONE_OP, COMPILED = "torch", "F.rms_norm", "torch, compiled"
 ON_BNB, ON_DENSE = "torch on bnb", "torch on dense"
 
@@ -132,7 +132,7 @@ class Parts:
         return replace(case, build=build, seconds=1.0 if self.tiny else case.seconds)
 
     def normal(self, *shape: int, seed: int, scale: float = 1.0) -> Tensor:
-        return normal(self.device, *shape, seed=seed, scale=scale)
+        return layers.normal(*shape, dtype=torch.bfloat16, seed=seed, scale=scale, device=self.device)
 
     def memory_bound(
         self,

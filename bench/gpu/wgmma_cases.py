@@ -15,10 +15,10 @@ from peft_kernels.core.backends.crossovers import Rows
 from peft_kernels.core.backends.wgmma_check import BLOCKSIZE, MMA_SYNC, WGMMA
 
 from ..lib.harness import Case, Entry
+from ..lib.layers import Weights
 from ..lib.report import OURS
 from . import device_cases
 from .device_cases import CUBLAS, UNFUSED, Call, Suite
-from .device_weights import DeviceWeights
 
 ROWS = (64, 128, 256, 512, 1024, 2048, 4096)
 TINY_ROWS = (64, 130)
@@ -43,7 +43,7 @@ def cases(suite: Suite) -> list[Case]:
     ]  # fmt: skip
 
 
-def compared(entries: Any, weights: DeviceWeights, m: int) -> list[Entry]:
+def compared(entries: Any, weights: Weights, m: int) -> list[Entry]:
     """Contenders of a GEMM: ours in two ways, and those of others."""
     found = {entry.name: entry for entry in entries(weights, m)}
     ours = found[OURS]

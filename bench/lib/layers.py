@@ -40,14 +40,32 @@ class LayerCache:
         return self._layers[name]
 
 
+def normal(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0, device: str = "cpu") -> Tensor:
+    if device == "cpu":
+        return testing.tensor(*shape, dtype=dtype, seed=seed, scale=scale)
+    generator = torch.Generator(device).manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
+
+
 class Weights(LayerCache):
-    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, format: str = "nf4") -> None:
+    """`seed`: of other values for a layer of the same shape."""
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        dtype: torch.dtype,
+        format: str = "nf4",
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features, self.dtype = out_features, in_features, dtype
-        self.format = format
+        self.format, self.device, self.seed = format, device, seed
 
     def normal(self, *shape: int, seed: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        return testing.tensor(*shape, dtype=dtype or self.dtype, seed=seed, scale=scale)
+        dtype, seed = dtype or self.dtype, seed + 10 * self.seed
+        return normal(*shape, dtype=dtype, seed=seed, scale=scale, device=self.device)
 
     @cached_property
     def original(self) -> Tensor:

@@ -48,6 +48,8 @@ BATCH, TOKENS, LENGTHS = 1, 128, (64, 128)
 PROMPT, NEW = 64, 2  # tokens, of decoding
 STEPS, BATCH_SIZE, MAX_LENGTH, HELD_OUT, SEED = 30, 4, 128, 32, 0
 
+NEEDS = "transformers peft accelerate rich tqdm"
+
 Adapt = Callable[[Any, str], Any]
 """Takes the base model and its folder; returns the model to train."""
 
@@ -135,7 +137,7 @@ class Case:
         title = TITLES.get(self.column)
         forms = {TRAINED: ",", title: FORMS[self.column]} if title else FORMATS_FORMS
         found = Measured(self, title=f"{'methods' if title else 'formats'} on SmolLM2-135M", forms=forms)
-        if reason := missing("transformers peft accelerate rich tqdm" + ("" if self.model else " gguf")):
+        if reason := missing(NEEDS + ("" if self.model else " gguf")):
             found.absent[self.column] = reason
             return found
         progress("model")
@@ -160,7 +162,7 @@ class Measured(report.Figures):
 
 
 class Models:
-    def __init__(self, case: Case, folder: Path) -> None:
+    def __init__(self, case: Any, folder: Path) -> None:
         self.case, self.lib = case, examples.module("finetune_model")
         self.folder = examples.module("demo_model").model_folder(case.model, folder)
 
@@ -194,10 +196,10 @@ class Models:
         found.values.setdefault(name, {})[TRAINED] = trained
         return model
 
-    def batches(self) -> tuple[list[Any], list[Any]]:
+    def batches(self, size: int = BATCH_SIZE, held_out: int = HELD_OUT) -> tuple[list[Any], list[Any]]:
         """To train on, and held out."""
-        tokenizer, steps = self.lib.load_tokenizer(self.folder), self.case.steps
-        return examples.batches(self.case.data, tokenizer, MAX_LENGTH, BATCH_SIZE, steps, SEED, HELD_OUT)
+        tokenizer, case = self.lib.load_tokenizer(self.folder), self.case
+        return examples.batches(case.data, tokenizer, MAX_LENGTH, size, case.steps, SEED, held_out)
 
     def step(self, model: Any) -> Callable[[], None]:
         """Forward and backward of a training step."""

@@ -1,14 +1,12 @@
 """Held-out loss of QLoRA trained with 8-bit and 32-bit optimizer states. Nothing is timed.
 
-Model, task and training are those of `examples/finetune.py`: SmolLM2-135M-Instruct on NF4 weights, LoRA r=16
-on all linear layers, patched, under autocast. All contenders start from the same adapter and use the same
+Model and task are those of QLoRA in methods.py. All contenders start from the same adapter and use the same
 batches and schedule.
 """
 
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,15 +19,31 @@ from torch import Tensor
 
 import peft_kernels as pk
 
-from ..lib import examples, layers, report
-from ..lib.layers import BNB, RANK
-from ..lib.report import OURS, Progress, Timing, missing
+from ..lib import examples, report
+from ..lib.layers import BNB
+from ..lib.report import OURS, Figures, Progress, Timing, missing
+from .methods import LORA, NEEDS, Models
 
 TORCH, BNB_8BIT, ALL_8BIT = "torch AdamW", "bnb AdamW8bit", "ours, all in 8 bits"
 STEPS, EVERY = 300, 100
+OPTIONS: dict[str, Any] = {"lr": 5e-4, "weight_decay": 0.01}
+WARMUP, BATCH_SIZE, HELD_OUT = 10, 2, 64
 IN_8BIT = "in 8 bits"
-LR, DECAY, WARMUP = 5e-4, 0.01, 10
-BATCH_SIZE, MAX_LENGTH, HELD_OUT, SEED = 2, 128, 64, 0
+
+
+def bnb(params: list[Tensor], **options: Any) -> Any:
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(params, **options)
+
+
+OPTIMIZERS: dict[str, tuple[Callable[..., Any], str]] = {
+    TORCH: (torch.optim.AdamW, ""),
+    OURS: (pk.optim.AdamW8bit, ""),
+    BNB_8BIT: (bnb, BNB),
+    ALL_8BIT: (partial(pk.optim.AdamW8bit, min_8bit_size=1), ""),
+}
+"""Each with the libraries that it needs."""
 
 
 @dataclass(frozen=True)
@@ -47,88 +61,44 @@ class Case:
 
     @property
     def seconds(self) -> float:
-        return 60.0 + len(self.contenders()) * (1.0 * self.steps + 10.0 * self.steps / self.every)
+        return 60.0 + len(OPTIMIZERS) * (1.0 * self.steps + 10.0 * self.steps / self.every)
 
-    def contenders(self) -> dict[str, tuple[str, Callable[[list[Tensor]], Any]]]:
-        """For each, the libraries it needs and the optimizer's constructor."""
-        options: dict[str, Any] = {"lr": LR, "weight_decay": DECAY}
-
-        def bnb(params: list[Tensor]) -> Any:
-            import bitsandbytes
-
-            return bitsandbytes.optim.AdamW8bit(params, **options)
-
-        return {
-            TORCH: ("", partial(torch.optim.AdamW, **options)),
-            OURS: ("", partial(pk.optim.AdamW8bit, **options)),
-            BNB_8BIT: (BNB, bnb),
-            ALL_8BIT: ("", partial(pk.optim.AdamW8bit, **options, min_8bit_size=1)),
-        }
-
-    def run(self, timing: Timing = report.ONCE, progress: Progress = report.silent) -> report.Figures:
+    def run(self, timing: Timing = report.ONCE, progress: Progress = report.silent) -> Figures:
         forms = {f"{step} steps": ".4f" for step in (*range(0, self.steps, self.every), self.steps)}
         title = "QLoRA of SmolLM2-135M: held-out loss"
-        found = report.Figures(self, title=title, forms={**forms, IN_8BIT: ".1%"})
-        if reason := missing("transformers peft accelerate rich" + ("" if self.model else " gguf")):
+        found = Figures(self, title=title, forms={**forms, IN_8BIT: ".1%"})
+        if reason := missing(NEEDS + ("" if self.model else " gguf")):
             found.absent[OURS] = reason
             return found
         progress("model and data")
-        with tempfile.TemporaryDirectory() as folder:
-            training = Training(self, Path(folder))
-        for name, (needs, make) in self.contenders().items():
+        models = Models(self, examples.MODELS)
+        batches, held_out = models.batches(BATCH_SIZE, HELD_OUT)
+        for name, (make, needs) in OPTIMIZERS.items():
             if reason := missing(needs):
                 found.absent[name] = reason
                 continue
-            optimizer = make(training.restart())
+            model = models.make(LORA).train()
+            optimizer = make([p for p in model.parameters() if p.requires_grad], **OPTIONS)
             row = found.values[name] = {}
-            for step, loss in training.losses(optimizer, lambda text, n=name: progress(f"{n}: {text}")):
-                row[f"{step} steps"] = loss
+            for step in self.trained(models.lib, model, optimizer, batches):
+                row[f"{step} steps"] = loss = models.lib.loss_of(model, held_out)
                 progress(f"{name}: held-out loss {loss:.4f} after {step} steps")
             if not all(map(math.isfinite, row.values())):
                 found.wrong[name] = f"held-out losses: {row}"
             row[IN_8BIT] = share_in_8bit(optimizer)
         return found
 
-
-class Training:
-    def __init__(self, case: Case, folder: Path) -> None:
-        self.case, self.lib = case, examples.module("finetune_model")
-        source = examples.module("demo_model").model_folder(case.model, folder)
-        self.batches, self.held_out = examples.batches(
-            case.data, self.lib.load_tokenizer(source), MAX_LENGTH, BATCH_SIZE, case.steps, SEED, HELD_OUT
-        )
-        self.model = self.lib.add_lora(self.lib.load_base(source, "peft_kernels"), RANK, SEED)
-        layers.patched(self.model)
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.start = [p.detach().clone() for p in self.trained]
-        self.before = self.held_out_loss()
-
-    def restart(self) -> list[Tensor]:
-        """The trained parameters, reset."""
-        with torch.no_grad():
-            for p, start in zip(self.trained, self.start, strict=True):
-                p.copy_(start)
-                p.grad = None
-        self.model.train()
-        return list(self.trained)
-
-    def losses(self, optimizer: Any, progress: Progress) -> Iterator[tuple[int, float]]:
-        """Trains, and yields (steps, held-out loss) before the first step and after every few."""
-        steps = self.case.steps
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate, steps=steps))
-        yield 0, self.before
-        for step, batch in enumerate(self.batches, 1):
-            loss = F.cross_entropy(*self.lib.response_logits(self.model, batch))
-            loss.backward()
+    def trained(self, lib: Any, model: Any, optimizer: Any, batches: list[Any]) -> Iterator[int]:
+        """Trains, and yields the number of steps taken: 0, and then after every few."""
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate, steps=self.steps))
+        yield 0
+        for step, batch in enumerate(batches, 1):
+            F.cross_entropy(*lib.response_logits(model, batch)).backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            progress(f"step {step} of {steps}, loss {loss.item():.3f}")
-            if step % self.case.every == 0 or step == steps:
-                yield step, self.held_out_loss()
-
-    def held_out_loss(self) -> float:
-        return self.lib.loss_of(self.model, self.held_out)
+            if step % self.every == 0 or step == self.steps:
+                yield step
 
 
 def rate(step: int, steps: int) -> float:
