@@ -33,7 +33,7 @@ import torch
 import bench  # noqa: F401  (for the path of `testing`)
 import peft_kernels as pk
 import testing
-from bench.gpu import device_cases, events, wgmma_cases
+from bench.gpu import device_cases, events
 from bench.gpu.device_cases import Suite
 from bench.gpu.roofline import Gpu
 from bench.lib import harness, machine, report, session
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tiny = options.check or device == "cpu"
     gpu = measured_card(device, with_peaks=not (options.check or options.list))
     suite = Suite(device, tiny, gpu.l2)
-    cases = suite.cases() + (wgmma_cases.cases(suite) if wgmma_cases.has_wgmma(options.backend) else [])
+    cases = suite.cases() + suite.wgmma_cases(BACKENDS[options.backend])
     cases = [case for case in cases if re.search(options.only, case.name)]
     if options.list:
         print("\n".join(case.name for case in cases))

@@ -137,7 +137,7 @@ def training_entries(
     x, dy = weights.x(m), weights.dy(m)
     base = weights.exact if nf4_base else weights.rounded
     expected = correctness.lora(x, dy, base, weights.lora_a, weights.lora_b, layers.SCALING)
-    frozen = correctness.linear_with_dx(x, dy, weights.rounded)
+    frozen = correctness.linear_with_dx(x, dy, weights.rounded, torch.float32)
     packed, dense = counts
     x.requires_grad_()
 
