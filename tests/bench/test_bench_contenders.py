@@ -87,23 +87,23 @@ def test_all_contenders_run_and_agree(name: str) -> None:
     assert set(result.seconds) == {OURS, *peers} and torch.is_grad_enabled()
 
 
-def scaled(original: Any) -> Any:
-    return lambda *args: original(*args) * 1.1
-
-
 def swapped(original: Any) -> Any:
     """Rows get another adapter's."""
     return lambda base, layers, groups, x: original(base, layers, groups[::-1], x)
 
 
+def scaled(original: Any) -> Any:
+    return lambda *args: original(*args) * 1.1
+
+
 WRONG: dict[str, tuple[Callable[[], Case], Any, str, Any]] = {
     "bottleneck-forward": (partial(bottleneck, KINDS[1]), BottleneckAdapter, "forward", scaled),
-    "bottleneck-train": (partial(bottleneck, KINDS[2]), BottleneckAdapter, "forward", scaled),
-    **{
-        group: (partial(experts.experts, group, EXPERTS, 9, "bf16"), pk, "experts_linear", scaled)
-        for group in (experts.FORWARD, experts.TRAIN)
-    },
-    "prefix": (partial(prefix.attention, 5, 3, 7, "bf16"), prefix, "shared", scaled),
+    experts.TRAIN: (
+        partial(experts.experts, experts.TRAIN, EXPERTS, 9, "bf16"),
+        pk,
+        "experts_linear",
+        scaled,
+    ),
     serving.WHOLE: (whole, layers, "_mixed", swapped),
     serving.DECODE: (partial(decode, serving.DECODE), layers, "_mixed", swapped),
 }

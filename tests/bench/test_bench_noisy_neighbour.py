@@ -77,11 +77,6 @@ def test_neighbours_end_with_the_process_that_started_them() -> None:
     wait_for_the_end_of(group)
 
 
-def test_no_neighbours() -> None:
-    with noisy_neighbour.neighbours(0, True) as group:
-        assert group is None
-
-
 def test_a_tiny_case() -> None:
     skip_without("peft", "transformers", "bitsandbytes")
     found = TINY.run(ONCE)
