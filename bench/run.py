@@ -30,7 +30,8 @@ optimizer-curves-...   held-out loss of training with each optimizer (most of an
 peak-...               peak memory of a process in a training step of 8x512 tokens
 dpo-..., grpo-..., sft-...   steps of TRL's trainers on SmolLM2-135M
 prefix-...             prefix tuning compared with PEFT's, which copies the prefix for each sample
-methods-..., formats-...   fine-tuning methods and packed formats side by side: memory, time and loss
+methods-...            fine-tuning methods side by side: parameters, memory, time and loss
+formats-...            packed formats: linear layers, and a model trained on each
 serving-...            requests with 8 adapters in one batch, compared with 8 passes and one adapter
 """
 

@@ -87,23 +87,10 @@ def run(cases: Sequence[Case], options: argparse.Namespace, facts: dict[str, Any
     timing = Timing(options.min_time, options.repeats)
 
     def measure(case: Case, progress: Progress) -> Result:
-        return Checked.of(case) if options.check else case.run(timing, progress, take_turns=turns)
+        return case.check() if options.check else case.run(timing, progress, take_turns=turns)
 
     lines = options.output / "results.jsonl"
     return session.run(cases, measure, lines, facts, options.seconds, gpu_is_lost)
-
-
-class Checked(Result):
-    """Ours checked against the reference, not timed."""
-
-    @classmethod
-    def of(cls, case: Case) -> Checked:
-        result = cls(case)
-        harness.admitted([contender for contender in case.build() if contender.name == OURS], result)
-        return result
-
-    def line(self) -> str:
-        return "; ".join([*(f"error {error:.2g}" for error in self.errors.values()), *self.wrong.values()])
 
 
 def gpu_is_lost() -> bool:

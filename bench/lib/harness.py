@@ -157,6 +157,12 @@ class Case:
         result.remarks |= {runner.name: remark for runner in runners if (remark := runner.remark())}
         return result
 
+    def check(self) -> Result:
+        """Checks ours and times nothing."""
+        result = Result(self)
+        admitted([contender for contender in self.build() if contender.name == OURS], result)
+        return result
+
 
 @dataclass
 class Result(report.Outcome):
@@ -170,11 +176,7 @@ class Result(report.Outcome):
 
     @property
     def peers(self) -> list[str]:
-        return [name for name in self.contenders if name not in (OURS, *self.yardsticks)]
-
-    @property
-    def yardsticks(self) -> Sequence[str]:
-        return self.case.yardsticks
+        return [name for name in self.contenders if name not in (OURS, *self.case.yardsticks)]
 
     def time(self, name: str) -> Spread | None:
         return Spread.of(self.seconds[name]) if name in self.seconds else None
@@ -184,7 +186,7 @@ class Result(report.Outcome):
         not timed."""
         if not {OURS, name} <= self.seconds.keys():
             return None
-        over, under = (OURS, name) if name in self.yardsticks else (name, OURS)
+        over, under = (OURS, name) if name in self.case.yardsticks else (name, OURS)
         return Spread.of_ratios(self.seconds[over], self.seconds[under])
 
     def ratios(self) -> dict[str, Spread]:
@@ -200,15 +202,18 @@ class Result(report.Outcome):
     def line(self) -> str:
         ours = self.time(OURS)
         if ours is None:
-            return f"{WRONG}: {self.wrong[OURS]}"
+            wrong = [f"{WRONG}: {reason}" for reason in self.wrong.values()]
+            return "; ".join([*wrong, *(f"error {error:.2g}" for error in self.errors.values())])
         parts = [f"{OURS} {three_digits(ours.median * 1e3)} ms"]
-        parts += [f"{name} {self.cell(name).partition(' (')[0]}" for name in (*self.peers, *self.yardsticks)]
+        parts += [
+            f"{name} {self.cell(name).partition(' (')[0]}" for name in (*self.peers, *self.case.yardsticks)
+        ]
         return "; ".join([", ".join(parts), *(f"{name}: {remark}" for name, remark in self.remarks.items())])
 
     def data(self) -> dict[str, Any]:
         case = self.case
         times = {name: report.rounded(Spread.of(values), 1e3) for name, values in self.seconds.items()}
-        costs = {name: cost for name in self.yardsticks if (cost := self.against(name)) is not None}
+        costs = {name: cost for name in self.case.yardsticks if (cost := self.against(name)) is not None}
         return {
             "group": case.group,
             "shape": [case.out_features, case.in_features],
@@ -240,7 +245,7 @@ class Result(report.Outcome):
             yield f"{title}: {unit} per call, median", report.grid(times)
             for peer in unique(peer for result in members for peer in result.peers):
                 yield f"{title}: time of {peer} / {OURS}", ratio_table(members, peer)
-            for name in unique(name for result in members for name in result.yardsticks):
+            for name in unique(name for result in members for name in result.case.yardsticks):
                 yield f"{title}: cost, time of {OURS} / {name}", ratio_table(members, name)
 
     @property

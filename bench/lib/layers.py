@@ -131,18 +131,6 @@ def bitsandbytes() -> Any:
     return bnb
 
 
-def bnb_config() -> Any:
-    """transformers' configuration of bitsandbytes' NF4 weights, for bf16."""
-    import transformers
-
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-
-
 def bnb_linears(weights: Weights, count: int, mode: str) -> list[Any]:
     """Linear4bit in mode "train" or "eval", called once: in eval the first call repacks the weight."""
     first = linear4bit(weights.original)

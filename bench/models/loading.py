@@ -31,7 +31,7 @@ import torch
 
 import peft_kernels as pk
 
-from ..lib import layers, report
+from ..lib import report
 from ..lib.harness import first_line
 from ..lib.layers import BNB
 from ..lib.machine import status_bytes
@@ -199,7 +199,12 @@ def loaded(name: str, folder: str) -> Any:
     if name == OURS:
         options["quantization_config"] = NF4Config()
     if name == THEIRS:
-        options["quantization_config"] = layers.bnb_config()
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     if name == IN_MEMORY:
         for parameter in model.parameters():
