@@ -23,7 +23,7 @@ bitsandbytes-ops-...   bitsandbytes' Linear4bit as it is and on our kernels
 attention-...          attention of a layer, compared with torch's
 busy-...               a training step while other processes use the cores, compared with a quiet machine
 loss-...               a language model's head with its loss, compared with torch's over all logits
-experts-..., moe-...   layers of experts; a whole mixture of experts (needs 16 GB)
+experts-...            layers of experts
 bottleneck-...         bottleneck adapters compared with plain modules
 adamw-...              a step of optimizers
 optimizer-curves-...   held-out loss of training with each optimizer (most of an hour)
@@ -31,6 +31,7 @@ peak-...               peak memory of a process in a training step of 8x512 toke
 dpo-..., grpo-..., sft-...   steps of TRL's trainers on SmolLM2-135M
 prefix-...             prefix tuning compared with PEFT's, which copies the prefix for each sample
 methods-...            fine-tuning methods side by side: parameters, memory, time and loss
+formats-...            packed formats: linear layers, and a model trained on each
 serving-...            requests with 8 adapters in one batch, compared with 8 passes and one adapter
 """
 
@@ -56,18 +57,15 @@ from bench.lib import levels
 
 TIMED = ("bench.lib.cases", "bench.models.model", "bench.models.memory")
 BY_NAME = (
-    *(f"bench.ops.{name}" for name in ("attention", "bnb_ops", "bottlenecks")),
+    *(f"bench.ops.{name}" for name in ("attention", "bnb_ops", "bottlenecks", "formats")),
     "bench.models.noisy_neighbour",
     "bench.ops.experts",
     *(f"bench.gpu.{name}" for name in ("step_estimate", "compiled")),
     "bench.models.loading",
     "bench.ops.losses",
-    *(f"bench.models.{name}" for name in ("moe", "serving")),
+    "bench.models.serving",
     "bench.ops.optimizers",
-    *(
-        f"bench.models.{name}"
-        for name in ("peak", "prefix", "optimizer_curves", "rlhf", "methods", "formats")
-    ),
+    *(f"bench.models.{name}" for name in ("peak", "prefix", "optimizer_curves", "rlhf", "methods")),
 )
 DEFAULT = (
     r"^forward-4096x4096-m(1|16|128|512)-",

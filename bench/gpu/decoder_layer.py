@@ -13,8 +13,7 @@ from torch import Tensor
 import peft_kernels as pk
 from peft_kernels import AdaptedLinear, Adapter
 
-from ..lib.layers import SCALING
-from .device_weights import DeviceWeights, normal
+from ..lib.layers import SCALING, Weights, normal
 
 Shape = tuple[int, int]
 
@@ -92,10 +91,14 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     def rotated(x: Tensor) -> Tensor:
-        a, b = x.chunk(2, -1)
+        a, b = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
         return x * cos[:, :, None] + torch.cat([-b, a], -1) * sin[:, :, None]
 
     return rotated(q), rotated(k)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 def angles(sizes: Sizes, device: str) -> tuple[Tensor, Tensor]:
@@ -112,8 +115,13 @@ class Layer:
     def __init__(self, sizes: Sizes, device: str) -> None:
         self.sizes = sizes
         shapes = [shape for group in sizes.groups for shape in group]
-        self.weights = [DeviceWeights(shape, device, seed) for seed, shape in enumerate(shapes)]
-        self.norms = [1 + normal(device, sizes.hidden, seed=seed, scale=0.1) for seed in (6, 7)]
+        self.weights = [
+            Weights(*shape, torch.bfloat16, device=device, seed=seed) for seed, shape in enumerate(shapes)
+        ]
+        self.norms = [
+            1 + normal(sizes.hidden, dtype=torch.bfloat16, seed=seed, scale=0.1, device=device)
+            for seed in (6, 7)
+        ]
 
     def adapters(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """A and B of each layer by name, with values of bf16. What they add is smaller than the layer's own
@@ -133,7 +141,7 @@ class Layer:
         q, k, v = self._heads(*(linear(i, y) for i in (Q, K, V)))
         x = x + linear(O, self._attention(*rotary(q, k, cos, sin), v))
         y = norm(x, self.norms[1])
-        return x + linear(DOWN, F.silu(linear(GATE, y)) * linear(UP, y))
+        return x + linear(DOWN, gated(linear(GATE, y), linear(UP, y)))
 
     def ours(self, cos: Tensor, sin: Tensor, x: Tensor, *adapters: Tensor) -> Tensor:
         pairs = zip(self.weights, adapters[::2], adapters[1::2], strict=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor
 import peft_kernels as pk
 from peft_kernels.core import dispatch
 from peft_kernels.core.backends import BACKENDS
+from peft_kernels.core.backends.wgmma_check import BLOCKSIZE, MMA_SYNC
+from peft_kernels.core.backends.wgmma_check import WGMMA as WGMMA_ROWS
 
 from ..lib import cases, correctness, layers
 from ..lib.cases import DEQUANTIZE, DX, FORWARD, QLORA, Shape
@@ -21,9 +24,8 @@ from ..lib.harness import Case, Contenders, Entry, contenders, copies
 from ..lib.layers import BNB, LayerCache, Weights
 from ..lib.report import OURS
 from ..ops import experts, optimizers
-from .device_weights import DTYPE, DeviceWeights
 from .roofline import Gpu
-from .step_cases import PartCase, Parts
+from .step_cases import DTYPE, LIMITS, Parts
 from .step_estimate import Ours
 
 SHAPES: Sequence[Shape] = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
@@ -47,12 +49,15 @@ CHECKED_ROWS = 256
 """Rows of a GEMM that are checked: fp64 is slow on most cards."""
 CUBLAS, UNFUSED = "cuBLAS bf16", "dequantise + cuBLAS"
 CUBLAS_FROZEN = "cuBLAS bf16 (no LoRA)"
-WGMMA, WGMMA_DX = "wgmma", "wgmma-dx"
+WGMMA, WGMMA_DX, BY_MMA_SYNC = "wgmma", "wgmma-dx", "ours by mma.sync"
 TITLES = cases.TITLES | {WGMMA: "LinearWgmma, forward", WGMMA_DX: "LinearWgmma, backward to x"}
 BESIDE = ("triton", "reference")
 """Back ends that also compete in GEMMs, unless they are ours."""
 
 Call = Callable[[Tensor], Tensor]
+Way = Callable[[], AbstractContextManager[Any]]
+Ways = Mapping[str, Way]
+"""Contexts to call our kernels in, by contender."""
 
 
 class Suite:
@@ -60,7 +65,7 @@ class Suite:
 
     def __init__(self, device: str, tiny: bool, cache: int) -> None:
         self.device, self.tiny, self.cache = device, tiny, cache
-        self._weights: DeviceWeights | None = None
+        self._weights: Weights | None = None
         self._layers: tuple[str, Shape, LayerCache] | None = None
 
     def cases(self) -> list[Case]:
@@ -83,6 +88,25 @@ class Suite:
                     for m in tokens for group in (experts.FORWARD, experts.QLORA)
                 ]  # fmt: skip
         return found
+
+    def wgmma_cases(self, backend: Any) -> list[Case]:
+        """LinearWgmma compared with our kernels for mma.sync and others, if the back end has it here."""
+        if not hasattr(backend, "with_kernels"):
+            return []
+        with backend.with_kernels(WGMMA_ROWS):
+            if "wgmma" not in backend.extension.plan(64, 64, 64, BLOCKSIZE, "bfloat16")[0]:
+                return []
+        kernels = {OURS: WGMMA_ROWS, BY_MMA_SYNC: MMA_SYNC}
+        ways = {name: partial(backend.with_kernels, row) for name, row in kernels.items()}
+        shapes, rows = (
+            (TINY_SHAPES, (64, 130)) if self.tiny else (SHAPES, (64, 128, 256, 512, 1024, 2048, 4096))
+        )
+        return [
+            self.case(group, shape, m, partial(entries, ways=ways))
+            for shape in shapes
+            for group, entries in ((WGMMA, self.forward), (WGMMA_DX, self.dx))
+            for m in rows
+        ]
 
     def step(self, shapes: optimizers.Shapes) -> Contenders:
         """Contenders of an optimizer step, in as many copies as the rotation needs."""
@@ -109,12 +133,12 @@ class Suite:
 
         return Case(group, *shape, m, DTYPE, build, title=TITLES[group])
 
-    def weights(self, shape: Shape) -> DeviceWeights:
+    def weights(self, shape: Shape) -> Weights:
         """Only those of the last shape are kept in memory."""
         found = self._weights
         if found is None or (found.out_features, found.in_features) != shape:
             self._weights = self._layers = None
-            found = self._weights = DeviceWeights(shape, self.device)
+            found = self._weights = Weights(*shape, torch.bfloat16, device=self.device)
         return found
 
     def layers(self, group: str, shape: Shape) -> LayerCache:
@@ -127,16 +151,16 @@ class Suite:
     def copies(self, weights: Weights, contenders: int) -> tuple[int, int]:
         return (2, 2) if self.tiny else cases.weight_copies(weights, contenders, self.cache)
 
-    def forward(self, weights: DeviceWeights, m: int) -> list[Entry]:
+    def forward(self, weights: Weights, m: int, ways: Ways | None = None) -> list[Entry]:
         def ours(weight: pk.NF4Weight) -> Call:
             return partial(pk.nf4_linear, weight=weight)
 
         def theirs(count: int) -> Sequence[Call]:
             return layers.bnb_linears(weights, count, "eval")
 
-        return self.gemm(weights, weights.x(m), False, ours, lambda weight: weight, theirs)
+        return self.gemm(weights, weights.x(m), False, ours, lambda weight: weight, theirs, ways)
 
-    def dx(self, weights: DeviceWeights, m: int) -> list[Entry]:
+    def dx(self, weights: Weights, m: int, ways: Ways | None = None) -> list[Entry]:
         dy = weights.dy(m)
 
         def ours(weight: pk.NF4Weight) -> Call:
@@ -151,28 +175,31 @@ class Suite:
         def theirs(count: int) -> Sequence[Call]:
             return [bnb(layer) for layer in layers.bnb_linears(weights, count, "train")]
 
-        return self.gemm(weights, dy, True, ours, Tensor.t, theirs)
+        return self.gemm(weights, dy, True, ours, Tensor.t, theirs, ways)
 
     def gemm(
         self,
-        weights: DeviceWeights,
+        weights: Weights,
         x: Tensor,
         is_backward: bool,
         ours: Callable[[pk.NF4Weight], Call],
         orient: Callable[[Tensor], Tensor],
         theirs: Callable[[int], Sequence[Call]],
+        ways: Ways | None,
     ) -> list[Entry]:
         """Contenders of x times the weight, which `orient` transposes for the backward."""
+        others = [name for name in BESIDE if name != dispatch.forced()]
+        ways = ways or {OURS: nullcontext, **{name: partial(pk.use_backend, name) for name in others}}
         rows = checked_rows(len(x))
         expected = correctness.linear(x[rows], orient(weights.exact))
-        others = [name for name in BESIDE if name != dispatch.forced()]
-        packed, dense = self.copies(weights, 4 + len(others))
+        packed, dense = self.copies(weights, 3 + len(ways))
 
         def entry(name: str, make: Callable[[], Sequence[Any]], needs: str = "") -> Entry:
-            verify = expected.strict if name == OURS else expected.sane
+            verify = expected.strict if name in ways and name not in BESIDE else expected.sane
 
             def remark(layer: Any) -> str:
-                return _plan(weights, len(x))[is_backward] if name == OURS else ""
+                with ways[OURS]():
+                    return _plan(weights, len(x))[is_backward] if name == OURS else ""
 
             def checked(got: dict[str, Tensor]) -> float:
                 return verify({"y": got["y"][rows]})
@@ -186,34 +213,33 @@ class Suite:
             return [partial(F.linear, weight=orient(weights.rounded.clone())) for _ in range(dense)]
 
         return [
-            entry(OURS, lambda: [ours(w) for w in layers.nf4_copies(weights, packed)]),
-            *(entry(name, partial(_calls_on, name, ours, weights, packed)) for name in others),
+            *(entry(name, partial(_calls, way, ours, weights, packed)) for name, way in ways.items()),
             entry(CUBLAS, plain),
             entry(UNFUSED, lambda: [unfused(w) for w in layers.nf4_copies(weights, packed)]),
             entry("bnb", lambda: theirs(packed), BNB),
         ]
 
-    def lora(self, weights: DeviceWeights, m: int) -> list[Entry]:
+    def lora(self, weights: Weights, m: int) -> list[Entry]:
         entries, call = cases.training_entries(weights, m, True, self.copies(weights, 3), CUBLAS_FROZEN)
         return [replace(entry, call=call) for entry in entries]
 
-    def dequantize(self, weights: DeviceWeights) -> list[Entry]:
+    def dequantize(self, weights: Weights) -> list[Entry]:
         return cases.dequantize_entries(weights, self.copies(weights, 2)[0])
 
 
-def _calls_on(backend: str, make: Callable[[pk.NF4Weight], Call], weights: Weights, count: int) -> list[Call]:
-    """Calls on another back end. RuntimeError if that cannot be used."""
-    with pk.use_backend(backend):
+def _calls(way: Way, make: Callable[[pk.NF4Weight], Call], weights: Weights, count: int) -> list[Call]:
+    """Calls on a back end or with kernels of it. RuntimeError if that cannot be used."""
+    with way():
         calls = [make(weight) for weight in layers.nf4_copies(weights, count)]
 
-    def switched(call: Call) -> Call:
+    def within(call: Call) -> Call:
         def run(t: Tensor) -> Tensor:
-            with pk.use_backend(backend):
+            with way():
                 return call(t)
 
         return run
 
-    return [switched(call) for call in calls]
+    return calls if way is nullcontext else [within(call) for call in calls]
 
 
 def _plan(weights: Weights, m: int) -> tuple[str, str]:
@@ -233,8 +259,8 @@ def checked_rows(m: int) -> Tensor:
 
 def roofline(case: Case, gpu: Gpu) -> float | None:
     """Seconds that the device needs at least, or None if the case is a linear layer with LoRA."""
-    if isinstance(case, PartCase):
-        return case.limit(Ours(gpu, case.sizes)).seconds
+    if case.group in LIMITS:
+        return LIMITS[case.group](Ours(gpu)).seconds
     if case.group == DEQUANTIZE:
         return gpu.dequantize(case.out_features, case.in_features)
     if case.group in optimizers.TITLES:

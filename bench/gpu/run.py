@@ -33,7 +33,7 @@ import torch
 import bench  # noqa: F401  (for the path of `testing`)
 import peft_kernels as pk
 import testing
-from bench.gpu import device_cases, events, wgmma_cases
+from bench.gpu import device_cases, events
 from bench.gpu.device_cases import Suite
 from bench.gpu.roofline import Gpu
 from bench.lib import harness, machine, report, session
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tiny = options.check or device == "cpu"
     gpu = measured_card(device, with_peaks=not (options.check or options.list))
     suite = Suite(device, tiny, gpu.l2)
-    cases = suite.cases() + (wgmma_cases.cases(suite) if wgmma_cases.has_wgmma(options.backend) else [])
+    cases = suite.cases() + suite.wgmma_cases(BACKENDS[options.backend])
     cases = [case for case in cases if re.search(options.only, case.name)]
     if options.list:
         print("\n".join(case.name for case in cases))
@@ -87,23 +87,10 @@ def run(cases: Sequence[Case], options: argparse.Namespace, facts: dict[str, Any
     timing = Timing(options.min_time, options.repeats)
 
     def measure(case: Case, progress: Progress) -> Result:
-        return Checked.of(case) if options.check else case.run(timing, progress, take_turns=turns)
+        return case.check() if options.check else case.run(timing, progress, take_turns=turns)
 
     lines = options.output / "results.jsonl"
     return session.run(cases, measure, lines, facts, options.seconds, gpu_is_lost)
-
-
-class Checked(Result):
-    """Ours checked against the reference, not timed."""
-
-    @classmethod
-    def of(cls, case: Case) -> Checked:
-        result = cls(case)
-        harness.admitted([contender for contender in case.build() if contender.name == OURS], result)
-        return result
-
-    def line(self) -> str:
-        return "; ".join([*(f"error {error:.2g}" for error in self.errors.values()), *self.wrong.values()])
 
 
 def gpu_is_lost() -> bool:

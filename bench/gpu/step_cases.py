@@ -8,7 +8,7 @@ where memory bounds a part, and fp32, far more exact than bf16, where GEMMs do.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,31 +19,33 @@ from torch import Tensor
 import peft_kernels as pk
 
 from ..lib import correctness, layers
-from ..lib.harness import Case, Contenders, Entry, compared, contenders, copies
+from ..lib.harness import Build, Case, Contenders, Entry, compared, contenders, copies
 from ..lib.layers import BNB
 from ..lib.report import OURS
 from ..ops import losses
 from . import step_estimate
 from .decoder_layer import EPS, LLAMA, Layer, Sizes, add_norm, angles, norm, rotary
-from .device_weights import DTYPE, normal
 from .step_estimate import Cost, Ours
 
 TINY = Sizes(2, 20, 192, 320, 6, 2, 32, 300, 1)
+DTYPE = "bf16"
 TORCH, ONE_OP, COMPILED = "torch", "F.rms_norm", "torch, compiled"
-LIGER = "Liger"
 ON_BNB, ON_DENSE = "torch on bnb", "torch on dense"
-LOSS_ROWS = 512
-"""Rows whose logits the truth has in memory at a time."""
 
 Function = Callable[..., Any]
-Limit = Callable[[Ours], Cost]
-
-
-@dataclass(frozen=True)
-class PartCase(Case):
-    sizes: Sizes = LLAMA
-    limit: Limit = lambda model: Cost()
-    """What ours needs at least."""
+LIMITS: dict[str, Callable[[Ours], Cost]] = {
+    "step-layer": lambda model: sum(step_estimate.layer(model), Cost()),
+    "step-loss": lambda model: sum(model.loss(), Cost()),
+    "step-loss-nf4": lambda model: sum(model.loss(packed=True), Cost()),
+    "step-norm": lambda model: model.norm()[0],
+    "step-norm-train": lambda model: sum(model.norm(), Cost()),
+    "step-norm-train-weight": lambda model: sum(model.trained_norm(), Cost()),
+    "step-add-norm": lambda model: model.add_norm()[0],
+    "step-add-norm-train": lambda model: sum(model.add_norm(), Cost()),
+    "step-rotary": lambda model: model.rotary()[0],
+    "step-rotary-train": lambda model: sum(model.rotary(), Cost()),
+}
+"""What a card needs at least for each case, of the sizes of LLAMA."""
 
 
 def call(function: Function, inputs: Mapping[str, Tensor], dy: Sequence[Tensor]) -> Callable[[], Any]:
@@ -62,16 +64,20 @@ def call(function: Function, inputs: Mapping[str, Tensor], dy: Sequence[Tensor])
     return run
 
 
-def token_losses(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(x, weight).float(), labels, ignore_index=losses.IGNORED, reduction="none")
+def one_op(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, EPS)
 
 
-def liger(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The mean of the losses: Liger has no gradients of others."""
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+def add_one_op(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return one_op(total, weight), total
 
-    loss: Tensor = liger_fused_linear_cross_entropy(x, weight, labels, ignore_index=losses.IGNORED)
-    return loss
+
+NORMS: dict[bool, dict[str, Function]] = {
+    False: {OURS: partial(pk.rms_norm, eps=EPS), TORCH: norm, ONE_OP: one_op},
+    True: {OURS: partial(pk.add_rms_norm, eps=EPS), TORCH: add_norm, ONE_OP: add_one_op},
+}
+"""Alone, and of a residual sum."""
 
 
 class Parts:
@@ -83,50 +89,50 @@ class Parts:
 
     def cases(self) -> list[Case]:
         """The most important first: time may run out."""
-        hidden, vocabulary = self.sizes.hidden, self.sizes.vocabulary
+        hidden, both = self.sizes.hidden, "forward + backward"
         heads = self.sizes.heads * self.sizes.features, self.sizes.key_heads * self.sizes.features
-        norms, head = (hidden, hidden), (vocabulary, hidden)
-        both = "forward + backward"
+        norms = hidden, hidden
+        norm, add = partial(self.norm, False), partial(self.norm, True)
+        alone, summed, turned = "RMS norm", "residual sum and its RMS norm", "rotary embedding"
+        apart = "forward without grad"
         return [
-            self.case("layer", (self.sizes.intermediate, hidden), self.layer,
-                      lambda m: _both(step_estimate.layer(m)),
-                      f"a decoder layer with LoRA on NF4, {both}", 15.0),
-            self.case("loss", head, partial(self.loss, packed=False),
-                      lambda m: _both(m.loss()), f"loss of a frozen head, {both}", 10.0),
-            self.case("norm", norms, partial(self.norm, "", False), lambda m: m.norm()[0],
-                      "RMS norm, forward without grad"),
-            self.case("add-norm", norms, partial(self.norm, "residual", False), lambda m: m.add_norm()[0],
-                      "residual sum and its RMS norm, forward without grad"),
-            self.case("add-norm-train", norms, partial(self.norm, "residual", True),
-                      lambda m: _both(m.add_norm()), f"residual sum and its RMS norm, frozen, {both}"),
-            self.case("rotary", heads, partial(self.rotary, False), lambda m: m.rotary()[0],
-                      "rotary embedding of queries and keys, forward without grad"),
-            self.case("rotary-train", heads, partial(self.rotary, True), lambda m: _both(m.rotary()),
-                      f"rotary embedding of queries and keys, {both}"),
-            self.case("norm-train", norms, partial(self.norm, "", True), lambda m: _both(m.norm()),
-                      f"RMS norm, frozen, {both}"),
-            self.case("norm-train-weight", norms, partial(self.norm, "weight", True),
-                      lambda m: _both(m.trained_norm()), f"RMS norm, trained, {both}"),
-            self.case("loss-nf4", head, partial(self.loss, packed=True),
-                      lambda m: _both(m.loss(packed=True)), f"loss of a frozen head in NF4, {both}", 10.0),
-        ]  # fmt: skip
+            self.case(
+                "layer", (self.sizes.intermediate, hidden), self.layer, f"a decoder layer, {both}", 15.0
+            ),
+            self.loss("frozen"),
+            self.case("norm", norms, norm, f"{alone}, {apart}"),
+            self.case("add-norm", norms, add, f"{summed}, {apart}"),
+            self.case("add-norm-train", norms, partial(add, "x", "residual"), f"{summed}, frozen, {both}"),
+            self.case("rotary", heads, self.rotary, f"{turned}, {apart}"),
+            self.case("rotary-train", heads, partial(self.rotary, "q", "k"), f"{turned}, {both}"),
+            self.case("norm-train", norms, partial(norm, "x"), f"{alone}, frozen, {both}"),
+            self.case("norm-train-weight", norms, partial(norm, "x", "weight"), f"{alone}, trained, {both}"),
+            self.loss("nf4"),
+        ]
 
-    def case(
-        self, part: str, shape: tuple[int, int], build: Callable[[], Contenders], limit: Limit, title: str,
-        seconds: float = 2.0,
-    ) -> Case:  # fmt: skip
-        def released() -> Contenders:
+    def case(self, part: str, shape: tuple[int, int], build: Build, title: str, seconds: float = 2.0) -> Case:
+        rows, batch = self.sizes.tokens, self.sizes.sequences
+        case = Case(f"step-{part}", *shape, rows, DTYPE, build, batch, title=title, seconds=seconds)
+        return self.released(case)
+
+    def loss(self, head: str) -> Case:
+        case = losses.case(
+            head, self.sizes.tokens, DTYPE, (self.sizes.vocabulary, self.sizes.hidden), card=self.device
+        )
+        group = "step-loss" if head == "frozen" else f"step-loss-{head}"
+        return self.released(replace(case, group=group, seconds=10.0))
+
+    def released(self, case: Case) -> Case:
+        """The case, for which memory is freed first."""
+
+        def build() -> Contenders:
             self.release()
-            return build()
+            return case.build()
 
-        sizes = self.sizes
-        return PartCase(
-            f"step-{part}", *shape, sizes.tokens, DTYPE, released, sizes.sequences, title=title,
-            seconds=1.0 if self.tiny else seconds, sizes=sizes, limit=limit,
-        )  # fmt: skip
+        return replace(case, build=build, seconds=1.0 if self.tiny else case.seconds)
 
     def normal(self, *shape: int, seed: int, scale: float = 1.0) -> Tensor:
-        return normal(self.device, *shape, seed=seed, scale=scale)
+        return layers.normal(*shape, dtype=torch.bfloat16, seed=seed, scale=scale, device=self.device)
 
     def memory_bound(
         self,
@@ -155,72 +161,22 @@ class Parts:
 
         return contenders([entry(name, function) for name, function in functions.items()])
 
-    def norm(self, extra: str, trains: bool) -> Contenders:
-        """`extra`: a "residual" that is added, or "weight" if that is trained."""
-        shape = self.sizes.states
-        given = {"x": self.normal(*shape, seed=1)}
-        dy = [self.normal(*shape, seed=3)]
-        functions: dict[str, Function]
-        weight = 1 + self.normal(shape[-1], seed=4, scale=0.1)
-        if extra == "residual":
-            given["residual"] = self.normal(*shape, seed=2)
-            dy.append(self.normal(*shape, seed=5))
+    def norm(self, adds: bool, *trained: str) -> Contenders:
+        """An RMS norm, of a residual sum if it `adds`."""
+        names, shape = ("x", "residual") if adds else ("x",), self.sizes.states
+        given = {name: self.normal(*shape, seed=seed) for seed, name in enumerate(names)}
+        given["weight"] = 1 + self.normal(shape[-1], seed=4, scale=0.1)
+        dy = [
+            self.normal(*shape, seed=seed) for seed, _ in enumerate(names, 2)
+        ]  # of the norm, and of the sum
+        return self.memory_bound(NORMS[adds], given, trained, dy if trained else [])
 
-            def one_op(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-                total = x + residual
-                return F.rms_norm(total, weight.shape, weight, EPS), total
-
-            functions = {OURS: partial(pk.add_rms_norm, eps=EPS), TORCH: add_norm, ONE_OP: one_op}
-        else:
-
-            def one_op_alone(x: Tensor, weight: Tensor) -> Tensor:
-                return F.rms_norm(x, weight.shape, weight, EPS)
-
-            functions = {OURS: partial(pk.rms_norm, eps=EPS), TORCH: norm, ONE_OP: one_op_alone}
-        trained = [name for name in (*given, *["weight"] * (extra == "weight")) if trains]
-        return self.memory_bound(functions, {**given, "weight": weight}, trained, dy if trains else [])
-
-    def rotary(self, trains: bool) -> Contenders:
+    def rotary(self, *trained: str) -> Contenders:
         shapes = self.sizes.queries, self.sizes.keys
         q, k = (self.normal(*shape, seed=seed) for seed, shape in enumerate(shapes))
         given = dict(zip(("q", "k", "cos", "sin"), (q, k, *angles(self.sizes, self.device)), strict=True))
         dy = [self.normal(*shape, seed=seed) for seed, shape in enumerate(shapes, 2)]
-        functions = {OURS: pk.rotary, TORCH: rotary}
-        return self.memory_bound(functions, given, ["q", "k"] if trains else [], dy if trains else [])
-
-    def loss(self, packed: bool) -> Contenders:
-        """The mean over the tokens with a label."""
-        vocabulary, hidden = self.sizes.vocabulary, self.sizes.hidden
-        x = self.normal(self.sizes.tokens, hidden, seed=1)
-        labels = losses.labels_of(self.sizes.tokens, vocabulary).to(self.device)
-        has_label = labels != losses.IGNORED
-        share = has_label / has_label.sum()
-        dense = self.normal(vocabulary, hidden, seed=2, scale=2 * hidden**-0.5)
-        weight = pk.NF4Weight.quantize(dense) if packed else dense
-        exact = layers.dequantized(weight) if isinstance(weight, pk.NF4Weight) else dense.float()
-        dense = exact.to(dense.dtype)
-
-        def made(
-            loss: Function, weight: Any, x: Tensor = x, labels: Tensor = labels, dy: Tensor = share
-        ) -> Callable[[], Any]:
-            leaf = x.detach().requires_grad_()
-            return call(partial(loss, weight=weight, labels=labels), {"x": leaf}, [dy])
-
-        def in_parts(weight: Tensor) -> dict[str, Tensor]:
-            rows = zip(*(t.split(LOSS_ROWS) for t in (x.to(weight.dtype), labels, share)), strict=True)
-            found = [made(token_losses, weight, *part)() for part in rows]
-            return {name: torch.cat([one[name] for one in found]) for name in found[0]}
-
-        wanted = correctness.Expected(in_parts(dense), in_parts(exact))
-        del exact
-        ours = partial(pk.linear_cross_entropy, reduction="none")
-        makes = {OURS: partial(made, ours, weight), losses.TORCH: partial(made, token_losses, dense)}
-        found = compared(wanted, makes)
-        if not packed:
-            mean = {"y0": wanted.truth["y0"] @ share, "dx": wanted.truth["dx"]}
-            by_liger = partial(made, liger, dense, dy=share.new_ones(()))
-            found += compared(correctness.Expected(mean, mean), {LIGER: by_liger}, "liger_kernel")
-        return found
+        return self.memory_bound({OURS: pk.rotary, TORCH: rotary}, given, trained, dy if trained else [])
 
     def layer(self) -> Contenders:
         layer = Layer(self.sizes, self.device)
@@ -247,7 +203,3 @@ class Parts:
             *compared(wanted, {ON_BNB: on_bnb}, BNB),
             *compared(wanted, {ON_DENSE: on_dense}),
         ]
-
-
-def _both(costs: tuple[Cost, Cost]) -> Cost:
-    return costs[0] + costs[1]

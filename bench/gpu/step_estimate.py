@@ -8,14 +8,14 @@ is left out, which is ahead of such a card, and the optimizer, which takes under
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -25,9 +25,10 @@ from peft_kernels import AdaptedLinear, Adapter
 from peft_kernels.core import dispatch
 
 from ..lib import report
-from ..lib.layers import RANK
-from ..lib.report import OURS, missing, three_digits
-from .decoder_layer import LLAMA, Shape, Sizes, empty
+from ..lib.layers import RANK, SCALING
+from ..lib.report import OURS, Figures, Progress, Timing, three_digits
+from ..ops import losses
+from .decoder_layer import LLAMA, Shape, Sizes, add_norm, empty, gated, norm, rotary
 from .roofline import BY_ARCHITECTURE, NF4_BYTES, Gpu
 
 BYTES = 2
@@ -42,8 +43,7 @@ LAUNCH = 2e-6
 """Seconds from the end of a kernel to the full speed of the next."""
 WGMMA_REACHED = 0.9 / 1.05
 """Share of cuBLAS' speed that LinearWgmma is taken to reach, and how much faster it must be to be used."""
-STOCK = "stock"
-GOAL_MS = 750.0
+STOCK, WHOLE = "stock", "whole step"
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,15 @@ class Cost:
     @property
     def ms(self) -> str:
         return three_digits(1e3 * self.seconds)
+
+
+Costs = tuple[Cost, Cost]
+"""Of forward and backward."""
+
+
+def added(costs: Iterable[Costs]) -> Costs:
+    forward, backward = zip(*costs, strict=True)
+    return sum(forward, Cost()), sum(backward, Cost())
 
 
 def reached(gpu: Gpu) -> Gpu:
@@ -103,7 +112,7 @@ def _nbytes(tensor: Tensor) -> int:
     return prod(sizes) * tensor.element_size()
 
 
-def counted(gpu: Gpu, call: Callable[..., Any], *shapes: tuple[int, ...]) -> tuple[Cost, Cost]:
+def counted(gpu: Gpu, call: Callable[..., Any], *shapes: tuple[int, ...]) -> Costs:
     """Forward and backward of a call on tensors of these shapes, all of which need gradients."""
     given = [empty(*shape, needs_grad=True) for shape in shapes]
     with Counted(gpu) as forward:
@@ -115,83 +124,64 @@ def counted(gpu: Gpu, call: Callable[..., Any], *shapes: tuple[int, ...]) -> tup
     return forward.cost, backward.cost
 
 
-def _sum(costs: Iterable[tuple[Cost, Cost]]) -> tuple[Cost, Cost]:
-    forward, backward = Cost(), Cost()
-    for one in costs:
-        forward, backward = forward + one[0], backward + one[1]
-    return forward, backward
-
-
-def _peft_layer(n: int, k: int) -> nn.Module:
-    from peft import LoraConfig
-    from peft.tuners.lora import Linear
-
-    with torch.device("meta"):
-        base = nn.Linear(k, n, bias=False).requires_grad_(False)
-        return Linear(base, "default", config=LoraConfig(r=RANK), r=RANK).to(torch.bfloat16)
-
-
 def _packed(n: int, k: int) -> pk.NF4Weight:
     """An NF4 weight without data."""
     with dispatch.use_backend("reference"):
         return pk.NF4Weight.quantize(empty(n, k))
 
 
-def _dequantize(gpu: Gpu, n: int, k: int) -> Cost:
-    return kernel(gpu, n * k * (NF4_BYTES + 2))
-
-
 class Stock:
-    """transformers' modules, PEFT's LoRA, bitsandbytes' NF4 weights, torch's loss of all logits."""
+    """What transformers and PEFT compute, in plain torch, on bitsandbytes' NF4 weights."""
+
+    rms_norm, add_rms_norm = staticmethod(norm), staticmethod(add_norm)
+    rotate, activate = staticmethod(rotary), staticmethod(gated)
 
     def __init__(self, gpu: Gpu, sizes: Sizes = LLAMA) -> None:
         self.gpu, self.sizes = gpu, sizes
 
-    def norm(self) -> tuple[Cost, Cost]:
-        from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    def norm(self) -> Costs:
+        weight = empty(self.sizes.hidden)
+        return counted(self.gpu, lambda x: self.rms_norm(x, weight), self.sizes.states)
 
-        norm = LlamaRMSNorm(self.sizes.hidden).to("meta", torch.bfloat16).requires_grad_(False)
-        return counted(self.gpu, norm, self.sizes.states)
+    def trained_norm(self) -> Costs:
+        return counted(self.gpu, self.rms_norm, self.sizes.states, (self.sizes.hidden,))
 
-    def add(self) -> tuple[Cost, Cost]:
+    def add(self) -> Costs:
         return counted(self.gpu, torch.add, self.sizes.states, self.sizes.states)
 
-    def add_norm(self) -> tuple[Cost, Cost]:
+    def add_norm(self) -> Costs:
         """A residual sum and its norm; backward adds the gradients of both uses of the sum."""
-        forward, backward = _sum([self.add(), self.norm()])
-        return forward, backward + kernel(self.gpu, 3 * BYTES * prod(self.sizes.states))
+        weight, states = empty(self.sizes.hidden), self.sizes.states
+        return counted(self.gpu, lambda x, y: self.add_rms_norm(x, y, weight), states, states)
 
-    def rotary(self) -> tuple[Cost, Cost]:
-        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+    def rotary(self) -> Costs:
+        angles = self.sizes.angles()
+        return counted(self.gpu, lambda q, k: self.rotate(q, k, *angles), self.sizes.queries, self.sizes.keys)
 
-        def call(q: Tensor, k: Tensor) -> Any:
-            return apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *self.sizes.angles())
+    def activation(self) -> Costs:
+        return counted(self.gpu, self.activate, self.sizes.gated, self.sizes.gated)
 
-        return counted(self.gpu, call, self.sizes.queries, self.sizes.keys)
-
-    def activation(self) -> tuple[Cost, Cost]:
-        return counted(self.gpu, lambda gate, up: F.silu(gate) * up, self.sizes.gated, self.sizes.gated)
-
-    def linear(self, group: Sequence[Shape]) -> tuple[Cost, Cost]:
+    def linear(self, group: Sequence[Shape]) -> Costs:
         """Layers with LoRA that share their input. Weights are dequantised in both directions."""
-        costs, tokens = [], self.sizes.tokens
-        for n, k in group:
-            forward, backward = counted(self.gpu, _peft_layer(n, k), (tokens, k))
-            weight = _dequantize(self.gpu, n, k)
-            costs.append((forward + weight, backward + weight))
-        forward, backward = _sum(costs)
-        more = kernel(self.gpu, 3 * BYTES * tokens * group[0][1]) * (len(group) - 1)  # autograd's sums
-        return forward, backward + more
+        layers = [(empty(n, k), empty(RANK, k), empty(n, RANK)) for n, k in group]
 
-    def loss(self) -> tuple[Cost, Cost]:
-        from transformers.loss.loss_utils import ForCausalLMLoss
+        def call(x: Tensor) -> tuple[Tensor, ...]:
+            return tuple(F.linear(x, w) + SCALING * F.linear(F.linear(x, a), b) for w, a, b in layers)
 
-        vocabulary, states = self.sizes.vocabulary, self.sizes.states
-        labels = self.sizes.labels()
-        weight = empty(vocabulary, states[-1])
-        return counted(self.gpu, lambda x: ForCausalLMLoss(F.linear(x, weight), labels, vocabulary), states)
+        forward, backward = counted(self.gpu, call, (self.sizes.tokens, group[0][1]))
+        weights = self.dequantized(group)
+        return forward + weights, backward + weights
 
-    def attention(self) -> tuple[Cost, Cost]:
+    def dequantized(self, weights: Iterable[Shape]) -> Cost:
+        return sum((kernel(self.gpu, n * k * (NF4_BYTES + 2)) for n, k in weights), Cost())
+
+    def loss(self) -> Costs:
+        """Of all logits."""
+        weight, labels = empty(self.sizes.vocabulary, self.sizes.hidden), self.sizes.labels().flatten()
+        shape = self.sizes.tokens, self.sizes.hidden
+        return counted(self.gpu, lambda x: losses.losses(x, weight, labels), shape)
+
+    def attention(self) -> Costs:
         """Fused, in both columns."""
         queries, keys = prod(self.sizes.queries), prod(self.sizes.keys)
         flops = 4 * queries * self.sizes.length / 2 / ATTENTION_REACHED
@@ -202,28 +192,12 @@ class Stock:
 class Ours(Stock):
     """A model after `pk.patch` on back end cuda."""
 
-    def norm(self) -> tuple[Cost, Cost]:
-        weight = empty(self.sizes.hidden)
-        return counted(self.gpu, lambda x: pk.rms_norm(x, weight), self.sizes.states)
+    rms_norm, add_rms_norm = staticmethod(pk.rms_norm), staticmethod(pk.add_rms_norm)
+    rotate = staticmethod(pk.rotary)
+    activate = staticmethod(lambda gate, up: dispatch.call("gated_activation", gate, up, "silu"))
 
-    def trained_norm(self) -> tuple[Cost, Cost]:
-        return counted(self.gpu, pk.rms_norm, self.sizes.states, (self.sizes.hidden,))
-
-    def add_norm(self) -> tuple[Cost, Cost]:
-        weight, states = empty(self.sizes.hidden), self.sizes.states
-        return counted(self.gpu, lambda x, y: pk.add_rms_norm(x, y, weight), states, states)
-
-    def rotary(self) -> tuple[Cost, Cost]:
-        angles = self.sizes.angles()
-        return counted(self.gpu, lambda q, k: pk.rotary(q, k, *angles), self.sizes.queries, self.sizes.keys)
-
-    def activation(self) -> tuple[Cost, Cost]:
-        def call(gate: Tensor, up: Tensor) -> Any:
-            return dispatch.call("gated_activation", gate, up, "silu")
-
-        return counted(self.gpu, call, self.sizes.gated, self.sizes.gated)
-
-    def linear(self, group: Sequence[Shape]) -> tuple[Cost, Cost]:
+    def linear(self, group: Sequence[Shape]) -> Costs:
+        """What adapters add is written first, and GEMMs add to it."""
         layers = [
             AdaptedLinear(
                 _packed(n, k),
@@ -231,17 +205,13 @@ class Ours(Stock):
             )
             for n, k in group
         ]
-        shape = self.sizes.tokens, group[0][1]
+        shape, outputs = (self.sizes.tokens, group[0][1]), sum(n for n, _ in group)
         forward, backward = counted(self.gpu, lambda x: tuple(pk.multi_lora_linear(x, layers)), shape)
-        weights = sum((_dequantize(self.gpu, n, k) for n, k in group), Cost())
-        outputs = sum(n for n, _ in group)
-        return forward + weights + self.deltas(outputs), backward + weights + self.deltas(shape[1])
+        weights = self.dequantized(group)
+        deltas = [kernel(self.gpu, BYTES * self.sizes.tokens * features) for features in (outputs, shape[1])]
+        return forward + weights + deltas[0], backward + weights + deltas[1]
 
-    def deltas(self, features: int) -> Cost:
-        """What adapters add is written first, and GEMMs add to it."""
-        return kernel(self.gpu, BYTES * self.sizes.tokens * features)
-
-    def loss(self, packed: bool = False) -> tuple[Cost, Cost]:
+    def loss(self, packed: bool = False) -> Costs:
         """One kernel turns logits into their gradients. A packed head is dequantised for each GEMM."""
         shape, labels = (self.sizes.vocabulary, self.sizes.hidden), self.sizes.labels()
         weight = _packed(*shape) if packed else empty(*shape)
@@ -249,25 +219,24 @@ class Ours(Stock):
             self.gpu, lambda x: pk.linear_cross_entropy(x, weight, labels), self.sizes.states
         )
         logits = kernel(self.gpu, LOSS_PASSES * BYTES * self.sizes.tokens * self.sizes.vocabulary)
-        weights = _dequantize(self.gpu, *shape) * (2 * -(-self.sizes.tokens // LOSS_ROWS) * packed)
+        weights = self.dequantized([shape]) * (2 * -(-self.sizes.tokens // LOSS_ROWS) * packed)
         return forward + logits + weights, backward
 
 
-Part = tuple[str, Callable[[Any], tuple[Cost, Cost]]]
+Part = tuple[str, Callable[[Any], Costs]]
 OF_A_LAYER: tuple[Part, ...] = (
-    ("linear layers with LoRA", lambda m: _sum(map(m.linear, m.sizes.groups))),
-    ("norms and residual sums", lambda m: _sum([m.norm(), m.add_norm(), m.add()])),
+    ("linear layers with LoRA", lambda m: added(map(m.linear, m.sizes.groups))),
+    ("norms and residual sums", lambda m: added([m.norm(), m.add_norm(), m.add()])),
     ("rotary embedding", lambda m: m.rotary()),
     ("gated activation", lambda m: m.activation()),
     ("attention", lambda m: m.attention()),
 )
 OTHERS: tuple[Part, ...] = (("last norm", lambda m: m.norm()), ("head and loss", lambda m: m.loss()))
-"""Name, forward and backward."""
 
 
-def layer(model: Stock) -> tuple[Cost, Cost]:
+def layer(model: Stock) -> Costs:
     """Forward and backward of a decoder layer."""
-    return _sum(of(model) for _, of in OF_A_LAYER)
+    return added(of(model) for _, of in OF_A_LAYER)
 
 
 def step(model: Stock) -> dict[str, Cost]:
@@ -277,9 +246,8 @@ def step(model: Stock) -> dict[str, Cost]:
         forward, backward = of(model)
         found[name] = (forward * 2 + backward) * model.sizes.layers
     for name, of in OTHERS:
-        forward, backward = of(model)
-        found[name] = forward + backward
-    return found
+        found[name] = sum(of(model), Cost())
+    return {**found, WHOLE: sum(found.values(), Cost())}
 
 
 def fused_up_to(gpu: Gpu, n: int, k: int, share: float) -> int:
@@ -294,56 +262,34 @@ def fused_up_to(gpu: Gpu, n: int, k: int, share: float) -> int:
 
 @dataclass(frozen=True)
 class Case:
+    """The parts of a step, or for each weight the rows up to which to fuse its GEMMs."""
+
     gpu: Gpu
+    rows: bool = False
     seconds = 5.0
 
     @property
     def name(self) -> str:
-        return f"estimate-{self.gpu.slug}"
+        return f"estimate-{'rows-' * self.rows}{self.gpu.slug}"
 
-    def run(self, timing: report.Timing = report.ONCE, progress: report.Progress = report.silent) -> Estimate:
-        if reason := missing("transformers peft"):
-            return Estimate(self, absent={self.name: reason})
+    def run(self, timing: Timing = report.ONCE, progress: Progress = report.silent) -> Figures:
         gpu = reached(self.gpu)
-        return Estimate(self, steps={STOCK: step(Stock(gpu)), OURS: step(Ours(gpu))})
-
-
-@dataclass
-class Estimate(report.Outcome):
-    case: Case
-    steps: Mapping[str, dict[str, Cost]] = field(default_factory=dict)
-
-    def whole(self, name: str) -> Cost:
-        return sum(self.steps[name].values(), Cost())
-
-    def parts(self) -> Iterator[str]:
-        for name in self.steps:
-            yield f"{name} {self.whole(name).ms} ms"
-
-    def data(self) -> dict[str, Any]:
-        steps = {n: {part: asdict(cost) for part, cost in costs.items()} for n, costs in self.steps.items()}
-        return {"group": "estimate", "steps": steps}
-
-    def goals(self) -> Iterator[tuple[str, bool | None]]:
-        if self.steps and self.case.gpu.architecture == 90:
-            found = 1e3 * self.whole(OURS).seconds
-            yield f"{found:.0f} ms, at most {GOAL_MS:.0f}", found <= GOAL_MS
-
-    @classmethod
-    def tables(cls, outcomes: Sequence[Estimate], unit: str) -> Iterator[tuple[str, str]]:
-        for found in (outcome for outcome in outcomes if outcome.steps):
-            stock, ours = ({**found.steps[name], "whole step": found.whole(name)} for name in (STOCK, OURS))
-            rows = [[part, stock[part].ms, ours[part].ms] for part in stock]
-            titles = "", f"{STOCK} ms", f"{OURS} ms"
-            yield f"a step on {found.case.gpu.name}, estimated", report.table(titles, rows)
-            gpu = reached(found.case.gpu)
-            rows = [
-                [f"{n}x{k}", *(str(fused_up_to(gpu, n, k, share)) for share in (gpu.mma_sync, WGMMA_REACHED))]
-                for n, k in report.unique(shape for group in LLAMA.groups for shape in group)
-            ]
-            titles = "weight", "by mma.sync", "by wgmma or the like"
-            yield f"rows up to which to fuse on {gpu.name}, estimated", report.table(titles, rows)
+        if self.rows:
+            shares = {"by mma.sync": gpu.mma_sync, "by wgmma or the like": WGMMA_REACHED}
+            title = f"rows up to which to fuse on {gpu.name}, estimated"
+            found = Figures(self, title=title, forms=dict.fromkeys(shares, "d"))
+            for n, k in (shape for group in LLAMA.groups for shape in group):
+                rows = {name: fused_up_to(gpu, n, k, share) for name, share in shares.items()}
+                found.values[f"{n}x{k}"] = rows
+            return found
+        steps = {f"{STOCK} ms": step(Stock(gpu)), f"{OURS} ms": step(Ours(gpu))}
+        title = f"a step on {gpu.name}, estimated"
+        found = Figures(self, title=title, forms=dict.fromkeys(steps, ""))
+        for part in steps[f"{OURS} ms"]:
+            found.values[part] = {name: 1e3 * costs[part].seconds for name, costs in steps.items()}
+        return found
 
 
 def standard(dtype: str) -> list[Case]:
-    return [Case(BY_ARCHITECTURE[architecture]) for architecture in (80, 90, 100)]
+    gpus = [BY_ARCHITECTURE[architecture] for architecture in (80, 90, 100)]
+    return [Case(gpu, rows) for rows in (False, True) for gpu in gpus]

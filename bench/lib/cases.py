@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 
 import peft_kernels as pk
+from peft_kernels.core.formats import FORMATS
 
 from . import correctness, layers
 from .adapted import SMOLLM2, Model, Sizes, Variant
 from .block import Blocks
-from .harness import Build, Case, Contenders, Entry, Goal, Verify, contenders, copies
+from .harness import Build, Case, Contenders, Entry, Verify, contenders, copies
 from .layers import BNB, Weights
 from .report import OURS, missing
 
@@ -49,6 +50,7 @@ TITLES = {
     BLOCK_MIXED: "decoder block, 8 samples with 8 LoRA adapters on a dense base, forward without grad",
     OVERHEAD: "a patched LoRA layer of 64 by 64 and its op, forward without grad",
     OVERHEAD_NF4: "the same on an NF4 base",
+    **{f"formats-{format}": f"{format} linear, forward without grad" for format in FORMATS},
 }
 
 BLOCKS = {
@@ -58,11 +60,7 @@ BLOCKS = {
     BLOCK_DROPOUT: Variant(dropout=0.05),
     BLOCK_MIXED: Variant(adapters=8, training=False),
 }
-GOALS = {
-    BLOCK_LORA: (Goal(PEFT_ON_DENSE, 2.0),),
-    BLOCK_DORA: (Goal(PEFT_ON_DENSE, 3.0), Goal(PLAIN_LORA, 1.35, cost=True)),
-    BLOCK_MIXED: (Goal(ONE_ADAPTER, 1.3, cost=True),),
-}
+YARDSTICKS = {BLOCK_DORA: [PLAIN_LORA], BLOCK_MIXED: [ONE_ADAPTER]}
 BATCHES = ((1, 256), (4, 256), (8, 512))
 """Samples x tokens in training; the mixed batch, always of 8 samples, has as many tokens in total."""
 
@@ -80,21 +78,23 @@ def standard(dtype: str) -> list[Case]:
     found += [block(group, *batch, dtype) for group in BLOCKS for batch in _batches(group)]
     found += [quantize(LARGE, dtype), dequantize(LARGE, dtype)]
     found += [quantize(SMALL, dtype), dequantize(SMALL, dtype)]
-    return [*found, *(overhead(group, dtype) for group in (OVERHEAD, OVERHEAD_NF4))]
+    found += [overhead(group, dtype) for group in (OVERHEAD, OVERHEAD_NF4)]
+    return found
 
 
 def case(group: str, shape: Shape, m: int | None, dtype: str, build: Build, **options: Any) -> Case:
     at_once, by_rows = SECONDS.get(group, BLOCK_SECONDS if group in BLOCKS else OTHERS)
     seconds = at_once + by_rows * (m or 0) * shape[0] * shape[1] / 1e9
-    options |= {"goals": GOALS.get(group, ()), "title": TITLES[group], "seconds": seconds}
+    options |= {"yardsticks": YARDSTICKS.get(group, ()), "title": TITLES[group], "seconds": seconds}
     return Case(group, *shape, m, dtype, build, **options)
 
 
-def forward(shape: Shape, m: int, dtype: str) -> Case:
-    """nf4_linear compared with torch's dense layer and bitsandbytes in both modes."""
+def forward(shape: Shape, m: int, dtype: str, format: str = "nf4") -> Case:
+    """nf4_linear compared with torch's dense layer and, of NF4, bitsandbytes in both modes."""
+    group = FORWARD if format == "nf4" else f"formats-{format}"
 
     def build() -> Contenders:
-        weights = layers.shared(Weights, FORWARD, *shape, DTYPES[dtype])
+        weights = layers.shared(Weights, group, *shape, DTYPES[dtype], format)
         x = weights.x(m)
         expected = correctness.linear(x, weights.exact)
         packed, dense = weight_copies(weights, 4)
@@ -111,12 +111,12 @@ def forward(shape: Shape, m: int, dtype: str) -> Case:
             ),
             *(
                 Entry(f"bnb {mode}", partial(layers.bnb_linears, weights, packed, mode), expected.sane, BNB)
-                for mode in ("eval", "train")
+                for mode in (("eval", "train") if format == "nf4" else ())
             ),
         )
         return contenders(entries, lambda layer: layers.forward_call(layer, x), weights)
 
-    return case(FORWARD, shape, m, dtype, build)
+    return case(group, shape, m, dtype, build)
 
 
 def training(group: str, shape: Shape, m: int, dtype: str) -> Case:
@@ -137,7 +137,7 @@ def training_entries(
     x, dy = weights.x(m), weights.dy(m)
     base = weights.exact if nf4_base else weights.rounded
     expected = correctness.lora(x, dy, base, weights.lora_a, weights.lora_b, layers.SCALING)
-    frozen = correctness.linear_with_dx(x, dy, weights.rounded)
+    frozen = correctness.linear_with_dx(x, dy, weights.rounded, torch.float32)
     packed, dense = counts
     x.requires_grad_()
 
@@ -185,12 +185,9 @@ def block(group: str, batch: int, tokens: int, dtype: str, sizes: Sizes = SMOLLM
             entry(peer, variant, blocks.stock, theirs.sane, needs),
         ]
         cheaper = {PLAIN_LORA: replace(variant, dora=False), ONE_ADAPTER: replace(variant, adapters=1)}
-        for goal in GOALS.get(group, ()):
-            if goal.cost:
-                other = cheaper[goal.against]
-                entries.append(
-                    entry(goal.against, other, blocks.ours, blocks.expected(other, inputs)[0].strict)
-                )
+        for name in YARDSTICKS.get(group, ()):
+            other = cheaper[name]
+            entries.append(entry(name, other, blocks.ours, blocks.expected(other, inputs)[0].strict))
         return contenders(entries, cache=blocks)
 
     shape, needs = (sizes.hidden, sizes.intermediate), "peft transformers"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -59,10 +60,14 @@ def linear(x: Tensor, weight: Tensor) -> Expected:
     return Expected({"y": F.linear(x, weight.to(x.dtype))}, {"y": F.linear(x.double(), weight.double())})
 
 
-def linear_with_dx(x: Tensor, dy: Tensor, weight: Tensor) -> Expected:
-    """`y` and `dx` of a frozen layer, for peers only: the truth is in fp32."""
-    truth = {"y": F.linear(x.float(), weight.float()), "dx": dy.float() @ weight.float()}
-    return Expected(truth, truth)
+def linear_with_dx(x: Tensor, dy: Tensor, weight: Tensor, wide: torch.dtype = torch.float64) -> Expected:
+    """`y` and `dx` of a frozen layer. `wide`: of the truth, fp32 where only peers are judged."""
+
+    def results(dtype: torch.dtype) -> Tensors:
+        w = weight.to(dtype)
+        return {"y": F.linear(x.to(dtype), w), "dx": dy.to(dtype) @ w}
+
+    return Expected(results(x.dtype), results(wide))
 
 
 def lora(x: Tensor, dy: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Expected:

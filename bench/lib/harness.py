@@ -103,23 +103,6 @@ def compared(wanted: Expected, makes: Mapping[str, Callable[[], Any]], needs: st
 
 
 @dataclass(frozen=True)
-class Goal:
-    """A bound on our time relative to that of one contender."""
-
-    against: str
-    limit: float
-    cost: bool = False
-    """False: its time / ours is at least `limit`. True: our time / its time is at most `limit`; the other is
-    then not a peer but a cheaper job of ours, a yardstick, and to be slower is no loss."""
-
-    def met(self, ratio: Spread) -> bool:
-        return ratio.median <= self.limit if self.cost else ratio.median >= self.limit
-
-    def __str__(self) -> str:
-        return f"at {'most' if self.cost else 'least'} {self.limit:g}"
-
-
-@dataclass(frozen=True)
 class Case:
     """One problem to time. `build` makes the contenders, ours among them."""
 
@@ -131,7 +114,8 @@ class Case:
     build: Build
     batch: int | None = None
     """Of a block: the samples that the M rows belong to."""
-    goals: Sequence[Goal] = ()
+    yardsticks: Sequence[str] = ()
+    """Contenders that are no peers but cheaper jobs of ours, which the cost of this one is relative to."""
     title: str = ""
     seconds: float = 1.0
     needs: str = ""
@@ -173,6 +157,12 @@ class Case:
         result.remarks |= {runner.name: remark for runner in runners if (remark := runner.remark())}
         return result
 
+    def check(self) -> Result:
+        """Checks ours and times nothing."""
+        result = Result(self)
+        admitted([contender for contender in self.build() if contender.name == OURS], result)
+        return result
+
 
 @dataclass
 class Result(report.Outcome):
@@ -186,12 +176,7 @@ class Result(report.Outcome):
 
     @property
     def peers(self) -> list[str]:
-        return [name for name in self.contenders if name not in (OURS, *self.yardsticks)]
-
-    @property
-    def yardsticks(self) -> list[str]:
-        """Cheaper jobs of ours that the cost of this one is relative to."""
-        return [goal.against for goal in self.case.goals if goal.cost]
+        return [name for name in self.contenders if name not in (OURS, *self.case.yardsticks)]
 
     def time(self, name: str) -> Spread | None:
         return Spread.of(self.seconds[name]) if name in self.seconds else None
@@ -201,7 +186,7 @@ class Result(report.Outcome):
         not timed."""
         if not {OURS, name} <= self.seconds.keys():
             return None
-        over, under = (OURS, name) if name in self.yardsticks else (name, OURS)
+        over, under = (OURS, name) if name in self.case.yardsticks else (name, OURS)
         return Spread.of_ratios(self.seconds[over], self.seconds[under])
 
     def ratios(self) -> dict[str, Spread]:
@@ -217,15 +202,18 @@ class Result(report.Outcome):
     def line(self) -> str:
         ours = self.time(OURS)
         if ours is None:
-            return f"{WRONG}: {self.wrong[OURS]}"
+            wrong = [f"{WRONG}: {reason}" for reason in self.wrong.values()]
+            return "; ".join([*wrong, *(f"error {error:.2g}" for error in self.errors.values())])
         parts = [f"{OURS} {three_digits(ours.median * 1e3)} ms"]
-        parts += [f"{name} {self.cell(name).partition(' (')[0]}" for name in (*self.peers, *self.yardsticks)]
+        parts += [
+            f"{name} {self.cell(name).partition(' (')[0]}" for name in (*self.peers, *self.case.yardsticks)
+        ]
         return "; ".join([", ".join(parts), *(f"{name}: {remark}" for name, remark in self.remarks.items())])
 
     def data(self) -> dict[str, Any]:
         case = self.case
         times = {name: report.rounded(Spread.of(values), 1e3) for name, values in self.seconds.items()}
-        costs = {name: cost for name in self.yardsticks if (cost := self.against(name)) is not None}
+        costs = {name: cost for name in self.case.yardsticks if (cost := self.against(name)) is not None}
         return {
             "group": case.group,
             "shape": [case.out_features, case.in_features],
@@ -235,18 +223,10 @@ class Result(report.Outcome):
             "times_ms": times,
             "ratios": {name: report.rounded(ratio) for name, ratio in self.ratios().items()},
             "costs": {name: report.rounded(cost) for name, cost in costs.items()},
-            "goals": {goal.against: {"limit": goal.limit, "cost": goal.cost} for goal in case.goals},
             "errors": {name: float(f"{error:.4g}") for name, error in self.errors.items()},
             "rounds": max(map(len, self.seconds.values()), default=0),
             "copies": self.copies,
         }
-
-    def goals(self) -> Iterator[tuple[str, bool | None]]:
-        for goal in self.case.goals:
-            ratio = self.against(goal.against)
-            quotient = f"{OURS} / {goal.against}" if goal.cost else f"{goal.against} / {OURS}"
-            text = f"{quotient}: {goal}, measured {self.cell(goal.against).partition(' (')[0]}"
-            yield text, None if ratio is None else goal.met(ratio)
 
     @classmethod
     def tables(cls, outcomes: Sequence[Result], unit: str) -> Iterator[tuple[str, str]]:
@@ -265,7 +245,7 @@ class Result(report.Outcome):
             yield f"{title}: {unit} per call, median", report.grid(times)
             for peer in unique(peer for result in members for peer in result.peers):
                 yield f"{title}: time of {peer} / {OURS}", ratio_table(members, peer)
-            for name in unique(name for result in members for name in result.yardsticks):
+            for name in unique(name for result in members for name in result.case.yardsticks):
                 yield f"{title}: cost, time of {OURS} / {name}", ratio_table(members, name)
 
     @property

@@ -40,13 +40,32 @@ class LayerCache:
         return self._layers[name]
 
 
+def normal(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0, device: str = "cpu") -> Tensor:
+    if device == "cpu":
+        return testing.tensor(*shape, dtype=dtype, seed=seed, scale=scale)
+    generator = torch.Generator(device).manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
+
+
 class Weights(LayerCache):
-    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype) -> None:
+    """`seed`: of other values for a layer of the same shape."""
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        dtype: torch.dtype,
+        format: str = "nf4",
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features, self.dtype = out_features, in_features, dtype
+        self.format, self.device, self.seed = format, device, seed
 
     def normal(self, *shape: int, seed: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        return testing.tensor(*shape, dtype=dtype or self.dtype, seed=seed, scale=scale)
+        dtype, seed = dtype or self.dtype, seed + 10 * self.seed
+        return normal(*shape, dtype=dtype, seed=seed, scale=scale, device=self.device)
 
     @cached_property
     def original(self) -> Tensor:
@@ -55,8 +74,9 @@ class Weights(LayerCache):
 
     @cached_property
     def nf4(self) -> pk.NF4Weight:
+        """In the format."""
         with pk.use_backend("reference"):
-            return pk.NF4Weight.quantize(self.original)
+            return pk.NF4Weight.quantize(self.original, format=self.format)
 
     @cached_property
     def exact(self) -> Tensor:
@@ -86,8 +106,7 @@ class Weights(LayerCache):
 
 def dequantized(weight: pk.NF4Weight) -> Tensor:
     """The weight in fp32 (code * scale), unpacked by the reference."""
-    assert weight.packed is not None and weight.absmax is not None
-    parts = (weight.packed, weight.absmax, weight.absmax2, weight.offset, weight.blocksize)
+    parts = weight._state.op_args
     exact: Tensor = testing.reference_op("dequantize_nf4")(*parts, weight.shape, torch.float32)
     return exact
 

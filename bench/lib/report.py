@@ -1,4 +1,4 @@
-"""Results of cases of every kind: one protocol, and from it tables, notes, goals and the summary."""
+"""Results of cases of every kind: one protocol, and from it tables, notes and the summary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 OURS = "ours"
 """Name of the contender that the others are compared with."""
 LOSES, WRONG = "LOSES", "WRONG"
-MET, MISSED = "met", "MISSED"
 
 T = TypeVar("T")
 
@@ -85,13 +84,58 @@ class Outcome:
         """Title and text of the tables over all outcomes of this kind."""
         raise NotImplementedError
 
-    def goals(self) -> Iterable[tuple[str, bool | None]]:
-        """Each goal with the measured value, and whether it is met (None: unknown)."""
-        return ()
-
     def ratios(self) -> Mapping[str, Spread]:
         """Time of each peer / our time."""
         return {}
+
+
+@dataclass
+class Figures(Outcome):
+    """Numbers by row and column, of a case that does more than time contenders."""
+
+    title: str = ""
+    """Of the table, which cases with the same title share."""
+    forms: Mapping[str, str] = field(default_factory=dict)
+    """The columns, and how their numbers are formatted: if empty, with three digits."""
+    label: str = ""
+    """Of the rows of this case in the table."""
+    values: dict[str, dict[str, float | Spread]] = field(default_factory=dict)
+
+    def value(self, row: str, column: str) -> float | None:
+        """A number, or the median of a spread."""
+        found = self.values.get(row, {}).get(column)
+        return found.median if isinstance(found, Spread) else found
+
+    def cell(self, row: str, column: str) -> str:
+        found = self.values[row].get(column)
+        if found is None or isinstance(found, Spread):
+            return cell(found) if found else "-"
+        return f"{found:{self.forms[column]}}" if self.forms[column] else three_digits(found)
+
+    def parts(self) -> Iterator[str]:
+        for row, found in self.values.items():
+            cells = ", ".join(f"{column} {self.cell(row, column)}" for column in found)
+            yield f"{row}: {cells}" if row else cells
+
+    def data(self) -> dict[str, Any]:
+        values = {
+            row: {name: rounded(x) if isinstance(x, Spread) else x for name, x in found.items()}
+            for row, found in self.values.items()
+        }
+        return {"group": self.case.name.partition("-")[0], "values": values}
+
+    @classmethod
+    def tables(cls, outcomes: Sequence[Figures], unit: str) -> Iterator[tuple[str, str]]:
+        for title in unique(one.title for one in outcomes if one.values):
+            members = [one for one in outcomes if one.title == title]
+            cells: dict[str, dict[str, str]] = {}
+            for one in members:
+                for row, found in one.values.items():
+                    name = ", ".join(filter(None, (one.label, row)))
+                    cells.setdefault(name, {}).update({column: one.cell(row, column) for column in found})
+            columns = unique(column for one in members for column in one.forms)
+            rows = ([name, *(found.get(column, "-") for column in columns)] for name, found in cells.items())
+            yield title, table(["", *columns], rows)
 
 
 def json_data(outcome: Outcome, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,16 +144,12 @@ def json_data(outcome: Outcome, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def render(outcomes: Sequence[Outcome], unit: str = "ms") -> str:
-    """All tables, the reasons for missing values, the goals and the summary."""
+    """All tables, the reasons for missing values and the summary."""
     blocks = []
     for kind in unique(map(type, outcomes)):
         found = kind.tables([outcome for outcome in outcomes if type(outcome) is kind], unit)
         blocks += [f"{title}\n{cells}" for title, cells in found]
-    words = {True: f": {MET}", False: f": {MISSED}", None: ""}
-    goals = [
-        f"  {outcome.case.name}, {goal}{words[met]}" for outcome in outcomes for goal, met in outcome.goals()
-    ]
-    for lines in (_notes(outcomes), ["Goals", *goals] if goals else [], summary(outcomes)):
+    for lines in (_notes(outcomes), summary(outcomes)):
         if lines:
             blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
@@ -169,10 +209,6 @@ def missing(needs: str) -> str:
     """Which of the libraries are not installed, or an empty string."""
     absent = [library for library in needs.split() if importlib.util.find_spec(library) is None]
     return f"{', '.join(absent)} not installed" if absent else ""
-
-
-def megabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e6:,.0f} MB"
 
 
 def rounded(values: Spread, scale: float = 1.0) -> dict[str, float]:

@@ -15,33 +15,34 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import peft_kernels
+import peft_kernels as pk
 
 from ..lib import report
+from ..lib.harness import first_line
 from ..lib.layers import BNB
 from ..lib.machine import status_bytes
-from ..lib.report import OURS, Spread, megabytes, missing
+from ..lib.report import OURS, Progress, Timing, missing
 
 MAPPED, IN_MEMORY, THEIRS = "bf16, mapped", "bf16, in memory", "bnb, 4 bits"
-HOW = {OURS: "ours", IN_MEMORY: "in-memory", MAPPED: "mapped", THEIRS: "bnb"}
-TIME_GOAL = 1.3
-"""Our time / that of loading bf16 into memory, at most."""
-SLACK = 1.5
-"""Memory beyond the model at most, as a multiple of the largest tensor."""
-CHILD = Path(__file__).with_name("loading_child.py")
+WHOLE = "bf16, then quantised"
+"""What `NF4Config` must not do; for tests."""
+CONTENDERS = OURS, IN_MEMORY, MAPPED, THEIRS
+TITLE = "loading a checkpoint as bf16 or 4 bits, in MB; the peak is above the floor"
+FORMS = {"s": ".2f"} | dict.fromkeys(("peak", "model", "anonymous", "resident", "floor"), ",.0f")
 
 SIZES = {"tinyllama": (32000, 2048, 5632, 22, 32, 4), "small": (8192, 1024, 2816, 4, 16, 4)}
 TINY = (128, 64, 128, 1, 4, 2)
@@ -68,36 +69,39 @@ class Case:
     def seconds(self) -> float:
         return 240.0 if self.size == "tinyllama" else 90.0
 
-    def run(
-        self,
-        timing: report.Timing = report.ONCE,
-        progress: report.Progress = report.silent,
-        contenders: Mapping[str, str] = HOW,
-    ) -> Loaded:
+    def run(self, timing: Timing = report.ONCE, progress: Progress = report.silent) -> report.Figures:
         """Three interleaved rounds of one load each."""
-        loaded = Loaded(self)
+        found = report.Figures(self, title=TITLE, forms=FORMS, label=self.name.removeprefix("loading-"))
         if reason := missing("transformers safetensors"):
-            loaded.absent[OURS] = reason
-            return loaded
-        chosen = dict(contenders)
-        if THEIRS in chosen and (reason := missing(BNB)):
-            loaded.absent[THEIRS] = reason
-            del chosen[THEIRS]
+            found.absent[OURS] = reason
+            return found
+        loads: dict[str, list[Load]] = {name: [] for name in CONTENDERS}
+        if reason := missing(BNB):
+            found.absent[THEIRS] = reason
+            del loads[THEIRS]
         with tempfile.TemporaryDirectory() as folder:
             progress("checkpoint")
-            loaded.largest = write(Path(folder) / "model", SIZES[self.size], DTYPES[self.stored])
+            write(Path(folder) / "model", SIZES[self.size], DTYPES[self.stored])
             write(Path(folder) / "tiny", TINY, DTYPES[self.stored])
             for _ in range(3):
-                for name in list(chosen):
+                for name in list(loads):
                     progress(name)
                     try:
-                        found = load(chosen[name], Path(folder))
-                    except RuntimeError as error:
-                        loaded.wrong[name] = str(error)
-                        del chosen[name]
-                    else:
-                        loaded.loads.setdefault(name, []).append(found)
-        return loaded
+                        loads[name].append(load(name, Path(folder)))
+                    except Exception as error:  # the others still run
+                        found.wrong[name] = f"{type(error).__name__}: {first_line(error)}"
+                        del loads[name]
+        compare(self.stored, loads, found)
+        return found
+
+
+def compare(stored: str, loads: Mapping[str, Sequence[Load]], found: report.Figures) -> None:
+    """Adds the median time and the worst peak of each contender."""
+    for name, some in loads.items():
+        worst = max(some, key=lambda load: load.peak(stored))
+        sizes = worst.peak(stored), worst.nf4 + worst.dense, worst.anonymous, worst.resident, worst.floor
+        seconds = statistics.median(load.seconds for load in some)
+        found.values[name] = dict(zip(FORMS, (seconds, *(size / 1e6 for size in sizes)), strict=True))
 
 
 @dataclass(frozen=True)
@@ -118,69 +122,6 @@ class Load:
 
     def peak(self, stored: str) -> int:
         return self.mapped + (self.resident if stored == "bf16" else self.anonymous)
-
-    def limit(self, largest: int) -> int:
-        return int(self.nf4 + self.dense + SLACK * largest)
-
-
-@dataclass
-class Loaded(report.Outcome):
-    case: Case
-    loads: dict[str, list[Load]] = field(default_factory=dict)
-    largest: int = 0
-    """Bytes of the largest stored tensor."""
-
-    def time(self, name: str) -> float | None:
-        loads = self.loads.get(name)
-        return None if not loads else statistics.median(load.seconds for load in loads)
-
-    def worst(self, name: str) -> Load | None:
-        return max(self.loads.get(name, ()), key=self.peak, default=None)
-
-    def peak(self, load: Load) -> int:
-        return load.peak(self.case.stored)
-
-    def goals(self) -> Iterator[tuple[str, bool | None]]:
-        worst, ours, plain = self.worst(OURS), self.time(OURS), self.time(IN_MEMORY)
-        if worst is not None:
-            limit, peak = worst.limit(self.largest), self.peak(worst)
-            what = "resident" if self.case.stored == "bf16" else "anonymous"
-            text = f"peak of {what} memory above the floor: at most {megabytes(limit)}"
-            yield f"{text}, measured {megabytes(peak)}", peak <= limit
-        if ours is not None and plain is not None:
-            text = f"time: at most {TIME_GOAL} times {IN_MEMORY}, measured {ours / plain:.2f}"
-            yield text, ours <= TIME_GOAL * plain
-
-    def ratios(self) -> dict[str, Spread]:
-        ours = [load.seconds for load in self.loads.get(OURS, ())]
-        theirs = [load.seconds for load in self.loads.get(THEIRS, ())]
-        if not ours or not theirs:
-            return {}
-        return {THEIRS: Spread.of([b / a for a, b in zip(ours, theirs, strict=False)])}
-
-    def parts(self) -> list[str]:
-        return [
-            f"{name} {self.time(name):.2f} s, {megabytes(max(map(self.peak, loads)))}"
-            for name, loads in self.loads.items()
-        ]
-
-    def data(self) -> dict[str, Any]:
-        loads = {name: [vars(load) for load in loads] for name, loads in self.loads.items()}
-        return {"group": "loading", "largest": self.largest, "loads": loads}
-
-    @classmethod
-    def tables(cls, outcomes: Sequence[Loaded], unit: str) -> Iterator[tuple[str, str]]:
-        titles = ["", "", "s", "peak", "model", "anonymous", "resident", "floor"]
-        rows = []
-        for outcome in outcomes:
-            for name in outcome.loads:
-                worst = outcome.worst(name)
-                assert worst is not None
-                model = worst.nf4 + worst.dense
-                sizes = (outcome.peak(worst), model, worst.anonymous, worst.resident, worst.floor)
-                cells = [f"{outcome.time(name):.2f}", *map(megabytes, sizes)]
-                rows.append([outcome.case.name.removeprefix("loading-"), name, *cells])
-        yield "loading a checkpoint as bf16 or 4 bits; peak is above the floor", report.table(titles, rows)
 
 
 def standard(dtype: str) -> list[Case]:
@@ -214,36 +155,74 @@ def write(folder: Path, sizes: Sequence[int], dtype: torch.dtype) -> int:
     return max(shape.numel() for shape in shapes.values()) * dtype.itemsize
 
 
-def load(how: str, folder: Path) -> Load:
-    """Loads in a fresh process. RuntimeError with its last line of output if that fails."""
-    command = [sys.executable, str(CHILD), how, str(folder / "model"), str(folder / "tiny")]
-    # This process's package, not an installed one.
-    paths = [str(Path(peft_kernels.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(command, text=True, stderr=errors, env=environment, **pipes) as child,
-    ):
-        assert child.stdin is not None and child.stdout is not None
-
-        def line() -> str:
-            text = child.stdout.readline().strip()
-            if not text:
-                child.wait()
-                errors.seek(0)
-                *_, last = ["it ended without output", *errors.read().strip().splitlines()]
-                raise RuntimeError(last)
-            return text
-
-        line()
-        before = _memory(child.pid)
-        with _peak_memory(child.pid) as peak:
-            print(file=child.stdin, flush=True)
-            found = json.loads(line())
-        print(file=child.stdin, flush=True)
-    above = {name: peak[name] - before[name] for name in before}
+def load(name: str, folder: Path) -> Load:
+    """Loads the checkpoint of a folder in a fresh process, after a tiny one in the same way."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        pid = pool.submit(warm_up, name, str(folder / "tiny")).result()
+        before = _memory(pid)
+        with _peak_memory(pid) as peak:
+            found = pool.submit(timed, name, str(folder / "model")).result()
+    above = {kind: peak[kind] - before[kind] for kind in before}
     return Load(**found, **above, floor=before["resident"])
+
+
+def warm_up(name: str, folder: str) -> int:
+    """Imports all that loading needs. Returns this process's id."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    loaded(name, folder)
+    return os.getpid()
+
+
+def timed(name: str, folder: str) -> dict[str, float]:
+    """Seconds, and bytes of NF4 weights, of dense tensors, and of those still in the file."""
+    start = time.perf_counter()
+    model = loaded(name, folder)
+    seconds = time.perf_counter() - start
+    packed = [p for p in model.parameters() if isinstance(p, pk.NF4Weight)]
+    dense = [p for p in model.parameters() if not isinstance(p, pk.NF4Weight)]
+    ranges = _mapped_files()
+    mapped = [p for p in dense if any(start <= p.data_ptr() < end for start, end in ranges)]
+    parts = {"nf4": packed, "dense": dense, "mapped": mapped}
+    return {"seconds": seconds} | {kind: sum(p.nbytes for p in part) for kind, part in parts.items()}
+
+
+def loaded(name: str, folder: str) -> Any:
+    import transformers
+
+    from peft_kernels.integrations.transformers import NF4Config
+
+    options: dict[str, Any] = {"dtype": torch.bfloat16}
+    if name == OURS:
+        options["quantization_config"] = NF4Config()
+    if name == THEIRS:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    if name == IN_MEMORY:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    if name == WHOLE:
+        pk.quantize_model(model, progress=False)
+    return model
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Address ranges of checkpoints."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, *_, name = line.split(maxsplit=5)
+        if name.endswith(".safetensors"):
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            found.append((start, end))
+    return found
 
 
 @contextmanager

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
@@ -17,16 +16,15 @@ from ..lib.adapted import SMOLLM2, Sizes, Variant
 from ..lib.block import Blocks
 from ..lib.cases import DTYPES, PEFT_ON_BNB, PEFT_ON_DENSE
 from ..lib.harness import first_line
-from ..lib.layers import BNB, RANK, Weights
-from ..lib.report import OURS, missing
+from ..lib.layers import BNB, Weights
+from ..lib.report import OURS, Progress, Timing, missing
 
 LAYER, BLOCK = "layer", "block"
 VARIANTS = {"lora": Variant(), "dropout": Variant(dropout=0.05), "dora": Variant(dora=True)}
 BASES = ("dense", "nf4")
-GOAL = 0.6
-"""Bytes of our block / PEFT's, at most."""
 BATCH, TOKENS = 4, 256
-H_BYTES = 4  # x A^T is in fp32
+RATIO = f"{OURS} / PEFT"
+FORMS = {"PEFT": ",.0f", OURS: ",.0f", RATIO: ".1%"}
 
 
 @dataclass(frozen=True)
@@ -53,62 +51,32 @@ class Case:
 
     seconds = 1.0
 
-    def run(self, timing: report.Timing = report.ONCE, progress: report.Progress = report.silent) -> Saved:
-        saved = Saved(self)
+    def run(self, timing: Timing = report.ONCE, progress: Progress = report.silent) -> Saved:
+        label = self.name.removeprefix("memory-")
+        saved = Saved(self, title="saved for backward, bytes per token", forms=FORMS, label=label)
+        row = saved.values.setdefault("", {})
         measure_one = _of_layer if self.subject == LAYER else _of_block
-        for name in (OURS, self.peer):
+        for name in (self.peer, OURS):
             progress(name)
             if reason := missing(f"peft transformers {BNB if name == PEFT_ON_BNB else ''}"):
                 saved.absent[name] = reason
                 continue
             try:
-                saved.bytes_per_token[name] = measure_one(saved, name) / (BATCH * TOKENS)
+                nbytes = measure_one(saved, name) / (BATCH * TOKENS)
             except Exception as error:  # the other still runs
                 saved.absent[name] = f"{type(error).__name__}: {first_line(error)}"
+            else:
+                row[OURS if name == OURS else "PEFT"] = nbytes
+        if not saved.absent:
+            row[RATIO] = row[OURS] / row["PEFT"]
         return saved
 
 
-@dataclass
-class Saved(report.Outcome):
-    case: Case
-    bytes_per_token: dict[str, float] = field(default_factory=dict)
-
+class Saved(report.Figures):
     @property
     def ratio(self) -> float | None:
         """Ours / PEFT's."""
-        return None if self.absent else self.bytes_per_token[OURS] / self.bytes_per_token[self.case.peer]
-
-    def goals(self) -> Iterator[tuple[str, bool]]:
-        case, ours = self.case, self.bytes_per_token.get(OURS)
-        if case.subject == BLOCK and self.ratio is not None:
-            text = f"{OURS} / {case.peer}: at most {GOAL:.0%}, measured {self.ratio:.1%}"
-            yield text, self.ratio <= GOAL
-        if case.subject == LAYER and case.variant == Variant() and ours is not None:
-            least = case.sizes.hidden * DTYPES[case.dtype].itemsize + RANK * H_BYTES
-            yield f"{OURS}: x and x A^T, {least:,} bytes, measured {ours:,.0f}", ours == least
-
-    def parts(self) -> list[str]:
-        return [f"{name} {nbytes:.0f}" for name, nbytes in self.bytes_per_token.items()]
-
-    def data(self) -> dict[str, Any]:
-        case = self.case
-        return {
-            "group": "memory",
-            "shape": [case.sizes.hidden, case.sizes.intermediate],
-            "dtype": case.dtype,
-            "bytes_per_token": self.bytes_per_token,
-            "ratio": self.ratio,
-        }
-
-    @classmethod
-    def tables(cls, outcomes: Sequence[Saved], unit: str) -> Iterator[tuple[str, str]]:
-        rows = []
-        for saved in outcomes:
-            found = [saved.bytes_per_token.get(name) for name in (saved.case.peer, OURS)]
-            ratio = "-" if saved.ratio is None else f"{saved.ratio:.1%}"
-            cells = ["-" if nbytes is None else f"{nbytes:,.0f}" for nbytes in found]
-            rows.append([saved.case.name.removeprefix("memory-"), *cells, ratio])
-        yield "saved for backward, bytes per token", report.table(["", "PEFT", OURS, f"{OURS} / PEFT"], rows)
+        return self.value("", RATIO)
 
 
 def standard(dtype: str) -> list[Case]:

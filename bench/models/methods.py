@@ -3,15 +3,16 @@
 Model, task and training are those of `examples/finetune.py`: SmolLM2-135M-Instruct, patched, under autocast,
 on NF4 weights except for LoRA over dense ones and full fine-tuning. Four cases, each of all methods: bytes
 saved for backward (exact), the time of a step and of decoding a token (interleaved), and the held-out loss
-after equal steps.
+after equal steps. A fifth compares LoRA on weights in each packed format: bits per weight, the held-out loss
+before and after equal steps, and the time of a step.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -21,26 +22,33 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
+from peft_kernels.core.formats import FORMATS
 
 from ..lib import examples, harness, report
 from ..lib.layers import RANK
-from ..lib.report import Spread, missing
+from ..lib.report import Progress, Spread, Timing, missing
 
 BASE, DENSE, LORA, DORA = "base in 4 bits", "base in bf16", "QLoRA", "QDoRA"
 KEPT = f"{DORA}, norms kept"
 """Decoding under PEFT's `DoraCaching`."""
-BYTES, STEP, DECODE, LOSS = "bytes", "step", "decode", "loss"
+BYTES, STEP, DECODE, LOSS, FORMAT = "bytes", "step", "decode", "loss", "formats"
 TITLES = {
     BYTES: "saved for backward, bytes a token",
     STEP: f"step by that of {LORA}",
     DECODE: f"decoding by that of the {BASE}",
     LOSS: "held-out loss",
 }
+TRAINED = "trained"
+FORMS = {BYTES: ",.0f", STEP: ".2f", DECODE: ".2f", LOSS: ".3f"}
+BITS, BEFORE, AFTER, TIME = "bits per weight", "held-out loss", "after LoRA", "step by that of nf4"
+FORMATS_FORMS = {BITS: ".2f", BEFORE: ".3f", AFTER: ".3f", TIME: ".2f"}
 VIRTUAL = 16  # tokens of prefixes and prompts
 HIDDEN = 256  # of the networks that produce them
 BATCH, TOKENS, LENGTHS = 1, 128, (64, 128)
 PROMPT, NEW = 64, 2  # tokens, of decoding
 STEPS, BATCH_SIZE, MAX_LENGTH, HELD_OUT, SEED = 30, 4, 128, 32, 0
+
+NEEDS = "transformers peft accelerate rich tqdm"
 
 Adapt = Callable[[Any, str], Any]
 """Takes the base model and its folder; returns the model to train."""
@@ -48,7 +56,7 @@ Adapt = Callable[[Any, str], Any]
 
 @dataclass(frozen=True)
 class Method:
-    """`base`: "nf4", "bf16", or "fp32" if the base weights train."""
+    """`base`: a packed format, "bf16", or "fp32" if the base weights train."""
 
     adapt: Adapt
     lr: float
@@ -102,7 +110,8 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One column of the table. `model` and `data`: paths instead of the demo's, as options of finetune.py."""
+    """One column of the table of methods, or the table of formats. `model` and `data`: paths instead of the
+    demo's, as options of finetune.py."""
 
     column: str
     steps: int = STEPS
@@ -111,90 +120,96 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"methods-{self.column}"
+        return "formats-model" if self.column == FORMAT else f"methods-{self.column}"
 
     @property
     def seconds(self) -> float:
-        own = {BYTES: 20.0, STEP: 25.0, DECODE: 15.0, LOSS: 15.0 + len(METHODS) * (0.5 * self.steps + 4)}
+        own = {
+            BYTES: 20.0,
+            STEP: 25.0,
+            DECODE: 15.0,
+            LOSS: 15.0 + len(METHODS) * (0.5 * self.steps + 4),
+            FORMAT: 45.0 + (len(FORMATS) + 1) * (1.0 * self.steps + 15),
+        }
         return 15.0 + own[self.column]
 
-    def run(self, timing: report.Timing = report.ONCE, progress: report.Progress = report.silent) -> Measured:
-        found = Measured(self)
-        if reason := missing("transformers peft accelerate rich tqdm" + ("" if self.model else " gguf")):
+    def run(self, timing: Timing = report.ONCE, progress: Progress = report.silent) -> Measured:
+        title = TITLES.get(self.column)
+        forms = {TRAINED: ",", title: FORMS[self.column]} if title else FORMATS_FORMS
+        found = Measured(self, title=f"{'methods' if title else 'formats'} on SmolLM2-135M", forms=forms)
+        if reason := missing(NEEDS + ("" if self.model else " gguf")):
             found.absent[self.column] = reason
             return found
         progress("model")
         models = Models(self, examples.MODELS)
-        columns = {BYTES: _bytes, STEP: _steps, DECODE: _decoding, LOSS: _losses}
+        columns = {BYTES: _bytes, STEP: _steps, DECODE: _decoding, LOSS: _losses, FORMAT: _formats}
         columns[self.column](found, models, timing, progress)
         return found
 
 
-@dataclass
-class Measured(report.Outcome):
-    case: Case
-    values: dict[str, float] = field(default_factory=dict)
-    spreads: dict[str, Spread] = field(default_factory=dict)
-    trained: dict[str, int] = field(default_factory=dict)
-    """Parameters."""
-
-    def cell(self, name: str) -> str:
-        if name not in self.values:
-            return "-"
-        form = {BYTES: ",.0f", LOSS: ".3f"}.get(self.case.column, ".2f")
-        return f"{self.values[name]:{form}}"
-
-    def parts(self) -> list[str]:
-        return [", ".join(f"{name} {self.cell(name)}" for name in self.values)] if self.values else []
+class Measured(report.Figures):
+    def put(self, name: str, value: float | Spread) -> None:
+        self.values.setdefault(name, {})[TITLES[self.case.column]] = value
 
     def data(self) -> dict[str, Any]:
-        spreads = {name: report.rounded(spread) for name, spread in self.spreads.items()}
-        return {"group": "methods", "values": self.values, "spreads": spreads, "trained": self.trained}
-
-    @classmethod
-    def tables(cls, outcomes: Sequence[Measured], unit: str) -> Iterator[tuple[str, str]]:
-        names = report.unique(name for one in outcomes for name in one.values)
-        trained = {name: count for one in outcomes for name, count in one.trained.items()}
-        rows = [
-            [name, f"{trained[name]:,}" if name in trained else "-", *(one.cell(name) for one in outcomes)]
-            for name in names
-        ]
-        titles = ["", "trained", *(TITLES[one.case.column] for one in outcomes)]
-        yield "methods on SmolLM2-135M", report.table(titles, rows)
+        """Of methods by name, as tools/figures.py reads them."""
+        if self.case.column == FORMAT:
+            return super().data()
+        column = TITLES[self.case.column]
+        values = {name: self.value(name, column) for name in self.values}
+        trained = {name: found[TRAINED] for name, found in self.values.items() if TRAINED in found}
+        return {"group": "methods", "values": values, "trained": trained}
 
 
 class Models:
-    def __init__(self, case: Case, folder: Path) -> None:
-        self.lib = examples.module("finetune_model")
+    def __init__(self, case: Any, folder: Path) -> None:
+        self.case, self.lib = case, examples.module("finetune_model")
         self.folder = examples.module("demo_model").model_folder(case.model, folder)
 
     def base(self, kind: str) -> Any:
-        """The base model, with the linear layers' weights in the given dtype."""
-        if kind == "nf4":
-            model = self.lib.load_base(self.folder, "peft_kernels")
-        else:
-            model = self.lib.AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.lib.DTYPE)
-            body = {m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
-            for p in model.parameters():
-                p.requires_grad_(False)
-                if kind == "fp32" or p not in body:
-                    p.data = p.data.float()
+        """The base model, with the linear layers' weights in the given format or dtype."""
+        model = self.lib.AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.lib.DTYPE)
+        body = {m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+        if kind in FORMATS:
+            pk.quantize_model(model, format=kind)
+        for p in model.parameters():
+            p.requires_grad_(False)
+            if kind == "fp32" or not (p in body or isinstance(p, pk.NF4Weight)):
+                p.data = p.data.float()
         model.forward = torch.autocast(self.lib.DEVICE, dtype=self.lib.DTYPE)(model.forward)
         return model
 
-    def make(self, name: str) -> Any:
-        method = METHODS[name]
+    def adapted(self, method: Method, base: Any) -> Any:
         torch.manual_seed(SEED)
-        model = method.adapt(self.base(method.base), str(self.folder))
+        model = method.adapt(base, str(self.folder))
         pk.patch(model)
         return model
 
-    def training(self, name: str, found: Measured, progress: report.Progress) -> Any:
+    def make(self, name: str) -> Any:
+        return self.adapted(METHODS[name], self.base(METHODS[name].base))
+
+    def training(self, name: str, found: Measured, progress: Progress) -> Any:
         """The model in training mode; counts its trained parameters."""
         progress(name)
         model = self.make(name).train()
-        found.trained[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        found.values.setdefault(name, {})[TRAINED] = trained
         return model
+
+    def batches(self, size: int = BATCH_SIZE, held_out: int = HELD_OUT) -> tuple[list[Any], list[Any]]:
+        """To train on, and held out."""
+        tokenizer, case = self.lib.load_tokenizer(self.folder), self.case
+        return examples.batches(case.data, tokenizer, MAX_LENGTH, size, case.steps, SEED, held_out)
+
+    def step(self, model: Any) -> Callable[[], None]:
+        """Forward and backward of a training step."""
+        ids = self.tokens(BATCH, TOKENS)
+
+        def call() -> None:
+            model.zero_grad()
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+        return call
 
     def tokens(self, batch: int, length: int) -> Tensor:
         generator = torch.Generator().manual_seed(1)
@@ -208,7 +223,7 @@ class Models:
         return transformers.AutoConfig.from_pretrained(self.folder)
 
 
-def _bytes(found: Measured, models: Models, timing: report.Timing, progress: report.Progress) -> None:
+def _bytes(found: Measured, models: Models, timing: Timing, progress: Progress) -> None:
     """From the difference between two lengths, so that fixed costs (bf16 copies of weights, a prefix) do not
     count. Without the head, which is the same for all methods."""
     for name in METHODS:
@@ -217,28 +232,20 @@ def _bytes(found: Measured, models: Models, timing: report.Timing, progress: rep
             ids = models.tokens(1, length)
             run = partial(model, input_ids=ids, logits_to_keep=1, use_cache=False)
             saved.append(testing.saved_bytes(run, [*model.parameters(), *model.buffers()]))
-        found.values[name] = (saved[1] - saved[0]) / (LENGTHS[1] - LENGTHS[0])
+        found.put(name, (saved[1] - saved[0]) / (LENGTHS[1] - LENGTHS[0]))
         del model, run
         gc.collect()
 
 
-def _steps(found: Measured, models: Models, timing: report.Timing, progress: report.Progress) -> None:
-    ids = models.tokens(BATCH, TOKENS)
-
-    def step(model: Any) -> None:
-        model.zero_grad()
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-
-    runners = []
-    for name in METHODS:
-        model = models.training(name, found, progress)
-        runners.append(harness.Contender(name, [partial(step, model)], lambda _: 0.0))
+def _steps(found: Measured, models: Models, timing: Timing, progress: Progress) -> None:
+    calls = {name: models.step(models.training(name, found, progress)) for name in METHODS}
     progress("time")
-    _ratios(found, harness.interleave(runners, timing), LORA)
+    for name, ratio in _ratios(calls, timing, LORA).items():
+        found.put(name, ratio)
 
 
-def _decoding(found: Measured, models: Models, timing: report.Timing, progress: report.Progress) -> None:
-    runners = []
+def _decoding(found: Measured, models: Models, timing: Timing, progress: Progress) -> None:
+    calls: dict[str, Callable[[], Any]] = {}
     for name in (BASE, DENSE, *METHODS, KEPT):
         if name == "full fine-tuning":  # the same as the base
             continue
@@ -247,13 +254,12 @@ def _decoding(found: Measured, models: Models, timing: report.Timing, progress: 
         model = models.make(DORA if name == KEPT else name) if base is None else models.base(base)
         if base is not None:
             pk.patch(model)
-        ids = models.tokens(1, PROMPT + NEW)
-        call: Callable[[], Any] = Decoding(model.eval(), name, ids)
+        calls[name] = Decoding(model.eval(), name, models.tokens(1, PROMPT + NEW))
         if name == KEPT:
-            call = partial(_keeping_norms, call)
-        runners.append(harness.Contender(name, [call], lambda _: 0.0))
+            calls[name] = partial(_keeping_norms, calls[name])
     progress("time")
-    _ratios(found, harness.interleave(runners, timing), BASE)
+    for name, ratio in _ratios(calls, timing, BASE).items():
+        found.put(name, ratio)
 
 
 def _keeping_norms(call: Callable[[], Any]) -> None:
@@ -288,30 +294,54 @@ class Decoding:
                 self.model(input_ids=self.ids[:, at : at + 1], past_key_values=self.cache, use_cache=True)
 
 
-def _ratios(found: Measured, seconds: dict[str, list[float]], yardstick: str) -> None:
-    """Time / the yardstick's time, within each round."""
-    for name, times in seconds.items():
-        found.spreads[name] = Spread.of_ratios(times, seconds[yardstick])
-        found.values[name] = found.spreads[name].median
-
-
-def _losses(found: Measured, models: Models, timing: report.Timing, progress: report.Progress) -> None:
-    case, lib = found.case, models.lib
-    batches, validation = examples.batches(
-        case.data, lib.load_tokenizer(models.folder), MAX_LENGTH, BATCH_SIZE, case.steps, SEED, HELD_OUT
-    )
+def _losses(found: Measured, models: Models, timing: Timing, progress: Progress) -> None:
+    batches, held_out = models.batches()
     for name, base in ((BASE, "nf4"), (DENSE, "bf16")):
         progress(name)
-        found.values[name] = lib.loss_of(models.base(base), validation)
+        found.put(name, models.lib.loss_of(models.base(base), held_out))
     for name, method in METHODS.items():
         model = models.training(name, found, progress)
-        losses = lib.train(model, batches, method.lr, name, method.ahead)
-        found.values[name] = lib.loss_of(model, validation, method.ahead)
-        if not all(map(math.isfinite, (*losses, found.values[name]))):
-            found.wrong[name] = f"losses: {losses}, held out {found.values[name]}"
+        losses = models.lib.train(model, batches, method.lr, name, method.ahead)
+        found.put(name, models.lib.loss_of(model, held_out, method.ahead))
+        _check(found, name, [*losses, found.value(name, TITLES[LOSS])])
         del model
         gc.collect()
 
 
+def _formats(found: Measured, models: Models, timing: Timing, progress: Progress) -> None:
+    (batches, held_out), method, calls = models.batches(), METHODS[LORA], {}
+    for name in ("bf16", *FORMATS):
+        progress(name)
+        model = models.base(name)
+        row = found.values[name] = {BITS: _bits(model), BEFORE: models.lib.loss_of(model, held_out)}
+        model = models.adapted(method, model).train()
+        losses = models.lib.train(model, batches, method.lr, name)
+        row[AFTER] = models.lib.loss_of(model, held_out)
+        _check(found, name, [*losses, row[AFTER]])
+        calls[name] = models.step(model.train())
+        gc.collect()
+    progress("time")
+    for name, ratio in _ratios(calls, timing, "nf4").items():
+        found.values[name][TIME] = ratio
+
+
+def _bits(model: nn.Module) -> float:
+    """Bits per weight of the linear layers but the head."""
+    layers = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("lm_head")]
+    return 8 * sum(m.weight.nbytes for m in layers) / sum(m.weight.numel() for m in layers)
+
+
+def _check(found: Measured, name: str, losses: Iterable[Any]) -> None:
+    if not all(map(math.isfinite, losses)):
+        found.wrong[name] = f"losses, the last one held out: {losses}"
+
+
+def _ratios(calls: dict[str, Callable[[], Any]], timing: Timing, yardstick: str) -> dict[str, Spread]:
+    """Time / the yardstick's time, within each round."""
+    runners = [harness.Contender(name, [call], lambda _: 0.0) for name, call in calls.items()]
+    seconds = harness.interleave(runners, timing)
+    return {name: Spread.of_ratios(times, seconds[yardstick]) for name, times in seconds.items()}
+
+
 def standard(dtype: str) -> list[Case]:
-    return [Case(column) for column in TITLES]
+    return [Case(column) for column in (*TITLES, FORMAT)]

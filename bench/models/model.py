@@ -19,7 +19,7 @@ import peft_kernels as pk
 from ..lib import correctness, layers
 from ..lib.adapted import SMOLLM2, Adapted, Model, Sizes, Variant
 from ..lib.cases import DTYPES, PEFT_ON_BNB
-from ..lib.harness import Build, Case, Contenders, Entry, Goal, contenders
+from ..lib.harness import Build, Case, Contenders, Entry, contenders
 from ..lib.layers import BNB
 from ..lib.report import OURS
 
@@ -29,11 +29,6 @@ TITLES = {
     STEP: "training step of a model of 135M parameters, QLoRA, loss included",
     TEXTBOOK: "the same step set up as in tutorials: 4-bit base of bitsandbytes, kbit preparation, autocast",
     DECODE: "decoding by the same model, one sample and eight at a time",
-}
-GOALS = {
-    STEP: (Goal(PEFT_ON_BNB, 1.75),),
-    TEXTBOOK: (Goal(PEFT_ON_BNB, 1.7), Goal(OURS_QUANTISED, 1.0)),
-    DECODE: (Goal(PEFT_ON_BNB, 2.5),),
 }
 SECONDS = {STEP: 45.0, TEXTBOOK: 90.0, DECODE: 15.0}
 LORA = Variant(base="nf4")
@@ -223,5 +218,5 @@ def _model_case(
 def _case(group: str, batch: int, rows: int, dtype: str, sizes: ModelSizes, build: Build) -> Case:
     shape = sizes.block.hidden, sizes.block.intermediate
     needs = f"peft transformers {BNB if group == TEXTBOOK else ''}"
-    goals, title, seconds = GOALS[group], TITLES[group], SECONDS[group]
-    return Case(group, *shape, rows, dtype, build, batch, goals, title, seconds, needs)
+    title, seconds = TITLES[group], SECONDS[group]
+    return Case(group, *shape, rows, dtype, build, batch, title=title, seconds=seconds, needs=needs)

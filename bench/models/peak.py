@@ -8,26 +8,27 @@ Python, torch, the model and the step.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..lib import report
 from ..lib.cases import DTYPES, PEFT_ON_BNB
 from ..lib.harness import first_line
 from ..lib.layers import BNB
 from ..lib.machine import status_bytes
-from ..lib.report import OURS, megabytes, missing
+from ..lib.report import OURS, Progress, Timing, missing
 from .model import SMOLLM2_135M, STEP, TEXTBOOK, Models, ModelSizes
 
 CONTENDERS = (OURS, PEFT_ON_BNB)
-GOAL = 0.4
-"""Our peak / stock's, at most."""
 CLOSE = 0.02
 """Relative difference of the gradients' norm from stock's, at most."""
+TITLE = "peak resident memory of a process in a training step"
+SHARE = f"/ {PEFT_ON_BNB}"
+FORMS = {"MB": ",.0f", "before, MB": ",.0f", SHARE: ".1%"}
 
 
 class Peak(NamedTuple):
@@ -54,12 +55,14 @@ class Case:
     def name(self) -> str:
         return f"peak-{self.group}-{self.batch}x{self.tokens}-{self.dtype}"
 
-    def run(self, timing: report.Timing = report.ONCE, progress: report.Progress = report.silent) -> Peaks:
+    def run(self, timing: Timing = report.ONCE, progress: Progress = report.silent) -> report.Figures:
         """One step each, whatever the timing: a peak hardly varies."""
-        found = Peaks(self)
+        label = self.name.removeprefix("peak-")
+        found = report.Figures(self, title=TITLE, forms=FORMS, label=label)
         if reason := missing("peft transformers"):
             found.absent[OURS] = reason
             return found
+        peaks = {}
         for name in CONTENDERS:
             progress(name)
             if reason := missing(BNB if name == PEFT_ON_BNB or self.group == TEXTBOOK else ""):
@@ -67,54 +70,22 @@ class Case:
                 continue
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 try:
-                    found.peaks[name] = pool.submit(step_alone, self, name).result()
+                    peaks[name] = pool.submit(step_alone, self, name).result()
                 except Exception as error:  # the others still run
                     found.wrong[name] = f"{type(error).__name__}: {first_line(error)}"
-        found.check()
+        compare(peaks, found)
         return found
 
 
-@dataclass
-class Peaks(report.Outcome):
-    case: Case
-    peaks: dict[str, Peak] = field(default_factory=dict)
-
-    def check(self) -> None:
-        """Marks steps whose gradients differ from stock's as wrong, and drops their memory."""
-        stock = self.peaks.get(PEFT_ON_BNB)
-        for name, peak in list(self.peaks.items()):
-            if stock is not None and not abs(peak.norm - stock.norm) <= CLOSE * stock.norm:
-                self.wrong[name] = f"norm of the gradients {peak.norm:.4g}, stock's {stock.norm:.4g}"
-                del self.peaks[name]
-
-    @property
-    def fraction(self) -> float | None:
-        """Ours / stock's."""
-        ours, stock = self.peaks.get(OURS), self.peaks.get(PEFT_ON_BNB)
-        return None if ours is None or stock is None else ours.resident / stock.resident
-
-    def goals(self) -> Iterator[tuple[str, bool]]:
-        if (found := self.fraction) is not None:
-            yield f"{OURS} / {PEFT_ON_BNB}: at most {GOAL:.0%}, measured {found:.1%}", found <= GOAL
-
-    def parts(self) -> list[str]:
-        return [f"{name} {megabytes(peak.resident)}" for name, peak in self.peaks.items()]
-
-    def data(self) -> dict[str, Any]:
-        peaks = {name: peak._asdict() for name, peak in self.peaks.items()}
-        return {"group": "peak", "peaks": peaks, "fraction": self.fraction}
-
-    @classmethod
-    def tables(cls, outcomes: Sequence[Peaks], unit: str) -> Iterator[tuple[str, str]]:
-        rows = []
-        for outcome in outcomes:
-            stock = outcome.peaks.get(PEFT_ON_BNB)
-            for name, peak in outcome.peaks.items():
-                share = "-" if stock is None else f"{peak.resident / stock.resident:.1%}"
-                cells = [megabytes(peak.resident), megabytes(peak.floor), share]
-                rows.append([outcome.case.name.removeprefix("peak-"), name, *cells])
-        titles = ["", "", "peak", "before", f"/ {PEFT_ON_BNB}"]
-        yield "peak resident memory of a process in a training step", report.table(titles, rows)
+def compare(peaks: Mapping[str, Peak], found: report.Figures) -> None:
+    """Adds the peaks, but not of a step whose gradients differ from stock's."""
+    stock = peaks.get(PEFT_ON_BNB)
+    for name, peak in peaks.items():
+        if stock is not None and not abs(peak.norm - stock.norm) <= CLOSE * stock.norm:
+            found.wrong[name] = f"norm of the gradients {peak.norm:.4g}, stock's {stock.norm:.4g}"
+            continue
+        share = {SHARE: peak.resident / stock.resident} if stock else {}
+        found.values[name] = {"MB": peak.resident / 1e6, "before, MB": peak.floor / 1e6, **share}
 
 
 def standard(dtype: str) -> list[Case]:

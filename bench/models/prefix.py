@@ -1,8 +1,6 @@
 """Attention over [prefix; tokens] in one layer of SmolLM2, and steps of prefix tuning, patched and by PEFT.
 
-PEFT looks the prefix up for each sample and copies it again into its cache. A third contender computes
-attention over the prefix separately, with the queries of all samples in one GEMM, and merges the two
-attentions by their sums of exponentials.
+PEFT looks the prefix up for each sample and copies it again into its cache.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from ..lib.report import OURS
 from .model import SMOLLM2_135M, Models, ModelSizes
 
 ATTENTION, JOIN, STEP = "prefix-attention", "prefix-join", "prefix-step"
-PEFT, MERGED = "PEFT's copies", "two attentions, merged"
+PEFT = "PEFT's copies"
 TOKENS = 128  # of a sample
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
 
@@ -73,51 +71,6 @@ def shared(q: Tensor, k: Tensor, v: Tensor, embedding: Tensor) -> Tensor:
     return attended(q, *with_one(k, v, embedding))
 
 
-def merged(q: Tensor, k: Tensor, v: Tensor, embedding: Tensor) -> Tensor:
-    keys, values = looked_up(embedding, 1, q.dtype)
-    found: Tensor = Merged.apply(q, k, v, keys, values)
-    return found
-
-
-class Merged(torch.autograd.Function):
-    """Merged attentions; the backward of each uses the merged output and sums instead of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        k, v = (each.repeat_interleave(HEADS // KV_HEADS, 1) for each in (k, v))
-        apart = fold_batch(q)
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        (y1, sum1), (y2, sum2) = flash(apart, keys, values), flash(q, k, v, 0.0, True)
-        y1, sum1 = unfold_batch(y1, len(q)), unfold_batch(sum1[..., None], len(q))[..., 0]
-        sums = torch.logaddexp(sum1, sum2)
-        share1, share2 = ((each - sums).exp()[..., None] for each in (sum1, sum2))
-        y = (share1 * y1 + share2 * y2).to(q.dtype)
-        ctx.save_for_backward(q, k, v, keys, values, y, sums)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, keys, values, y, sums = ctx.saved_tensors
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        dq, dk, dv = flash(dy, q, k, v, y, sums, 0.0, True)
-        sums_apart = fold_batch(sums[..., None])[..., 0]
-        more, dkeys, dvalues = flash(
-            fold_batch(dy), fold_batch(q), keys, values, fold_batch(y), sums_apart, 0.0, False
-        )
-        dk, dv = (each.unflatten(1, (KV_HEADS, -1)).sum(2) for each in (dk, dv))
-        return dq + unfold_batch(more, len(q)), dk, dv, dkeys, dvalues
-
-
-def fold_batch(x: Tensor) -> Tensor:
-    """(batch, HEADS, tokens, n) to (1, KV_HEADS, batch * group * tokens, n)."""
-    return x.unflatten(1, (KV_HEADS, -1)).transpose(0, 1).flatten(1, 3)[None]
-
-
-def unfold_batch(x: Tensor, batch: int) -> Tensor:
-    apart = x[0].unflatten(1, (batch, HEADS // KV_HEADS, -1))
-    return apart.transpose(0, 1).flatten(1, 2)
-
-
 def tensors_of(virtual: int, batch: int, tokens: int, dtype: str) -> dict[str, Tensor]:
     """Inputs by the names of their gradients."""
     heads = {"dq": HEADS, "dk": KV_HEADS, "dv": KV_HEADS}
@@ -138,7 +91,7 @@ def attention(virtual: int, batch: int, tokens: int, dtype: str) -> Case:
             return layers.differentiated(lambda: attend(*inputs.values()), inputs, widen(dy))
 
         wanted = correctness.Expected(call(copied)(), call(copied, Tensor.double)())
-        attends = {OURS: shared, PEFT: copied, MERGED: merged}
+        attends = {OURS: shared, PEFT: copied}
         return compared(wanted, {name: partial(call, attend) for name, attend in attends.items()})
 
     title = f"attention over {virtual} virtual tokens and {tokens} others, forward + backward"

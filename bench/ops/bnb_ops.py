@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor
-
 from peft_kernels.integrations import bitsandbytes
 
 from ..lib import cases, correctness, harness, layers
@@ -78,7 +75,8 @@ def linear4bit(group: str, shape: Shape, m: int, dtype: str) -> Case:
     def build() -> Contenders:
         weights = Weights(*shape, DTYPES[dtype])
         x, dy = weights.x(m), weights.dy(m)
-        expected = with_dx(x, dy, weights.exact) if training else correctness.linear(x, weights.exact)
+        exact = weights.exact
+        expected = correctness.linear_with_dx(x, dy, exact) if training else correctness.linear(x, exact)
         count, _ = cases.weight_copies(weights, 2)
 
         def call(layer: Any) -> Callable[[], Any]:
@@ -94,9 +92,3 @@ def linear4bit(group: str, shape: Shape, m: int, dtype: str) -> Case:
         return contenders(entries, cache=weights)
 
     return SwitchedCase(group, *shape, m, dtype, build, title=TITLES[group], seconds=3.0)
-
-
-def with_dx(x: Tensor, dy: Tensor, weight: Tensor) -> correctness.Expected:
-    plain = {"y": F.linear(x, weight.to(x.dtype)), "dx": dy @ weight.to(x.dtype)}
-    exact = weight.double()
-    return correctness.Expected(plain, {"y": F.linear(x.double(), exact), "dx": dy.double() @ exact})

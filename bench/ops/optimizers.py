@@ -17,7 +17,7 @@ from torch import Tensor
 import peft_kernels as pk
 import testing
 
-from ..lib.harness import Case, Contenders, Entry, Goal, contenders
+from ..lib.harness import Case, Contenders, Entry, contenders
 from ..lib.layers import BNB
 from ..lib.report import OURS
 
@@ -44,24 +44,24 @@ SMOLLM2: Shapes = [(49152, 576), *(LAYER * 30)]
 
 
 def standard(dtype: str) -> list[Case]:
-    goals = Goal(BNB_8BIT, 20), Goal(TORCH, 1 / 1.5)
     return [
-        case(ONE, FIVE_MILLION, goals),
-        case(MANY, LORA, (Goal(ONE_TENSOR, 2, cost=True),), FIVE_MILLION),
-        case(WHOLE, SMOLLM2, (Goal(BNB_8BIT, 20),)),
+        case(ONE, FIVE_MILLION),
+        case(MANY, LORA, FIVE_MILLION),
+        case(WHOLE, SMOLLM2),
     ]
 
 
 def case(
     group: str,
     shapes: Shapes,
-    goals: Sequence[Goal] = (),
     yardstick: Shapes | None = None,
     build: Callable[[Shapes], Contenders] | None = None,
 ) -> Case:
     rows = sum(a * b for a, b in shapes) // shapes[-1][1]
     make = partial(build or partial(_build, yardstick=yardstick), shapes)
-    return Case(group, rows, shapes[-1][1], None, "fp32", make, goals=goals, title=TITLES[group], seconds=5.0)
+    cheaper = [ONE_TENSOR] if yardstick else []
+    title = TITLES[group]
+    return Case(group, rows, shapes[-1][1], None, "fp32", make, yardsticks=cheaper, title=title, seconds=5.0)
 
 
 def _build(shapes: Shapes, yardstick: Shapes | None) -> Contenders:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ from bench_checks import TINY_BLOCK, skip_without
 import peft_kernels as pk
 from bench.lib.harness import Case
 from bench.lib.report import ONCE, OURS
-from bench.models import moe, prefix, serving
+from bench.models import prefix, serving
 from bench.models.model import ModelSizes
 from bench.ops import bottlenecks, experts
 from bench.ops.bottlenecks import Kind
@@ -30,11 +29,10 @@ KINDS = [
 ]
 EXPERTS = experts.Shape(4, 2, 64, 128)
 MODEL = ModelSizes(TINY_BLOCK, layers=2, vocabulary=128)
-MIXTURE = moe.Sizes(hidden=64, inner=32, experts=6, top_k=2)
 
 
 def bottleneck(kind: Kind, m: int = 9, dtype: str = "bf16") -> Case:
-    return bottlenecks.bottleneck(kind, m, dtype, 64, 12, compiles=False)
+    return bottlenecks.bottleneck(kind, m, dtype, 64, 12)
 
 
 def decode(group: str) -> Case:
@@ -44,9 +42,7 @@ def decode(group: str) -> Case:
 whole = partial(serving.whole, 4, 3, "bf16", MODEL)
 bottleneck_peers = {bottlenecks.MODULES}
 experts_peers = {experts.DENSE, experts.DEQUANTISED}
-prefix_peers = {prefix.PEFT, prefix.MERGED}
-moe_peers = {moe.GROUPED, moe.EAGER, moe.DEQUANTISE}
-moe_lora_peers = {moe.PEFT_GROUPED, moe.PEFT_EAGER, moe.PEFT_NF4}
+prefix_peers = {prefix.PEFT}
 
 Made = tuple[Callable[[], Case], set[str]]
 CASES: dict[str, Made] = {
@@ -78,8 +74,6 @@ CASES: dict[str, Made] = {
         group: (partial(decode, group), {serving.ONE})
         for group in (serving.DECODE, serving.DECODE_16, serving.BOTTLENECK)
     },
-    **{f"moe-m{m}": (partial(moe.forward, m, "bf16", MIXTURE), moe_peers) for m in (1, 24)},
-    **{f"moe-lora-m{m}": (partial(moe.training, m, "bf16", MIXTURE), moe_lora_peers) for m in (1, 24)},
 }
 
 
@@ -93,39 +87,25 @@ def test_all_contenders_run_and_agree(name: str) -> None:
     assert set(result.seconds) == {OURS, *peers} and torch.is_grad_enabled()
 
 
-def scaled(original: Any) -> Any:
-    return lambda *args: original(*args) * 1.1
-
-
 def swapped(original: Any) -> Any:
     """Rows get another adapter's."""
     return lambda base, layers, groups, x: original(base, layers, groups[::-1], x)
 
 
-def scaled_adapters(original: Any) -> Any:
-    def summed(*args: object) -> object:
-        a, b, scaling = original(*args)
-        return a, b, 1.1 * scaling
-
-    return summed
+def scaled(original: Any) -> Any:
+    return lambda *args: original(*args) * 1.1
 
 
 WRONG: dict[str, tuple[Callable[[], Case], Any, str, Any]] = {
     "bottleneck-forward": (partial(bottleneck, KINDS[1]), BottleneckAdapter, "forward", scaled),
-    "bottleneck-train": (partial(bottleneck, KINDS[2]), BottleneckAdapter, "forward", scaled),
-    **{
-        group: (partial(experts.experts, group, EXPERTS, 9, "bf16"), pk, "experts_linear", scaled)
-        for group in (experts.FORWARD, experts.TRAIN)
-    },
-    "prefix": (partial(prefix.attention, 5, 3, 7, "bf16"), prefix, "shared", scaled),
+    experts.TRAIN: (
+        partial(experts.experts, experts.TRAIN, EXPERTS, 9, "bf16"),
+        pk,
+        "experts_linear",
+        scaled,
+    ),
     serving.WHOLE: (whole, layers, "_mixed", swapped),
     serving.DECODE: (partial(decode, serving.DECODE), layers, "_mixed", swapped),
-    "moe-lora": (
-        partial(moe.training, 24, "bf16", MIXTURE),
-        "peft_kernels.patch.experts.forward",
-        "summed",
-        scaled_adapters,
-    ),
 }
 
 
@@ -134,7 +114,6 @@ def test_a_wrong_result_is_not_timed(name: str, monkeypatch: pytest.MonkeyPatch)
     if not name.startswith(("bottleneck", "experts")):
         skip_without("transformers", "peft")
     make, owner, function, change = WRONG[name]
-    owner = importlib.import_module(owner) if isinstance(owner, str) else owner
     monkeypatch.setattr(owner, function, change(getattr(owner, function)))
     result = make().run(ONCE)
     assert OURS in result.wrong and not result.seconds

@@ -15,6 +15,8 @@ from bench.models import methods
 from bench.models.methods import BASE, DENSE, KEPT, LORA, METHODS, Case, Measured
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+SHORT = ("nf4", "nvfp4", "mxfp4")
+"""Formats whose blocks fit into the tiny model."""
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
 
@@ -24,33 +26,49 @@ def columns(tiny: Path) -> dict[str, Measured]:  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"PROMPT": 8, "TOKENS": 16, "LENGTHS": (8, 16), "MAX_LENGTH": 24}.items():
             patch.setattr(methods, name, value)
+        patch.setattr(methods, "FORMATS", SHORT)
         own = {"steps": 4, "model": tiny / "model", "data": tiny / "pairs.jsonl"}
         timing = report.Timing(0.0, 2)
-        return {column: Case(column, **own).run(timing) for column in methods.TITLES}
+        return {column: Case(column, **own).run(timing) for column in (*methods.TITLES, methods.FORMAT)}
+
+
+def values(found: Measured) -> dict[str, float]:
+    return found.data()["values"]
 
 
 def test_every_method_has_every_figure(columns: dict[str, Measured]) -> None:
     extra = {"bytes": set(), "step": set(), "decode": {BASE, DENSE, KEPT}, "loss": {BASE, DENSE}}
-    for column, found in columns.items():
+    for column, others in extra.items():
+        found = columns[column]
         assert not found.absent and not found.wrong, column
         left_out = {"full fine-tuning"} if column == "decode" else set()
-        assert set(found.values) == (METHODS.keys() | extra[column]) - left_out, column
-        assert all(value > 0 for value in found.values.values()), found.values
-    assert columns["step"].values[LORA] == columns["decode"].values[BASE] == 1.0
+        assert set(found.values) == (METHODS.keys() | others) - left_out, column
+        assert all(value > 0 for value in values(found).values()), found.values
+    assert values(columns["step"])[LORA] == values(columns["decode"])[BASE] == 1.0
     text = report.render(list(columns.values()))
     assert all(name in text for name in METHODS) and "held-out loss" in text
 
 
+def test_every_format_has_every_figure(columns: dict[str, Measured]) -> None:
+    found = columns[methods.FORMAT]
+    assert not found.absent and not found.wrong and found.values.keys() == {"bf16", *SHORT}
+    bits = [found.value(name, methods.BITS) for name in ("bf16", *SHORT)]
+    assert bits[0] == 16 and all(4 < packed < 8 for packed in bits[1:])
+    assert found.value("nf4", methods.TIME) == 1.0
+    for row in found.values.values():
+        assert list(row) == list(methods.FORMATS_FORMS) and row[methods.AFTER] < row[methods.BEFORE]
+
+
 def test_figures_are_those_of_the_methods(columns: dict[str, Measured]) -> None:
-    trained = columns["bytes"].trained
-    assert trained == columns["step"].trained == columns["loss"].trained
+    trained = columns["bytes"].data()["trained"]
+    assert trained == columns["step"].data()["trained"] == columns["loss"].data()["trained"]
     assert trained["LoRA"] == trained[LORA] < trained["QDoRA"]
     assert trained["prompt tuning"] == methods.VIRTUAL * 64
     assert trained["Houlsby"] > trained["Pfeiffer"] == trained["parallel"]
     assert trained["full fine-tuning"] == 69_824  # all of the model
-    saved = columns["bytes"].values
+    saved = values(columns["bytes"])
     assert saved[LORA] < saved["QDoRA"] and saved["prompt tuning"] < saved[LORA]
-    losses = columns["loss"].values
+    losses = values(columns["loss"])
     for name in METHODS:
         start = losses[DENSE if METHODS[name].base != "nf4" else BASE]
         assert losses[name] != pytest.approx(start, rel=1e-6), name

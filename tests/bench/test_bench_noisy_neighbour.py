@@ -18,7 +18,7 @@ from bench.lib.cases import PEFT_ON_BNB
 from bench.lib.harness import Absent
 from bench.lib.report import ONCE, OURS
 from bench.models import model, noisy_neighbour
-from bench.models.noisy_neighbour import Case, Key, Slowed
+from bench.models.noisy_neighbour import Case
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process groups and /proc of Linux")
 TINY = Case("own", "bf16", model.ModelSizes(TINY_BLOCK, layers=1, vocabulary=200), 2, 16)
@@ -77,34 +77,20 @@ def test_neighbours_end_with_the_process_that_started_them() -> None:
     wait_for_the_end_of(group)
 
 
-def test_no_neighbours() -> None:
-    with noisy_neighbour.neighbours(0, True) as group:
-        assert group is None
-
-
 def test_a_tiny_case() -> None:
     skip_without("peft", "transformers", "bitsandbytes")
-    slowed = TINY.run(ONCE)
-    assert not slowed.wrong and not slowed.absent, (slowed.wrong, slowed.absent)
-    assert set(slowed.seconds) == {Key(name, n) for name in (OURS, PEFT_ON_BNB) for n in (0, 1, 2)}
-    line = line_of(slowed)
-    assert line["name"] == "busy-own-session-2x16-bf16" and line["layers"] == 1
-    assert line["slowdown"][OURS].keys() == {"1", "2"}
-    assert line["times_ms"][PEFT_ON_BNB].keys() == {"0", "1", "2"}
+    found = TINY.run(ONCE)
+    assert not found.wrong and not found.absent, (found.wrong, found.absent)
+    line = line_of(found)
+    assert line["name"] == "busy-own-session-2x16-bf16" and line["values"].keys() == {OURS, PEFT_ON_BNB}
+    assert all(row.keys() == noisy_neighbour.FORMS.keys() for row in line["values"].values())
 
 
-def slowed(ones: float, twos: float) -> Slowed:
-    seconds = {Key(OURS, 0): [1.0, 1.0, 9.0], Key(OURS, 1): [ones], Key(OURS, 2): [twos]}
-    return Slowed(TINY, seconds={**seconds, Key(PEFT_ON_BNB, 0): [2.0], Key(PEFT_ON_BNB, 1): [20.0]})
-
-
-def test_slowdowns_are_reported() -> None:
-    found = slowed(1.9, 2.6)
-    text = report.render([found])
-    assert "own session, ours" in text and "1.90 (1.90-1.90)" in text and "10.00 (10.00-10.00)" in text
-    assert "1 busy neighbours / quiet: at most 2, measured 1.90: met" in text
-    assert "2 busy neighbours / quiet: at most 2.5, measured 2.60: MISSED" in text
-    assert [met for _, met in found.goals()] == [True, False]
+def test_slowdowns_are_relative_to_the_median_of_quiet_steps() -> None:
+    found = report.Figures(TINY, forms=noisy_neighbour.FORMS)
+    noisy_neighbour.compare({OURS: [[1.0, 1.0, 9.0], [1.9], [2.6]], PEFT_ON_BNB: []}, found)
+    assert [found.value(OURS, column) for column in noisy_neighbour.FORMS] == [1000.0, 1.9, 2.6]
+    assert found.values.keys() == {OURS}
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +105,5 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noisy_neighbour, "neighbours", lambda count, other: pytest.fail("nobody to time"))
     found = TINY.run(ONCE)
     assert (
-        found.wrong == {OURS: "off"} and found.absent == {PEFT_ON_BNB: "not installed"} and not found.seconds
+        found.wrong == {OURS: "off"} and found.absent == {PEFT_ON_BNB: "not installed"} and not found.values
     )
-    assert all(met is None for _, met in found.goals()) and report.WRONG in found.line()

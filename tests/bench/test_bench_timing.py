@@ -66,20 +66,16 @@ def test_a_slow_second_of_the_machine_leaves_the_ratio_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("nbytes", "contenders", "expected"),
+    ("nbytes", "cache", "expected"),
     [
-        pytest.param(8 * harness.MIB, 4, 8, id="twice-the-cache"),
-        pytest.param(65 * harness.MIB, 4, 1, id="one-copy-exceeds-it"),
-        pytest.param(2000 * harness.MIB, 4, 1, id="never-none"),
+        pytest.param(8 * harness.MIB, 32, 8, id="twice-the-cache"),
+        pytest.param(65 * harness.MIB, 32, 1, id="one-copy-exceeds-it"),
+        pytest.param(2000 * harness.MIB, 32, 1, id="never-none"),
+        pytest.param(harness.MIB, 10_000, 256, id="within-the-memory-limit"),
     ],
 )
-def test_copies(nbytes: int, contenders: int, expected: int) -> None:
-    assert harness.copies(nbytes, contenders, cache=32 * harness.MIB) == expected
-
-
-def test_copies_stay_within_the_memory_limit() -> None:
-    count = harness.copies(harness.MIB, 4, cache=10_000 * harness.MIB)
-    assert count * harness.MIB * 4 == harness.ROTATION_LIMIT
+def test_copies(nbytes: int, cache: int, expected: int) -> None:
+    assert harness.copies(nbytes, 4, cache=cache * harness.MIB) == expected
 
 
 def test_last_level_cache_is_the_largest(tmp_path: Path) -> None:

@@ -63,21 +63,23 @@ def test_cases_are_those_of_the_design() -> None:
 
 
 @pytest.mark.usefixtures("on_cpu")
-def test_every_kind_of_case_is_checked_and_timed() -> None:
-    for case in tiny(
-        "forward-72x64-m5-bf16", "dequantize-72x64-bf16", "dx-72x64-m33-bf16", "qlora-72x64-m5-bf16"
-    ):
-        result = case.run(Timing(0.0, 1))
-        assert not result.wrong and result.time(OURS) is not None, result.wrong
-        assert device_cases.roofline(case, TINY) is not None or case.group == "qlora"
-
-
-@pytest.mark.usefixtures("on_cpu")
-def test_experts_are_checked_and_timed() -> None:
-    """With torch's grouped GEMM on the weights dequantised in each call."""
-    for case in tiny("experts-forward-4-80x64-m9-bf16", "experts-qlora-4-80x64-m9-bf16"):
-        result = case.run(Timing(0.0, 1))
-        assert not result.wrong and {OURS, experts.DEQUANTISED} <= result.seconds.keys(), result.wrong
+@pytest.mark.parametrize(
+    "name",
+    [
+        "forward-72x64-m5-bf16",
+        "dequantize-72x64-bf16",
+        "dx-72x64-m33-bf16",
+        "qlora-72x64-m5-bf16",
+        "experts-forward-4-80x64-m9-bf16",
+        "experts-qlora-4-80x64-m9-bf16",
+    ],
+)
+def test_every_kind_of_case_is_checked_and_timed(name: str) -> None:
+    (case,) = tiny(name)
+    result = case.run(Timing(0.0, 1))
+    assert not result.wrong and OURS in result.seconds, result.wrong
+    assert (device_cases.roofline(case, TINY) is None) == name.startswith(("qlora", "experts"))
+    assert not name.startswith("experts") or experts.DEQUANTISED in result.seconds
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -141,9 +143,6 @@ def test_a_case_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
     done = run.run(cases, options(tmp_path), {})
     assert [result.case.m for result in done.outcomes] == [2]
     assert "FAILED forward-8x8-m1-bf16: MemoryError: no memory" in run.render(done, TINY)
-    done = run.run(cases, options(tmp_path, "--seconds", "-1"), {})
-    assert not done.outcomes and not done.failed
-    assert "left out, 2 cases: forward-8x8-m1-bf16, forward-8x8-m2-bf16" in run.render(done, TINY)
 
 
 def test_times_are_reported_with_rooflines() -> None:

@@ -19,37 +19,25 @@ import peft_kernels as pk
 from bench.gpu import device_cases, run, step_cases, step_estimate
 from bench.gpu.decoder_layer import Layer
 from bench.gpu.roofline import BY_ARCHITECTURE
-from bench.gpu.step_cases import PartCase, Parts
+from bench.gpu.step_cases import Parts
 from bench.lib.harness import Absent, Case
 from bench.lib.report import OURS, Timing, missing
 
 H100 = BY_ARCHITECTURE[90]
-NORM_PEERS, ROTARY_PEERS = {"torch", "F.rms_norm"}, {"torch"}
-PEERS = {
-    "layer": {"torch on bnb", "torch on dense"},
-    "loss": {"F.cross_entropy", "Liger"},
-    "norm": NORM_PEERS,
-    "add-norm": NORM_PEERS,
-    "add-norm-train": NORM_PEERS,
-    "rotary": ROTARY_PEERS,
-    "rotary-train": ROTARY_PEERS,
-    "norm-train": NORM_PEERS,
-    "norm-train-weight": NORM_PEERS,
-    "loss-nf4": {"F.cross_entropy"},
+NORM, ROTARY = {"torch", "F.rms_norm"}, {"torch"}
+PARTS = {
+    "layer": ({"torch on bnb", "torch on dense"}, 2 + 2 * 7),
+    "loss": ({"F.cross_entropy", "Liger"}, 2),
+    "norm": (NORM, 1),
+    "add-norm": (NORM, 2),
+    "add-norm-train": (NORM, 4),
+    "rotary": (ROTARY, 2),
+    "rotary-train": (ROTARY, 4),
+    "norm-train": (NORM, 2),
+    "norm-train-weight": (NORM, 3),
+    "loss-nf4": ({"F.cross_entropy"}, 2),
 }
-RESULTS = {
-    "layer": 2 + 2 * 7,
-    "loss": 2,
-    "norm": 1,
-    "add-norm": 2,
-    "add-norm-train": 4,
-    "rotary": 2,
-    "rotary-train": 4,
-    "norm-train": 2,
-    "norm-train-weight": 3,
-    "loss-nf4": 2,
-}
-"""Outputs and gradients."""
+"""Peers, and the number of outputs and gradients."""
 NEEDS = {"torch on bnb": "bitsandbytes", "Liger": "liger_kernel"}
 
 
@@ -66,35 +54,26 @@ def parts(tiny: bool = True) -> dict[str, Case]:
     return {case.group.removeprefix("step-"): case for case in made.cases()}
 
 
-@pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("part", PEERS)
-def test_each_part_is_checked_and_timed(part: str) -> None:
-    result = parts()[part].run(Timing(0.0, 1))
-    assert not result.wrong, result.wrong
-    there = {name for name in PEERS[part] if not missing(NEEDS.get(name, ""))}
-    assert result.seconds.keys() == {OURS, *there}
-    assert set(result.contenders) == {OURS, *PEERS[part]}
-
-
 def test_these_are_all() -> None:
-    assert parts().keys() == PEERS.keys()
-    assert [case.shape for case in parts(tiny=False).values()][:3] == [
-        "14336x4096",
-        "128256x4096",
-        "4096x4096",
-    ]
+    assert parts().keys() == PARTS.keys()
+    shapes = [case.shape for case in parts(tiny=False).values()]
+    assert shapes[:3] == ["14336x4096", "128256x4096", "4096x4096"]
 
 
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("part", PEERS)
-def test_each_result_is_checked(part: str) -> None:
+@pytest.mark.parametrize("part", PARTS)
+def test_each_part_is_timed_and_each_result_checked(part: str) -> None:
     """Of ours and of peers."""
-    for contender in parts()[part].build():
+    case, (peers, count) = parts()[part], PARTS[part]
+    result = case.run(Timing(0.0, 1))
+    assert not result.wrong, result.wrong
+    assert set(result.contenders) == {OURS, *peers}
+    assert result.seconds.keys() == {OURS, *(name for name in peers if not missing(NEEDS.get(name, "")))}
+    for contender in case.build():
         if isinstance(contender, Absent):
             continue
         found = contender.calls[0]()
-        contender.verify(found)
-        assert len(found) == RESULTS[part]
+        assert len(found) == count
         for name, t in found.items():
             with pytest.raises(AssertionError, match=r"RMS error|relative error"):
                 contender.verify({**found, name: 1.1 * t})
@@ -142,7 +121,6 @@ def test_liger_is_checked_and_timed(reduction: str, monkeypatch: pytest.MonkeyPa
 def allowed(part: str) -> float:
     """Seconds of an H100."""
     case = parts(tiny=False)[part]
-    assert isinstance(case, PartCase)
     seconds = device_cases.roofline(case, H100)
     assert seconds is not None
     return seconds
