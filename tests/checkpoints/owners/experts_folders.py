@@ -11,9 +11,7 @@ from owned_folders import FILE, NVFP4
 from packed_models import KINDS, Made, config_of, fp8
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers_models import read, transformers
-
-import peft_kernels as pk
+from transformers_models import transformers
 
 SIZES = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
@@ -104,12 +102,3 @@ def weights_of(made: Made, kind: str, count: int = 4) -> dict[str, Tensor]:
     )
     name = EXPERTS[kind]
     return {f"{name}.gate_up_proj": torch.cat((gate, up), 1), f"{name}.down_proj": down}
-
-
-def check_dequantize(folder: Path, made: Made, kind: str) -> None:
-    """`dequantize` makes a dense model of the folder's values, in bf16."""
-    model = read(folder)
-    model.dequantize()
-    assert not any(isinstance(p, pk.NF4Weight) for p in model.parameters())
-    for name, dense in weights_of(made, kind).items():
-        assert torch.equal(model.get_parameter(name), dense.bfloat16())

@@ -123,20 +123,6 @@ def test_what_has_no_effect_is_logged(
     assert (text in caplog.text) == KINDS[kind].activations
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["gptq symmetric", "gptq rows", "awq", "packed zeros", "fp8", "fp8 tensor", "nvfp4 of modelopt"],
-    indirect=True,
-)
-def test_on_meta(kind: str, made: Made, folder: Path, model: Any) -> None:
-    pytest.importorskip("accelerate", reason="accelerate is not installed")
-    empty = read(folder, device_map={"": "meta"})
-    assert {p.device.type for p in empty.parameters()} == {"meta"}
-    # Whether all zero points are 8 cannot be seen.
-    zeros = sum(d.numel() // 32 for d in made.dense.values()) if kind == "gptq symmetric" else 0
-    assert empty.get_memory_footprint() == model.get_memory_footprint() + zeros
-
-
 @pytest.mark.parametrize("kind", ["fp8"], indirect=True)
 def test_fp8_equals_transformers_to_the_bit(kind: str, tmp_path: Path) -> None:
     """And is dense between `enable` and `disable` too, if they ask for it. Its reader takes whole blocks."""

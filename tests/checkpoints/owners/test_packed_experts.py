@@ -16,7 +16,6 @@ from experts_folders import (
     EXPERTS,
     FORMS,
     MODELS,
-    check_dequantize,
     in_file,
     make_moe,
     weights_of,
@@ -172,15 +171,6 @@ def test_indices_of_groups_are_kept_once(made: Made, model: Any) -> None:
             assert len({tensor.data_ptr() for tensor in kept}) == len(layout.sources) * bool(kept)
 
 
-def test_on_meta(form: str, made: Made, folder: Path, model: Any) -> None:
-    pytest.importorskip("accelerate", reason="accelerate is not installed")
-    empty = read(folder, device_map={"": "meta"})
-    assert {p.device.type for p in empty.parameters()} == {"meta"}
-    found, expected = empty.get_memory_footprint(), model.get_memory_footprint()
-    # Whether zero points are all 8 is not seen.
-    assert found > expected if form == "gptq symmetric" else found == expected
-
-
 def test_the_model_without_its_head(kind: str, made: Made, folder: Path, tmp_path: Path) -> None:
     """Its names lack the prefix that those in the file have."""
     base = transformers.AutoModel.from_pretrained(folder, config=read_config(folder))
@@ -263,10 +253,6 @@ def test_packed_again(kind: str, form: str, made: Made, folder: Path, tmp_path: 
         return
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(read(tmp_path, dtype=torch.float32)), logits(model))
-
-
-def test_dequantize(kind: str, made: Made, folder: Path) -> None:
-    check_dequantize(folder, made, kind)
 
 
 @pytest.mark.parametrize("which", [(0, 0), (2, 1), (3, 2)])

@@ -105,11 +105,3 @@ def test_all_merged_is_an_ordinary_checkpoint(made: Made, folder: Path, tmp_path
     model.save_pretrained(tmp_path / "saved")
     assert stored(tmp_path / "saved") is None
     assert torch.equal(logits(Auto.from_pretrained(tmp_path / "saved")), logits(model))
-
-
-def test_dequantize(made: Made, folder: Path) -> None:
-    model = read(folder)
-    model.dequantize()
-    assert not nf4_layers(model)
-    for name, dense in made.dense.items():
-        assert torch.equal(model.get_parameter(name), dense.bfloat16())
