@@ -10,6 +10,7 @@ import subprocess
 import tarfile
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -118,42 +119,8 @@ def plant_uncommitted(root: Path) -> None:
     (root / "new.txt").write_text("x")
 
 
-def plant_no_date(root: Path) -> None:
-    edit(root / "CHANGELOG.md", "2030-01-31", "unreleased")
-
-
-def plant_other_version(root: Path) -> None:
-    edit(root / "peft_kernels/__init__.py", "9.8.7", "9.8.8")
-
-
-def plant_tag(root: Path) -> None:
-    git(root, "tag", "v9.8.7")
-
-
-def plant_figure(root: Path) -> None:
-    edit(root / "README.md", "1.88 times", "1.98 times")
-
-
-def plant_page_with_old_versions(root: Path) -> None:
-    edit(root / "docs/supported.md", "| PEFT         | 0", "| PEFT         | 1")
-
-
-def plant_doctor_with_old_versions(root: Path) -> None:
-    edit(
-        root / "peft_kernels/cli/doctor.py", '_NEEDED = {"transformers": (', '_NEEDED = {"transformers": (4, '
-    )
-
-
-def plant_recipe_with_old_versions(root: Path) -> None:
-    edit(root / "docs/recipes/transformers.md", "needs transformers 5", "needs transformers 4")
-
-
-def plant_reworded_sentence(root: Path) -> None:
-    edit(root / "peft_kernels/quantize/transformers/config.py", ": expected 5", ": wanted 5")
-
-
-def plant_no_bound(root: Path) -> None:
-    edit(root / "pyproject.toml", '"trl>=', '"trl", "other>=')
+def edited(file: str, before: str, after: str) -> Callable[[Path], None]:
+    return lambda root: edit(root / file, before, after)
 
 
 def made_wheel(root: Path) -> Path:
@@ -166,69 +133,99 @@ def add_to_wheel(root: Path, name: str, content: bytes = b"") -> None:
     make_new(made_wheel(root))
 
 
-def plant_large_file(root: Path) -> None:
-    add_to_wheel(root, "peft_kernels/large.so", bytes(299_000_000))
-
-
-def plant_pure_wheel(root: Path) -> None:
-    made_wheel(root).rename(root / "dist" / "peft_kernels-9.8.7-py3-none-any.whl")
-
-
-def plant_wheel_of_another_version(root: Path) -> None:
-    made_wheel(root).rename(root / "dist" / f"peft_kernels-9.8.6-{TAG}.whl")
-
-
-def plant_another_module(root: Path) -> None:
-    (root / "peft_kernels" / "cli" / "doctor.py").open("a").write("# changed\n")
-
-
-def plant_new_module(root: Path) -> None:
-    (root / "peft_kernels" / "new.py").touch()
-
-
-def plant_module_that_is_gone(root: Path) -> None:
-    add_to_wheel(root, "peft_kernels/gone.py")
-
-
-def plant_old_wheel(root: Path) -> None:
-    os.utime(made_wheel(root), (0, 0))
-
-
-def plant_empty_dist(root: Path) -> None:
-    shutil.rmtree(root / "dist")
-
-
-@pytest.mark.parametrize(
-    "plant,name,sentence",
-    [
-        (plant_uncommitted, "tree", "1 files are not committed, the first one is new.txt"),
-        (plant_no_date, "version", "CHANGELOG.md has 9.8.7 (unreleased): put the release's date there"),
-        (plant_other_version, "version", "the version is 9.8.8, CHANGELOG.md begins with 9.8.7"),
-        (plant_tag, "tag", "there is a tag v9.8.7: increase the version"),
-        (plant_figure, "figures", "1 pages lack figures, README.md lacks: "),
-        (plant_page_with_old_versions, "supported versions", "docs/supported.md: expected peft 0."),
-        (plant_doctor_with_old_versions, "supported versions", "doctor.py: expected transformers 5"),
-        (plant_recipe_with_old_versions, "supported versions", "transformers.md: expected transformers 5."),
-        (plant_reworded_sentence, "supported versions", "config.py: expected (transformers): expected"),
-        (plant_no_bound, "supported versions", "pyproject.toml: expected a lower bound of trl, found none"),
-        (plant_large_file, "sizes", "x86_64.whl has 299.0 MB, the budget is 40 MB"),
-        (plant_pure_wheel, "sizes", "dist/peft_kernels-9.8.7-py3-none-any.whl: expected one of "),
-        (
-            plant_wheel_of_another_version,
-            "dist",
-            "dist/peft_kernels-9.8.6-py3-none-manylinux_2_28_x86_64.whl: ",
+PLANTED: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "uncommitted": (plant_uncommitted, "tree", "1 files are not committed, the first one is new.txt"),
+    "no date": (
+        edited("CHANGELOG.md", "2030-01-31", "unreleased"),
+        "version",
+        "CHANGELOG.md has 9.8.7 (unreleased): put the release's date there",
+    ),
+    "another version": (
+        edited("peft_kernels/__init__.py", "9.8.7", "9.8.8"),
+        "version",
+        "the version is 9.8.8, CHANGELOG.md begins with 9.8.7",
+    ),
+    "tag": (
+        lambda root: git(root, "tag", "v9.8.7"),
+        "tag",
+        "there is a tag v9.8.7: increase the version",
+    ),
+    "figure": (
+        edited("README.md", "1.88 times", "1.98 times"),
+        "figures",
+        "1 pages lack figures, README.md lacks: ",
+    ),
+    "page": (
+        edited("docs/supported.md", "| PEFT         | 0", "| PEFT         | 1"),
+        "supported versions",
+        "docs/supported.md: expected peft 0.",
+    ),
+    "doctor": (
+        edited(
+            "peft_kernels/cli/doctor.py", '_NEEDED = {"transformers": (', '_NEEDED = {"transformers": (4, '
         ),
-        (plant_another_module, "dist", ".whl: peft_kernels/cli/doctor.py is not as in the commit"),
-        (plant_new_module, "dist", ".whl: peft_kernels/new.py is not as in the commit"),
-        (plant_module_that_is_gone, "dist", ".whl: peft_kernels/gone.py is not as in the commit"),
-        (plant_old_wheel, "dist", ".whl: older than the commit, and so may be its libraries: make wheels"),
-        (plant_empty_dist, "dist", "dist/ is empty: make wheels"),
-    ],
-    ids=lambda value: value.__name__.removeprefix("plant_") if callable(value) else "",
-)
+        "supported versions",
+        "doctor.py: expected transformers 5",
+    ),
+    "recipe": (
+        edited("docs/recipes/transformers.md", "needs transformers 5", "needs transformers 4"),
+        "supported versions",
+        "transformers.md: expected transformers 5.",
+    ),
+    "sentence": (
+        edited("peft_kernels/quantize/transformers/config.py", ": expected 5", ": wanted 5"),
+        "supported versions",
+        "config.py: expected (transformers): expected",
+    ),
+    "no bound": (
+        edited("pyproject.toml", '"trl>=', '"trl", "other>='),
+        "supported versions",
+        "pyproject.toml: expected a lower bound of trl, found none",
+    ),
+    "large file": (
+        lambda root: add_to_wheel(root, "peft_kernels/large.so", bytes(299_000_000)),
+        "sizes",
+        "x86_64.whl has 299.0 MB, the budget is 40 MB",
+    ),
+    "pure wheel": (
+        lambda root: made_wheel(root).rename(root / "dist" / "peft_kernels-9.8.7-py3-none-any.whl"),
+        "sizes",
+        "dist/peft_kernels-9.8.7-py3-none-any.whl: expected one of ",
+    ),
+    "wheel of another version": (
+        lambda root: made_wheel(root).rename(root / "dist" / f"peft_kernels-9.8.6-{TAG}.whl"),
+        "dist",
+        "dist/peft_kernels-9.8.6-py3-none-manylinux_2_28_x86_64.whl: ",
+    ),
+    "another module": (
+        edited("peft_kernels/cli/doctor.py", "\n", "\n# changed\n"),
+        "dist",
+        ".whl: peft_kernels/cli/doctor.py is not as in the commit",
+    ),
+    "new module": (
+        lambda root: (root / "peft_kernels" / "new.py").touch(),
+        "dist",
+        ".whl: peft_kernels/new.py is not as in the commit",
+    ),
+    "module that is gone": (
+        lambda root: add_to_wheel(root, "peft_kernels/gone.py"),
+        "dist",
+        ".whl: peft_kernels/gone.py is not as in the commit",
+    ),
+    "old wheel": (
+        lambda root: os.utime(made_wheel(root), (0, 0)),
+        "dist",
+        ".whl: older than the commit, and so may be its libraries: make wheels",
+    ),
+    "empty dist": (lambda root: shutil.rmtree(root / "dist"), "dist", "dist/ is empty: make wheels"),
+}
+
+
+@pytest.mark.parametrize("case", PLANTED)
 def test_planted_fault_fails_its_check_alone(
-    tool: ModuleType, capsys: pytest.CaptureFixture[str], plant: Any, name: str, sentence: str
+    tool: ModuleType, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
+    plant, name, sentence = PLANTED[case]
     plant(tool.ROOT)
     if name not in ("dist", "sizes"):
         shutil.rmtree(tool.ROOT / "dist")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from nf4_weights import COPIES, assert_equal_weights, assert_shares_nothing, each_dtype, each_nesting, parts
+from nf4_weights import COPIES, assert_equal_weights, each_dtype, each_nesting, parts
 from rounding import ONE_MODEL
 from torch import Tensor, nn
 
@@ -159,49 +159,7 @@ def test_expert_of_a_dense_weight_is_plain() -> None:
     assert torch.equal(weight.dequantize()[1], want[1] + 1)
 
 
-# Merges of the whole stack
-
-
-def test_merge_and_unmerge_of_the_stack() -> None:
-    weight = make(dtype=torch.bfloat16)
-    packed = weight.packed
-    before = {name: tensor.clone() for name, tensor in parts(weight).items()}
-    delta = testing.tensor(3, 12, 64, dtype=torch.bfloat16, seed=9, scale=1e-3)
-    want = weight.dequantize() + delta
-    weight.data += delta
-    assert weight.is_merged and torch.equal(weight.dequantize(), want)
-    weight.data -= delta
-    assert not weight.is_dense and weight.packed is packed
-    assert all(torch.equal(parts(weight)[name], tensor) for name, tensor in before.items())
-
-
-@each_nesting
-def test_requantize(nested: bool) -> None:
-    weight = nn.Parameter(make((4, 7, 33), nested, torch.bfloat16), requires_grad=False)
-    alias = weight.detach()
-    weight.data += 0.25
-    values = weight.dequantize()
-    assert weight.requantize_() is weight and not weight.is_dense and not alias.is_dense
-    again = pk.NF4Weight.quantize(values, 32, nested)
-    assert_equal_weights(weight, again)
-    assert_equal_weights(weight[2], again[2])
-    assert weight._state.shape == (4, 7, 33) and weight.packed.shape == (4, 116)
-
-
 # Copies
-
-
-@each_nesting
-@pytest.mark.parametrize("shape", [SHAPES["even"], SHAPES["odd"]], ids=["even", "odd"])
-@pytest.mark.parametrize("how", COPIES)
-def test_copy(how: str, shape: tuple[int, int, int], nested: bool) -> None:
-    weight = make(shape, nested, torch.bfloat16)
-    got = COPIES[how](weight)
-    assert_equal_weights(got, weight)
-    assert_shares_nothing(got, weight)
-    assert_equal_weights(got[1], weight[1])
-    got.add_(1.0)
-    assert got.is_dense and not weight.is_dense
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "clone"])
@@ -213,18 +171,6 @@ def test_copy_of_one_expert_is_independent(how: str) -> None:
     want = got.dequantize() + 1
     got.add_(1.0)
     assert torch.equal(got.dequantize(), want) and not weight.is_dense
-
-
-@each_nesting
-@each_dtype
-def test_to_dtype_is_nominal(dtype: torch.dtype, nested: bool) -> None:
-    weight = make(nested=nested)
-    moved = weight.to(dtype)
-    assert isinstance(moved, pk.NF4Weight) and moved.dtype == dtype and moved[0].dtype == dtype
-    assert all(torch.equal(parts(moved)[name], tensor) for name, tensor in parts(weight).items())
-    assert weight.to("cpu") is weight
-    meta = weight.to("meta")
-    assert isinstance(meta, pk.NF4Weight) and meta.shape == (3, 12, 64) and meta.device.type == "meta"
 
 
 def test_in_a_module() -> None:

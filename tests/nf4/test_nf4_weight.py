@@ -7,11 +7,11 @@ import gc
 from collections import Counter
 from collections.abc import Callable
 
-import nf4_weights
 import pytest
 import torch
 import torch.nn.functional as F
 from nf4_weights import (
+    COPIES,
     assert_equal_weights,
     assert_shares_nothing,
     each_dtype,
@@ -91,23 +91,6 @@ def test_quantize_does_not_change_its_input() -> None:
 # Copies
 
 
-COPIES = nf4_weights.COPIES | {
-    "state_dict": lambda w: pk.NF4Weight.from_state_dict(copy.deepcopy(w.state_dict()))
-}
-
-
-@each_nesting
-@each_shape
-@pytest.mark.parametrize("how", COPIES)
-def test_copy(how: str, shape: tuple[int, int], nested: bool) -> None:
-    weight = make(shape, nested, torch.bfloat16)
-    got = COPIES[how](weight)
-    assert_equal_weights(got, weight)
-    assert_shares_nothing(got, weight)
-    got.add_(1.0)
-    assert got.is_dense and not weight.is_dense
-
-
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save", "clone"])
 def test_copy_of_a_dense_weight(how: str) -> None:
     weight = make()
@@ -133,19 +116,6 @@ def test_tied_weights_stay_tied_in_a_deepcopy() -> None:
     both = nn.ModuleList([layer, layer])
     got = copy.deepcopy(both)
     assert got[0].weight is got[1].weight
-
-
-@each_nesting
-@each_dtype
-def test_to_dtype_is_nominal(dtype: torch.dtype, nested: bool) -> None:
-    weight = make(nested=nested, dtype=torch.float32)
-    moved = weight.to(dtype)
-    assert moved.dtype == dtype and isinstance(moved, pk.NF4Weight) and not moved.is_dense
-    assert all(torch.equal(parts(moved)[name], t) for name, t in parts(weight).items()), (
-        "scales must not be rounded"
-    )
-    assert weight.half().dtype == torch.float16 and weight.bfloat16().dtype == torch.bfloat16
-    assert weight.to("cpu") is weight
 
 
 def test_to_meta() -> None:

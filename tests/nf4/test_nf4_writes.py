@@ -9,7 +9,7 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from nf4_weights import assert_equal_weights, each_nesting, each_shape, make, parts
+from nf4_weights import assert_equal_weights, each_shape, make, parts
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -169,17 +169,3 @@ def test_dense_weight_reads_as_the_plain_tensor(read: str) -> None:
     assert torch.equal(ordinary, weight.dequantize())
     value.fill_(3.0)
     assert (weight.dequantize() == 3).all(), "the write was lost"
-
-
-@each_nesting
-def test_requantize(nested: bool) -> None:
-    weight = nn.Parameter(make(nested=nested, dtype=torch.bfloat16), requires_grad=False)
-    alias = weight.detach()
-    weight.data += 0.25
-    dense = weight.dequantize()
-    assert weight.requantize_() is weight
-    assert not weight.is_dense and not alias.is_dense and weight.dtype == torch.bfloat16
-    assert_equal_weights(weight, pk.NF4Weight.quantize(dense, 32, nested))
-    before = weight.packed.clone()
-    weight.requantize_()
-    assert torch.equal(weight.packed, before)

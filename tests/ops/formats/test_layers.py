@@ -15,6 +15,7 @@ from numbers_policy import DTYPES, case_id, dense64, each_dtype, same_with_any_t
 from torch import Tensor
 
 import testing
+from peft_kernels import NF4Weight
 from peft_kernels.core.formats import FORMATS, e4m3_values, e8m0_values
 
 ops = torch.ops.peft_kernels
@@ -169,32 +170,44 @@ def test_dora_norm(backend: str, k: int, form: str) -> None:
     testing.assert_close(ops.dora_norm(*args), testing.reference_op("dora_norm")(*args), truth)
 
 
-@pytest.mark.parametrize("form", FORMS)
+def weight_and_sizes(form: str) -> tuple[NF4Weight, int, int]:
+    """A weight in one of FORMS, or in NF4, where blocks may cross rows."""
+    return (testing.nf4_weight(33, 71), 33, 71) if form == "nf4" else (weight_of(form, 33, 384), 33, 384)
+
+
+@pytest.mark.parametrize("form", [*FORMS, "nf4"])
 def test_any_leading_dimensions_and_no_rows(backend: str, form: str) -> None:
-    weight = weight_of(form, 33, 384)
-    for shape in ((384,), (0, 384), (2, 0, 384), (2, 1, 3, 384)):
+    weight, n, k = weight_and_sizes(form)
+    for shape in ((k,), (0, k), (2, 0, k), (2, 1, 3, k)):
         x = testing.tensor(*shape)
-        y = ops.nf4_linear(x, *weight._state.op_args, 33, None)
-        assert y.shape == (*shape[:-1], 33)
+        y = ops.nf4_linear(x, *weight._state.op_args, n, None)
+        assert y.shape == (*shape[:-1], n)
         testing.assert_close(y, x @ weight.dequantize().t(), x.double() @ dense64(weight).t())
-        dx = ops.nf4_linear_dx(y, *weight._state.op_args, 384)
+        dx = ops.nf4_linear_dx(y, *weight._state.op_args, k)
         assert dx.shape == shape
         testing.assert_close(dx, y @ weight.dequantize(), y.double() @ dense64(weight))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_bad_row_stays_in_its_row(backend: str, form: str) -> None:
-    weight = weight_of(form, 33, 384)
-    x = testing.tensor(9, 384, dtype=torch.bfloat16)
-    clean = ops.nf4_linear(x, *weight._state.op_args, 33, None)
+@pytest.mark.parametrize(
+    ("form", "dtype"), [*((form, torch.bfloat16) for form in FORMS), *(("nf4", dtype) for dtype in DTYPES)]
+)
+def test_a_bad_row_stays_in_its_row(backend: str, form: str, dtype: torch.dtype) -> None:
+    weight, n, k = weight_and_sizes(form)
+
+    def both(x: Tensor, dy: Tensor) -> list[Tensor]:
+        args = weight._state.op_args
+        return [ops.nf4_linear(x, *args, n, None), ops.nf4_linear_dx(dy, *args, k)]
+
+    x, dy = (testing.tensor(9, size, dtype=dtype) for size in (k, n))
+    clean = both(x, dy)
     for row in (0, 4, 8):
-        bad = x.clone()
-        bad[row] = float("nan")
-        y = ops.nf4_linear(bad, *weight._state.op_args, 33, None)
+        bad = x.clone(), dy.clone()
+        bad[0][row], bad[1][row] = float("inf"), float("nan")
         others = [i for i in range(9) if i != row]
-        assert y[row].isnan().all() and y[others].isfinite().all()
-        if backend != "reference":  # torch's matmul may round differently
-            assert torch.equal(y[others], clean[others])
+        for got, want in zip(both(*bad), clean, strict=True):
+            assert not got[row].isfinite().any() and got[others].isfinite().all()
+            if backend != "reference":  # torch's matmul may round differently
+                assert torch.equal(got[others], want[others])
 
 
 @pytest.mark.parametrize("form", FORMS)

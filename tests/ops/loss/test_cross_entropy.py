@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from loss_cases import IGNORED, OPTIONS, defined, labels_of, results_of, weight_of, wide
 from numbers_policy import DTYPES, case_id, each_dtype, same_with_any_threads, short
+from rounding import ONE_LAYER
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -147,17 +148,44 @@ def test_great_logits_come_last(backend: str) -> None:
         torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-5)
 
 
-def test_rows_do_not_mix(backend: str) -> None:
-    """NaN in one row stays there; in an ignored row it has no effect."""
-    x, w, labels = testing.tensor(70, 64), testing.tensor(600, 64, seed=1), labels_of(70, 600)
+@pytest.mark.parametrize("rows", [70, 300])
+def test_rows_do_not_mix(backend: str, rows: int) -> None:
+    """NaN in one row stays there; in an ignored row it has no effect. Rows are left out if there are many."""
+    x, w, labels = testing.tensor(rows, 64), testing.tensor(600, 64, seed=1), labels_of(rows, 600)
     args = (w, None, None, None, 0, 600, None, labels, IGNORED, 1.0, 0.0, 0.0, 0.0, True, False, False)
     clean = torch.ops.peft_kernels.linear_cross_entropy(x, *args)
     x[3], x[9] = float("nan"), float("inf")  # the latter is ignored
     loss, *_, dx = torch.ops.peft_kernels.linear_cross_entropy(x, *args)
     assert loss[3].isnan() and dx[3].isnan().all()
-    others = [i for i in range(70) if i != 3]
+    others = [i for i in range(rows) if i != 3]
     torch.testing.assert_close(loss[others], clean[0][others])
     torch.testing.assert_close(dx[others], clean[5][others])
+    if backend == "reference" or rows < 300:
+        return  # a row that is not left out meets its gradient of zero
+    backward, dloss = torch.ops.peft_kernels.linear_cross_entropy_backward, testing.tensor(rows, seed=6)
+    x[3], needs = 0.0, (True, True, False, False, False)
+    want = backward(dloss, clean[1], x.nan_to_num(posinf=0.0), *args[:7], None, None, *args[7:-3], *needs)
+    got = backward(dloss, clean[1], x, *args[:7], None, None, *args[7:-3], *needs)
+    assert all(map(torch.equal, got, want))
+
+
+@each_dtype
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+def test_extreme_logits(backend: str, dtype: torch.dtype, cap: float) -> None:
+    """Masked columns (a bias of -inf) have no probability, and no difference of logits overflows."""
+    vocabulary, labels = 267, torch.tensor([3, 0, 266])
+    x, w = testing.tensor(3, 24, dtype=dtype), torch.zeros(267, 24, dtype=dtype)
+    bias = torch.zeros(vocabulary, dtype=dtype)
+    bias[5:100] = float("-inf") if cap == 0.0 else -6e4
+    bias[0], bias[266] = 6e4, -6e4
+    options = labels, IGNORED, 1.0, cap, 0.0, 0.0, True, True, True
+    head = w, None, None, None, 0, vocabulary, bias
+    loss, lse, _, top, _, dx = torch.ops.peft_kernels.linear_cross_entropy(x, *head, *options)
+    z = bias.double()
+    z = cap * torch.tanh(z / cap) if cap else z
+    want = F.cross_entropy(z.expand(3, -1), labels, reduction="none")
+    torch.testing.assert_close(loss.double(), want, rtol=ONE_LAYER, atol=ONE_LAYER)
+    assert lse.isfinite().all() and top.tolist() == [False, True, False] and not dx.any()
 
 
 @pytest.mark.parametrize("rows", [6, 300])
@@ -266,10 +294,13 @@ def test_gradcheck(trained: bool, options: str) -> None:
 
 
 def test_kernels_check_labels_themselves(compiled_ops: Any) -> None:
-    x, w, labels = torch.ones(3, 32), torch.ones(12, 32), torch.tensor([1, 12, 3])
+    """Nothing outside of the logits is read or written: memory is guarded."""
+    x, w, labels = torch.ones(5, 32), torch.ones(12, 32), torch.tensor([1, 12, 3, -1, 1 << 40])
     args = (w, None, None, None, 0, 12, None, labels, IGNORED, 1.0, 0.0, 0.0, 0.0, True, False, False)
     if compiled_ops is not torch.ops.peft_kernels_cpu:  # as on a GPU, where to look at them would be to wait
-        assert compiled_ops.linear_cross_entropy(x, *args)[0].isnan().tolist() == [False, True, False]
+        loss, *_, dx = compiled_ops.linear_cross_entropy(x, *args)
+        outside = [False, True, False, True, True]
+        assert loss.isnan().tolist() == dx.isnan().all(1).tolist() == outside
         return
     with pytest.raises((RuntimeError, IndexError), match="12"):
         compiled_ops.linear_cross_entropy(x, *args)
