@@ -1,7 +1,8 @@
 """Recognises the functions of other libraries that our fused forwards replace, by a hash of their source.
 
 A fused forward computes what a forward of PEFT or bitsandbytes computed when ours was written. The table
-lists the versions of each function that were reviewed; `tools/fingerprints.py` prints it for others.
+lists the versions of each function that were reviewed. Others are tried on a layer: to spare them that, read
+what has changed, and add the fingerprint that tests/patch/test_sources.py prints.
 """
 
 from __future__ import annotations
@@ -80,11 +81,6 @@ def _written(node: Any) -> str:
     return ascii(node)
 
 
-def fingerprint_of(tree: ast.AST) -> str:
-    """The fingerprint of a function's syntax tree, which is modified."""
-    return hashlib.sha256(_written(_Essence().visit(tree)).encode()).hexdigest()[:16]
-
-
 _MANAGER = contextlib.contextmanager(iter).__code__
 """The code of every function wrapped by contextmanager."""
 
@@ -109,7 +105,8 @@ def fingerprint(function: Callable[..., Any]) -> str | None:
         body: list[Any] = ast.parse(f"if True:\n{source}" if source[0].isspace() else source).body
     except (OSError, TypeError, SyntaxError):
         return None
-    return fingerprint_of(body[0].body[0] if source[0].isspace() else body[0])
+    tree = body[0].body[0] if source[0].isspace() else body[0]
+    return hashlib.sha256(_written(_Essence().visit(tree)).encode()).hexdigest()[:16]
 
 
 def _code(function: Any) -> Any:
