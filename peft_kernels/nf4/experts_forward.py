@@ -65,7 +65,7 @@ def experts_forward(
     x = _linear(module, up_name, up, x, ends, chosen, lora)
     x = _activated(module, x)
     x = _linear(module, "down_proj", down, x, ends, chosen, lora)
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # some versions lack it
         x = module.post_expert_norm(x)
     y: Tensor = _Combined.apply(x, top_k_weights, order, back)
     return y.to(hidden_states.dtype)

@@ -73,6 +73,42 @@ def test_version_with_other_results_is_not_fused(fault: str, monkeypatch: pytest
     assert "lora.layer.Linear.forward" in str(report) and said in str(report), str(report)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1.1], ids=["same", "other"])
+def test_an_unknown_linear4bit_is_tried(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes' own layer, with an adapter and alone. Before 0.50 it cast its bias in place."""
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    theirs = bnb.nn.Linear4bit.forward
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            self.bias.data = self.bias.data.to(x.dtype)
+        return scale * theirs(self, x)
+
+    monkeypatch.setattr(bnb.nn.Linear4bit, "forward", forward)
+    base = models.base_model("bnb")
+    bias, before = base.q.bias, base.q.bias.detach().clone()
+    x = testing.tensor(3, 64)
+    for model in (base, lora(base)):
+        plain = model(x)
+        report = pk.patch(model)
+        assert len(report.original) == (0 if scale == 1.0 else 2), str(report)
+        assert bias.dtype is before.dtype and torch.equal(bias, before)
+        assert testing.relative_error(model(x), plain) < ONE_MODEL
+        pk.unpatch(model)
+
+
+def test_dora_layers_without_a_cache() -> None:
+    """Those of PEFT before 0.19."""
+    model, x = lora(models.base_model("dense"), use_dora=True), testing.tensor(3, 64)
+    plain = model(x)
+    vectors = [m for m in model.modules() if hasattr(m, "_dora_cache")]
+    report = pk.patch(model)
+    for vector in vectors:
+        del vector._dora_cache
+    assert testing.relative_error(model(x), plain) < ONE_MODEL
+    assert not any(entry.fallbacks for entry in report.layers)
+
+
 class Scaled(nn.Linear):
     """Gives other results than nn.Linear, like layers for quantisation-aware training."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ def _verdict(module: nn.Module, cls: Any) -> Verdict:
     return cached(key) or recognise(key, lambda: _trial(module, cls.forward), _UNKNOWN)
 
 
-def _trial(module: nn.Module, forward: Callable[..., Any]) -> tuple[tuple[str, Any], ...] | None:
+def _trial(module: nn.Module, forward: Any) -> tuple[tuple[str, Any], ...] | None:
     inner = unwrapped(forward)
     if inner is None:
         return None
@@ -48,17 +48,11 @@ def _trial(module: nn.Module, forward: Callable[..., Any]) -> tuple[tuple[str, A
     given = {name: f"the {name}" for name, _ in defaults}
     if any(one.kind is one.VAR_KEYWORD for one in others):
         given["more"] = "another argument"
-    for kwargs in (given, dict.fromkeys(given)):
-
-        def theirs(x: Tensor, training: bool, kwargs: dict[str, Any] = kwargs) -> Any:
-            return _theirs(module, inner, x, training, kwargs)
-
-        def ours(x: Tensor, training: bool, kwargs: dict[str, Any] = kwargs) -> Any:
-            return _ours(x, kwargs)
-
-        if not agree(theirs, ours):
-            return None
-    return defaults
+    same = (
+        agree(partial(_theirs, module, inner, kwargs), partial(_ours, kwargs))
+        for kwargs in (given, dict.fromkeys(given))
+    )
+    return defaults if all(same) else None
 
 
 def _first_norm(x: Tensor) -> Tensor:
@@ -73,7 +67,7 @@ def _mlp(x: Tensor) -> Tensor:
     return x * x.flip(-1) + 0.5
 
 
-def _ours(x: Tensor, kwargs: dict[str, Any]) -> Any:
+def _ours(kwargs: dict[str, Any], x: Tensor, training: bool) -> Any:
     x = x + _attention(_first_norm(x))[0]
     return (x + _mlp(_second_norm(x)), [kwargs])
 
@@ -82,9 +76,7 @@ def _attention(hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, str]:
     return 0.5 * hidden_states + hidden_states.flip(-1), "the weights"
 
 
-def _theirs(
-    module: nn.Module, forward: Callable[..., Any], x: Tensor, training: bool, kwargs: dict[str, Any]
-) -> Any:
+def _theirs(module: nn.Module, forward: Any, kwargs: dict[str, Any], x: Tensor, training: bool) -> Any:
     calls: list[dict[str, Any]] = []
 
     def attention(hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, str]:

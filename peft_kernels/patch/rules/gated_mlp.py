@@ -4,7 +4,7 @@ down(activation(gate(x)) * up(x))."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,10 @@ from .stand_in import StandIn, agree
 
 PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 """Names of gate, up and down in Llama, Mistral, Qwen, Gemma, and in older Mixtral experts."""
+
+
+_tried: dict[Any, Facts] = {}
+"""The facts of a module of each class: a model has an MLP in every layer."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,33 @@ def projections(module: nn.Module) -> tuple[str, str, str] | None:
 def mlp(module: nn.Module, names: tuple[str, str, str]) -> Facts | Fallback:
     """What a module with these projections computes, if it is a gated MLP."""
     forward: Any = plain_class(module).forward
+    key = plain_class(module), forward, names
+    earlier = _tried.get(key)
+    found = None if earlier is None else _of_another(earlier, module)
+    if found is None:
+        found = _trial(module, names, forward)
+        if found is not None:
+            _tried[key] = found
+    return found or Fallback(
+        "its forward is not down(activation(gate(x)) * up(x)) with an activation known here; nothing to do"
+    )
+
+
+def _of_another(facts: Facts, module: nn.Module) -> Facts | None:
+    """The facts of another module of a class, if what else its forward reads has the same settings."""
+    parts: dict[str, tuple[Any, Settings | None]] = {}
+    for name, (part, settings) in facts.parts.items():
+        own = module._modules.get(name, vars(module).get(name))
+        if settings is None or type(own) is not settings.cls:
+            if own is not part:
+                return None
+        elif not all(_same(getattr(own, key, None), value) for key, value in settings.values.items()):
+            return None
+        parts[name] = own, settings
+    return replace(facts, parts=parts)
+
+
+def _trial(module: nn.Module, names: tuple[str, str, str], forward: Callable[..., Any]) -> Facts | None:
     parts: dict[str, Any] = {}
 
     def theirs(x: Tensor, training: bool) -> Any:
@@ -87,9 +118,7 @@ def mlp(module: nn.Module, names: tuple[str, str, str]) -> Facts | Fallback:
         if agree(theirs, partial(_ours, activation)):
             kept = {part: (value, _settings(value)) for part, value in parts.items()}
             return Facts(names, name, forward, kept)
-    return Fallback(
-        "its forward is not down(activation(gate(x)) * up(x)) with an activation known here; nothing to do"
-    )
+    return None
 
 
 def _ours(activation: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, training: bool) -> Tensor:

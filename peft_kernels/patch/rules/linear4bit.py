@@ -72,8 +72,8 @@ def expect_same(layer: Any, forward: Any) -> None:
         raise CannotTry("its weight is on the meta device; load it")
     if (unusable := reason(weight)) is not None:
         raise CannotTry(unusable)
-    twin = copy.copy(layer)  # the forward sets attributes
-    twin._parameters = dict(layer._parameters)
+    twin = copy.copy(layer)  # the forward sets attributes, and before 0.50 casts the bias in place
+    twin._parameters = layer._parameters | {"bias": copy.deepcopy(bias)}
 
     def ours(x: Tensor) -> Tensor:
         state, dtype, compute, out_dtype = operands(layer, weight, InputSpec(x.dtype, x.device, None))
