@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ...ops.arguments import no_autocast
 
@@ -81,8 +82,10 @@ def agree(theirs: Run, ours: Run, features: int = 8) -> bool:
             got = _run(theirs, case, features)
         except Exception:  # an unknown forward may raise anything
             return False
-        if not alike(got, _run(ours, case, features), _TOLERANCE[case.dtype]):
-            return False
+        expected = _run(ours, case, features)
+        with plain_mode(has_gradient=False):
+            if not alike(got, expected, _TOLERANCE[case.dtype]):
+                return False
     return True
 
 
@@ -103,8 +106,9 @@ def _run(forward: Run, case: _Case, features: int) -> Any:
 
 @contextmanager
 def plain_mode(has_gradient: bool = True) -> Iterator[None]:
-    """No autocast, no inference mode, a gradient or not, and a random state that nothing else sees."""
+    """No autocast, no modes (inference, fake tensors), a gradient or not, and a random state of its own."""
     with (
+        _disable_current_modes(),
         torch.inference_mode(False),
         torch.set_grad_enabled(has_gradient),
         no_autocast("cpu"),

@@ -4,19 +4,21 @@ the same stay fused, and others are not."""
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
+from functools import partial, wraps
 from typing import Any
 
 import pytest
+import torch
 from flow_blocks import between, family, one_step, patched
 from flow_checks import assert_near
 from flow_models import adapted
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peft_kernels.patch.rules import attention, decoder_layer, gated_mlp, norm
+from peft_kernels.patch.rules import attention, decoder_layer, gated_mlp, norm, verdict
 from peft_kernels.patch.rules.stand_in import unwrapped
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "SmolLM3", "Granite", "Olmo2")
@@ -302,13 +304,25 @@ def test_a_rewritten_model_trains_fused_as_before() -> None:
     assert_near(one_step(fused), one_step(stock))
 
 
+@pytest.mark.parametrize(
+    "mode",
+    [FakeTensorMode, torch.inference_mode, partial(torch.device, "meta"), partial(torch.autocast, "cpu")],
+    ids=["fake", "inference", "meta", "autocast"],
+)
+def test_what_a_class_computes_is_found_in_every_mode(mode: Any, parts: dict[str, nn.Module]) -> None:
+    verdict._verdicts.clear()
+    gated_mlp._tried.clear()
+    with mode():
+        assert all(PARTS[part](module) for part, module in parts.items())
+
+
 @pytest.mark.parametrize("part", ["attention", "layer"])
 def test_wrappers_of_other_libraries_are_not_looked_through(parts: dict[str, nn.Module], part: str) -> None:
     if part not in parts:
         pytest.skip("this family has none that is fused")
     module, own = parts[part], type(parts[part])
     forward: Any = own.forward
-    wrapper = functools.wraps(forward)(lambda *args, **kwargs: forward(*args, **kwargs))
+    wrapper = wraps(forward)(lambda *args, **kwargs: forward(*args, **kwargs))
     try:
         assert not PARTS[part](with_class(module, type(own.__name__, (own,), {"forward": wrapper})))
     finally:
