@@ -68,7 +68,7 @@ def test_the_fast_kernel_is_chosen(
         plan = cpu.BACKEND.extension.linear_plan(rows, 4096, in_features, form, is_bf16)
     if rows == 16 and isa != "avx512_bf16":  # tiles are faster, or a register does not hold two tables
         expected = "pairs"
-    if (rows, form, isa, is_bf16) == (15, FP8, "amx", True):  # tiles, from 7 rows on
+    if isa.startswith("amx") and (rows, form, is_bf16) == (15, FP8, True):  # tiles, from 7 rows on
         expected = "pairs"
     if expected == "pairs" and not has_pairs:
         expected = "floats" if in_features % 32 == 0 else "dots"
