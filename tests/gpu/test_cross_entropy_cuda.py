@@ -13,7 +13,7 @@ import torch
 from loss_cases import IGNORED, weight_of
 from models import tiny_llama
 from numbers_policy import at_odd_address, each_dtype
-from rounding import BF16
+from rounding import BF16, ONE_LAYER
 from skips import require
 from stub_device import H100, stub_device, torch_ops
 from test_cuda_graphs import READS, WAITS, nothing_read
@@ -171,6 +171,19 @@ def test_rows_without_a_label_are_left_out(extension: ModuleType, dtype: torch.d
                 assert not f[ignored].any() and not e[ignored].any()
 
 
+def test_nothing_of_a_row_without_a_label_is_used(extension: ModuleType) -> None:
+    labels = labels_of(ROWS, 6)
+    back = trained(torch.float32, labels)
+    x = back[2].clone()
+    x[labels == IGNORED] = float("nan")
+    for got, want in zip(
+        run("linear_cross_entropy_backward", (*back[:2], x, *back[3:])),
+        run("linear_cross_entropy_backward", back),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("every", [1, 6])
 @pytest.mark.parametrize("rows", [0, UNIT, UNIT + 1])
 def test_no_labels_at_all(extension: ModuleType, rows: int, every: int) -> None:
@@ -281,6 +294,34 @@ def test_tensors_at_odd_addresses(extension: ModuleType) -> None:
     odd = tuple(at_odd_address(t) if isinstance(t, Tensor) and t.dtype != torch.int64 else t for t in args)
     for got, expected in zip(run("linear_cross_entropy", odd), want, strict=True):
         assert torch.equal(got, expected)
+
+
+@each_dtype
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+def test_extreme_logits(extension: ModuleType, dtype: torch.dtype, cap: float) -> None:
+    """Masked columns (a bias of -inf) have no probability, and no difference of logits overflows."""
+    labels = torch.tensor([3, 0, 266])
+    x, w, *rest = frozen(
+        "dense", dtype, labels, softcap=cap, label_smoothing=0.0, z_loss=0.0, logit_scale=1.0
+    )
+    w = torch.zeros_like(w)
+    bias = torch.zeros(VOCABULARY, dtype=dtype)
+    bias[5:100] = float("-inf") if cap == 0.0 else -6e4
+    bias[0], bias[266] = 6e4, -6e4
+    rest[5] = bias
+    loss, lse, _, top, _, dx = run("linear_cross_entropy", (x, w, *rest))
+    z = bias.double()
+    z = cap * torch.tanh(z / cap) if cap else z
+    want = torch.nn.functional.cross_entropy(z.expand(3, -1), labels, reduction="none")
+    torch.testing.assert_close(loss.double(), want, rtol=ONE_LAYER, atol=ONE_LAYER)
+    assert lse.isfinite().all() and top.tolist() == [False, True, False] and not dx.any()
+
+
+def test_labels_outside_the_vocabulary(extension: ModuleType) -> None:
+    """Their losses are NaN, and nothing beyond the logits is read or written."""
+    labels = torch.tensor([1, VOCABULARY, -1, 1 << 40, 2])
+    loss, _, _, _, _, dx = run("linear_cross_entropy", frozen("dense", torch.bfloat16, labels))
+    assert loss.isnan().tolist() == dx.isnan().all(1).tolist() == [False, True, True, True, False]
 
 
 # The compiled code.

@@ -13,7 +13,7 @@ import pytest
 
 from bench import run
 from bench.gpu import compiled, limits, sass, sass_cfg
-from bench.gpu.limits import MATRIX, Rule
+from bench.gpu.limits import MATRIX, WIDE_STORE, Rule
 from bench.gpu.roofline import BY_ARCHITECTURE
 from bench.gpu.sass import Cubin, Instruction, Kernel
 from bench.lib import report
@@ -240,6 +240,78 @@ def test_compiled_once_until_something_included_changes(tmp_path: Path) -> None:
         compile_it()
 
 
+LISTING = """
+	.section	.nv.info.k,"",@"SHT_CUDA_INFO"
+	.sectionflags	@""
+	//----- nvinfo : EIATTR_MAX_THREADS
+	.align		4
+.L_23:
+        /*0050*/ 	.byte	0x04, 0x05
+        /*0054*/ 	.word	0x00000100
+        /*0058*/ 	.word	0x00000001
+	.section	.text.k,"ax",@progbits
+	.sectioninfo	@"SHI_REGISTERS=96"
+.text.k:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 EXIT ;
+        /*0020*/                   BSSY B0, `(.L_x_9) ;
+.L_x_1:
+        /*0030*/                   LDG.E.64.CONSTANT R2, desc[UR6][R4.64] ;
+        /*0040*/               @P1 BRA `(.L_x_2) ;
+        /*0050*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4  &req={1} ?trans5;
+        /*0060*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*0070*/                   BRA `(.L_x_3) ;
+.L_x_2:
+        /*0080*/                   LDG.E.U8 R2, desc[UR6][R4.64] ;
+        /*0090*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*00a0*/                   IADD3 R4, R4, R8, R4 ;
+        /*00b0*/                   IADD3 R4, R4, R8, R4 ;
+.L_x_3:
+        /*00c0*/                   BRA.U UP0, `(.L_x_1) ;
+.L_x_9:
+        /*00d0*/                   BSYNC B0 ;
+        /*00e0*/              @UP1 BRX R2 -0xe0                (*"BRANCH_TARGETS .L_x_4,.L_x_9"*) ;
+.L_x_4:
+        /*00f0*/                   STG.E.128 desc[UR6][R4.64], R4 ;
+        /*0100*/                   EXIT ;
+.L_x_5:
+        /*0110*/                   BRA `(.L_x_5) ;
+	.section	.text.other,"ax",@progbits
+.text.other:
+        /*0000*/                   EXIT ;
+"""
+LOG = """ptxas info    : Compiling entry function 'k' for 'sm_90'
+ptxas info    : Function properties for k
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 54 registers, used 1 barriers, 1056 bytes smem
+"""
+
+
+def listed() -> Kernel:
+    kernel, _ = sass.parse(Cubin(Path("a.cu"), 90, Path("a.cubin"), LOG), LISTING)
+    return kernel
+
+
+def test_a_listing_is_parsed() -> None:
+    kernel = listed()
+    assert (kernel.name, kernel.threads, kernel.registers) == ("k", 256, 54)
+    assert (kernel.shared, kernel.spill_bytes, len(kernel.instructions)) == (1056, 16, 18)
+    assert kernel.successors == {
+        0: [2, sass_cfg.END], 2: [3], 3: [8, 5], 5: [12], 8: [12], 12: [3, 13], 13: [15, 13, 15],
+        15: [sass_cfg.END], 17: [17],
+    }  # fmt: skip
+
+
+def test_the_main_path_does_most_of_the_work() -> None:
+    kernel = listed()
+    loop = [instruction.opcode for instruction in kernel.main_path(MATRIX)]
+    assert loop == ["LDG.E.64.CONSTANT", "BRA", *["HMMA.16816.F32.BF16"] * 2, "BRA", "BRA.U"]
+    # Not in a loop: the whole kernel, by the longer of two paths with as many stores, once through loops.
+    whole = [instruction.opcode for instruction in kernel.main_path(WIDE_STORE)]
+    assert whole[:3] == ["MOV", "EXIT", "BSSY"] and whole[-2:] == ["STG.E.128", "EXIT"]
+    assert whole.count("LDG.E.U8") == 1 and len(whole) == 14
+
+
 def test_work_around_the_main_loop_does_not_count() -> None:
     """An inner loop of three, and two more in each iteration of the outer loop."""
     work = Instruction("HMMA.16816.F32", False, ())
@@ -257,6 +329,15 @@ def test_the_innermost_loop_counts() -> None:
     assert graph.innermost([2, 3, 4]) == {frozenset({2}), frozenset({1, 2, 3})}
     assert graph.best_path(graph.loops[1], lambda block: (0, 1)) == [1, 2, 3]
     assert graph.best_path(None, lambda block: (0, 1)) == [0, 1, 2, 3, 4]
+
+
+def test_a_call_of_a_label_is_a_jump() -> None:
+    text = LISTING.replace("@P1 BRA `(.L_x_2)", "@P1 CALL.REL.NOINC `(.L_x_2)")
+    kernel, _ = sass.parse(Cubin(Path("a.cu"), 90, Path("a.cubin"), LOG), text)
+    assert kernel.successors == listed().successors
+    text = LISTING.replace("@P1 BRA `(.L_x_2)", "@P1 CALL.REL.NOINC `($division)")
+    kernel, _ = sass.parse(Cubin(Path("a.cu"), 90, Path("a.cubin"), LOG), text)
+    assert kernel.successors[3] == [12]
 
 
 def test_a_path_may_end_in_a_loop() -> None:
@@ -280,10 +361,8 @@ def test_resident_warps() -> None:
 
 def test_the_table_has_kernels_beside_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "RULES", [Rule("k", 0.5, tokens=8)])
-    work = [Instruction(name, False, ()) for name in ("HMMA.16816", "NOP", "EXIT")]
-    kernel = Kernel("k", Path(), 90, 256, 54, 1056, spill_bytes=16, instructions=work, labels={})
-    finding = limits.check(kernel)
-    assert finding.faults[0] == "spills 16 bytes" and finding.per_weight == 3 / 8
+    finding = limits.check(listed())
+    assert finding.faults[0] == "spills 16 bytes" and finding.per_weight == 6 / 16
     result = compiled.Compiled(compiled.standard("bf16")[3], rows=[compiled.cuda_row(finding)])
     text = report.render([result])
     assert "kernels as compiled for sm90" in text

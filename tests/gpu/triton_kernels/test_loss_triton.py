@@ -9,7 +9,7 @@ import pytest
 import torch
 from loss_cases import IGNORED, labels_of, weight_of
 from numbers_policy import each_dtype
-from rounding import BF16
+from rounding import BF16, ONE_LAYER
 from torch import Tensor
 
 import testing
@@ -173,6 +173,23 @@ def test_rows_without_a_label_are_left_out(dtype: torch.dtype, launches: Any) ->
         assert [programs for _, programs in launches] == [scored], op
 
 
+def test_nothing_of_a_row_without_a_label_is_used() -> None:
+    """However many rows there are."""
+    for rows in (60, ROWS):
+        labels = few_labels(rows)
+        args, back = frozen(labels, torch.float32), trained(labels, torch.float32)
+        x = args[0].clone()
+        x[labels == IGNORED] = float("nan")
+        for got, want in zip(
+            run("linear_cross_entropy", (x, *args[1:])), run("linear_cross_entropy", args), strict=True
+        ):
+            assert torch.equal(got, want)
+        if rows == ROWS:
+            got = run("linear_cross_entropy_backward", (*back[:2], x, *back[3:]))
+            for one, want in zip(got, run("linear_cross_entropy_backward", back), strict=True):
+                assert torch.equal(one, want)
+
+
 def test_a_capture_computes_all_rows(launches: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     labels = few_labels(loss.FEW_ROWS + 1)
     args = frozen(labels, torch.bfloat16)
@@ -191,3 +208,32 @@ def test_no_labels_at_all(rows: int) -> None:
     back = trained(labels, torch.bfloat16)
     for result in run("linear_cross_entropy_backward", back):
         assert not result.any()
+
+
+# Values.
+
+
+@each_dtype
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+def test_extreme_logits(dtype: torch.dtype, cap: float) -> None:
+    """Masked columns (a bias of -inf) have no probability, and no difference of logits overflows."""
+    labels = torch.tensor([3, 0, VOCABULARY - 1])
+    x, w, *rest = frozen(labels, dtype)
+    bias = torch.zeros(VOCABULARY, dtype=dtype)
+    bias[5:100] = float("-inf") if cap == 0.0 else -6e4
+    bias[0], bias[-1] = 6e4, -6e4
+    rest[5] = bias
+    rest[8:12] = 1.0, cap, 0.0, 0.0
+    value, lse, _, top, _, dx = run("linear_cross_entropy", (x, torch.zeros_like(w), *rest))
+    z = bias.double()
+    z = cap * torch.tanh(z / cap) if cap else z
+    want = torch.nn.functional.cross_entropy(z.expand(3, -1), labels, reduction="none")
+    torch.testing.assert_close(value.double(), want, rtol=ONE_LAYER, atol=ONE_LAYER)
+    assert lse.isfinite().all() and top.tolist() == [False, True, False] and not dx.any()
+
+
+def test_labels_outside_the_vocabulary() -> None:
+    """Their losses are NaN, and nothing beyond the logits is read or written."""
+    labels = torch.tensor([1, VOCABULARY, -1, 1 << 40, 2])
+    value, _, _, _, _, dx = run("linear_cross_entropy", frozen(labels, torch.bfloat16))
+    assert value.isnan().tolist() == dx.isnan().all(1).tolist() == [False, True, True, True, False]
