@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from checkpoint_damage import change_json, write
-from owned_folders import FILE, NVFP4
-from packed_models import KINDS, Made, config_of, fp8
+from owned_folders import FILE, NVFP4, dense_weight, nvfp4_config, nvfp4_parts
+from packed_models import KINDS, Made, Weight, config_of, fp8
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers_models import transformers
+from transformers_models import read, transformers
+
+import peft_kernels as pk
 
 SIZES = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
@@ -65,9 +68,9 @@ FORMS += tuple(f"nvfp4 of {owner}" for owner in NVFP4)
 """Formats with two codes in a byte."""
 
 
-def make_moe(folder: Path, kind: str, form: str = "fp8", **options: Any) -> Made:
-    """Writes a model with random weights, its linear layers except for routers and the head in one of
-    `KINDS`."""
+def make_moe(folder: Path, kind: str, form: str = "", **options: Any) -> Made:
+    """Writes a model with random weights, its linear layers in FP8 except for routers and the head. `form`
+    names another format: one of `KINDS` or `FORMS`."""
     torch.manual_seed(0)
     MODELS[kind](**options).to(torch.bfloat16).save_pretrained(folder)
     made = Made({}, {})
@@ -78,14 +81,37 @@ def make_moe(folder: Path, kind: str, form: str = "fp8", **options: Any) -> Made
             # Biases of routers stay in fp32, in files and in transformers.
             made.tensors[name] = value.float() if name.endswith("correction_bias") else value
             continue
-        is_fp8 = form == "fp8"
-        weight = fp8(*value.shape, dtype=DTYPES[kind]) if is_fp8 else KINDS[form].pack(*value.shape)
-        parts, made.dense[name] = weight
+        parts, made.dense[name] = pack(form, *value.shape) if form else fp8(*value.shape, dtype=DTYPES[kind])
         stem = name.removesuffix("weight")
         made.tensors |= {stem + part: tensor for part, tensor in parts.items()}
     write(folder / FILE, made.tensors)
-    change_json(folder / "config.json", quantization_config=config_of(form))
+    change_json(folder / "config.json", quantization_config=stored_config(form or "fp8"))
     return made
+
+
+def pack(form: str, out: int, into: int) -> Weight:
+    """A random weight."""
+    if form in KINDS:
+        return KINDS[form].pack(out, into)
+    parts = nvfp4_parts(out, into, form.removeprefix("nvfp4 of "), True)
+    return parts, dense_weight(parts, "weight")
+
+
+def stored_config(form: str) -> Any:
+    """The `quantization_config` of a format."""
+    return config_of(form) if form in KINDS else nvfp4_config(form.removeprefix("nvfp4 of "), True)
+
+
+def dense_experts(folder: Path, made: Made, twin: Path) -> Path:
+    """Writes the dense model of a packed one, in fp32."""
+    twin.mkdir()
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (twin / "config.json").write_text(json.dumps(config))
+    stems = tuple(name.removesuffix("weight") for name in made.dense)
+    plain = {name: tensor.float() for name, tensor in made.tensors.items() if not name.startswith(stems)}
+    write(twin / FILE, plain | made.dense)
+    return twin
 
 
 def in_file(kind: str, expert: int, layer: int) -> str:
@@ -102,3 +128,12 @@ def weights_of(made: Made, kind: str, count: int = 4) -> dict[str, Tensor]:
     )
     name = EXPERTS[kind]
     return {f"{name}.gate_up_proj": torch.cat((gate, up), 1), f"{name}.down_proj": down}
+
+
+def check_dequantize(folder: Path, made: Made, kind: str) -> None:
+    """`dequantize` makes a dense model of the folder's values, in bf16."""
+    model = read(folder)
+    model.dequantize()
+    assert not any(isinstance(p, pk.NF4Weight) for p in model.parameters())
+    for name, dense in weights_of(made, kind).items():
+        assert torch.equal(model.get_parameter(name), dense.bfloat16())

@@ -124,6 +124,19 @@ def dense_weight(tensors: dict[str, Tensor], name: str) -> Tensor:
     return values(codes) * scales.repeat_interleave(16, 1)
 
 
+def dense_twin(folder: Path, tensors: dict[str, Tensor], twin: Path, dtype: torch.dtype) -> Path:
+    """Writes the dense model of an NVFP4 checkpoint."""
+    packed = {name.removesuffix("_scale") for name in tensors if name.endswith("weight_scale")}
+    dense = {name: dense_weight(tensors, name).to(dtype) for name in packed}
+    twin.mkdir()
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (twin / "config.json").write_text(json.dumps(config))
+    plain = {n: t.to(dtype) for n, t in tensors.items() if n.endswith((".weight",)) and n not in packed}
+    write(twin / FILE, plain | dense)
+    return twin
+
+
 def stored(folder: Path) -> Any:
     return json.loads((folder / "config.json").read_text()).get("quantization_config")
 

@@ -1,4 +1,4 @@
-"""Tiny checkpoints in int4, FP8 and NVFP4, packed with plain loops from the definitions of the formats."""
+"""Tiny checkpoints in int4 and FP8, packed here with plain loops from the definitions of the formats."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from checkpoint_damage import change_json, write
-from owned_folders import E2M1, FILE, NVFP4, dense_weight, nvfp4_config, nvfp4_parts
+from owned_folders import E2M1, FILE
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers_models import llama
@@ -149,14 +149,6 @@ def mxfp4(out: int, into: int) -> Weight:
     return {"weight_packed": codes, "weight_scale": scales}, wide * scale
 
 
-def nvfp4(owner: str) -> Callable[[int, int], Weight]:
-    def pack(out: int, into: int) -> Weight:
-        parts = nvfp4_parts(out, into, owner, True)
-        return parts, dense_weight(parts, "weight")
-
-    return pack
-
-
 def with_input(made: Weight, name: str = "input_scale") -> Weight:
     return made[0] | {name: torch.rand(())}, made[1]
 
@@ -199,8 +191,6 @@ class Kind:
 
     @property
     def format(self) -> str:
-        if self.owner in NVFP4:
-            return "nvfp4"
         return next((each for each in ("mxfp4", "fp8", "int8") if each in self.owner), "int4")
 
 
@@ -285,7 +275,6 @@ KINDS = {
         {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"} | _groups(**_FP8_WEIGHTS),
         "modelopt-fp8",
     ),
-    **{f"nvfp4 of {each}": Kind(nvfp4(each), nvfp4_config(each, True), each, True) for each in NVFP4},
 }  # fmt: skip
 
 
@@ -313,13 +302,12 @@ def config_of(kind: str, **changed: Any) -> Any:
     return json.loads(json.dumps(KINDS[kind].config | changed))
 
 
-def dense_twin(folder: Path, made: Made, twin: Path) -> Path:
-    """Writes the dense model of a packed checkpoint, in fp32."""
+def dense_twin(folder: Path, made: Made, twin: Path, dtype: torch.dtype) -> Path:
+    """Writes the dense model of a packed checkpoint."""
     twin.mkdir()
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
     (twin / "config.json").write_text(json.dumps(config))
-    stems = tuple(name.removesuffix("weight") for name in made.dense)
-    plain = {name: tensor.float() for name, tensor in made.tensors.items() if not name.startswith(stems)}
-    write(twin / FILE, plain | made.dense)
+    plain = {n: t for n, t in made.tensors.items() if "proj." not in n}
+    write(twin / FILE, {name: tensor.to(dtype) for name, tensor in (plain | made.dense).items()})
     return twin

@@ -124,6 +124,23 @@ def test_pages_of_packed_weights_are_released(
             released.remove(tensor.nbytes)
 
 
+def test_shards(folder: Path, tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    model = read(folder)
+    model.save_pretrained(tmp_path, max_shard_size="20kB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    again = read(tmp_path)
+    assert torch.equal(logits(model), logits(again))
+    again.save_pretrained(tmp_path / "one")
+    assert_same_file(tmp_path / "one", tensors)
+
+
+def test_on_meta(folder: Path) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = read(folder, device_map={"": "meta"})
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert model.get_memory_footprint() == read(folder).get_memory_footprint()
+
+
 class Largest(TorchDispatchMode):
     """Bytes of the largest floating-point tensor that an op makes."""
 
@@ -174,12 +191,7 @@ def test_training_equals_the_dense_model(
 
 
 def test_round_trip(folder: Path, tensors: dict[str, Tensor], tmp_path: Path) -> None:
-    model = read(folder)
-    model.save_pretrained(tmp_path / "shards", max_shard_size="20kB")
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
-    again = read(tmp_path / "shards")
-    assert torch.equal(logits(model), logits(again))
-    again.save_pretrained(tmp_path)
+    read(folder).save_pretrained(tmp_path)
     assert_same_file(tmp_path, tensors)
     assert stored(tmp_path) == stored(folder)
     assert torch.equal(logits(twin(tmp_path, torch.bfloat16)), logits(twin(folder, torch.bfloat16)))
@@ -246,6 +258,15 @@ def test_packed_again_after_a_merge(folder: Path, tmp_path: Path) -> None:
     base.save_pretrained(tmp_path)
     assert stored(tmp_path) == stored(folder)
     assert torch.equal(frozen_logits(read(tmp_path)), frozen_logits(base))
+
+
+def test_dequantize(folder: Path, tmp_path: Path) -> None:
+    model = read(folder)
+    model.dequantize()
+    theirs = twin(folder, torch.bfloat16).state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in model.state_dict().items())
+    model.save_pretrained(tmp_path)
+    assert stored(tmp_path) is None
 
 
 # Plain from_pretrained

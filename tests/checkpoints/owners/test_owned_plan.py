@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from all_folders import FOLDERS, packed
-from checkpoint_damage import change_tensors
-from owned_folders import FILE, NVFP4, nvfp4
+from checkpoint_damage import change_json, change_tensors
+from owned_folders import FILE, NVFP4, gpt_oss, nvfp4, nvfp4_config
 from packed_models import KINDS, config_of, gptq
 from plan_measures import nbytes, planned
-from test_owned_refused import refused_alike
-from transformers_models import read
+from test_owned_refused import BROKEN, MXFP4, VARIANTS
+from transformers_models import qwen_moe, read, read_config
 
 from peft_kernels.checkpoints.header import Entry
 from peft_kernels.cli.main import main
@@ -75,6 +75,34 @@ def test_table(owner: str, tmp_path: Path, capsys: Captured) -> None:
 # What loading refuses, in the same sentence
 
 
+def refused_alike(folder: Path, capsys: Captured) -> str:
+    """Both with one sentence, which is returned."""
+    with pytest.raises(ValueError) as caught:
+        read(folder)
+    capsys.readouterr()
+    assert main(["plan", str(folder)]) == 1
+    assert capsys.readouterr().err.strip() == f"peft-kernels: {caught.value}"
+    return str(caught.value)
+
+
+UNSEEN = ("NaN scale", "NaN", "-1")
+"""Faults of values, which headers do not show."""
+
+
+@pytest.mark.parametrize("what", sorted(MXFP4.keys() - set(UNSEEN)))
+def test_damaged_mxfp4(what: str, tmp_path: Path, capsys: Captured) -> None:
+    gpt_oss(tmp_path)
+    change_tensors(tmp_path / FILE, MXFP4[what][0])
+    refused_alike(tmp_path, capsys)
+
+
+@pytest.mark.parametrize("what", sorted(BROKEN.keys() - set(UNSEEN)))
+def test_damaged_nvfp4(what: str, tmp_path: Path, capsys: Captured) -> None:
+    nvfp4(tmp_path, "compressed-tensors")
+    change_tensors(tmp_path / FILE, BROKEN[what][0])
+    refused_alike(tmp_path, capsys)
+
+
 MODELOPT = "nvfp4 of modelopt"
 PARTS = [
     (kind, part) for kind in (MODELOPT, "gptq", "awq", "fp8") for part in OWNERS[FOLDERS[kind].owner].parts
@@ -96,3 +124,46 @@ def test_missing_part(kind: str, part: str, everywhere: bool, tmp_path: Path, ca
 
     change_tensors(tmp_path / FILE, drop)
     assert refused_alike(tmp_path, capsys) == f"{name}: expected this tensor of a packed weight, got none"
+
+
+def test_packed_embeddings(tmp_path: Path, capsys: Captured) -> None:
+    nvfp4(tmp_path, "compressed-tensors")
+    name = "model.embed_tokens.weight"
+
+    def pack(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[name]
+        codes, scales = torch.zeros(128, 32, dtype=torch.uint8), torch.ones(128, 4).to(torch.float8_e4m3fn)
+        tensors |= {f"{name}_packed": codes, f"{name}_scale": scales, f"{name}_global_scale": torch.ones(1)}
+
+    change_tensors(tmp_path / FILE, pack)
+    assert "expected a dense weight for an Embedding" in refused_alike(tmp_path, capsys)
+
+
+def test_one_packed_layer_of_experts(tmp_path: Path, capsys: Captured) -> None:
+    qwen_moe().save_pretrained(tmp_path)
+    change_json(tmp_path / "config.json", quantization_config=nvfp4_config("compressed-tensors"))
+    name = "model.layers.0.mlp.experts.1.up_proj.weight"
+
+    def pack(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[name]
+        tensors[f"{name}_packed"] = torch.zeros(64, 32, dtype=torch.uint8)
+
+    change_tensors(tmp_path / FILE, pack)
+    missing = "model.layers.0.mlp.experts.0.gate_proj.weight_packed"
+    expected = f"{missing}: expected this tensor of a packed weight, got none"
+    assert refused_alike(tmp_path, capsys) == expected
+
+
+@pytest.mark.parametrize("what", VARIANTS)
+def test_unknown_variants(what: str, tmp_path: Path, capsys: Captured) -> None:
+    """Figures of the dense model, and why it is not loaded packed."""
+    owner, changed, _ = VARIANTS[what]
+    nvfp4(tmp_path, owner)
+    change_json(tmp_path / "config.json", quantization_config=nvfp4_config(owner) | changed)
+    with pytest.raises(ValueError) as caught:
+        read_config(tmp_path)
+    report = planned(capsys, tmp_path)
+    assert "qlora" not in report["methods"] and "lora" in report["methods"]
+    assert f"loading refuses it ({caught.value}): these are the figures of the dense" in report["notes"][-1]
+    assert main(["plan", str(tmp_path), "--method", "qlora"]) == 1
+    assert str(caught.value) in capsys.readouterr().err

@@ -1,5 +1,4 @@
-"""Checkpoints in every format of other owners: without memory, dequantised, and trained over, with the dense
-model's losses in the bytes of the files."""
+"""Training over checkpoints in other owners' formats: the dense model's losses, in the bytes of the files."""
 
 from __future__ import annotations
 
@@ -11,12 +10,9 @@ import pytest
 import torch
 from all_folders import EXPERTS, FOLDERS
 from flow_models import adapted
-from owned_folders import stored
 from packed_models import KINDS, awq, gptq, packed_int4
 from packed_training import assert_only_packed_bytes, assert_trains_as_dense
 from transformers_models import read
-
-import peft_kernels as pk
 
 each_kind = pytest.mark.parametrize("kind", FOLDERS)
 
@@ -54,29 +50,3 @@ def test_packed_bytes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setitem(KINDS, form, dataclasses.replace(KINDS[form], pack=LONG[form]))
     FOLDERS[kind].write(tmp_path, hidden_size=512, intermediate_size=512, num_hidden_layers=1)
     assert_only_packed_bytes(read(tmp_path, dtype="auto"), tmp_path, adapt)
-
-
-@each_kind
-def test_on_meta(kind: str, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate", reason="accelerate is not installed")
-    FOLDERS[kind].write(tmp_path)
-    empty = read(tmp_path, device_map={"": "meta"})
-    assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
-    found, expected = empty.get_memory_footprint(), read(tmp_path).get_memory_footprint()
-    # Whether all zero points are 8 cannot be seen.
-    assert found > expected if "symmetric" in kind else found == expected
-
-
-@each_kind
-def test_dequantize(kind: str, tmp_path: Path) -> None:
-    FOLDERS[kind].write(tmp_path / "packed")
-    model = read(tmp_path / "packed")
-    packed = {name: p.dequantize() for name, p in model.named_parameters() if isinstance(p, pk.NF4Weight)}
-    model.dequantize()
-    assert packed and not any(isinstance(p, pk.NF4Weight) for p in model.parameters())
-    for name, expected in packed.items():
-        found = model.get_parameter(name)
-        # GPT-OSS has its dense experts transposed.
-        assert torch.equal(found, expected.mT if kind == "mxfp4" else expected)
-    model.save_pretrained(tmp_path / "dense")
-    assert stored(tmp_path / "dense") is None

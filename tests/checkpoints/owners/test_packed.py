@@ -1,4 +1,4 @@
-"""Checkpoints in int4, FP8 and NVFP4: loaded packed, and saved as they were."""
+"""Checkpoints in int4 and FP8: loaded packed, and saved as they were."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def values(state: PackedState) -> Tensor:
         blocks = (codes.view(-1, state.blocksize), state.absmax.float(), state.offset)
         zeros = torch.full_like(state.absmax, 8, dtype=torch.uint8) if blocks[2] is None else blocks[2]
         return ((blocks[0].int() - zeros[:, None].int()) * blocks[1][:, None]).view(out, into)
-    if state.format in ("mxfp4", "nvfp4"):
+    if state.format == "mxfp4":
         assert state.absmax2 is not None
-        codes = torch.stack((state.packed >> 4, state.packed & 15), -1).view(-1, state.blocksize)
+        codes = torch.stack((state.packed >> 4, state.packed & 15), -1).view(-1, 32)
         return (torch.tensor(E2M1)[codes.int()] * state.absmax2[state.absmax.int()][:, None]).view(out, into)
     fp8 = state.format == "fp8"
     found = state.packed.view(torch.float8_e4m3fn if fp8 else torch.int8).float()
@@ -68,8 +68,8 @@ def test_layers_are_packed_and_saved_as_they_were(
         if state.format == "int4":
             assert nbytes(state) == dense.numel() // 2 + scales * (2 if state.offset is None else 3)
             assert scales == dense.numel() // block
-        elif state.format in ("mxfp4", "nvfp4"):
-            assert nbytes(state) == dense.numel() // 2 + dense.numel() // block + 4 * 256
+        elif state.format == "mxfp4":
+            assert nbytes(state) == dense.numel() // 2 + dense.numel() // 32 + 4 * 256
         else:
             assert nbytes(state) == dense.numel() + 4 * scales
         expected += nbytes(state)
@@ -86,13 +86,11 @@ def test_blocks(kind: str, model: Any) -> None:
     rows |= {"int8", "int8 words"}
     if KINDS[kind].format in ("fp8", "int8"):
         expected = up = 0 if kind in rows else 128
-    elif KINDS[kind].format == "nvfp4":
-        expected = up = 16
     else:
         expected, up = 32, 64 if kind.endswith(("rows", "last")) else 32
     assert down.blocksize == expected
     assert model.get_parameter("model.layers.0.mlp.up_proj.weight")._state.blocksize == up
-    if KINDS[kind].format in ("mxfp4", "nvfp4"):
+    if KINDS[kind].format == "mxfp4":
         return
     shifted = {"gptq", "gptq v2", "gptq rows", "gptq last", "awq", "awq rows", "packed zeros"}
     assert (down.offset is not None) == (kind in shifted)
@@ -121,6 +119,18 @@ def test_what_has_no_effect_is_logged(
         read(folder)
     text = "the quantisation of activations has no effect here: only weights are quantised"
     assert (text in caplog.text) == KINDS[kind].activations
+
+
+@pytest.mark.parametrize(
+    "kind", ["gptq symmetric", "gptq rows", "awq", "packed zeros", "fp8", "fp8 tensor"], indirect=True
+)
+def test_on_meta(kind: str, made: Made, folder: Path, model: Any) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    empty = read(folder, device_map={"": "meta"})
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    # Whether all zero points are 8 cannot be seen.
+    zeros = sum(d.numel() // 32 for d in made.dense.values()) if kind == "gptq symmetric" else 0
+    assert empty.get_memory_footprint() == model.get_memory_footprint() + zeros
 
 
 @pytest.mark.parametrize("kind", ["fp8"], indirect=True)

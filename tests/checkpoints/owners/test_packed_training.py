@@ -1,4 +1,4 @@
-"""Models loaded from int4, FP8 and NVFP4 checkpoints: computed with, trained, merged, and saved."""
+"""Models loaded from int4 and FP8 checkpoints: computed with, trained, merged, and saved."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ import testing
 peft = pytest.importorskip("peft", reason="adapters are PEFT's, and it is not installed")
 
 TRAINED = ("gptq", "awq rows", "packed zeros", "fp8 static", "fp8 modelopt")
-TRAINED += ("nvfp4 of compressed-tensors", "nvfp4 of modelopt")
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
@@ -29,7 +28,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def twin(made: Made, folder: Path) -> Path:
-    return dense_twin(folder, made, folder.parent / "twin")
+    return dense_twin(folder, made, folder.parent / "twin", torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -88,8 +87,6 @@ def test_packed_again_after_a_merge(kind: str, made: Made, folder: Path, tmp_pat
     weight.requantize_()
     assert weight._state.format == KINDS[kind].format and weight._state.dense is None
     model = tuned.unload()
-    if kind == "nvfp4 of compressed-tensors":
-        return  # it stores reciprocals, and not every scale has one (test_nvfp4.py)
     if kind == "fp8 modelopt":
         with pytest.raises(ValueError, match=r"q_proj\.weight_scale: expected scales that torch\.float32 of"):
             model.save_pretrained(tmp_path / "saved")
@@ -105,3 +102,11 @@ def test_all_merged_is_an_ordinary_checkpoint(made: Made, folder: Path, tmp_path
     model.save_pretrained(tmp_path / "saved")
     assert stored(tmp_path / "saved") is None
     assert torch.equal(logits(Auto.from_pretrained(tmp_path / "saved")), logits(model))
+
+
+def test_dequantize(made: Made, folder: Path) -> None:
+    model = read(folder)
+    model.dequantize()
+    assert not nf4_layers(model)
+    for name, dense in made.dense.items():
+        assert torch.equal(model.get_parameter(name), dense.bfloat16())
