@@ -231,8 +231,8 @@ PEFT_VERSIONS ?= oldest newest
 peft-tests: $(VENV)/.built $(VENV)/.packages-test ## Run PEFT's own tests with every model patched, its oldest and newest version (needs pip's index)
 	$(BIN)/python tools/peft_tests.py $(PEFT_VERSIONS:%=--peft %) $(ARGS)
 
-# Seven to nine minutes for each of three sets of versions. ARGS='--only oldest -k trl': one end, and some of the tests.
-upgrades: $(VENV)/.built $(VENV)/.packages-test ## Run the flows with the oldest supported and the newest transformers, PEFT, TRL, accelerate and bitsandbytes (needs pip's index)
+# Ten minutes for each of four sets of versions. ARGS='--only oldest -k trl': one end, and some of the tests.
+upgrades: $(VENV)/.built $(VENV)/.packages-test ## Run the flows and pk.patch with the oldest supported, a middle and the newest transformers, PEFT, TRL, accelerate and bitsandbytes (needs pip's index)
 	$(BIN)/python tools/upgrades.py $(ARGS)
 
 # More than an hour; ARGS=--quick takes seconds, ARGS=--list says what there is.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.torch_version import TorchVersion
 
 BASE = "__base__"
 """The name of rows without an adapter, as in PEFT's mixed batches of LoRA."""
@@ -53,14 +54,15 @@ def mixed_inputs(
     -------
     dict
         `inputs_embeds` (batch, longest, hidden), in the embeddings' dtype; `attention_mask` (batch, longest);
-        `position_ids` for causal models that take them; `labels` if given. For
+        `position_ids` for causal models that take them, if rows are padded; `labels` if given. For
         `model.get_base_model()`, its forward and `generate`, which returns only new tokens.
 
     Raises
     ------
     ValueError
         A shape that does not fit; an unknown adapter, or one of another method or task; rows of different
-        lengths for a causal model that supports neither positions nor padding (BART's decoder alone).
+        lengths for a causal model that supports neither positions nor padding (BART's decoder alone), or with
+        transformers before 5.2.
     """
     names = _checked(model, input_ids, attention_mask, adapter_names)
     causal = model.active_peft_config.task_type == "CAUSAL_LM"
@@ -80,14 +82,15 @@ def mixed_inputs(
     longest = max(map(len, rows), default=0)
     pads = [(longest - len(row), 0) if causal else (0, longest - len(row)) for row in rows]
     takes_positions = causal and "position_ids" in inspect.signature(base.forward).parameters
-    if causal and not takes_positions and any(map(any, pads)) and _counts_positions(base):
+    padded = causal and any(map(any, pads))
+    if padded and (reason := _one_length_reason(base, takes_positions)):
         raise ValueError(
-            f"adapter_names: expected rows of one length, prompt and text, for {type(base).__name__}, which "
-            f"counts positions from the first column, padding or not, got lengths {list(map(len, rows))}"
+            f"adapter_names: expected rows of one length, prompt and text, {reason}, "
+            f"got lengths {list(map(len, rows))}"
         )
     mask = _padded([input_ids.new_ones(len(row)) for row in rows], pads)
     inputs = {"inputs_embeds": _padded(rows, pads), "attention_mask": mask}
-    if takes_positions:
+    if padded and takes_positions:  # else they are the model's own
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0) + _first_position(base)
     if labels is not None:
         inputs["labels"] = _padded(targets, pads, IGNORED) if causal else labels
@@ -108,13 +111,20 @@ def _first_position(base: torch.nn.Module) -> int:
     return next((m.padding_idx + 1 for m in embeddings), 0)
 
 
-def _counts_positions(base: torch.nn.Module) -> bool:
-    """Whether a model without position_ids uses a table of positions that ignores the mask."""
-    return any(
+def _one_length_reason(base: torch.nn.Module, takes_positions: bool) -> str:
+    """Why rows of different lengths would get wrong positions, or ""."""
+    import transformers
+
+    if takes_positions:
+        old = TorchVersion(transformers.__version__) < "5.2"
+        return "with transformers before 5.2, whose generate() does not advance positions" if old else ""
+    ignores_mask = any(
         "PositionalEmbedding" in type(m).__name__
         and "attention_mask" not in inspect.signature(m.forward).parameters
         for m in base.modules()
     )
+    counts = f"for {type(base).__name__}, which counts positions from the first column, padding or not"
+    return counts if ignores_mask else ""
 
 
 def _prompt(model: Any, name: str) -> Tensor:

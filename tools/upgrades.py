@@ -1,10 +1,10 @@
-"""Runs the flows with the oldest supported and the newest versions of the libraries and says what fails.
+"""Runs the flows and pk.patch with old, middle and the newest versions of the libraries and says what fails.
 
-    python tools/upgrades.py                      # pinned versions, oldest, newest pre-releases
+    python tools/upgrades.py                      # pinned, oldest, middle, and newest with pre-releases
     python tools/upgrades.py --only oldest -k trl
 
 The oldest are the lower bounds of pyproject.toml; the newest are those of pip's index, pre-releases
-included. Each has an environment of its own above this one, whose torch and other packages it uses. Exits
+included. Each set has an environment of its own above this one, whose torch and other packages it uses. Exits
 with 1 if a test fails. A run with the same sources, versions and tests is not repeated, so that after an
 interruption only the rest runs.
 """
@@ -32,8 +32,16 @@ LIBRARIES = ("transformers", "peft", "trl", "accelerate", "bitsandbytes")
 SHOWN = ("torch", *LIBRARIES)
 RELATED = (*SHOWN, "huggingface_hub", "tokenizers", "datasets", "safetensors", "numpy")
 """Packages whose versions tell one run from another."""
-PINNED, OLDEST, NEWEST = ENDS = ("pinned", "oldest", "newest")
-FLOWS = "tests/flows"
+PINNED, OLDEST, MIDDLE, NEWEST = ENDS = ("pinned", "oldest", "middle", "newest")
+IN_THE_MIDDLE = {
+    "transformers": "5.10.1",
+    "peft": "0.19.0",
+    "trl": "1.8.0",
+    "accelerate": "1.13.0",
+    "bitsandbytes": "0.49.2",
+}
+"""Releases of about half a year ago."""
+TESTS = ("tests/flows", "tests/patch")
 FEW = 5
 """Tests that are listed for one message."""
 SOURCES = ("peft_kernels", "csrc", "tests", "pyproject.toml", "constraints.txt")
@@ -73,7 +81,7 @@ class Run(NamedTuple):
 def main(words: Sequence[str] | None = None) -> int:
     options = arguments(words)
     runs = {PINNED: run(Path(sys.executable), options)}
-    for end in options.only or (OLDEST, NEWEST):
+    for end in options.only or (OLDEST, MIDDLE, NEWEST):
         python = environment(options.cache / end, packages(end))
         runs[end] = run(python, options)
     return report(runs)
@@ -83,7 +91,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--only", action="append", choices=ENDS[1:], help="compare only these versions")
-    parser.add_argument("tests", nargs="*", default=[FLOWS], help=f"files or folders (default: {FLOWS})")
+    parser.add_argument("tests", nargs="*", default=TESTS, help=f"default: {' '.join(TESTS)}")
     parser.add_argument("-k", default="", help="pytest's -k")
     parser.add_argument("-n", type=int, default=2, help="processes (default 2)")
     parser.add_argument(
@@ -96,10 +104,11 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def packages(end: str) -> list[str]:
-    """What pip installs: the lower bounds of pyproject.toml, or the newest."""
+    """What pip installs: the lower bounds of pyproject.toml, those in the middle, or the newest."""
     if end == NEWEST:
         return ["--pre", "--upgrade", *LIBRARIES]
-    return [f"{name}=={bound}" for name, bound in supported.oldest().items() if name in LIBRARIES]
+    chosen = supported.oldest() if end == OLDEST else IN_THE_MIDDLE
+    return [f"{name}=={number}" for name, number in chosen.items() if name in LIBRARIES]
 
 
 def environment(folder: Path, wanted: Sequence[str]) -> Path:

@@ -16,8 +16,6 @@ PAGE, DOCTOR = "docs/supported.md", "peft_kernels/cli/doctor.py"
 SENTENCES = {
     "README.md": r"^pip install (torch) +# ([\d.]+) or later",
     "tools/build_backend.py": r'^TORCH = "(torch)>=([\d.]+)"',
-    "docs/recipes/transformers.md": r"needs (transformers) ([\d.]+) or later",
-    "peft_kernels/quantize/transformers/config.py": r"(transformers): expected ([\d.]+) or later",
 }
 """Other places that say an oldest version: a pattern for a library and its version."""
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.code_tables import WEIGHT_DTYPES
-from ..nf4.experts_packing import weight_names
+from ..nf4.experts_forward import weight_names
 from .folder import Checkpoint
 from .header import CheckpointError, Entry
 from .names import Names

@@ -13,7 +13,7 @@ from torch import nn
 from ..checkpoints.architecture import ADAPTER, of_an_adapter
 from ..checkpoints.folder import CONFIG
 from ..checkpoints.header import CheckpointError
-from ..nf4.experts_packing import weight_names
+from ..nf4.experts_forward import weight_names
 from ..quantize.targets import choose_experts, choose_layers
 from .sizes import Block, Experts, Linear, Mixture, Model
 

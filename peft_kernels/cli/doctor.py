@@ -25,7 +25,7 @@ from . import info
 from .output import Output
 
 SECONDS = 5.0
-_NEEDED = {"transformers": (5, 23), "peft": (0, 20)}
+_NEEDED = {"transformers": (5, 0), "peft": (0, 18)}
 _SHAPES = (
     # (rows, out, in, blocksize, double_quant): one row and many, blocks that cross rows, odd sizes
     (17, 192, 256, 64, True),

@@ -53,8 +53,8 @@ def experts_forward(
     -------
     Tensor, (tokens, hidden), of hidden_states' dtype. Differentiable in hidden_states and top_k_weights.
     """
-    up_name = "gate_up_proj" if module.has_gate else "up_proj"
-    up, down = getattr(module, up_name), module.down_proj
+    up_name, down_name = weight_names(module)
+    up, down = getattr(module, up_name), getattr(module, down_name)
     experts, k = up.shape[0], top_k_index.shape[-1]
     chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
     of_each = torch.arange(experts, device=chosen.device, dtype=chosen.dtype)
@@ -64,11 +64,22 @@ def experts_forward(
     x = _Sorted.apply(hidden_states.to(_compute_dtype(module, hidden_states, up)), order, back, k)
     x = _linear(module, up_name, up, x, ends, chosen, lora)
     x = _activated(module, x)
-    x = _linear(module, "down_proj", down, x, ends, chosen, lora)
+    x = _linear(module, down_name, down, x, ends, chosen, lora)
     if getattr(module, "has_post_expert_norm", False):  # some versions lack it
         x = module.post_expert_norm(x)
     y: Tensor = _Combined.apply(x, top_k_weights, order, back)
     return y.to(hidden_states.dtype)
+
+
+def has_gate(module: Any) -> bool:
+    """Whether the first weight holds a gate too. The attribute is missing where every experts module has one
+    (transformers 5.0)."""
+    return getattr(module, "has_gate", True)
+
+
+def weight_names(module: Any) -> tuple[str, str]:
+    """Names of the parameters of experts."""
+    return "gate_up_proj" if has_gate(module) else "up_proj", "down_proj"
 
 
 def _compute_dtype(module: Any, x: Tensor, weight: Tensor) -> torch.dtype:
@@ -120,7 +131,7 @@ def _matmul(x: Tensor, ends: Tensor, weight: Tensor, bias: Tensor | None, adapte
 
 def _activated(module: Any, x: Tensor) -> Tensor:
     y: Tensor
-    if not module.has_gate:
+    if not has_gate(module):
         y = module.act_fn(x)
     elif _is_swiglu(module):
         gate, up = x.chunk(2, dim=-1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.module_calls import class_forward
-from .experts_forward import experts_forward
+from .experts_forward import experts_forward, weight_names
 from .loading import load_layer
 from .model import ModelLink
 from .sharded import accelerate_loading
@@ -31,11 +31,7 @@ def is_experts(module: nn.Module) -> bool:
 def computes_experts(module: nn.Module) -> bool:
     """Whether a module has transformers' own experts forward, which `experts_implementation` selects."""
     home = getattr(class_forward(type(module)), "__globals__", {}).get("__name__")
-    return home == _HOME and hasattr(module, "has_gate")
-
-
-def weight_names(module: Any) -> tuple[str, str]:
-    return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
+    return home == _HOME and hasattr(module, "is_transposed")
 
 
 def packed_weights(module: nn.Module) -> list[str]:

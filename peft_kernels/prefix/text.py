@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -40,7 +41,10 @@ def init_from_text(
         or a model without keys and values; text without tokens; layers of different shapes, or with a sliding
         window shorter than the prefix. Nothing is changed.
     """
-    from peft import initialize_kv_prefix_from_past_key_values
+    try:
+        from peft import initialize_kv_prefix_from_past_key_values
+    except ImportError:
+        raise ImportError(f"peft: expected 0.19 or later, got {version('peft')}") from None
 
     adapter = adapter_of(model, adapter_name)
     if adapter.config.prefix_projection:

@@ -13,7 +13,8 @@ from torch import nn
 from ..core.code_tables import WEIGHT_DTYPES
 from ..core.formats import check_form
 from ..core.wrong_types import names_wrong_types
-from ..nf4.experts_packing import NF4Experts, pack, weight_names
+from ..nf4.experts_forward import weight_names
+from ..nf4.experts_packing import NF4Experts, pack
 from ..nf4.model import ModelLink, mark_quantized, owners
 from ..nf4.offload import is_offloaded
 from ..nn import NF4Linear

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..core.wrong_types import an
-from ..nf4.experts_packing import NF4Experts, computes_experts, is_experts, weight_names
+from ..nf4.experts_forward import weight_names
+from ..nf4.experts_packing import NF4Experts, computes_experts, is_experts
 from ..nf4.sharded.checks import is_dtensor
 from ..nn import NF4Linear
 from .architectures import HEAD_NAMES, heads, is_linear

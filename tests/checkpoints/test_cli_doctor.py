@@ -107,7 +107,7 @@ def test_missing_or_outdated_parts_are_reported(
         "back end cpu: not built: reinstall with g++. Until then CPU tensors use plain torch, slowly",
         "the GPU uses plain torch: cuda: no card; triton: no Triton",
         "PEFT_KERNELS_BACKEND=cuda selects a back end that is not usable: no card",
-        "peft 0.9.1: expected 0.20 or later (pip install --upgrade peft)",
+        "peft 0.9.1: expected 0.18 or later (pip install --upgrade peft)",
     ]
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.nf4.experts_packing import NF4Experts, is_experts, pack, unpack, weight_names
+from peft_kernels.nf4.experts_forward import weight_names
+from peft_kernels.nf4.experts_packing import NF4Experts, is_experts, pack, unpack
 from peft_kernels.quantize.model import report_of
 
 

@@ -264,7 +264,7 @@ ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 def checkpoint(*models: Any) -> None:
     for model in models:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
 
 

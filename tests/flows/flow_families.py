@@ -51,10 +51,16 @@ SIZES: dict[str, Any] = {
 }
 """Sizes for configuration fields, by name."""
 
+TOKENS = {"pad_token_id", "bos_token_id", "eos_token_id"}
+"""Fields that models read though a configuration may lack them (transformers 5.0)."""
+
 OVERRIDES: dict[str, dict[str, Any]] = {
     "ctrl": {"dff": 64},
     "gemma3n_text": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"use_mamba_kernels": False},
+    "kolibri1_1": {"head_dim": 16},
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "roc_bert": {"pronunciation_vocab_size": 100, "shape_vocab_size": 100},
     "zaya": {"num_experts_per_tok": 1},
@@ -88,7 +94,7 @@ def tiny(name: str, auto: Any = transformers.AutoModelForCausalLM, **options: An
     kind = transformers.models.auto.configuration_auto.CONFIG_MAPPING[name]
     plain = kind()
     fields = plain.to_dict()
-    known = fields.keys() | vars(plain).keys() | getattr(kind, "attribute_map", {}).keys()
+    known = fields.keys() | vars(plain).keys() | getattr(kind, "attribute_map", {}).keys() | TOKENS
     chosen = {key: value for key, value in SIZES.items() if key in known}
     if fields.get("layer_types"):
         chosen["layer_types"] = (list(dict.fromkeys(fields["layer_types"])) * 2)[:2]

@@ -15,6 +15,7 @@ import torch
 import transformers
 from flow_checks import Calls, assert_near, layer_fallbacks
 from flow_models import adapted, ids, in_fp64, llama
+from installed import before
 from peft_models import gradients
 from rounding import FAR, ONE_STEP
 from torch import Tensor, nn
@@ -123,7 +124,8 @@ def test_family(name: str, tmp_path: Path) -> None:
     assert torch.equal(got["1 beams"], truth["1 beams"]) and torch.equal(got["3 beams"], truth["3 beams"])
     assert not report.original and not layer_fallbacks(report), report.details()
     assert calls.counts["linear_cross_entropy"] and calls.fused
-    if name not in ("t5", "mt5"):  # its attention has position biases
+    masks = name in ("bamba", "falcon_h1") and before("transformers", "5.10")  # they pass one of their own
+    if name not in ("t5", "mt5") and not masks:  # their attention has position biases
         assert calls.counts["attention"]
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(pk.quantize_model(MODELS[name][0]()), tmp_path)
@@ -138,6 +140,8 @@ def test_family(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3", "llama4"])
 def test_padding_free_batches(name: str) -> None:
     """A row of DataCollatorWithFlattening, whose texts are separated by restarting positions only."""
+    if name == "llama4" and before("transformers", "5.10"):
+        pytest.skip("texts of Llama 4 see each other in this transformers")
     model = packed(name) if name != "llama" else adapted(llama("nf4"), target_modules=LAYERS).eval()
     model.config.use_cache = False
     report = patched(model)

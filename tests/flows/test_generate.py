@@ -9,6 +9,7 @@ import pytest
 import torch
 from flow_checks import Calls, assert_fused
 from flow_models import adapted, ids, llama, patched_copy
+from installed import before
 from rounding import ONE_MODEL
 
 import testing
@@ -55,6 +56,8 @@ def assert_same_text(got: Any, want: Any, tolerance: float) -> None:
 
 @pytest.fixture(scope="module", params=["dense", "nf4", "bnb"])
 def pair(request: pytest.FixtureRequest) -> Any:
+    if request.param == "bnb" and before("bitsandbytes", "0.50"):
+        pytest.skip("bitsandbytes before 0.50 computes in bf16 on CPUs in evaluation")
     stock = adapted(llama(request.param)).eval()
     model, report = patched_copy(stock)
     return model, report, stock, TOLERANCE[request.param]
@@ -76,6 +79,8 @@ def test_assisted(base: str) -> None:
     """With a smaller patched draft model, the text is that of the large model alone."""
     model, report = patched_copy(adapted(llama(base)).eval())
     draft, draft_report = patched_copy(adapted(llama(base, num_hidden_layers=1)).eval())
+    if before("transformers", "5.10"):
+        pytest.skip("transformers before 5.10 allows a draft model no minimum of tokens")
     alone = generate(model, do_sample=False)
     prompt = ids(2, rows=1, length=LENGTH)
     with Calls() as calls:

@@ -63,6 +63,8 @@ def patched(stock: nn.Module) -> tuple[Any, Any]:
 @pytest.mark.parametrize("name", MODELS)
 def test_hooks_on_all_modules_run(name: str) -> None:
     stock = MODELS[name]()
+    if name == "gemma2" and stock._supports_sdpa:
+        pytest.skip("in this transformers sdpa leaves out Gemma 2's soft cap, and attention falls back")
     stock.config.use_cache = False
     model, report = patched(stock)
     for kind in HOOKS:

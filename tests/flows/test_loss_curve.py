@@ -18,6 +18,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from installed import before
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -74,7 +75,7 @@ class Sides:
             file.parent, gguf_file=file.name, dtype=torch.bfloat16
         )
         self.stock: Any = models.to_base(copy.deepcopy(self.ours), "bnb", torch.bfloat16)
-        pk.quantize_model(self.ours)
+        pk.quantize_model(self.ours, double_quant=not before("bitsandbytes", "0.50"))  # as models.to_base
         self.adapter: dict[str, Tensor] = {}
 
     def train(self, base: Any, patch: bool) -> list[float]:

@@ -14,7 +14,7 @@ import transformers
 from flow_checks import Calls, assert_curve, assert_near, fallbacks, language_loss, step, train
 from flow_models import ids, logged, trainer
 from moe_routes import on_same_routes
-from peft_experts import weights_of
+from peft_experts import skip_stored_transposed, weights_of
 from peft_models import gradients
 from rounding import BF16, CURVE, ONE_LAYER, ONE_MODEL, ONE_STEP
 from torch import Tensor
@@ -63,6 +63,7 @@ def pair(family: str = "qwen3_moe") -> tuple[Any, Any]:
 
 
 def adapted(model: Any) -> Any:
+    skip_stored_transposed(model)
     torch.manual_seed(1)
     attention = ["q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "kv_b_proj"]
     config = peft.LoraConfig(
@@ -124,7 +125,7 @@ def test_trainer_with_checkpointing(tmp_path: Path) -> None:
     report = pk.patch(packed)
     curves = []
     for name, model in (("ours", packed), ("stock", dense)):
-        found = trainer(model, tmp_path / name, 4, activation_checkpointing=True)
+        found = trainer(model, tmp_path / name, 4, gradient_checkpointing=True)
         torch.manual_seed(0)
         found.train()
         curves.append(logged(found))
@@ -168,13 +169,13 @@ def logits(model: Any) -> dict[str, Tensor]:
 @pytest.mark.filterwarnings("ignore:.*merg.*")
 def test_merge_and_unload(family: str, patched: bool) -> None:
     packed, dense = pair(family)
-    model, plain = adapted(packed), type(next(m for m in dense.modules() if hasattr(m, "has_gate")))
+    model, plain = adapted(packed), type(next(m for m in dense.modules() if hasattr(m, "is_transposed")))
     before = logits(model)
     if patched:
         pk.patch(model)
     merged = model.merge_and_unload()
     assert_near(logits(merged), before, ONE_STEP)
-    experts = [module for module in merged.modules() if hasattr(module, "has_gate")]
+    experts = [module for module in merged.modules() if hasattr(module, "is_transposed")]
     assert experts and all(type(module) is plain for module in experts)
     assert all(not isinstance(weight, pk.NF4Weight) for weight in weights_of(merged).values())
 

@@ -19,8 +19,8 @@ from installed import before
 from torch import nn
 
 import peft_kernels as pk
-from peft_kernels.integrations.transformers import NF4Config, read_config
 
+NF4Config, read_config = transformers_models.NF4Config, transformers_models.read_config
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 Auto = transformers.AutoModelForCausalLM
 STEPS = 3

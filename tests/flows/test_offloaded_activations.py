@@ -11,6 +11,7 @@ import pytest
 import torch
 from flow_checks import language_loss
 from flow_models import adapted, ids, llama
+from installed import before
 from peft_models import gradients
 from test_moe import mixture
 from torch import Tensor
@@ -40,6 +41,8 @@ class CopiedTensors(saved_tensors_hooks):
 @pytest.mark.parametrize("base", BASES)
 def test_gradients_are_the_same_to_the_bit(base: str, patched: bool) -> None:
     trl = pytest.importorskip("trl.models.activation_offloading", reason="TRL is not installed")
+    if before("trl", "1.10"):
+        pytest.skip("TRL before 1.10 offloads activations of GPUs only")
     model = adapted(BASES[base]())
     if patched:
         pk.patch(model, without=() if base == "nf4" else "loss")

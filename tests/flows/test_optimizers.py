@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from flow_models import adapted, llama, logged, rows_of, trainer
+from installed import before
 from peft_models import trained_values
 from rounding import CURVE
 
@@ -28,6 +29,8 @@ def trained_by(optimizer: Any, model: Any, folder: Path, **more: Any) -> Any:
 
 def test_losses_equal_those_of_bitsandbytes(tmp_path: Path) -> None:
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    if before("bitsandbytes", "0.50"):
+        pytest.skip("bitsandbytes before 0.50 has no 8-bit optimizers on CPUs")
     stock = adapted(llama("nf4"))
     model = copy.deepcopy(stock)
     pk.patch(model)

@@ -213,6 +213,30 @@ def test_liger_replaces_the_rotary_function(monkeypatch: pytest.MonkeyPatch) -> 
     assert testing.relative_error(before, want) > 1e-4 and testing.relative_error(got, want) < ONE_MODEL
 
 
+def test_a_rotary_function_that_is_a_module(prepared: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.25 makes it one where `kernels` is installed, and `kernelize` replaces its forward."""
+    from transformers.models.llama import modeling_llama
+
+    theirs = modeling_llama.apply_rotary_pos_emb
+
+    class Func(nn.Module):
+        def forward(self, *args: Any) -> Any:
+            return theirs(*args)
+
+    rotary: Any = Func()
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotary)
+    model = adapted(llama("nf4")).eval()
+    pk.patch(model)
+    with torch.no_grad():
+        before = [model(ids(2)).logits for _ in range(2)]
+        assert prepared and all(prepared) and torch.equal(*before)
+        rotary.forward = lambda q, k, *rest: (q, k)
+        got = model(ids(2)).logits
+        pk.unpatch(model)
+        want = model(ids(2)).logits
+    assert testing.relative_error(before[0], want) > 1e-4 and testing.relative_error(got, want) < ONE_MODEL
+
+
 def test_a_replaced_norm_of_heads_is_seen() -> None:
     model = adapted(family("Qwen3")).eval()
     pk.patch(model)

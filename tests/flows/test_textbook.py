@@ -11,6 +11,7 @@ import pytest
 import torch
 from flow_checks import Calls, assert_curve, assert_fused, assert_same_numbers, language_loss, step, train
 from flow_models import adapted, bnb_llama, ids, in_fp64, llama, logged, patched_copy, rows_of, trainer
+from installed import before
 from rounding import BF16, BF16_STEP
 from torch import Tensor
 
@@ -18,12 +19,16 @@ import peft_kernels as pk
 import testing
 
 STEPS = 4
+LEARNING_RATE = 5e-3
+"""AdamW moves a parameter by this much even if its gradient is rounding, so curves in bf16 drift apart."""
 
 
 @pytest.fixture(params=["bnb", "nf4"])
 def stock(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     """The model after the tutorial's first three lines."""
     if request.param == "bnb":
+        if before("bitsandbytes", "0.50"):
+            pytest.skip("bitsandbytes before 0.50 quantises scales on CPUs with another table")
         model = bnb_llama(tmp_path / "model")
     else:
         model = pk.quantize_model(llama(dtype=torch.bfloat16))
@@ -37,7 +42,7 @@ def plain_loss(model: Any, i: int) -> Tensor:
 
 def trained(model: Any, folder: Path) -> list[float]:
     """Losses of a Trainer with bf16=True."""
-    options = {"learning_rate": 1e-2, "bf16": True, "per_device_train_batch_size": 4}
+    options = {"learning_rate": LEARNING_RATE, "bf16": True, "per_device_train_batch_size": 4}
     data = [row for i in range(STEPS) for row in rows_of(2)[4 * (i % 2) :][:4]]
     found = trainer(model, folder, STEPS, data, **options)
     found.train()
@@ -68,7 +73,7 @@ def test_trainer(stock: Any, tmp_path: Path) -> None:
     with Calls() as calls:
         losses = trained(model, tmp_path)
     assert calls.fused > 0
-    assert_curve(losses, trained(stock, tmp_path), train(truth, plain_loss), BF16)
+    assert_curve(losses, trained(stock, tmp_path), train(truth, plain_loss, lr=LEARNING_RATE), BF16)
     assert_fused(model, report, blocks=2)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from flow_checks import Calls, assert_fused, assert_near, language_loss, step
 from flow_models import Logits, adapted, ids, llama, patched_copy
+from installed import before
 from rounding import ONE_STEP
 from torch import Tensor
 
@@ -141,6 +142,8 @@ def test_state_dicts_equal_stock_s(base: str) -> None:
 @OWN
 def test_a_step_on_the_meta_device(base: str) -> None:
     """Nothing reads a value: sizes of a step can be found without memory."""
+    if before("transformers", "5.10"):
+        pytest.skip("transformers before 5.10 asks for autocast of the meta device")
     model, _ = patched_copy(adapted(llama(base)))
     model.to("meta")
     loss = language_loss(model, ids().to("meta"))

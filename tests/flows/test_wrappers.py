@@ -21,9 +21,10 @@ from flow_checks import (
     step,
 )
 from flow_models import adapted, ids, llama, patched_copy
+from installed import before
+from moe_models import qwen_moe
 from rounding import ONE_MODEL
 from torch import nn
-from transformers_models import qwen_moe
 
 import peft_kernels as pk
 from peft_kernels.core.formats import FORMATS
@@ -275,6 +276,8 @@ def test_parameter_attributes_used_by_accelerate(kind: str) -> None:
 
 def test_trainer_does_not_replicate_an_nf4_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainer uses DataParallel with two GPUs, but not for a quantised model."""
+    if before("transformers", "5.10"):
+        pytest.skip("this Trainer replicates models in 4 bits, those of bitsandbytes too")
     import transformers
 
     arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")

@@ -8,14 +8,15 @@ from typing import Any
 import moe_models as moe
 import pytest
 import torch
+from installed import before
 from moe_models import EXPERTS, HIDDEN, IMPLEMENTATIONS, KINDS, packed, sample, unpacked
 from test_gradient_needs import Unused
 from torch import Tensor
 
 import peft_kernels.nf4.experts_forward
 import testing
-from peft_kernels.nf4.experts_forward import experts_forward
-from peft_kernels.nf4.experts_packing import pack, weight_names
+from peft_kernels.nf4.experts_forward import experts_forward, has_gate, weight_names
+from peft_kernels.nf4.experts_packing import pack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -99,6 +100,8 @@ def test_few_tokens(kind: str, tokens: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_of_remote_experts_give_zeros(kind: str) -> None:
     """Expert parallelism marks experts on other ranks by index `num_experts` and weight zero."""
+    if before("transformers", "5.10"):
+        pytest.skip("transformers before 5.10 has no index of remote experts")
     module = packed(kind)
     hidden, index, weights = sample()
     away = index == 2
@@ -245,6 +248,6 @@ def dense_reference(
                 product = product + getattr(dense, f"{name}_bias")[e]
             x = product + 0.5 * (x @ a[e].T) @ b[e].T
             if i == 0:
-                x = dense._apply_gate(x) if dense.has_gate else dense.act_fn(x)
+                x = dense._apply_gate(x) if has_gate(dense) else dense.act_fn(x)
         y = y.index_add(0, rows, x * weights[rows, place, None])
     return y

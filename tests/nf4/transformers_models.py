@@ -9,13 +9,15 @@ from typing import Any
 import models
 import pytest
 import torch
+from moe_models import qwen_moe
 from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-from peft_kernels.integrations.transformers import NF4Config, read_config  # noqa: E402
+integration = pytest.importorskip("peft_kernels.integrations.transformers", exc_type=ImportError)  # old
+NF4Config, read_config = integration.NF4Config, integration.read_config
 
 Auto = transformers.AutoModelForCausalLM
 
@@ -37,18 +39,6 @@ def classifier() -> Any:
     sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     config = transformers.BertConfig(**sizes, num_attention_heads=4, max_position_embeddings=64, num_labels=3)
     return transformers.BertForSequenceClassification(config)
-
-
-def qwen_moe() -> Any:
-    """Its experts are one parameter in the model and many tensors in the file."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
-    return transformers.Qwen2MoeForCausalLM(
-        transformers.Qwen2MoeConfig(
-            **sizes, **heads, moe_intermediate_size=64, shared_expert_intermediate_size=64
-        )
-    )
 
 
 MODELS: dict[str, Callable[[], Any]] = {

@@ -249,6 +249,8 @@ def test_experts_that_are_not_loaded_yet() -> None:
 def test_every_layout_of_peft(transposed: bool, swapped: bool) -> None:
     """Which side of a weight PEFT calls "in" depends on its version; its own delta is the reference."""
     wrapper = adapt(mixture("dense")).base_model.model.experts
+    if swapped and not hasattr(wrapper, "_did_swap_in_out_features"):
+        pytest.skip("PEFT before 0.19 has one layout")
     wrapper._did_swap_in_out_features = swapped
     delta = wrapper.get_delta_weight("default")
     a, b, scaling = experts.summed(wrapper, ["default"], transposed)

@@ -11,6 +11,7 @@ import models
 import pytest
 import torch
 from flow_checks import assert_near
+from installed import before
 from peft_models import DTYPES, assert_same_numbers, lora, peft, run
 from rounding import ONE_MODEL
 from torch import Tensor, nn
@@ -210,6 +211,8 @@ FALLBACKS = {
 @pytest.mark.parametrize("case", FALLBACKS)
 @pytest.mark.filterwarnings("ignore:.*lora_bias=True.*has no bias", "ignore:.*alora.*")
 def test_unfused_layers_use_the_original_forward(case: str, base: str) -> None:
+    if (case, base) == ("alora", "bnb") and before("peft", "0.19"):
+        pytest.skip("PEFT before 0.19 leaves aLoRA out over bitsandbytes, and so do we")
     options, reason = FALLBACKS[case]
     model, x = lora(models.base_model(base), **options), testing.tensor(5, 64)
     for module in model.modules():

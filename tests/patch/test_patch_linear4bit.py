@@ -7,6 +7,7 @@ import copy
 import models
 import pytest
 import torch
+from installed import before
 from peft_models import DTYPES, in_fp64, lora, run
 from torch import nn
 
@@ -97,6 +98,8 @@ def test_linear4bit_evaluation_changes_no_state_and_training_goes_on() -> None:
 @pytest.mark.parametrize("late", [False, True], ids=["at-once", "loaded-later"])
 def test_scales_of_another_table_keep_the_original_forward(late: bool, adapted: bool) -> None:
     """bitsandbytes before 0.50 set the first value to -1 when it quantised on a CPU, and saved that."""
+    if before("bitsandbytes", "0.50"):
+        pytest.skip("models.to_linear4bit does not quantise scales with it")
     torch.manual_seed(0)
     model = nn.Sequential()
     model.q = models.to_linear4bit(nn.Linear(128, 96), torch.float32)

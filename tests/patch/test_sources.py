@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from installed import before
 
 from peft_kernels.patch.rules import sources
 from peft_kernels.patch.rules.sources import KNOWN, fingerprint, known, reason_unknown
@@ -142,6 +143,8 @@ def test_the_installed_version_is_in_the_table(name: str) -> None:
     if function is None:
         package = name.partition(".")[0]
         pytest.skip(f"{package} {importlib.metadata.version(package)} has no {name}")
+    if before("peft", "0.20") or before("bitsandbytes", "0.50"):
+        pytest.skip("functions of these versions have not been reviewed: a trial decides")
     assert sources.qualified_name(function) == name
     assert not reason_unknown(function), fingerprint(function)
 

@@ -20,6 +20,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from trl import __version__ as trl_version
+from trl.trainer import utils as trl_utils
 from trl.trainer.dpo_trainer import DPOTrainer as TheirDPOTrainer
 from trl.trainer.grpo_trainer import GRPOTrainer as TheirGRPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer as TheirSFTTrainer
@@ -32,6 +34,12 @@ from . import shared_prompts
 from .shared_prompts import Rows
 
 __all__ = ["DPOTrainer", "GRPOTrainer", "SFTTrainer"]
+
+if not hasattr(trl_utils, "add_fused_lm_head"):
+    raise ImportError(
+        f"trl: expected 1.15 or later for these trainers, got {trl_version}; "
+        "with older versions use TRL's own trainers and pk.patch"
+    )
 
 logger = logging.getLogger("peft_kernels")
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core import dispatch
 from ...core.backends import cpu
@@ -132,7 +132,9 @@ def _watch(layer: Any, known: Attention, facts: Any, own_norms: Sequence[Any], g
     for name in ("q_norm", "k_norm") if known.normed else ():
         guards.expect_same(attn._modules, name)
     rotary = guards.expect_same(known.names, "apply_rotary_pos_emb")
-    guards.expect_same(rotary.__globals__, "rotate_half")
+    guards.expect_same(getattr(rotary, "__globals__", known.names), "rotate_half")
+    if isinstance(rotary, nn.Module):  # with `kernels`
+        guards.expect_untouched(rotary)
     for module, names in ((attn, (*PROJECTIONS, "o_proj")), (mlp, facts.names)):
         for name in names:
             child = guards.expect_same(module._modules, name)

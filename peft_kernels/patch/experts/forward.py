@@ -75,7 +75,7 @@ def _adapter(wrapper: Any, name: str, transposed: bool) -> tuple[Tensor, Tensor,
     a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
     a = a.unflatten(0, (experts, -1))
     b = b.unflatten(1, (-1, experts)).permute(2, 0, 1)
-    # The delta is b a where PEFT has swapped in and out, else a^T b^T.
-    if wrapper._did_swap_in_out_features == transposed:
+    # The delta is b a where PEFT has swapped in and out (never before 0.19), else a^T b^T.
+    if getattr(wrapper, "_did_swap_in_out_features", False) == transposed:
         a, b = b.transpose(1, 2), a.transpose(1, 2)
     return a, b, wrapper.scaling[name]

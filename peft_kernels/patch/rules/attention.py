@@ -69,12 +69,11 @@ def attention(module: nn.Module) -> Verdict:
     """What the forward of an attention module computes: an Attention."""
     cls: Any = plain_class(module)
     forward: Any = cls.forward
-    names = getattr(forward, "__globals__", {})
-    if hasattr(forward, "__wrapped__"):
-        names = getattr(inspect.unwrap(forward), "__globals__", {})
-    # Other libraries replace functions in the modules of transformers.
+    names = getattr(inspect.unwrap(forward), "__globals__", {})
+    # Other libraries replace these functions. With `kernels`, the first is a module with a forward.
     rotary: Any = names.get("apply_rotary_pos_emb")
-    key = cls, forward, rotary, getattr(rotary, "__globals__", {}).get("rotate_half")
+    rotate_half = getattr(rotary, "__globals__", names).get("rotate_half")
+    key = cls, forward, rotary, getattr(rotary, "forward", None), rotate_half
     return cached(key) or recognise(key, lambda: _trial(module, forward), _UNKNOWN)
 
 

@@ -12,7 +12,8 @@ import torch
 
 from ...core.code_tables import WEIGHT_DTYPES
 from ...core.wrong_types import an
-from ...nf4.experts_packing import NF4Experts, weight_names
+from ...nf4.experts_forward import weight_names
+from ...nf4.experts_packing import NF4Experts
 from ...nf4.weight import PackedWeight
 from ..fused import Fused, plain_class
 from . import sources, trial
@@ -80,9 +81,8 @@ def _wrapper_reason(wrapper: Any, experts: Any) -> str:
 
 def never_reason(base: Any) -> str:
     """Why no adapter on the parameters of this module can ever run fused."""
-    if not all(hasattr(base, name) for name in ("has_gate", "has_bias", "is_transposed")):
-        return f"no fused forward over the parameters of {an(base)}; nothing to do"
-    return ""
+    known = hasattr(base, "has_bias") and hasattr(base, "is_transposed")
+    return "" if known else f"no fused forward over the parameters of {an(base)}; nothing to do"
 
 
 def packed_reason(experts: Any) -> str:

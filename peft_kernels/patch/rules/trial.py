@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...core.module_calls import hooks_on_all
-from ...nf4.experts_forward import experts_forward
+from ...nf4.experts_forward import experts_forward, weight_names
 from ...ops.arguments import no_autocast
 from ..fused import Fused, Record, fuse, plain_class, restore
 from .verdict import CannotTry, Differs
@@ -141,7 +141,7 @@ def random_rows(rows: int, features: int, device: torch.device, dtype: torch.dty
 
 def _routed(module: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Three tokens, each routed to the first and the last expert, and the weights of the experts."""
-    weight = getattr(module, "gate_up_proj" if module.has_gate else "up_proj")
+    weight = getattr(module, weight_names(module)[0])
     features = weight.shape[1 if getattr(module, "is_transposed", False) else 2]
     x = random_rows(3, features, weight.device, weight.dtype)
     index = torch.tensor([sorted({0, weight.shape[0] - 1})], device=x.device).repeat(3, 1)

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...nf4.experts_packing import packed_weights, weight_names
+from ...nf4.experts_forward import weight_names
+from ...nf4.experts_packing import packed_weights
 from ...nf4.owners import Owner
 from ...nf4.owners.stacked import Stacked
 
@@ -62,4 +63,4 @@ def now_dense(model: nn.Module, loaded: Iterable[str]) -> list[str]:
 
 
 def _weights(module: Any) -> tuple[str, ...]:
-    return weight_names(module) if hasattr(module, "has_gate") else ("weight",)
+    return weight_names(module) if hasattr(module, "is_transposed") else ("weight",)

@@ -20,7 +20,8 @@ from transformers.utils.quantization_config import Mxfp4Config
 
 from ...core.formats import FORMATS
 from ...core.packed_state import PARALLEL
-from ...nf4.experts_packing import NF4Experts, adopt, packed_weights, unpack, weight_names
+from ...nf4.experts_forward import weight_names
+from ...nf4.experts_packing import NF4Experts, adopt, packed_weights, unpack
 from ...nf4.model import ModelLink, mark_quantized
 from ...nf4.packed_format import METHOD
 from ...nf4.sharded import tensor_parallel

@@ -9,11 +9,12 @@ import pytest
 import torch
 from all_folders import FOLDERS, packed
 from checkpoint_damage import change_json, change_tensors
+from moe_models import qwen_moe
 from owned_folders import FILE, NVFP4, gpt_oss, nvfp4, nvfp4_config
 from packed_models import KINDS, config_of, gptq
 from plan_measures import nbytes, planned
 from test_owned_refused import BROKEN, MXFP4, VARIANTS
-from transformers_models import qwen_moe, read, read_config
+from transformers_models import read, read_config
 
 from peft_kernels.checkpoints.header import Entry
 from peft_kernels.cli.main import main

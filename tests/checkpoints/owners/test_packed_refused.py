@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_damage import change_json, change_tensors
+from moe_models import qwen_moe
 from owned_folders import FILE
 from packed_models import KINDS, config_of, make
 from torch import Tensor
-from transformers_models import qwen_moe, read
+from transformers_models import read
 
 from peft_kernels.nf4.owners import OWNERS
 

@@ -17,6 +17,7 @@ import pytest
 import torch.distributed as dist
 import transformers
 from flow_models import adapted, llama, logged, rows_of, trainer
+from installed import before
 from ranks import MARKS, enter, forked, free_port
 from rounding import ONE_LAYER
 
@@ -106,6 +107,9 @@ def assert_connection_error(by_rank: str) -> None:
     assert re.match(r"(\w+\.)*\w*Error: .*(closed by peer|Timed out|reset by peer)", last), by_rank
 
 
+@pytest.mark.skipif(
+    before("transformers", "5.10"), reason="transformers before 5.10 resumes no run of several CPU processes"
+)
 @pytest.mark.parametrize("doomed", [[1], [0], [0, 1]], ids=["second", "first", "all"])
 def test_resumed_run_equals_an_uninterrupted_one(
     baseline: tuple[str, list[float]], doomed: list[int], tmp_path: Path
@@ -118,9 +122,8 @@ def test_resumed_run_equals_an_uninterrupted_one(
             assert_connection_error(by_rank[rank])
     assert [path.name for path in tmp_path.iterdir()] == [f"checkpoint-{SAVED}"]
     codes, by_rank = run(tmp_path, optimizer, {})
-    assert codes == [0, 0] and by_rank[0] == pytest.approx(
-        losses, rel=ONE_LAYER
-    )  # those before the interruption are saved
+    assert codes == [0, 0], by_rank
+    assert by_rank[0] == pytest.approx(losses, rel=ONE_LAYER)  # those before the interruption are saved
 
 
 def test_hanging_process_ends_the_others(tmp_path: Path) -> None:

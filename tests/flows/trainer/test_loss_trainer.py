@@ -37,7 +37,7 @@ def custom_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) ->
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 2},
-    "checkpointing": {"activation_checkpointing": True},
+    "checkpointing": {"gradient_checkpointing": True},
     "smoothing": {"label_smoothing_factor": 0.1},
     "own-loss": {},
     "autocast": {"bf16": True},

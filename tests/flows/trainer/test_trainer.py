@@ -47,7 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5},
     **{
-        name: {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": value}}
+        name: {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": value}}
         for name, value in (("reentrant", True), ("non-reentrant", False))
     },
     "label-smoothing": {"label_smoothing_factor": 0.1},

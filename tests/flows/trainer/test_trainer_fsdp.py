@@ -159,6 +159,8 @@ def spoil(model: Any) -> None:
 
 
 CASES = [sft, resumed, efficient_loading]
+if before("trl", "1.15"):  # it reads logits after FSDP2 has freed the head: patch without="loss"
+    CASES.remove(sft)
 if before("accelerate", "1.15"):  # it does not load adapters from a checkpoint of FSDP2
     CASES.remove(resumed)
 if before("accelerate", "1.14"):  # it sends tensors to the wrong names

@@ -8,6 +8,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from installed import before
 from peft_models import lora
 from torch import Tensor, nn
 
@@ -76,7 +77,8 @@ def dense(weight: Tensor) -> Tensor:
 
 
 def quantised(weight: Tensor) -> Tensor:
-    return pk.NF4Weight.quantize(weight).dequantize(torch.float32)
+    double_quant = not before("bitsandbytes", "0.50")  # as models.to_linear4bit
+    return pk.NF4Weight.quantize(weight, double_quant=double_quant).dequantize(torch.float32)
 
 
 @torch.no_grad()

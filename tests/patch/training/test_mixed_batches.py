@@ -9,6 +9,7 @@ import models
 import pytest
 import torch
 from adapter_models import adapted, assert_fused, compare
+from installed import before
 from models import inputs
 from numbers_policy import pairs
 from peft_models import DTYPES
@@ -116,6 +117,8 @@ def adapted_llama(base: str) -> Any:
 @pytest.mark.parametrize("beams", [1, 2], ids=["greedy", "beams"])
 @pytest.mark.parametrize("base", ["dense", "nf4"])  # bitsandbytes changes its weights in evaluation
 def test_generating_with_mixed_batches(base: str, beams: int) -> None:
+    if beams > 1 and before("peft", "0.19"):
+        pytest.skip("PEFT before 0.19 has no mixed batches with beams")
     model = adapted_llama(base)
     names = ["two", "__base__", "one", "narrow", "three"]
     ids = torch.randint(3, 128, (1, 6), generator=torch.Generator().manual_seed(1)).expand(5, -1)
