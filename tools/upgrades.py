@@ -35,7 +35,7 @@ RELATED = (*SHOWN, "huggingface_hub", "tokenizers", "datasets", "safetensors", "
 PINNED, OLDEST, MIDDLE, NEWEST = ENDS = ("pinned", "oldest", "middle", "newest")
 IN_THE_MIDDLE = {
     "transformers": "5.10.1",
-    "peft": "0.19.0",
+    "peft": "0.19.1",
     "trl": "1.8.0",
     "accelerate": "1.13.0",
     "bitsandbytes": "0.49.2",

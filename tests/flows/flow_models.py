@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from flow_checks import assert_near
+from installed import before
 from peft_models import trained_values
 from rounding import CURVE
 from torch import Tensor, nn
@@ -60,7 +61,13 @@ def config(**options: Any) -> Any:
 def adapted(model: Any, **options: Any) -> Any:
     """A PEFT model in training mode, with the same adapters for each call."""
     torch.manual_seed(3)
-    return peft.get_peft_model(model, config(**options)).train()
+    targets = config(**options).target_modules
+    try:
+        return peft.get_peft_model(model, config(**options)).train()
+    except ValueError:
+        if isinstance(targets, str) and before("peft", "0.20") and not before("peft", "0.19"):
+            pytest.skip("PEFT 0.19 takes target_modules for a set of letters in some mixtures of experts")
+        raise
 
 
 def patched_copy(stock: nn.Module) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import installed
 import peft
 import pytest
 import torch
@@ -146,6 +147,8 @@ def test_generating(family: str) -> None:
 @FAMILIES
 def test_saving_and_loading_adapters(family: str, tmp_path: Path) -> None:
     """The adapter files equal those of a dense model, and load into a dense or a packed model."""
+    if installed.before("peft", "0.20") and not installed.before("peft", "0.19"):
+        pytest.skip("PEFT 0.19 loads no adapters of experts with transformers since 5.10")
     packed, dense = map(adapted, pair(family))
     pk.patch(packed)
     before = logits(packed)

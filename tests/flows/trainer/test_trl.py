@@ -89,9 +89,9 @@ KINDS = {
     "sft": Kind("SFT", COMPLETIONS, SHORT, 1e-3, in_fp32=True),
     "dpo": Kind(
         "DPO", PREFERENCES, SHORT | {"beta": 0.05},
-        keys=("rewards/margins", "logps/chosen", "logps/rejected"),
+        keys=("rewards/margins", "logps/chosen", "logps/rejected"), in_fp32=True,
     ),
-    "kto": Kind("KTO", LABELLED, SHORT),
+    "kto": Kind("KTO", LABELLED, SHORT, in_fp32=True),
     "grpo": Kind(
         "GRPO", [{"prompt": words(row[:4])} for row in ROWS],
         {"num_generations": 2, "max_completion_length": 4, "beta": 0.01, "learning_rate": 1e-4},
