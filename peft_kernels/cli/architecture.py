@@ -15,7 +15,7 @@ from ..checkpoints.folder import CONFIG
 from ..checkpoints.header import CheckpointError
 from ..nf4.experts_forward import weight_names
 from ..quantize.targets import choose_experts, choose_layers
-from .sizes import Block, Experts, Linear, Mixture, Model
+from .sizes import Block, Model, Weight
 
 CHECKED = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 """Model types whose activations are tested against measurements."""
@@ -86,7 +86,7 @@ def describe(
         last = name.rpartition(".")[2]
         adapted = module is not head if targets is None else last in targets
         weight = f"{name}.weight"
-        linears.append(Linear(name, out, into, weight in quantised, adapted, known.get(weight)))
+        linears.append(Weight(name, out, into, adapted, weight in quantised, known.get(weight)))
     if targets is not None:
         missing = sorted(set(targets) - {linear.name.rpartition(".")[2] for linear in linears})
         if missing:
@@ -105,7 +105,7 @@ def describe(
     )
 
 
-def _experts(model: Any, target_parameters: Sequence[str], packed: Mapping[str, int] | None) -> list[Experts]:
+def _experts(model: Any, target_parameters: Sequence[str], packed: Mapping[str, int] | None) -> list[Weight]:
     found, known = [], set[str]()
     for module_name, module in choose_experts(model)[0].items():
         for key in weight_names(module):
@@ -116,16 +116,16 @@ def _experts(model: Any, target_parameters: Sequence[str], packed: Mapping[str, 
             known |= fitting
             nbytes = None if packed is None else packed.get(name)
             quantised = packed is None or nbytes is not None
-            found.append(Experts(name, count, out, into, bool(fitting), quantised, nbytes))
+            found.append(Weight(name, out, into, bool(fitting), quantised, nbytes, count))
     missing = sorted(set(target_parameters) - known)
     if missing:
         raise CheckpointError(f"target-parameters: expected names of weights of experts, got {missing[0]!r}")
     return found
 
 
-def _block(model: Any, config: Any, linears: list[Linear], experts: list[Experts]) -> Block | None:
+def _block(model: Any, config: Any, linears: list[Weight], experts: list[Weight]) -> Block | None:
     """The decoder layer, if all are equal and have exactly the parts of Llama's."""
-    by_layer: dict[str, dict[str, Linear]] = {}
+    by_layer: dict[str, dict[str, Weight]] = {}
     for linear in linears:
         match = re.fullmatch(r".*\.layers\.(\d+)\.(\w+)\.(\w+)", linear.name)
         if match and (match[2], match[3]) in _PIECES:
@@ -137,12 +137,15 @@ def _block(model: Any, config: Any, linears: list[Linear], experts: list[Experts
     if len(sizes) != 1 or len(by_layer) != config.num_hidden_layers:
         return None
     parts = next(iter(by_layer.values()))
-    mixture, intermediate = None, 0
+    of_experts: dict[str, Weight] = {}
     if model.config.model_type in MIXTURES and set(parts) == set(PROJECTIONS[:4]):
-        mixture, intermediate = _mixture(config, experts)
+        of_experts = _equal_experts(config, experts)
+        if not of_experts:
+            return None
+        intermediate = of_experts["down_proj"].in_features
     elif set(parts) == set(PROJECTIONS):
         intermediate = parts["gate_proj"].out_features
-    if not intermediate:
+    else:
         return None
     norms = {name.rpartition(".")[2] for name, _ in model.named_modules() if ".layers.0." in name}
     return Block(
@@ -153,16 +156,17 @@ def _block(model: Any, config: Any, linears: list[Linear], experts: list[Experts
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         qk_norm="q_norm" in norms,
-        adapted=frozenset(name for name, linear in parts.items() if linear.adapted),
-        mixture=mixture,
+        adapted={name: each.out_features for name, each in (parts | of_experts).items() if each.adapted},
+        experts=of_experts["down_proj"].experts if of_experts else 0,
+        top_k=config.num_experts_per_tok if of_experts else 0,
     )
 
 
-def _mixture(config: Any, experts: list[Experts]) -> tuple[Mixture | None, int]:
-    """The experts, if equal in all layers, and their intermediate features."""
-    last = {(e.name.rpartition(".")[2], e.count, e.out_features, e.in_features, e.adapted) for e in experts}
-    if len(last) != 2 or len(experts) != 2 * config.num_hidden_layers:
-        return None, 0
-    adapted = frozenset(name for name, *_, on in last if on)
-    down = next(e for e in experts if e.name.endswith("down_proj"))
-    return Mixture(down.count, config.num_experts_per_tok, adapted), down.in_features
+def _equal_experts(config: Any, experts: list[Weight]) -> dict[str, Weight]:
+    """The experts of a layer, by the last part of their names; none unless equal in all layers."""
+    sizes = {
+        (e.name.rpartition(".")[2], e.experts, e.out_features, e.in_features, e.adapted) for e in experts
+    }
+    if len(sizes) != 2 or len(experts) != 2 * config.num_hidden_layers:
+        return {}
+    return {each.name.rpartition(".")[2]: each for each in experts}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 METHODS = ("lora", "qlora", "dora", "adapter", "prefix", "full")
@@ -11,52 +13,23 @@ OPTIMISERS = (
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A linear layer: its name inside a block, or in the model."""
+class Weight:
+    """The weight of a linear layer, or one weight of many experts, (experts, out_features, in_features)."""
 
     name: str
     out_features: int
     in_features: int
+    adapted: bool = False
+    """Whether it has a LoRA or DoRA adapter."""
     quantised: bool = False
-    """Whether QLoRA packs it."""
-    adapted: bool = False
-    """Whether it has a LoRA or DoRA adapter."""
+    """Whether QLoRA packs it; experts only if the run packs experts."""
     packed: int | None = None
-    """Bytes of its weight as a folder has it packed; None if QLoRA packs it."""
+    """Its bytes in a packed checkpoint; None if QLoRA packs it."""
+    experts: int = 1
 
     @property
     def numel(self) -> int:
-        return self.out_features * self.in_features
-
-
-@dataclass(frozen=True)
-class Experts:
-    """One weight of many experts, (experts, out_features, in_features)."""
-
-    name: str
-    count: int
-    out_features: int
-    in_features: int
-    adapted: bool = False
-    """Whether it has a LoRA adapter."""
-    quantised: bool = True
-    """Whether QLoRA with packed experts packs it."""
-    packed: int | None = None
-    """As of `Linear`, for all experts."""
-
-    @property
-    def numel(self) -> int:
-        return self.out_features * self.in_features
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """The experts of a decoder layer instead of an MLP."""
-
-    count: int
-    top_k: int
-    adapted: frozenset[str]
-    """Those of gate_up_proj and down_proj with an adapter."""
+        return self.experts * self.out_features * self.in_features
 
 
 @dataclass(frozen=True)
@@ -70,16 +43,18 @@ class Block:
     heads: int
     kv_heads: int
     qk_norm: bool
-    adapted: frozenset[str]
-    """Projections with an adapter."""
-    mixture: Mixture | None = None
+    adapted: Mapping[str, int]
+    """Output features of the projections and experts' weights with an adapter."""
+    experts: int = 0
+    """Experts instead of an MLP."""
+    top_k: int = 0
 
 
 @dataclass(frozen=True)
 class Model:
     """Sizes of a model, see `architecture.describe`."""
 
-    linears: tuple[Linear, ...]
+    linears: tuple[Weight, ...]
     parameters: tuple[tuple[int, ...], ...]
     """Shapes of all parameters, tied ones once."""
     itemsize: int
@@ -87,7 +62,11 @@ class Model:
     layers: int
     block: Block | None
     """None if the activations of the architecture are unknown."""
-    experts: tuple[Experts, ...] = ()
+    experts: tuple[Weight, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        return sum(map(math.prod, self.parameters))
 
 
 @dataclass(frozen=True)
@@ -110,8 +89,16 @@ class Run:
     prepared: bool = False
     """QLoRA after PEFT's prepare_model_for_kbit_training: unquantised weights and activations are fp32."""
     experts: bool = False
-    """QLoRA with packed experts."""
+    """QLoRA packs experts too."""
 
     @property
     def tokens(self) -> int:
         return self.batch * self.seq
+
+    @property
+    def is_lora(self) -> bool:
+        return self.method in ("lora", "qlora", "dora")
+
+    @property
+    def packs_experts(self) -> bool:
+        return self.method == "qlora" and self.experts

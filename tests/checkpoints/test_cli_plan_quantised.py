@@ -87,7 +87,7 @@ def test_weights_of_folders(
         alone = planned(capsys, folder / "config.json")
         assert (alone["methods"]["qlora"]["weights"] == expected) == (not skip)
         assert any(note.startswith(f"the model is packed ({format.upper()})") for note in report["notes"])
-        assert any("only the configuration is there" in note for note in alone["notes"])
+        assert any("packed sizes are the format's usual ones" in note for note in alone["notes"])
 
 
 @pytest.mark.parametrize("format", FORMATS)

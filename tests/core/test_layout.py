@@ -50,7 +50,7 @@ BUDGETS = {
     "peft_kernels": 700,
     "peft_kernels/adapters": 1_600,
     "peft_kernels/checkpoints": 3_900,
-    "peft_kernels/cli": 2_000,
+    "peft_kernels/cli": 1_900,
     "peft_kernels/core": 3_000,
     "peft_kernels/integrations": 2_300,
     "peft_kernels/nf4": 5_500,
