@@ -53,7 +53,7 @@ BUDGETS = {
     "peft_kernels/cli": 1_900,
     "peft_kernels/core": 3_000,
     "peft_kernels/integrations": 2_300,
-    "peft_kernels/nf4": 5_500,
+    "peft_kernels/nf4": 5_600,
     "peft_kernels/ops": 3_800,
     "peft_kernels/optim": 1_900,
     "peft_kernels/patch": 6_000,  # forwards of any version are recognised by what they compute
@@ -61,7 +61,7 @@ BUDGETS = {
     "peft_kernels/quantize": 2_000,
     "peft_kernels/serving": 1_700,
     "peft_kernels/triton_kernels": 5_800,
-    "tests": 78_000,
+    "tests": 78_100,
     "tools": 3_200,
 }
 """Most lines of code in a folder and those below it. A commit that adds a feature removes as many lines, or

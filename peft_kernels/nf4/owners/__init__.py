@@ -19,7 +19,7 @@ from .compressed_tensors import (
     CompressedTensorsNvfp4,
 )
 from .finegrained_fp8 import FineGrainedFp8, FineGrainedFp8Whole
-from .gptq import Gptq, GptqV2
+from .gptq import Gptq, GptqInt8, GptqInt8V2, GptqV2
 from .modelopt import ModelOptFp8, ModelOptNvfp4
 from .mxfp4 import Mxfp4
 from .owner import Owner, one_of
@@ -38,6 +38,8 @@ OWNERS: dict[str, Owner] = {
     "modelopt-fp8": ModelOptFp8(),
     "gptq": Gptq(),
     "gptq-v2": GptqV2(),
+    "gptq-int8": GptqInt8(),
+    "gptq-v2-int8": GptqInt8V2(),
     "awq": Awq(),
     "fp8": FineGrainedFp8(),
     "fp8-whole": FineGrainedFp8Whole(),

@@ -130,17 +130,8 @@ class Int4(Owner):
         self, tensors: Mapping[str, Tensor], stem: str, shape: tuple[int, int], length: int
     ) -> None:
         """Raises ValueError for a tensor that is kept aside and does not fit groups of this length."""
-        index = tensors.get(self.index)
-        if index is None or index.device.type == "meta":
-            return
-        name, into = stem + self.index, shape[1]
-        expect_shape(name, (into,), index.shape)
-        columns = torch.arange(into, device=index.device) // length
-        if not torch.equal(index.long(), columns):
-            raise ValueError(
-                f"{name}: expected groups of consecutive input features, got another order (desc_act, or "
-                "actorder), which cannot be read; quantise the model without it"
-            )
+        if self.index in tensors:
+            check_order(stem + self.index, tensors[self.index], shape[1], length)
 
     def _zero_points(self, tensors: Mapping[str, Tensor], stem: str, out: int, groups: int) -> Tensor | None:
         """Zero points (out, groups), uint8; None where all are 8, if saving knows that without them."""
@@ -168,6 +159,18 @@ class Int4(Owner):
                 f"with {blocks}; leave it dense (merged) to save it"
             )
         return first
+
+
+def check_order(name: str, index: Tensor, into: int, length: int) -> None:
+    """Raises ValueError unless an index of groups has those of consecutive input features."""
+    if index.device.type == "meta":
+        return
+    expect_shape(name, (into,), index.shape)
+    if not torch.equal(index.long(), torch.arange(into, device=index.device) // length):
+        raise ValueError(
+            f"{name}: expected groups of consecutive input features, got another order (desc_act, or "
+            "actorder), which cannot be read; quantise the model without it"
+        )
 
 
 def _repeated(of_groups: Tensor, of_block: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ FOLDERS |= {f"nvfp4 of {owner}": _nvfp4(owner) for owner in NVFP4}
 AS_OTHERS = {"gptq last", "fp8 whole", "fp8 modelopt rows"}
 """Kinds that are as others once they are read."""
 FOLDERS |= {kind: packed(kind) for kind in KINDS if kind not in AS_OTHERS}
-EXPERTS = {f"experts in {form}": form for form in ("fp8", "int8", "int8 groups", *FORMS)}
+EXPERTS = {f"experts in {form}": form for form in ("fp8", "int8", "int8 groups", "gptq int8", *FORMS)}
 """The formats of mixtures whose experts are layers in the file."""
 FOLDERS |= {
     name: Made(functools.partial(_experts, form="" if form == "fp8" else form), _owner(form))

@@ -140,6 +140,27 @@ def int8(out: int, into: int, length: int = -1, in_words: bool = False) -> Weigh
     return {"weight_packed": packed, "weight_scale": scale, "weight_shape": shape}, values
 
 
+def gptq_int8(out: int, into: int, length: int = 128, version: int = 1) -> Weight:
+    length = into if length < 0 else length
+    codes = torch.randint(0, 256, (out, into))
+    index = torch.arange(into, dtype=torch.int32) // length
+    scales = (0.001 + 0.001 * torch.rand(out, -(-into // length))).half()
+    values = (codes - 128) * scales.float()[:, index]
+    zeros = torch.full((scales.shape[1], out), 127 if version == 1 else 128)
+    return {
+        "qweight": _four_in_words(codes).T.contiguous(),
+        "qzeros": _four_in_words(zeros),
+        "scales": scales.T.contiguous(),
+        "g_idx": index,
+    }, values
+
+
+def _four_in_words(codes: Tensor) -> Tensor:
+    """Four codes of a row in each word of 32 bits, from the lowest bits."""
+    words = sum(codes[:, place::4] << 8 * place for place in range(4))
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+
+
 def mxfp4(out: int, into: int) -> Weight:
     codes = torch.randint(0, 256, (out, into // 2), dtype=torch.uint8)
     scales = torch.randint(116, 121, (out, into // 32), dtype=torch.uint8)
@@ -167,6 +188,7 @@ _GPTQ = {
     "lm_head": False,
     "pack_dtype": "int32",
 }
+_GPTQ_INT8 = _GPTQ | {"bits": 8, "group_size": 128, "sym": True}
 _AWQ = {"bits": 4, "group_size": 32, "zero_point": True, "version": "gemm", "quant_method": "awq"}
 _INT4 = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 _INT4_WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
@@ -200,6 +222,11 @@ KINDS = {
     "gptq symmetric": Kind(lambda *s: gptq(*s, symmetric=True), _GPTQ | {"sym": True}, "gptq"),
     "gptq rows": Kind(lambda *s: gptq(*s, length=-1), _GPTQ | {"group_size": -1}, "gptq"),
     "gptq last": Kind(lambda *s: gptq(*s, length=64), _GPTQ | {"group_size": 64}, "gptq"),
+    "gptq int8": Kind(gptq_int8, _GPTQ_INT8, "gptq-int8"),
+    "gptq int8 v2": Kind(
+        lambda *s: gptq_int8(*s, 64, 2), _GPTQ_INT8 | {"group_size": 64, "format": "gptq_v2"}, "gptq-v2-int8"
+    ),
+    "gptq int8 rows": Kind(lambda *s: gptq_int8(*s, -1), _GPTQ_INT8 | {"group_size": -1}, "gptq-int8"),
     "awq": Kind(awq, _AWQ, "awq"),
     "awq rows": Kind(lambda *s: awq(*s, length=-1), _AWQ | {"group_size": -1}, "awq"),
     "packed": Kind(packed_int4, _INT4 | _groups(**_INT4_WEIGHTS), "compressed-tensors-int4"),

@@ -54,6 +54,7 @@ def test_inspect_nvfp4(owner: str, tmp_path: Path, capsys: Captured) -> None:
 FORMS = {
     "gptq": "GPTQ, blocks of 32",
     "gptq v2": "GPTQ v2, blocks of 32",
+    "gptq int8": "GPTQ in 8 bits, blocks of 128",
     "awq": "AWQ, blocks of 32",
     "packed zeros": "INT4 of compressed-tensors, blocks of 32",
     "fp8": "FP8, blocks of 128 x 128",

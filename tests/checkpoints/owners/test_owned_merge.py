@@ -201,8 +201,8 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     ),
     "another variant": (
         "gptq",
-        lambda base: change_json(base / "config.json", quantization_config=stored(base) | {"bits": 8}),
-        "bits: expected 4, for GPTQ, got 8",
+        lambda base: change_json(base / "config.json", quantization_config=stored(base) | {"bits": 3}),
+        "bits: expected 4 or 8, for GPTQ, got 3",
     ),
     "another method": (
         "gptq",

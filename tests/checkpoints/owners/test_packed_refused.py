@@ -44,6 +44,7 @@ def _padding(t: dict[str, Tensor]) -> None:
 
 
 GPTQ = "gptq", (16, 64)
+GPTQ_INT8 = "gptq int8", (16, 256)
 AWQ = "awq", (16, 64)
 INT4 = "packed zeros", (16, 64)
 BLOCKS = "fp8 static", (192, 320)
@@ -66,6 +67,46 @@ BROKEN: dict[str, tuple[tuple[str, tuple[int, int]], Change, str]] = {
         GPTQ,
         lambda t: t.update(qweight=t["qweight"].repeat(2, 1), qzeros=t["qzeros"].repeat(1, 2)),
         "a.qweight: expected 4 bits for all layers, got 8 for this one; layers of several widths (`dynamic`) "
+        "are not loaded",
+    ),
+    "another zero point": (
+        GPTQ_INT8,
+        _fill("qzeros", 0x7F7F7F7E),
+        "a.qzeros: expected zero points of 128 alone, since int8 has none, got others in 1 of 8 words; "
+        "quantise the model with sym=True",
+    ),
+    "zero points of v2": (
+        GPTQ_INT8,
+        _as("qzeros", lambda x: x + 0x01010101),
+        "a.qzeros: expected zero points of 128 alone, since int8 has none, got others in 8 of 8 words; "
+        "quantise the model with sym=True",
+    ),
+    "act-order in 8 bits": (
+        GPTQ_INT8,
+        _order,
+        "a.g_idx: expected groups of consecutive input features, got another order (desc_act, or actorder), "
+        "which cannot be read; quantise the model without it",
+    ),
+    "groups of 32 in 8 bits": (
+        GPTQ_INT8,
+        _as("scales", lambda x: x.repeat(4, 1)),
+        "a.scales: expected groups of 64 or 128 input features, or whole rows, got 8 groups of 256",
+    ),
+    "fewer columns in 8 bits": (
+        GPTQ_INT8, _as("scales", lambda x: x[:, :8]), "a.scales: expected shape (groups, 16), got (2, 8)"
+    ),
+    "fewer zero points in 8 bits": (
+        GPTQ_INT8, _as("qzeros", lambda x: x[:1]), "a.qzeros: expected shape (2, 4), got (1, 4)"
+    ),
+    "flat codes in 8 bits": (
+        GPTQ_INT8,
+        _as("qweight", lambda x: x.view(-1)),
+        "a.qweight: expected shape (in / 4, out), got (1024,)",
+    ),
+    "4 bits among 8": (
+        GPTQ_INT8,
+        lambda t: t.update(qweight=t["qweight"][::2], qzeros=t["qzeros"][:, ::2]),
+        "a.qweight: expected 8 bits for all layers, got 4 for this one; layers of several widths (`dynamic`) "
         "are not loaded",
     ),
     "more codes": (

@@ -18,19 +18,25 @@ def _weights(kind: str, **changed: Any) -> dict[str, Any]:
     return {"config_groups": groups}
 
 
+GPTQ = "'gptq', 'gptq_v2', 'gptq in 8 bits' or 'gptq_v2 in 8 bits'"
 VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "gptq in 8 bits": ("gptq", {"bits": 8}, "bits: expected 4, for GPTQ, got 8"),
+    "gptq in 2 bits": ("gptq", {"bits": 2}, "bits: expected 4 or 8, for GPTQ, got 2"),
+    "gptq in 8 bits with zero points": (
+        "gptq int8",
+        {"sym": False},
+        "sym: expected true for GPTQ in 8 bits, since int8 has no zero points, got false",
+    ),
     "marlin": (
         "gptq",
         {"checkpoint_format": "marlin"},
-        "checkpoint_format: expected 'gptq' or 'gptq_v2' of gptq, got 'marlin'",
+        f"checkpoint_format: expected {GPTQ} of gptq, got 'marlin'",
     ),
     "format by another name": (
         "gptq",
         {"format": ["gptq"]},
-        "checkpoint_format: expected 'gptq' or 'gptq_v2' of gptq, got ['gptq']",
+        f"checkpoint_format: expected {GPTQ} of gptq, got ['gptq']",
     ),
-    "gptq v2 in 3 bits": ("gptq v2", {"bits": 3}, "bits: expected 4, for GPTQ v2, got 3"),
+    "gptq v2 in 3 bits": ("gptq v2", {"bits": 3}, "bits: expected 4 or 8, for GPTQ v2, got 3"),
     "awq in 8 bits": ("awq", {"bits": 8}, "bits: expected 4, for AWQ, got 8"),
     "gemv": ("awq", {"version": "gemv"}, "version: expected 'gemm' of AWQ, got 'gemv'"),
     "blocks of 64": (
