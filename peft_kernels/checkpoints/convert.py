@@ -109,14 +109,7 @@ def quantize_checkpoint(
         the format does not have.
     """
     source, destination = Path(source), Path(destination)
-    try:
-        blocksize = check_form(format, blocksize)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    if double_quant is not None and not FORMATS[format].takes_double_quant:
-        raise CheckpointError(
-            f"double_quant: expected no choice for {format}, whose scales have one form, got {double_quant}"
-        )
+    blocksize = _check_form(format, blocksize, double_quant)
     double_quant = double_quant is not False
     check_destination(destination)
     checkpoint = Checkpoint.open(source)
@@ -158,6 +151,19 @@ def quantize_checkpoint(
         publish(model, destination)
     shutil.rmtree(work, ignore_errors=True)
     return conversion
+
+
+def _check_form(format: str, blocksize: int | None, double_quant: bool | None) -> int:
+    """The blocksize. Raises CheckpointError for what the format does not have."""
+    try:
+        blocksize = check_form(format, blocksize)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    if double_quant is not None and not FORMATS[format].takes_double_quant:
+        raise CheckpointError(
+            f"double_quant: expected no choice for {format}, whose scales have one form, got {double_quant}"
+        )
+    return blocksize
 
 
 def _check_dense(checkpoint: Checkpoint) -> None:

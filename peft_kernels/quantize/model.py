@@ -101,23 +101,11 @@ def quantize_model(
     if names is not None:
         check_names(model, names)
     report = QuantizeReport(bytes_before=nbytes_of(model))
-    found = dict(targets(model, names, report.left))
-    sets = dict(expert_targets(model, names, report.left))
-    if not experts:
-        sets.clear()
-    warn_about_experts(model, report.left, sets)
-    weights = {f"{name}.weight": linear.weight for name, linear in found.items()}
-    for name, module in sets.items():
-        weights |= {f"{name}.{key}": module._parameters[key] for key in weight_names(module)}
-    _check_all(weights, {**found, **sets})
-
-    total = sum(linear.weight.numel() for linear in found.values()) + sum(map(_size, sets.values()))
+    linears, sets, total = _checked_targets(model, names, experts, report)
     show = total > _PROGRESS_FROM if progress is None else progress
-    link, names_of_targets = ModelLink(), list(found)
-    # Drops references to dense layers, so that each is freed when replaced.
-    del found, weights
+    link = ModelLink()
     with _Progress(total, show) as bar:
-        for name in names_of_targets:
+        for name in linears:
             parent_name, _, child = name.rpartition(".")
             parent = model.get_submodule(parent_name)
             linear = getattr(parent, child)
@@ -173,6 +161,23 @@ def _attach_quantizer(model: nn.Module, *arguments: Any) -> None:
         if isinstance(owner, PreTrainedModel):
             config = NF4Config(blocksize, double_quant, names, compute_dtype, experts=experts, format=format)
             attach(owner, config)
+
+
+def _checked_targets(
+    model: nn.Module, names: tuple[str, ...] | None, experts: bool, report: QuantizeReport
+) -> tuple[list[str], dict[str, Any], int]:
+    """Linear layers, experts, and how many values they have, after checks of all. The layers by name alone,
+    so that each dense one is freed when it is replaced."""
+    found = dict(targets(model, names, report.left))
+    sets = dict(expert_targets(model, names, report.left))
+    if not experts:
+        sets.clear()
+    warn_about_experts(model, report.left, sets)
+    weights = {f"{name}.weight": linear.weight for name, linear in found.items()}
+    for name, module in sets.items():
+        weights |= {f"{name}.{key}": module._parameters[key] for key in weight_names(module)}
+    _check_all(weights, {**found, **sets})
+    return list(found), sets, sum(weight.numel() for weight in weights.values())
 
 
 def _size(experts: Any) -> int:
