@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from installed import before
 from models import inputs
 from peft_models import config, gradients, lora, peft
-from rounding import ONE_STEP
+from rounding import ONE_MODEL, ONE_STEP
+from torch import nn
 
 import peft_kernels as pk
 import testing
@@ -88,3 +90,45 @@ def test_initialisations_that_read_or_change_the_base_weight(init: str) -> None:
             assert testing.relative_error(model(x), expected) > 0.05
         else:
             assert torch.equal(model(x), expected)
+
+
+def test_a_base_like_linear_of_the_user() -> None:
+    """PEFT's dynamic dispatch: a module without any bias under a LoRA layer of its own class."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_features, self.out_features = 64, 128
+            self.weight = nn.Parameter(testing.tensor(128, 64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.weight)
+
+    class OwnLora(peft.tuners.lora.Linear):
+        pass
+
+    base = models.base_model("dense", torch.float32)
+    base.q = Own()
+    adapter = config(target_modules=["q", "o"])
+    adapter._register_custom_module({Own: OwnLora})
+    model, x = peft.get_peft_model(base, adapter), inputs()
+    expected = model(x)
+    report = pk.patch(model)
+    assert testing.relative_error(model(x), expected) < ONE_MODEL
+    assert len(report.fused) == 2 and not report.original and not report.blocks, report.details()
+
+
+def test_a_second_adapter_of_trained_tokens_is_deleted() -> None:
+    """PEFT 0.18 wraps the wrapper of a tied head again."""
+    adapter = config(target_modules=["q_proj"], trainable_token_indices=[0, 1, 3])
+    model = peft.get_peft_model(models.tiny_llama(tie_word_embeddings=True), adapter)
+    stock = copy.deepcopy(model)
+    pk.patch(model)
+    ids = torch.arange(32)[None]
+    for each in (model, stock):
+        each.add_adapter("other", adapter)
+        each.set_adapter("other")
+        each.delete_adapter("other")
+    got, want = (each(input_ids=ids, labels=ids) for each in (model, stock))
+    assert testing.relative_error(got.loss, want.loss) < ONE_MODEL
+    assert testing.relative_error(got.logits, want.logits) < ONE_MODEL

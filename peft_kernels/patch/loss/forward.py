@@ -5,6 +5,7 @@ The model's own code, the trainer, or a loss function uses these like other logi
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,7 +136,9 @@ def _is_read_at_once(layer: Any, x: Any) -> bool:
     if not isinstance(x, Tensor) or not x.dim():
         return False
     rows = x.numel() // max(x.shape[-1], 1)
-    few = rows * getattr(layer, "base_layer", layer).out_features < small_calls.FEW_LOGITS
+    # PEFT 0.18 nests wrappers of heads, which have no such attribute: the fallback says so.
+    columns = getattr(getattr(layer, "base_layer", layer), "out_features", math.inf)
+    few = rows * columns < small_calls.FEW_LOGITS
     merged = bool(getattr(layer, "merged", False))
     return few or merged or not (torch.is_grad_enabled() or x.shape[-2:-1] != (1,))
 

@@ -73,7 +73,7 @@ def attention(module: nn.Module) -> Verdict:
     # Other libraries replace these functions. With `kernels`, the first is a module with a forward.
     rotary: Any = names.get("apply_rotary_pos_emb")
     rotate_half = getattr(rotary, "__globals__", names).get("rotate_half")
-    key = cls, forward, rotary, getattr(rotary, "forward", None), rotate_half
+    key = "attention", cls, forward, rotary, getattr(rotary, "forward", None), rotate_half
     return cached(key) or recognise(key, lambda: _trial(module, forward), _UNKNOWN)
 
 

@@ -121,7 +121,7 @@ def _experts_class_reason(experts: Any) -> str:
         return packed_reason(experts)
     cls = plain_class(experts)
     chosen = getattr(getattr(experts, "config", None), "_experts_implementation", None)
-    key = cls, cls.forward, chosen
+    key = "experts", cls, cls.forward, chosen
     name = f"{cls.__module__}.{cls.__qualname__}"
     found = cached(key) or decide(key, lambda: f"{name} is not known", lambda: trial.experts(experts))
     return found.reason
@@ -131,7 +131,7 @@ def _wrapper_class_reason(wrappers: Sequence[Any], ours: type[Fused]) -> str:
     """Why `ours` does not compute what the class of these wrappers does."""
     for cls in {plain_class(wrapper): None for wrapper in wrappers}:
         functions = [getattr(cls, name) for name in ("forward", *_CALLED) if hasattr(cls, name)]
-        key = cls, cls.forward
+        key = "wrapper", cls, cls.forward
         found = cached(key) or decide(
             key,
             lambda functions=functions: sources.reason_unknown(*functions),  # type: ignore[misc]

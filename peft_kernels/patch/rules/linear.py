@@ -49,7 +49,8 @@ def fused_operands(
     weight = parameters.get("weight")
     if weight is None and (weight := layer.__dict__.get("weight")) is None:
         return Fallback(f"the weight of {an(layer)} is not a parameter; remove the parametrization")
-    bias = parameters["bias"] if "bias" in parameters else layer.bias  # noqa: SIM401 (evaluates both)
+    bias = parameters["bias"] if "bias" in parameters else getattr(layer, "bias", None)
+    bias = bias if isinstance(bias, Tensor) else None  # a module like nn.Linear may have none, or a flag
     dtype = spec.dtype if spec.autocast is None else spec.autocast
     if kind is FOUR_BIT:
         found = linear4bit.operands(layer, weight, spec)

@@ -32,7 +32,7 @@ def linear_kind(layer: nn.Module) -> str:
     if kind is not None or is_compiled_by_jit(layer):
         return kind or ""
     has_bias = layer._parameters.get("bias") is not None
-    key = cls, forward, has_bias
+    key = "linear", cls, forward, has_bias
     found = cached(key)
     if found is None and linear4bit.is_linear4bit(layer):
         same = lambda: linear4bit.expect_same(layer, forward)  # noqa: E731

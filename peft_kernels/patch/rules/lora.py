@@ -63,7 +63,7 @@ def active_adapters(module: Any) -> list[str]:
 def of_class(module: Any, ours: type[Fused]) -> Verdict:
     """Whether `ours` computes what the class of a LoRA layer does."""
     cls: Any = plain_class(module)
-    key = cls, cls.forward
+    key = "LoRA", cls, cls.forward
     found = cached(key)
     if found is not None:
         return found
@@ -182,10 +182,11 @@ def sum_reason(module: Any, names: Sequence[str]) -> str:
 
 
 def _dora_reason(module: Any, variant: Any, magnitude: Any, ours: type[Fused]) -> str:
-    key = type(variant).forward, type(magnitude).forward
+    forwards = type(variant).forward, type(magnitude).forward
+    key = "DoRA", *forwards
     found = cached(key) or decide(
         key,
-        lambda: sources.reason_unknown(*key, type(magnitude).get_weight_norm),
+        lambda: sources.reason_unknown(*forwards, type(magnitude).get_weight_norm),
         lambda: trial.lora(module, active_adapters(module), ours),
     )
     return found.reason

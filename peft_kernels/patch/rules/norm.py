@@ -44,7 +44,7 @@ def norm(module: nn.Module) -> Verdict:
     """What the class of a norm computes: a Norm."""
     cls: Any = plain_class(module)
     forward = class_forward(cls)
-    key = cls, forward, getattr(cls, "_norm", None)
+    key = "norm", cls, forward, getattr(cls, "_norm", None)
     return cached(key) or recognise(key, lambda: _trial(module, forward), _UNKNOWN)
 
 

@@ -36,7 +36,7 @@ _verdicts: dict[Any, Verdict] = {}
 
 
 def cached(key: Any) -> Verdict | None:
-    """The verdict under a key: a class, and those of its functions that other libraries replace."""
+    """The verdict under a key: a rule, a class, and those of its functions that other libraries replace."""
     return _verdicts.get(key)
 
 
