@@ -203,7 +203,7 @@ REFUSED: dict[str, tuple[Callable[[Folders], Any], str]] = {
     "gptq": (
         base_config(quantization_config={"quant_method": "gptq"}),
         r"expected a base that is dense or in a format that is read packed, got one quantised by gptq "
-        r"\(bits: expected 4, for GPTQ, got None\)",
+        r"\(bits: expected 4 or 8, for GPTQ, got None\)",
     ),
     "int8": (
         base_config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
