@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import moe_models
 import pytest
 import transformers_models
 from fresh_process import Python
@@ -11,7 +12,7 @@ from transformers_models import Auto, assert_same_state, bnb_config, loaded, rea
 
 import testing
 
-FOLDERS = [str(Path(module.__file__ or "").parent) for module in (transformers_models, testing)]
+FOLDERS = [str(Path(module.__file__ or "").parent) for module in (moe_models, transformers_models, testing)]
 
 WITHOUT_BITSANDBYTES = f"""
 import importlib.machinery, os, sys
