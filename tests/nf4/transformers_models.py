@@ -9,6 +9,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from installed import before
 from moe_models import qwen_moe
 from torch import Tensor, nn
 
@@ -16,8 +17,9 @@ import peft_kernels as pk
 import testing
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-integration = pytest.importorskip("peft_kernels.integrations.transformers", exc_type=ImportError)  # old
-NF4Config, read_config = integration.NF4Config, integration.read_config
+if before("transformers", "5.23"):
+    pytest.skip("NF4Config needs transformers 5.23", allow_module_level=True)
+from peft_kernels.integrations.transformers import NF4Config, read_config  # noqa: E402
 
 Auto = transformers.AutoModelForCausalLM
 

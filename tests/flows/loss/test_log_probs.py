@@ -15,16 +15,20 @@ import transformers
 from flow_checks import assert_near
 from flow_families import tiny
 from flow_models import Tokens, adapted, ids, llama
+from installed import before
 from rounding import ONE_STEP
 from torch import Tensor, nn
 
 if importlib.util.find_spec("trl") is None or importlib.util.find_spec("datasets") is None:
     pytest.skip("TRL or datasets is not installed", allow_module_level=True)
+if before("trl", "1.15"):
+    pytest.skip("the trainers of integrations.trl need TRL 1.15", allow_module_level=True)
+from trl.trainer.utils import add_fused_lm_head
+
+from peft_kernels.integrations import trl as ours
 from peft_kernels.patch.block import attend as our_attention
 from peft_kernels.patch.loss.scored_head import OUTPUTS
 
-ours: Any = pytest.importorskip("peft_kernels.integrations.trl", exc_type=ImportError)  # older TRL
-add_fused_lm_head: Any = importlib.import_module("trl.trainer.utils").add_fused_lm_head
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 

@@ -20,15 +20,18 @@ from flow_models import (
     tokenizer,
     words,
 )
+from installed import before
 
 import peft_kernels as pk
 
 if importlib.util.find_spec("trl") is None or importlib.util.find_spec("datasets") is None:
     pytest.skip("TRL or datasets is not installed", allow_module_level=True)
+if before("trl", "1.15"):
+    pytest.skip("the trainers of integrations.trl need TRL 1.15", allow_module_level=True)
 import datasets
 import trl
 
-ours: Any = pytest.importorskip("peft_kernels.integrations.trl", exc_type=ImportError)  # older TRL
+from peft_kernels.integrations import trl as ours
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -11,17 +11,19 @@ import pytest
 import torch
 from flow_checks import Calls
 from flow_models import adapted, arguments, assert_same_logs, ids, in_fp32, llama, logged, tokenizer, words
+from installed import before
 from rounding import ONE_STEP
 
 import peft_kernels as pk
 
 if importlib.util.find_spec("trl") is None or importlib.util.find_spec("datasets") is None:
     pytest.skip("TRL or datasets is not installed", allow_module_level=True)
+if before("trl", "1.15"):
+    pytest.skip("the trainers of integrations.trl need TRL 1.15", allow_module_level=True)
 import datasets
 import trl
 
-ours = pytest.importorskip("peft_kernels.integrations.trl", exc_type=ImportError)  # older TRL
-SFTTrainer = ours.SFTTrainer
+from peft_kernels.integrations.trl import SFTTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
