@@ -60,7 +60,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "jamba": {"use_mamba_kernels": False},
-    "kolibri1_1": {"head_dim": 16},
+    "kolibri1_1": {"head_dim": 16, "index_num_heads": 2},
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "roc_bert": {"pronunciation_vocab_size": 100, "shape_vocab_size": 100},
     "zaya": {"num_experts_per_tok": 1},
