@@ -232,7 +232,7 @@ peft-tests: $(VENV)/.built $(VENV)/.packages-test ## Run PEFT's own tests with e
 	$(BIN)/python tools/peft_tests.py $(PEFT_VERSIONS:%=--peft %) $(ARGS)
 
 # Ten minutes for each of four sets of versions. ARGS='--only oldest -k trl': one end, and some of the tests.
-upgrades: $(VENV)/.built $(VENV)/.packages-test ## Run the flows and pk.patch with the oldest supported, a middle and the newest transformers, PEFT, TRL, accelerate and bitsandbytes (needs pip's index)
+upgrades: $(VENV)/.built $(VENV)/.packages-test ## Run the flows and pk.patch with the oldest supported, older and the newest transformers, PEFT, TRL, accelerate and bitsandbytes (needs pip's index)
 	$(BIN)/python tools/upgrades.py $(ARGS)
 
 # More than an hour; ARGS=--quick takes seconds, ARGS=--list says what there is.

@@ -33,13 +33,13 @@ SHOWN = ("torch", *LIBRARIES)
 RELATED = (*SHOWN, "huggingface_hub", "tokenizers", "datasets", "safetensors", "numpy")
 """Packages whose versions tell one run from another."""
 PINNED, OLDEST, MIDDLE, NEWEST = ENDS = ("pinned", "oldest", "middle", "newest")
-IN_THE_MIDDLE = {
-    "transformers": "5.10.1",
-    "peft": "0.19.1",
-    "trl": "1.8.0",
-    "accelerate": "1.13.0",
-    "bitsandbytes": "0.49.2",
-}
+IN_THE_MIDDLE = [
+    "transformers==5.10.1",
+    "peft==0.19.1",
+    "trl==1.8.0",
+    "accelerate==1.13.0",
+    "bitsandbytes==0.49.2",
+]
 """Releases of about half a year ago."""
 TESTS = ("tests/flows", "tests/patch")
 FEW = 5
@@ -105,10 +105,8 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 def packages(end: str) -> list[str]:
     """What pip installs: the lower bounds of pyproject.toml, those in the middle, or the newest."""
-    if end == NEWEST:
-        return ["--pre", "--upgrade", *LIBRARIES]
-    chosen = supported.oldest() if end == OLDEST else IN_THE_MIDDLE
-    return [f"{name}=={number}" for name, number in chosen.items() if name in LIBRARIES]
+    oldest = [f"{name}=={bound}" for name, bound in supported.oldest().items() if name in LIBRARIES]
+    return {NEWEST: ["--pre", "--upgrade", *LIBRARIES], MIDDLE: IN_THE_MIDDLE, OLDEST: oldest}[end]
 
 
 def environment(folder: Path, wanted: Sequence[str]) -> Path:

@@ -13,11 +13,17 @@ ROOT = Path(__file__).resolve().parent.parent
 HOME = "peft_kernels/__init__.py"
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
 PAGE, DOCTOR = "docs/supported.md", "peft_kernels/cli/doctor.py"
-SENTENCES = {
-    "README.md": r"^pip install (torch) +# ([\d.]+) or later",
-    "tools/build_backend.py": r'^TORCH = "(torch)>=([\d.]+)"',
-}
-"""Other places that say an oldest version: a pattern for a library and its version."""
+SENTENCES = (
+    ("README.md", "torch", r"^pip install torch +# ([\d.]+) or later"),
+    ("tools/build_backend.py", "torch", r'^TORCH = "torch>=([\d.]+)"'),
+    ("docs/recipes/transformers.md", "NF4Config", r"needs transformers ([\d.]+) or later"),
+    (
+        "peft_kernels/quantize/transformers/config.py",
+        "NF4Config",
+        r"transformers: expected ([\d.]+) or later",
+    ),
+)
+"""Other places that say an oldest version: of a library, or of transformers for `NF4Config`."""
 
 
 class Heading(NamedTuple):
@@ -80,9 +86,8 @@ def _disagreements() -> Iterator[str]:
         bound = ".".join(re.findall(r"\d+", numbers))
         if bound != bounds.get(name):
             yield f"{DOCTOR}: expected {name} {bounds.get(name)}, got {bound}"
-    for place, pattern in SENTENCES.items():
+    bounds["NF4Config"] = "".join(re.findall(r"`NF4Config`: ([\d.]+)", text(PAGE))[:1])
+    for place, name, pattern in SENTENCES:
         said = re.search(pattern, text(place), re.MULTILINE)
-        if said is None:
-            yield f"{place}: expected {pattern}, found none"
-        elif said[2] != bounds.get(said[1]):
-            yield f"{place}: expected {said[1]} {bounds.get(said[1])}, got {said[2]}"
+        if said is None or said[1] != bounds.get(name):
+            yield f"{place}: expected {name} {bounds.get(name)}, got {said and said[1]}: {pattern}"

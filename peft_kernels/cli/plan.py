@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", type=byte_count, help="of the device, as 24GB or 80GiB")
     parser.add_argument(
         "--reserve",
-        type=byte_count,
+        type=lambda text: 0 if text == "0" else byte_count(text),
         default=10**9,
         help="part of --memory for the CUDA context, fragmentation and the kernels' work space (1GB)",
     )
@@ -255,7 +255,7 @@ def _optimiser(text: str) -> str:
 def byte_count(text: str) -> int:
     """Bytes of a text such as 24GB (powers of ten) or 24GiB (powers of two)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if match is None:
+    if match is None or float(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"expected a size like 24GB or 80GiB, got {text!r}")
     power = ("", "K", "M", "G", "T").index(match[2].upper())
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)

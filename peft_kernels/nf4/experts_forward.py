@@ -72,8 +72,8 @@ def experts_forward(
 
 
 def has_gate(module: Any) -> bool:
-    """Whether the first weight holds a gate too. The attribute is missing where every experts module has one
-    (transformers 5.0)."""
+    """Whether the first weight holds a gate too, as all do in transformers before 5.3, which sets no
+    attribute."""
     return getattr(module, "has_gate", True)
 
 

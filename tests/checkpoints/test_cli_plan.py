@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -334,3 +335,8 @@ def test_an_adapter_has_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_size_units() -> None:
     assert byte_count("24GB") == 24 * 10**9 and byte_count("80GiB") == 80 * 2**30
     assert byte_count("1.5 tb") == 15 * 10**11 and byte_count("512") == 512
+    for text in ("0", "0GB", "GB", "-1"):
+        with pytest.raises(
+            argparse.ArgumentTypeError, match=f"expected a size like 24GB or 80GiB, got '{text}'"
+        ):
+            byte_count(text)

@@ -26,8 +26,10 @@ FILES = (
     "CHANGELOG.md",
     "docs/supported.md",
     "docs/figures.json",
+    "docs/recipes/transformers.md",
     "peft_kernels/__init__.py",
     "peft_kernels/cli/doctor.py",
+    "peft_kernels/quantize/transformers/config.py",
     "tools/build_backend.py",
 )
 
@@ -164,6 +166,16 @@ PLANTED: dict[str, tuple[Callable[[Path], object], str, str]] = {
         ),
         "supported versions",
         "doctor.py: expected transformers 5",
+    ),
+    "recipe": (
+        edited("docs/recipes/transformers.md", "needs transformers 5", "needs transformers 4"),
+        "supported versions",
+        "transformers.md: expected NF4Config 5.",
+    ),
+    "sentence": (
+        edited("peft_kernels/quantize/transformers/config.py", ": expected 5", ": wanted 5"),
+        "supported versions",
+        "config.py: expected NF4Config 5.",
     ),
     "no bound": (
         edited("pyproject.toml", '"trl>=', '"trl", "other>='),

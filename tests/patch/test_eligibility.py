@@ -9,6 +9,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from installed import before
 from peft_models import lora, peft
 from rounding import ONE_LAYER, ONE_MODEL
 from torch import Tensor, nn
@@ -44,7 +45,9 @@ def test_an_unknown_version_is_tried_once_per_class(
     plain = model(x)
     with caplog.at_level("INFO", "peft_kernels"):
         report = pk.patch(model)
-    tried = [record for record in caplog.messages if re.match("PEFT .* tried on one layer", record)]
+    # The Linear4bit of older bitsandbytes is tried too, whatever the table says.
+    what = "PEFT .* tried on one layer" if before("bitsandbytes", "0.50") else ".*tried on one layer"
+    tried = [record for record in caplog.messages if re.match(what, record)]
     assert len(tried) == 1 + bool(options) and "has changed" in tried[0], str(report)
     assert not report.original, str(report)
     assert report.details().count("(tried)") == 2

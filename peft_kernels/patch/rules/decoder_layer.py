@@ -22,25 +22,19 @@ _UNKNOWN = "its forward is not x + attention(norm(x)), then x + mlp(norm(x)); no
 def layer(module: nn.Module) -> tuple[tuple[str, Any], ...] | None:
     """The arguments after x, with their defaults, of a decoder layer with Llama's forward; None for any other
     module."""
-    if not _has_parts(module):
-        return None
     computes: tuple[tuple[str, Any], ...] | None = _verdict(module, plain_class(module)).computes
     return computes
 
 
-def _has_parts(module: nn.Module) -> bool:
-    return all(module._modules.get(name) is not None for name in (*NORM_NAMES, "self_attn", "mlp"))
-
-
 def layer_of_subclass(module: nn.Module) -> str:
     """The class with Llama's forward that the class of a decoder layer replaces the forward of, or ""."""
-    if not _has_parts(module):
-        return ""
     above = (cls for cls in plain_class(module).__mro__[1:] if issubclass(cls, nn.Module))
     return next((cls.__name__ for cls in above if _verdict(module, cls).computes is not None), "")
 
 
 def _verdict(module: nn.Module, cls: Any) -> Verdict:
+    if not all(module._modules.get(name) is not None for name in (*NORM_NAMES, "self_attn", "mlp")):
+        return Verdict(reason=_UNKNOWN)
     key = "decoder layer", cls, class_forward(cls)
     return cached(key) or recognise(key, lambda: _trial(module, cls.forward), _UNKNOWN)
 

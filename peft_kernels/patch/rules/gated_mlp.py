@@ -79,7 +79,7 @@ def projections(module: nn.Module) -> tuple[str, str, str] | None:
 def mlp(module: nn.Module, names: tuple[str, str, str]) -> Facts | Fallback:
     """What a module with these projections computes, if it is a gated MLP."""
     forward: Any = plain_class(module).forward
-    key = "gated MLP", plain_class(module), forward, names
+    key = plain_class(module), forward, names
     earlier = _tried.get(key)
     found = None if earlier is None else _of_another(earlier, module)
     if found is None:

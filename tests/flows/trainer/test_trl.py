@@ -151,9 +151,8 @@ def test_reward(base: str, tmp_path: Path) -> None:
         if base == "nf4":
             pk.quantize_model(model)
         assert type(model.score) is torch.nn.Linear
-        kind = Kind(
-            "Reward", PREFERENCES, SHORT | ({"bf16": True, "learning_rate": 1e-3} if base == "nf4" else {})
-        )
+        options = {"bf16": True, "learning_rate": 1e-3} if base == "nf4" else {}
+        kind = Kind("Reward", PREFERENCES, SHORT | options)
         return kind.make(model, tmp_path, config(task_type="SEQ_CLS"))
 
     ours, theirs = trainer(), trainer()

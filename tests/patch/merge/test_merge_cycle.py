@@ -12,6 +12,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from installed import before
 from merge_models import PATCHED, SAFE
 from peft_models import DTYPES, lora
 from rounding import ONE_MODEL
@@ -260,7 +261,8 @@ def test_merge_and_unload_leaves_no_trace(
     for layer in (merged.q, merged.o):
         assert type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
         assert vars(layer).keys() == vars(nn.Linear(1, 1)).keys()
-    assert vars(merged).keys() - {"peft_config"} == vars(models.Net()).keys()  # PEFT before 0.19 leaves it
+    left = {"peft_config"} if before("peft", "0.19") else set()
+    assert vars(merged).keys() == vars(models.Net()).keys() | left
     assert b"peft_kernels" not in pickle.dumps(merged)
     file = io.BytesIO()
     torch.save(merged.state_dict(), file)
