@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 
@@ -22,6 +24,14 @@ def require_bf16_attention() -> None:
         torch.nn.functional.scaled_dot_product_attention(q, q, q)
     except RuntimeError as error:
         pytest.skip(f"torch's attention: {error}")
+
+
+def require_pickles(stock: torch.nn.Module) -> None:
+    """With `kernels` installed, transformers 5.25 makes modules of classes that no pickle can name."""
+    try:
+        pickle.dumps(stock)
+    except AttributeError as error:
+        pytest.skip(f"the stock model has no pickle: {error}")
 
 
 def needs(backend_id: str) -> pytest.MarkDecorator:

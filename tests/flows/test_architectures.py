@@ -109,7 +109,9 @@ def targets(model: Any, dora: bool) -> Any:
         return r".*\.(in_proj|x_proj|up_proj|down_proj|q_proj)"
     if (dora and hasattr(model.config, "num_experts_per_tok")) or model.config.model_type in ROUTERS:
         # No DoRA on experts in one parameter.
-        return r".*\.(q_proj|k_proj|v_proj|qkv_proj|o_proj|in_proj|kv_proj)"
+        ends = "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "in_proj", "kv_proj"
+        linear = (n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+        return [n for n in linear if n.rpartition(".")[2] in ends]  # Zaya's qkv_proj is made of others
     return "all-linear"
 
 

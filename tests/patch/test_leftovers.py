@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from fresh_process import Python
+from installed import before
 
 TESTS = Path(__file__).parents[1]
 CODE = """
@@ -70,4 +71,6 @@ LEFT = {
 def test_nothing_else_is_left(python: Python) -> None:
     for library in ("bitsandbytes", "peft", "transformers"):
         pytest.importorskip(library, reason=f"{library} is not installed")
+    if before("transformers", "5.23"):
+        pytest.skip("transformers before 5.23 has no quantiser of ours")
     assert set(python(CODE, TESTS).stdout.splitlines()) == LEFT

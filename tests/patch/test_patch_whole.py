@@ -9,6 +9,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from skips import require_pickles
 from torch import nn
 
 import peft_kernels as pk
@@ -88,6 +89,7 @@ def test_a_subclass_of_a_patched_class() -> None:
 
 def test_pickles_of_a_subclass_keep_it() -> None:
     first = models.tiny_llama()
+    require_pickles(first)
     pk.patch(first)
     globals()["Own"] = type("Own", (type(first),), {"__module__": __name__, "extra": 1})
     model = globals()["Own"](first.config)
