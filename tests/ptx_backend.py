@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_kernels.core.backends import crossovers, wgmma_check
+from peft_kernels.core.backends import crossovers
 from peft_kernels.core.backends.compiled import CompiledBackend
 from peft_kernels.core.backends.crossovers import Card, Rows
 from peft_kernels.core.backends.cuda import CudaLibrary
+from peft_kernels.core.backends.self_test import gemms
 
 FEW = 4
 """Multiprocessors of the made-up card: a handful of tiles is more than it has, and less than a card."""
@@ -71,7 +72,7 @@ class PtxBackend(CompiledBackend):
         self.extension.set_card(architecture, FEW, SHARED[architecture])
         self.is_wgmma_forced = wanted == "90a"
         if self.is_wgmma_forced:
-            self.extension.set_limits(90, 0, [wgmma_check.WGMMA], [wgmma_check.WGMMA])
+            self.extension.set_limits(90, 0, [gemms.WGMMA], [gemms.WGMMA])
         self.extension.set_truncate_sums(os.environ.get("PEFT_KERNELS_PTX_TRUNCATE") == "1")
 
     @contextmanager

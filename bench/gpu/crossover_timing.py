@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.core.backends.crossovers import ANY, NO_ROWS, Card, RowRange, Rows, forced
-from peft_kernels.core.backends.wgmma_check import BLOCKSIZE, MMA_SYNC, WGMMA
+from peft_kernels.core.backends.self_test.gemms import BLOCKSIZE, MMA_SYNC, WGMMA
 
 from . import events
 

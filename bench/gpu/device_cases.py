@@ -15,8 +15,8 @@ from torch import Tensor
 import peft_kernels as pk
 from peft_kernels.core import dispatch
 from peft_kernels.core.backends import BACKENDS
-from peft_kernels.core.backends.wgmma_check import BLOCKSIZE, MMA_SYNC
-from peft_kernels.core.backends.wgmma_check import WGMMA as WGMMA_ROWS
+from peft_kernels.core.backends.self_test.gemms import BLOCKSIZE, MMA_SYNC
+from peft_kernels.core.backends.self_test.gemms import WGMMA as WGMMA_ROWS
 
 from ..lib import cases, correctness, layers
 from ..lib.cases import DEQUANTIZE, DX, FORWARD, QLORA, Shape

@@ -148,6 +148,10 @@ void set_limits(int64_t compute_capability, int64_t sms, std::vector<int64_t> li
   set_crossovers(Gemms::kExperts, capability, count, of_experts);
 }
 
+void set_off(int64_t compute_capability, int64_t sms, std::vector<std::string> kernels) {
+  set_kernels_off(static_cast<int>(compute_capability), static_cast<int>(sms), std::move(kernels));
+}
+
 int64_t dequantized_piece(int64_t count, int64_t length, int64_t element_size) {
   return piece_of(count, length, element_size);
 }
@@ -193,6 +197,7 @@ TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_JOIN(PEFT_KERNELS_NAMESPACE, _library), m) {
         ") -> (str, str)",
         experts_plan_for);
   m.def("set_limits(int compute_capability, int sms, int[] linear, int[] experts) -> ()", set_limits);
+  m.def("set_kernels_off(int compute_capability, int sms, str[] kernels) -> ()", set_off);
   // Rows or columns of a weight that are dequantised at a time: linear.h.
   m.def("piece_of(int count, int length, int element_size) -> int", dequantized_piece);
 #ifdef PEFT_KERNELS_PTX

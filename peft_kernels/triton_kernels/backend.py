@@ -9,11 +9,13 @@ with this file.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,10 +23,15 @@ import torch
 
 from ..core import registry
 from ..core.backends.base import Cards, tensors, unserved_tensors
+from ..core.backends.self_test import verdicts
+from ..core.backends.self_test.verdicts import SelfTest
 from ..core.op import OPS, Op
 
 MINIMUM = (8, 0)
 """Compute capability that Triton's code for NVIDIA cards needs."""
+
+COMPILES_SECONDS = 600.0
+"""A self-test compiles all kernels of an op."""
 
 COMPOSITES_WITH_KERNELS = frozenset(
     (
@@ -60,6 +67,7 @@ class TritonBackend:
         self._refusal: str | None = "not asked yet"
         self._asked = False
         self._cards = Cards(_unserved)
+        self.self_test = SelfTest(self.namespace, verdicts.cuda_device, _build, COMPILES_SECONDS)
 
     def load(self) -> None:
         if self._library is None:
@@ -85,7 +93,8 @@ class TritonBackend:
     def supports(self, op: str, args: Sequence[Any]) -> str | None:
         if self.interpreted:
             return unserved_tensors(op, args, ("cuda", "cpu"))
-        return unserved_tensors(op, args, ("cuda",)) or self._cards.refusal_of_tensors(op, args)
+        reason = unserved_tensors(op, args, ("cuda",)) or self._cards.refusal_of_tensors(op, args)
+        return reason or self.self_test.refusal(op, args)
 
     def has_kernel(self, op: str) -> bool:
         return not OPS[op].composite or op in COMPOSITES_WITH_KERNELS
@@ -132,6 +141,13 @@ def _compiler_problem() -> str | None:
         return None
     lacks = "there is neither gcc nor clang" if wanted is None else f"CC={wanted} is not there"
     return f"Triton needs a C compiler at run time, and {lacks}: install one, or set CC to one"
+
+
+def _build() -> str:
+    """Tells one set of kernels from another: what they are compiled from, and by which Triton."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:16]
+    return f"Triton {importlib.import_module('triton').__version__}, {digest}"
 
 
 @functools.cache

@@ -11,27 +11,24 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import peft_kernels as pk
 import testing
 from peft_kernels.cli import doctor, info
 from peft_kernels.cli.main import main
 from peft_kernels.core.backends import BACKENDS
+from peft_kernels.core.backends.base import DTYPES
 from peft_kernels.core.backends.crossovers import ANY, Limits, RowRange, Rows, Table
+from peft_kernels.core.backends.self_test import compare
+from peft_kernels.core.backends.self_test.cases import CASES
 
 needs_cpu = pytest.mark.skipif(
     testing.unavailable("cpu") is not None, reason=f"back end cpu: {testing.unavailable('cpu')}"
 )
 
 
-BREAKS = {
-    "forward": lambda y: y * 1.0001,
-    "gradient of x": lambda dx: dx.roll(1, 0) if len(dx) > 1 else -dx,
-    "LoRA": lambda y: y + 1e-3,
-    "LoRA, gradient of x": lambda dx: dx * 1.0001,
-    "gradient of A": lambda da: -da,
-    "gradient of B": lambda db: torch.full_like(db, torch.nan),
-}
+NAMES = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
 
 
 @pytest.fixture(autouse=True)
@@ -50,32 +47,36 @@ def diagnosed(capsys: pytest.CaptureFixture[str]) -> tuple[int, Any]:
 def test_no_faults(capsys: pytest.CaptureFixture[str]) -> None:
     code, report = diagnosed(capsys)
     assert code == 0 and report["problems"] == []
-    cases = {(check["what"], check["dtype"]) for check in report["checks"] if check["backend"] == "cpu"}
-    assert cases == {(what, dtype) for what in BREAKS for dtype in ("float32", "bfloat16")}
-    assert all(check["passed"] and 0 < check["error"] < check["allowed"] for check in report["checks"])
-    assert len(report["checks"]) == len(BREAKS) * 2 * len(doctor._SHAPES) or report["seconds"] >= 5
+    found = {(check["op"], check["dtype"]) for check in report["checks"] if check["backend"] == "cpu"}
+    assert found == {(op, dtype) for op in CASES for dtype in NAMES} or report["seconds"] > doctor.SECONDS
+    assert not any(check["fault"] for check in report["checks"])
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    assert "all is well" in text and "gradient of A" in text
+    assert "all is well" in text and "lora_linear" in text and "WRONG" not in text
 
 
 @needs_cpu
-@pytest.mark.parametrize("what", BREAKS)
+@pytest.mark.parametrize("op", ["lora_linear", "adamw", "unpack_absmax"])
 def test_wrong_kernel_is_reported(
-    what: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    op: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = doctor._compute
+    real = compare.fault
 
-    def broken(*args: Any) -> Any:
-        results = found(*args)
-        return results | {what: BREAKS[what](results[what])}
+    def broken(kind: Any, call: Any, args: Any, dtype: torch.dtype) -> str | None:
+        def spoiled(*args: Any) -> Any:
+            results = call(*args)
+            for t in tree_leaves(args[0] if results is None else results)[:1]:
+                with torch.no_grad():
+                    t.mul_(1.1)
+            return results
 
-    monkeypatch.setattr(doctor, "_compute", broken)
+        return real(kind, spoiled if kind.name == op else call, args, dtype)
+
+    monkeypatch.setattr(compare, "fault", broken)
     code, report = diagnosed(capsys)
     assert code == 1
-    wrong = {check["what"] for check in report["checks"] if not check["passed"]}
-    assert wrong == {what}
-    assert f"the first: {what} in float32 is wrong" in report["problems"][0]
+    assert {check["op"] for check in report["checks"] if check["fault"]} == {op}
+    assert f"the first: {op} in float32" in report["problems"][0] and "differ" in report["problems"][0]
     assert "PEFT_KERNELS_BACKEND=reference" in report["problems"][0]
 
 
@@ -86,7 +87,7 @@ def test_raising_kernel_is_reported(
     def broken(*args: Any) -> Any:
         raise RuntimeError("no such\ninstruction")
 
-    monkeypatch.setattr(doctor, "_compute", broken)
+    monkeypatch.setattr(compare, "fault_of", broken)
     assert main(["doctor"]) == 1
     text = capsys.readouterr().out
     assert "WRONG" in text and "RuntimeError: no such instruction" in text
@@ -127,7 +128,7 @@ def test_crossovers_are_shown(capsys: pytest.CaptureFixture[str], monkeypatch: p
         "cuda:0 A": Table("9.0", Limits(rows, experts)),
         "cuda:1 B": Table("9.0", Limits(rows[1:]), "B"),
     }
-    monkeypatch.setattr(BACKENDS["cuda"], "all_crossovers", lambda: tables)
+    monkeypatch.setattr(BACKENDS["cuda"], "all_crossovers", lambda may_test: tables)
     code, report = diagnosed(capsys)
     names = "card", "gemms", "weights", "forward", "backward", "forward_wgmma", "backward_wgmma", "source"
     assert code == 0 and report["crossovers"] == [
@@ -153,11 +154,11 @@ def test_crossovers_are_shown(capsys: pytest.CaptureFixture[str], monkeypatch: p
 def test_a_card_that_failed_a_check_is_a_problem(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(BACKENDS["cuda"], "all_crossovers", dict)
-    monkeypatch.setattr(BACKENDS["cuda"], "wgmma_faults", lambda: {"A": "wgmma64 differs by 3"})
+    monkeypatch.setattr(BACKENDS["cuda"], "all_crossovers", lambda may_test: {})
+    monkeypatch.setattr(BACKENDS["cuda"].self_test, "found", lambda: ["wgmma64 failed its self-test on A"])
     code, report = diagnosed(capsys)
     assert code == 1 and report["problems"] == [
-        "LinearWgmma is not used on A, please report this: wgmma64 differs by 3"
+        "wgmma64 failed its self-test on A. It is not used; please report this"
     ]
 
 
@@ -165,7 +166,7 @@ def test_a_card_that_failed_a_check_is_a_problem(
 def test_a_bad_file_of_crossovers_is_a_problem(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def bad() -> None:
+    def bad(may_test: bool) -> None:
         raise ValueError("PEFT_KERNELS_CROSSOVERS: expected a file, got nothing")
 
     monkeypatch.setattr(BACKENDS["cuda"], "all_crossovers", bad)
@@ -173,11 +174,10 @@ def test_a_bad_file_of_crossovers_is_a_problem(
     assert code == 1 and "PEFT_KERNELS_CROSSOVERS: expected a file, got nothing" in report["problems"]
 
 
-def test_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the time limit is reached, one shape per dtype is still checked."""
-    monkeypatch.setattr(doctor, "_compare", lambda backend, dtype, *shape: [(dtype, shape)])
+def test_time_limit() -> None:
+    """When the time is up, one dtype is still checked."""
     found = doctor.self_test(BACKENDS["reference"], until=0.0)
-    assert found == [(torch.float32, doctor._SHAPES[0]), (torch.bfloat16, doctor._SHAPES[0])]
+    assert {check.dtype for check in found} == {"float32"}
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,12 +13,13 @@ import torch
 from test_cuda_paths import FEW
 from test_experts_cuda import HALVES, OPS, call, check, check_needs, check_order, layer
 from test_experts_grouped import launched
-from test_wgmma_cuda import FAULTS, H100, assert_found, check_fault, checked
+from test_wgmma_cuda import FAULTS, H100, check_fault, faults_of
 from torch import Tensor
 
-from peft_kernels.core.backends import crossovers, wgmma_check
+from peft_kernels.core.backends import crossovers
 from peft_kernels.core.backends.crossovers import ALL_ROWS, ANY, NO_ROWS, Card, RowRange, Rows
-from peft_kernels.core.backends.wgmma_check import WGMMA
+from peft_kernels.core.backends.self_test import gemms
+from peft_kernels.core.backends.self_test.gemms import WGMMA
 
 ENDS = {
     "uneven": [0, 3, 3, 250, 330],
@@ -182,18 +183,12 @@ def test_planted_faults_are_found(wgmma: ModuleType, fault: str) -> None:
     check_fault(wgmma, fault, three_products)
 
 
-# ---- The check of a device before its first use ---------------------------------------------------------
+# ---- The self-test of a card ----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves the check its problems of experts alone."""
-    monkeypatch.setattr(wgmma_check, "problems", lambda card: [])
-
-
-def test_every_kernel_is_checked(wgmma: ModuleType) -> None:
+def test_every_kernel_is_tested(wgmma: ModuleType) -> None:
     tiles = set()
-    for problem in wgmma_check.EXPERTS_PROBLEMS:
+    for problem in gemms.EXPERTS_PROBLEMS:
         for n, k in ((problem.features, problem.terms), (problem.terms, problem.features)):
             plan = problem.rows, len(problem.ends), n, k, 64, "float16", *H100
             assert wgmma.experts_plan_for(*plan) == ("wgmma", "wgmma")
@@ -201,40 +196,15 @@ def test_every_kernel_is_checked(wgmma: ModuleType) -> None:
     assert tiles == {64, 128}
 
 
-@pytest.mark.usefixtures("of_experts")
-def test_a_device_passes(extension: ModuleType) -> None:
-    assert checked(extension, sms=2) is None
-    assert extension.experts_plan(340, 5, 64, 64, 64, "bfloat16") == ("fused", "fused"), "left on"
-
-
 # One run need not show a race between blocks.
 @pytest.mark.parametrize("fault", sorted(FAULTS.keys() - {"parts-not-awaited", "no-barrier-of-warpgroups"}))
-@pytest.mark.usefixtures("of_experts")
-def test_the_check_finds_planted_faults(extension: ModuleType, fault: str) -> None:
-    assert_found(extension, fault, sms=2)
-
-
-@pytest.mark.usefixtures("of_experts")
-@pytest.mark.parametrize("is_dx", [False, True])
-def test_the_check_says_what_is_wrong(
-    extension: ModuleType, monkeypatch: pytest.MonkeyPatch, is_dx: bool
+def test_the_self_test_finds_planted_faults(
+    extension: ModuleType, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """The last element of a result is."""
-    real, wrong = wgmma_check._gemm, []
-
-    def gemm(ops: Any, problem: Any, n: int, k: int, of_dx: bool, dtype: Any, random: Any) -> Any:
-        run = real(ops, problem, n, k, of_dx, dtype, random)
-
-        def spoiled() -> Tensor:
-            y = run()
-            if of_dx == is_dx and not wrong:
-                wrong.append(y[-1, -1].add_(0.1 * y.float().pow(2).mean().sqrt()))
-            return y
-
-        return spoiled
-
-    monkeypatch.setattr(wgmma_check, "_gemm", gemm)
-    found = checked(extension, sms=2)
-    shape = "320x192" if is_dx else "192x320"
-    assert found is not None
-    assert found.startswith(f"wgmma in bfloat16, 200 rows of 4 experts, weight {shape}: differs"), found
+    monkeypatch.setattr(gemms, "problems", lambda card: [])
+    extension.set_edit(lambda text: FAULTS[fault](text) if "wgmma" in text else text)
+    try:
+        found = faults_of(extension, sms=2)
+    finally:
+        extension.set_edit(None)
+    assert found and all("wgmma" in name for name in found), found

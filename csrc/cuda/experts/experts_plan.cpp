@@ -43,12 +43,15 @@ ExpertsPlan plan_experts(bool is_dx, DType dtype, int64_t experts, int64_t rows,
   // The numbers of rows are known on the device alone; the host knows their mean.
   const int64_t mean = ceil_div(rows, experts);
   const Crossover crossover = crossover_for(Gemms::kExperts, card, n * k);
-  if (is_aligned && (is_dx ? crossover.backward_wgmma : crossover.forward_wgmma).has(mean)) {
+  const bool takes_wgmma = (is_dx ? crossover.backward_wgmma : crossover.forward_wgmma).has(mean) &&
+                           !is_off(card, is_dx ? "experts_dx_wgmma" : "experts_wgmma");
+  if (is_aligned && takes_wgmma) {
     const int tile_rows = experts_wgmma_tile_rows(is_dx, dtype, experts, rows, n, k, block_shift, card);
     if (tile_rows > 0) return {ExpertsWay::kFused, tile_rows, true};
   }
   const auto tile_rows_of = is_dx ? experts_dx_tile_rows : experts_tile_rows;
-  const int tile_rows = is_aligned ? tile_rows_of(dtype, experts, rows, n, k, block_shift, card) : 0;
+  const bool is_usable = is_aligned && !is_off(card, is_dx ? "experts_dx_fused" : "experts_fused");
+  const int tile_rows = is_usable ? tile_rows_of(dtype, experts, rows, n, k, block_shift, card) : 0;
   const ExpertsPlan grouped = plan_dense_experts(dtype, experts, rows, n, k, card);
   if (tile_rows == 0) return grouped;
   const bool fuses = mean <= (is_dx ? crossover.backward : crossover.forward);

@@ -1,6 +1,8 @@
 // The crossovers of cards, as set from Python.
 #include "crossovers.h"
 
+#include <algorithm>
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -26,6 +28,12 @@ const std::vector<Crossover>* crossovers_of(const Table& table, const Card& card
   return found;
 }
 
+std::map<std::pair<int, int>, std::vector<std::string>>& kernels_off() {
+  static std::map<std::pair<int, int>, std::vector<std::string>> names;
+  return names;
+}
+std::atomic<bool> any_is_off{false};
+
 }  // namespace
 
 void set_crossovers(Gemms gemms, int compute_capability, int sms, std::vector<Crossover> crossovers) {
@@ -46,6 +54,20 @@ Crossover crossover_for(Gemms gemms, const Card& card, int64_t weights) {
     if (weights <= crossover.weights) return crossover;
   }
   return crossovers->back();
+}
+
+void set_kernels_off(int compute_capability, int sms, std::vector<std::string> names) {
+  const std::lock_guard lock(mutex);
+  any_is_off = any_is_off || !names.empty();
+  kernels_off()[{compute_capability, sms}] = std::move(names);
+}
+
+bool is_off(const Card& card, const char* kernel) {
+  if (!any_is_off) return false;
+  const std::lock_guard lock(mutex);
+  const auto found = kernels_off().find({card.compute_capability, card.sms});
+  if (found == kernels_off().end()) return false;
+  return std::find(found->second.begin(), found->second.end(), kernel) != found->second.end();
 }
 
 }  // namespace peft_kernels::cuda

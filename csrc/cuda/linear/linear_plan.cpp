@@ -173,7 +173,7 @@ namespace {
 template <size_t kRules>
 LinearPlan choose(const Rule (&rules)[kRules], int64_t m, int64_t n, int64_t k, const Card& card) {
   for (const Rule& rule : rules) {
-    if (m > rule.max_m || !belongs(card, rule.cards)) continue;
+    if (m > rule.max_m || !belongs(card, rule.cards) || is_off(card, rule.name)) continue;
     const Cut cut = std::visit([&](const auto& shape) { return shape.cut(m, n, k, card); }, rule.shape);
     if (cut.blocks != 0 && cut.units < kMost) return {rule.name, rule.shape, cut};
   }

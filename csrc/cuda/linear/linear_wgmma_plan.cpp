@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "crossovers.h"
 #include "linear.h"
 
 namespace peft_kernels::cuda {
@@ -26,7 +27,7 @@ LinearPlan plan_wgmma(bool is_dx, int64_t m, int64_t n, int64_t k, const Card& c
   int64_t least = 0;
   for (int i = 0; i < 3; ++i) {
     const WgmmaShape shape{kTokens[i], is_dx};
-    if (shape.end() > card.shared_bytes + card.reserved_bytes) continue;
+    if (shape.end() > card.shared_bytes + card.reserved_bytes || is_off(card, kNames[is_dx][i])) continue;
     const int64_t cost = shape.share(m, n, k, card).cost;
     // Of equal cost, more tokens: fewer instructions, and less of the weight is read again.
     if (best.has_kernel() && cost > least) continue;

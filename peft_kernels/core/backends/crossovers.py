@@ -12,7 +12,7 @@ PEFT_KERNELS_CROSSOVERS selects:
 - a path: the table of the card in that file, which bench/gpu/crossovers.py writes.
 
 A table without ranges for wgmma, as files of earlier versions are, does not use it. No device does before it
-has passed wgmma_check.py.
+has passed its self-test (self_test/gemms.py).
 
 The choice changes the last bits of results, so all processes of a job must make the same.
 """
@@ -84,6 +84,11 @@ class Card(NamedTuple):
     compute_capability: str  # "9.0"
     multiprocessors: int
 
+    @property
+    def number(self) -> int:
+        """The compute capability: 90."""
+        return _number(self.compute_capability)
+
 
 class Table(NamedTuple):
     """The crossovers of a card, or estimates for a compute capability."""
@@ -152,7 +157,7 @@ def set_estimates(extension: Any) -> None:
 
 def set_limits(extension: Any, card: Card, limits: Limits) -> None:
     """Sets what a compiled library uses for all cards like this one; where it is empty, the estimates."""
-    extension.set_limits(_number(card.compute_capability), card.multiprocessors, *limits)
+    extension.set_limits(card.number, card.multiprocessors, *limits)
 
 
 @contextmanager
@@ -178,7 +183,7 @@ def choose(card: Card) -> Table:
 
 def estimate(card: Card) -> Table:
     """Of the highest compute capability up to the card's, as the compiled library chooses."""
-    own = _number(card.compute_capability)
+    own = card.number
     known = {_number(table.compute_capability): table for table in read(PACKAGED) if not table.card}
     return known[max(number for number in known if number <= own)]
 

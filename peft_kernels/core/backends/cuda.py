@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,14 +11,16 @@ from typing import Any
 import torch
 
 from .. import registry
-from . import crossovers, wgmma_check
+from . import crossovers
 from .architectures import unserved
 from .base import Cards, tensors
 from .compiled import CompiledBackend, Library
+from .self_test import gemms, verdicts
+from .self_test.verdicts import SelfTest
 
 logger = logging.getLogger("peft_kernels")
-WGMMA_SECONDS = 20.0
-"""The check of LinearWgmma takes milliseconds, with what other processes run on the device in between."""
+GEMMS = "NF4 GEMMs"
+"""The name of their self-test."""
 
 
 class CudaLibrary(Library):
@@ -34,6 +35,10 @@ class CudaLibrary(Library):
     ) -> None:
         """Sets the crossovers of cards: see csrc/cuda/linear/crossovers.h."""
         self._functions.set_limits(compute_capability, sms, _numbers(linear), _numbers(experts))
+
+    def set_kernels_off(self, card: crossovers.Card, kernels: Iterable[str]) -> None:
+        """Sets the kernels of GEMMs that are never used on cards like this one."""
+        self._functions.set_kernels_off(card.number, card.multiprocessors, list(kernels))
 
 
 def _numbers(rows: Iterable[crossovers.Rows]) -> list[int]:
@@ -57,8 +62,8 @@ class CudaBackend(CompiledBackend):
         self._cards = self._unprobed_cards()
         self._crossovers: dict[int, crossovers.Table] = {}
         self._in_force: set[int] = set()
-        self._wgmma_faults: dict[crossovers.Card, str | None] = {}
         self._choosing = threading.Lock()
+        self.self_test = SelfTest(self.namespace, verdicts.cuda_device, self._build)
 
     def _open(self) -> CudaLibrary:
         library = CudaLibrary(str(self.file), self.namespace)
@@ -79,7 +84,8 @@ class CudaBackend(CompiledBackend):
         reason = super().supports(op, args) or self._cards.refusal_of_tensors(op, args)
         if reason is None:
             for index in {tensor.device.index for tensor in tensors(args)} - self._in_force:
-                self.crossovers_of(index, may_run=True)
+                self.crossovers_of(index, may_test=True)
+            reason = self.self_test.refusal(op, args)
         return reason
 
     def architectures(self) -> list[str]:
@@ -127,14 +133,14 @@ class CudaBackend(CompiledBackend):
         name = str(dtype).removeprefix("torch.")
         return self.extension.experts_plan(rows, experts, n, k, blocksize, name)
 
-    def crossovers_of(self, index: int, may_run: bool = False) -> crossovers.Table:
+    def crossovers_of(self, index: int, may_test: bool = False) -> crossovers.Table:
         """Up to how many rows NF4 GEMMs are fused on a device; chosen and set at the first call.
 
         Parameters
         ----------
-        may_run : bool
-            Whether this call may check LinearWgmma on the device, where that is possible now. Until it was
-            checked GEMMs do not use it, whatever the table says.
+        may_test : bool
+            Whether this call may test the kernels on the device, where that is possible now. Until then GEMMs
+            do not use LinearWgmma, whatever the table says.
 
         Raises
         ------
@@ -143,64 +149,44 @@ class CudaBackend(CompiledBackend):
         """
         with self._choosing:
             if index not in self._in_force:
-                self._choose(index, may_run and _can_run())
+                self._choose(index, may_test)
             return self._crossovers[index]
 
-    def _choose(self, index: int, can_run: bool) -> None:
+    def _choose(self, index: int, may_test: bool) -> None:
         card = self.card(index)
         table = self._crossovers.get(index) or crossovers.choose(card)
-        is_known = not table.limits.has_wgmma or can_run or card in self._wgmma_faults
-        if is_known and table.limits.has_wgmma and self._wgmma_fault(index, card) is not None:
-            table = table.without_wgmma()
         self._crossovers[index] = table
-        crossovers.set_limits(self.extension, card, (table if is_known else table.without_wgmma()).limits)
-        if is_known:
+        faults = self._gemm_faults(index, card) if may_test else None
+        limits = table.limits if faults is not None else table.limits.without_wgmma()
+        crossovers.set_limits(self.extension, card, limits)
+        if faults is not None:
+            self.extension.set_kernels_off(card, faults)
             self._in_force.add(index)
 
-    def has_wgmma(self, index: int) -> bool:
-        """Whether LinearWgmma may be used on a device; checks it there at the first call."""
-        with self._choosing:
-            return self._wgmma_fault(index, self.card(index)) is None
-
-    def wgmma_faults(self) -> dict[str, str]:
-        """What the checks of LinearWgmma found so far, by the name of the card."""
-        return {card.name: fault for card, fault in self._wgmma_faults.items() if fault is not None}
-
-    def _wgmma_fault(self, index: int, card: crossovers.Card) -> str | None:
-        """Why LinearWgmma must not be used on a kind of card, found at the first call on one of them."""
-        if card not in self._wgmma_faults:
-            self._wgmma_faults[card] = fault = self._check_wgmma(index, card)
-            if fault is not None:
-                logger.warning(
-                    "LinearWgmma is not used on %s, where it failed its check; other kernels are. Please "
-                    "report this: %s",
-                    card.name, fault,
-                )  # fmt: skip
-        return self._wgmma_faults[card]
-
-    def _check_wgmma(self, index: int, card: crossovers.Card) -> str | None:
+    def _gemm_faults(self, index: int, card: crossovers.Card) -> dict[str, str] | None:
+        """The kernels of GEMMs that are wrong on a device; None if they cannot be tested now."""
         ops, device = getattr(torch.ops, self.namespace), torch.device("cuda", index)
-        with torch.cuda.device(device):
-            torch.cuda.synchronize()  # errors of earlier kernels are not of this one
-            try:
-                # A stream of its own has counters of its own, which a wrong kernel may leave as they are.
-                with torch.cuda.stream(torch.cuda.Stream(device)):
-                    return wgmma_check.fault(self.extension, ops, card, device, _finish)
-            except torch.OutOfMemoryError:
-                raise  # this says nothing of the kernel
-            except RuntimeError as error:
-                fault = str(error)
-            try:
-                torch.cuda.synchronize()
-            except RuntimeError as error:
-                raise RuntimeError(f"{_LOST}: {fault}") from error
-            return fault
+        faults = self.self_test.faults(
+            index, GEMMS, lambda found: gemms.test(self.extension, ops, card, device, found)
+        )
+        for kernel, fault in (faults or {}).items():
+            logger.warning(
+                "kernel %s failed its self-test on %s and is not used; others are. Please report this: %s",
+                kernel, card.name, fault,
+            )  # fmt: skip
+        return faults
+
+    def has_wgmma(self, index: int) -> bool:
+        """Whether LinearWgmma may be used on a device; tests it there at the first call."""
+        with self._choosing:
+            faults = self._gemm_faults(index, self.card(index))
+        return faults is not None and not any("wgmma" in kernel for kernel in faults)
 
     @contextmanager
     def with_kernels(self, row: crossovers.Rows) -> Iterator[None]:
         """Inside, GEMMs on the current device use the kernels of `row` instead of those of its table."""
         index = torch.cuda.current_device()
-        self.crossovers_of(index, may_run=True)  # or the first call inside would set the table
+        self.crossovers_of(index, may_test=True)  # or the first call inside would set the table
         try:
             with crossovers.forced(self.extension, self.card(index), row):
                 yield
@@ -208,10 +194,10 @@ class CudaBackend(CompiledBackend):
             self._in_force.discard(index)
             self.crossovers_of(index)
 
-    def all_crossovers(self) -> dict[str, crossovers.Table]:
-        """What now applies to each device that can serve, by "cuda:0" and the name."""
+    def all_crossovers(self, may_test: bool = False) -> dict[str, crossovers.Table]:
+        """What applies to each device that can serve, by "cuda:0" and the name."""
         usable = (i for i in range(torch.cuda.device_count()) if self._cards.refusal(i) is None)
-        return {f"cuda:{i} {torch.cuda.get_device_name(i)}": self.crossovers_of(i) for i in usable}
+        return {f"cuda:{i} {torch.cuda.get_device_name(i)}": self.crossovers_of(i, may_test) for i in usable}
 
     def card(self, index: int) -> crossovers.Card:
         found = torch.cuda.get_device_properties(index)
@@ -220,35 +206,14 @@ class CudaBackend(CompiledBackend):
     def _refusal_to_load(self) -> str | None:
         return super()._refusal_to_load() if torch.version.cuda else self.not_built
 
+    def _build(self) -> str:
+        """Tells one build of the library from another."""
+        assert self.file is not None
+        found = self.file.stat()
+        return f"{self.file.name} {found.st_size} {found.st_mtime_ns}"
+
     def _unprobed_cards(self) -> Cards:
         return Cards(lambda i: unserved(torch.cuda.get_device_capability(i), self.architectures()))
-
-
-_LOST = (
-    "LinearWgmma has stopped the device while it was checked. Set "
-    f"{crossovers.ENVIRONMENT_VARIABLE}={crossovers.NO_WGMMA} to run without it, and please report it"
-)
-
-
-def _finish() -> None:
-    """Waits for the current stream, but not for ever."""
-    event = torch.cuda.Event()
-    event.record()
-    end = time.monotonic() + WGMMA_SECONDS
-    while not event.query():
-        if time.monotonic() > end:
-            raise TimeoutError(f"{_LOST}: it does not end")
-        time.sleep(1e-5)
-
-
-def _can_run() -> bool:
-    """Whether GEMMs of our own can run now: not where a graph is captured, or something sees every op."""
-    return not (
-        torch.cuda.is_current_stream_capturing()
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-    )
 
 
 BACKEND = CudaBackend()

@@ -1,0 +1,273 @@
+"""The self-test of a card, on the CUDA kernels as PTX: right kernels pass, wrong ones are named, and no
+others."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from numbers_policy import each_dtype
+from test_breaks import BREAKS, edited
+from test_cuda_paths import FEW
+
+import ptx_backend as ptx
+import testing
+from peft_kernels.core import dispatch, registry
+from peft_kernels.core.backends import BACKENDS
+from peft_kernels.core.backends.crossovers import Card
+from peft_kernels.core.backends.self_test import cases, compare, gemms, verdicts
+
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+
+
+def fault(op: str, dtype: torch.dtype = BF16) -> str | None:
+    """What the self-test of an op finds."""
+    return compare.fault_of(op, "peft_kernels_ptx", CPU, dtype)
+
+
+@pytest.mark.parametrize("op", cases.CASES)
+@each_dtype
+def test_right_kernels_pass(extension: ModuleType, op: str, dtype: torch.dtype) -> None:
+    assert fault(op, dtype) is None
+
+
+def test_every_op_with_a_kernel_is_tested() -> None:
+    """By itself, or as the gradient of one that is."""
+    untested = {op for op in registry.OPS if BACKENDS["cuda"].has_kernel(op)} - cases.CASES.keys()
+    assert {op for op in untested if op.removesuffix("_backward") not in cases.CASES} == set()
+
+
+GROUPED = {"ClearRest", "DequantizeAnyExperts", "DequantizeExperts", "ExpertsExpand"}
+"""Kernels around torch's grouped GEMM, which only runs on a card."""
+
+
+def test_every_kernel_runs(extension: ModuleType) -> None:
+    texts: list[str] = []
+    extension.set_edit(lambda text: texts.append(text) or text)
+    try:
+        for op in cases.CASES:
+            for args in cases.CASES[op](cases.Values(CPU, BF16)):
+                registry.eager(getattr(torch.ops.peft_kernels_ptx, op).default)(*args)
+    finally:
+        extension.set_edit(None)
+    known = {
+        name for text in texts for name in re.findall(r"\.entry \w*?entryINS0_\d+([A-Z]\w*?)(?:I|EEE)", text)
+    }
+    assert len(known) > 30, known
+    ran: set[str] = set()
+    for op in cases.CASES:
+        for args in cases.CASES[op](cases.Values(CPU, BF16)):
+            extension.note_launches(True)
+            compare.results(
+                registry.OPS[op], registry.eager(getattr(torch.ops.peft_kernels_ptx, op).default), args,
+                lambda t: t, registry.OPS[op].differentiable,
+            )  # fmt: skip
+            ran |= {launch[0].partition("<")[0] for launch in extension.note_launches(True)}
+            extension.note_launches(False)
+    ptx.BACKEND.reset()
+    assert known - ran == GROUPED, known - ran
+
+
+# ---- Wrong kernels --------------------------------------------------------------------------------------
+
+REGISTER = r"%\w+"
+MORE = r"mul.f32 \2, \2, 0f3FA00000; "
+
+
+def too_large(kernel: str) -> Callable[[str], str]:
+    """Makes results of a kernel 25% too large."""
+    patterns = (
+        rf"(cvt\.rn\.(?:bf16|f16)\.f32\s+{REGISTER}, )({REGISTER});",
+        rf"(cvt\.rn\.(?:bf16|f16)x2\.f32\s+{REGISTER}, )({REGISTER}), {REGISTER};",
+        r"(st\.global\.(?:f32|b32)\s+\[[^\]]+\], )(%f\d+);",
+    )
+
+    def edit(text: str) -> str:
+        entries = re.split(r"(?=^\.(?:visible|weak)? ?\.?entry)", text, flags=re.MULTILINE)
+        for i, entry in enumerate(entries):
+            if re.match(rf"\.(visible|weak)? ?\.?entry \w*\d{kernel}", entry):
+                for pattern in patterns:
+                    entry = re.sub(pattern, rf"{MORE}\g<0>", entry)
+                entries[i] = entry
+        return "".join(entries)
+
+    return edit
+
+
+ADAPTERS = {"lora_linear", "multi_lora_linear", "gated_mlp"}
+BOTTLENECKS = {"bottleneck", "multi_bottleneck"}
+WRONG = {
+    "Dequantize": {"dequantize_nf4", "nf4_linear", "lora_linear", "experts_linear"},
+    "UnpackAbsmax": {"unpack_absmax"},
+    "LoraShrink": ADAPTERS | BOTTLENECKS | {"experts_lora_linear"},
+    "LoraExpand": ADAPTERS | BOTTLENECKS,
+    "LoraOverRows": ADAPTERS | BOTTLENECKS,
+    "PackSlab": ADAPTERS,
+    "LinearTiles": {"nf4_linear", "lora_linear", "multi_lora_linear"},
+    "LinearDx": {"nf4_linear_dx", "lora_linear"},
+    "Gated": {"gated_activation", "gated_mlp"},
+    "Dropout4": {"dropout"},
+    "ScaleColumns": {"dora_scale"},
+    "SumRows": {"dora_norm"},
+    "BottleneckRows": {"bottleneck"},
+    "RmsNorm": {"rms_norm", "add_rms_norm"},
+    "Rotary": {"rotary"},
+    "CrossEntropy": {"linear_cross_entropy", "linear_cross_entropy_trained"},
+    "Adam": {"adamw"},
+    "Experts": {"experts_linear", "experts_linear_dx", "experts_lora_linear"},
+}
+"""Ops that run a kernel, at least."""
+OTHERS = ("gated_activation", "dora_scale", "unpack_absmax")
+"""Ops with a kernel each, that no other op's kernel may spoil."""
+
+
+@pytest.mark.parametrize("kernel", WRONG)
+def test_wrong_kernels_are_found(extension: ModuleType, kernel: str) -> None:
+    with edited(extension, too_large(kernel)) as changed:
+        for op in WRONG[kernel]:
+            assert fault(op) is not None, op
+        for op in set(OTHERS) - WRONG[kernel]:
+            assert fault(op) is None, op
+        assert changed[0], "there is no such kernel"
+
+
+NEITHER = {"relaxed-atomic", "high-product-is-the-low", "philox-multiplier", "philox-other-multiplier"}
+"""Breaks that a run need not show, and those of what no GEMM has: long divisions, dropout."""
+
+
+@pytest.mark.parametrize("name", BREAKS.keys() - NEITHER)
+def test_breaks_of_gemms_are_found(extension: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """By the test of GEMMs, or by that of LoRA, whose kernels they share."""
+    problems = [gemms.Problem(5, 64, 5 * 64), gemms.Problem(100, 192, 5 * 64, rank=24, is_fp32=True)]
+    monkeypatch.setattr(gemms, "problems", lambda card: problems)
+    monkeypatch.setattr(gemms, "EXPERTS_PROBLEMS", ())
+    with edited(extension, BREAKS[name][0]) as changed:
+        found: dict[str, str] = {}
+        gemms.test(extension, torch.ops.peft_kernels_ptx, Card("a card", "8.0", FEW), CPU, found)
+        assert found or fault("lora_linear")
+        assert changed[0], "the edit changed nothing"
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 120])
+def test_right_gemms_pass(extension: ModuleType, architecture: int) -> None:
+    """With whatever dtype is the default, as transformers sets it while it loads a model."""
+    before, found = torch.get_default_dtype(), dict[str, str]()
+    torch.set_default_dtype(BF16)
+    extension.set_card(architecture, 1, ptx.SHARED[architecture])
+    card = Card("a card", f"{architecture // 10}.{architecture % 10}", 1)
+    try:
+        gemms.test(extension, torch.ops.peft_kernels_ptx, card, CPU, found)
+    finally:
+        torch.set_default_dtype(before)
+        ptx.BACKEND.reset()
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    "kernel,names", [("LinearSmall", "small"), ("LinearTiles", "tiles"), ("LinearDx", "dx")]
+)
+def test_a_wrong_gemm_is_switched_off_alone(
+    extension: ModuleType, monkeypatch: pytest.MonkeyPatch, kernel: str, names: str
+) -> None:
+    """Plans take the next kernel that fits, or none."""
+    card, found = Card("a card", "8.0", FEW), dict[str, str]()
+    monkeypatch.setattr(gemms, "EXPERTS_PROBLEMS", ())
+    problems = [gemms.Problem(rows, 192, 3 * 64) for rows in (5, 12, 30, 64)]
+    monkeypatch.setattr(gemms, "problems", lambda card: problems)
+    with edited(extension, too_large(kernel)):
+        gemms.test(extension, torch.ops.peft_kernels_ptx, card, CPU, found)
+    assert found and all(name.startswith(names) for name in found), found
+    everything = {name for rows in (5, 12, 30, 64) for name in extension.plan(rows, 192, 192, 64, "bfloat16")}
+    try:
+        extension.set_kernels_off(card, found)
+        planned = {
+            name for rows in (5, 12, 30, 64) for name in extension.plan(rows, 192, 192, 64, "bfloat16")
+        }
+        assert not planned & found.keys() and everything - found.keys() <= planned
+        extension.set_kernels_off(card, ["experts_fused"])
+        assert extension.experts_plan(64, 4, 192, 192, 64, "bfloat16") == ("composed", "fused")
+    finally:
+        extension.set_kernels_off(card, [])
+
+
+# ---- From the first use to the report --------------------------------------------------------------------
+
+
+@pytest.fixture
+def card(extension: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """The simulated card as a user's: its back end tests itself, and the reference is the next one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(verdicts, "_on_device", lambda index, test, found: test(found))
+    monkeypatch.setattr(verdicts, "can_run", lambda: True)
+    monkeypatch.setattr(verdicts, "_finish_others", lambda index: None)
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(dispatch, "_logged", set())
+    nothing_is_forced, backends = dispatch._forced.set(None), dict(BACKENDS)
+    BACKENDS.clear()
+    BACKENDS.update({name: backends[name] for name in ("ptx", "reference")})
+
+    def start() -> verdicts.SelfTest:
+        """As a new process."""
+        dispatch._chosen.clear()
+        device = verdicts.Device("a card", "a card, serial number 1")
+        own = verdicts.SelfTest("peft_kernels_ptx", lambda index: device, lambda: "this build")
+        monkeypatch.setattr(ptx.BACKEND, "supports", own.refusal)
+        return own
+
+    yield start
+    dispatch._forced.reset(nothing_is_forced)
+    BACKENDS.clear()
+    BACKENDS.update(backends)
+
+
+def call() -> torch.Tensor:
+    x = testing.tensor(45, 131, dtype=BF16)
+    result: torch.Tensor = dispatch.call("gated_activation", x, x, "silu")
+    return result
+
+
+def test_a_wrong_kernel_from_first_use_to_report(
+    card: Any, extension: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = torch.ops.peft_kernels_reference.gated_activation(
+        *[testing.tensor(45, 131, dtype=BF16)] * 2, "silu"
+    )
+    with edited(extension, too_large("Gated")), caplog.at_level(logging.WARNING, "peft_kernels"):
+        for _ in range(2):
+            own = card()
+            for _ in range(2):
+                assert torch.equal(call(), expected)
+            assert [s[:60] for s in own.found()] == [
+                "peft_kernels_ptx: gated_activation in bfloat16 failed its se"
+            ]
+    (message,) = caplog.messages
+    assert message.startswith(
+        "back end ptx skipped: gated_activation in bfloat16 failed its self-test on cuda:0"
+    )
+    # What was found is remembered: the kernel is right now, and stays off.
+    card()
+    assert torch.equal(call(), expected) and ("gated_activation", CPU, BF16) in dispatch._chosen
+    kept = json.loads(verdicts.file().read_text())
+    assert list(kept) == ["a card, serial number 1, this build"]
+    assert list(kept["a card, serial number 1, this build"]) == ["gated_activation in bfloat16"]
+
+
+def test_a_right_kernel_is_tested_once(
+    card: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tested: list[str] = []
+    real = compare.fault
+    monkeypatch.setattr(compare, "fault", lambda op, *rest: tested.append(op.name) or real(op, *rest))
+    for _ in range(2):
+        own = card()
+        for _ in range(3):
+            call()
+    assert tested == ["gated_activation"] * 4 and own.found() == [] and caplog.messages == []
