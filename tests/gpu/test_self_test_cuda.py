@@ -142,7 +142,7 @@ NEITHER = {"relaxed-atomic", "high-product-is-the-low", "philox-multiplier", "ph
 """Breaks that a run need not show, and those of what no GEMM has: long divisions, dropout."""
 
 
-@pytest.mark.parametrize("name", BREAKS.keys() - NEITHER)
+@pytest.mark.parametrize("name", sorted(BREAKS.keys() - NEITHER))
 def test_breaks_of_gemms_are_found(extension: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """By the test of GEMMs, or by that of LoRA, whose kernels they share."""
     problems = [gemms.Problem(5, 64, 5 * 64), gemms.Problem(100, 192, 5 * 64, rank=24, is_fp32=True)]
