@@ -363,3 +363,16 @@ def test_kernels_can_be_forced(backend: Any, tests: Any, monkeypatch: pytest.Mon
             assert call(backend).rows == (row,)
         assert call(backend) == estimate()
     assert tests.calls == 1
+
+
+def test_factors_that_torch_may_round() -> None:
+    """Where users let matmuls in fp32 run in TF32, the self-test allows its errors, and no larger ones."""
+    expected, before = torch.randn(100, dtype=torch.float64), torch.get_float32_matmul_precision()
+    near, far = (expected.float() * (1 + error) for error in (1e-4, 1e-1))
+    try:
+        for precision, allowed in (("highest", False), ("high", True)):
+            torch.set_float32_matmul_precision(precision)
+            assert (compare._difference(near, expected, torch.float32) is None) == allowed
+            assert compare._difference(far, expected, torch.float32) is not None
+    finally:
+        torch.set_float32_matmul_precision(before)
