@@ -1,7 +1,7 @@
 // Up to how many rows of activations an NF4 GEMM is fused, and for which by wgmma. With more, it is faster to
 // dequantise the weight and let cuBLAS, or torch's grouped GEMM, multiply. The numbers are data:
-// peft_kernels/core/backends/crossovers.json, or of a file that PEFT_KERNELS_CROSSOVERS names. And which kernels
-// are never used on a card.
+// peft_kernels/core/backends/crossovers.json, or of a file that PEFT_KERNELS_CROSSOVERS names. And which
+// kernels are never used on a card.
 #pragma once
 
 #include <cstdint>
@@ -38,8 +38,8 @@ void set_crossovers(Gemms gemms, int compute_capability, int sms, std::vector<Cr
 // Those of the card, otherwise of the highest compute capability up to its own; without any, kAny.
 Crossover crossover_for(Gemms gemms, const Card& card, int64_t weights);
 
-// The kernels that are never planned for cards like this one, by their names in plans: those that failed their
-// self-test (peft_kernels/core/backends/self_test).
+// The kernels that are never planned for cards like this one, by their names in plans: those that failed
+// their self-test (peft_kernels/core/backends/self_test).
 void set_kernels_off(int compute_capability, int sms, std::vector<std::string> names);
 bool is_off(const Card& card, const char* kernel);
 
