@@ -171,7 +171,7 @@ KERNELS := $(filter-out tests/ops/cpu/%,$(sort $(wildcard tests/ops/*/test_*.py)
 ON_CARDS := $(filter-out %/test_attention.py %/test_casts.py %/test_gradcheck.py %/test_gradient_needs.py,$(KERNELS))
 
 # In a process of its own: Triton reads the flag when it first sees a kernel.
-TRITON := $(patsubst %,tests/gpu/triton_kernels/test_%.py,triton_splits experts_triton adamw_triton loss_triton groups_triton)
+TRITON := $(patsubst %,tests/gpu/triton_kernels/test_%.py,triton_splits experts_triton adamw_triton loss_triton groups_triton self_test_triton)
 triton: $(VENV)/.built $(VENV)/.packages-test ## Run the Triton kernels' tests in Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton \
 	  $(TRITON) $(ON_CARDS) tests/core/test_compile.py tests/gpu/triton_kernels/test_triton_sums.py $(ARGS)

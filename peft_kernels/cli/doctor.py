@@ -18,7 +18,7 @@ import torch
 from .. import __version__ as version
 from ..core import dispatch
 from ..core.backends import BACKENDS, Backend, crossovers, cuda
-from ..core.backends.base import DTYPES
+from ..core.backends.base import DTYPES, name_of
 from ..core.backends.self_test import compare
 from ..core.backends.self_test.cases import CASES
 from . import info
@@ -65,9 +65,7 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
             limits = _crossovers()
         except ValueError as error:  # a file that cannot be used
             problems.append(str(error))
-        problems += (
-            f"{fault}. It is not used; please report this" for fault in cuda.BACKEND.self_test.found()
-        )
+        problems += cuda.BACKEND.self_test.found()
     if limits:
         out.table(
             ("card", "GEMMs", "weights up to>", "fused rows>", "backward>", "by wgmma>", "backward>", ""),
@@ -132,7 +130,7 @@ def self_test(backend: Backend, until: float) -> list[Check]:
                 fault = compare.fault_of(op, backend.namespace, device, dtype)
             except Exception as error:  # a broken installation may raise anything
                 fault = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            checks.append(Check(backend.name, op, str(dtype).removeprefix("torch."), fault))
+            checks.append(Check(backend.name, op, name_of(dtype), fault))
     return checks
 
 
@@ -140,7 +138,7 @@ def _summary(checks: list[Check]) -> Iterator[tuple[str, ...]]:
     """A row for each op of each back end."""
     for backend, op in dict.fromkeys((check.backend, check.op) for check in checks):
         same = {check.dtype: check for check in checks if (check.backend, check.op) == (backend, op)}
-        states = (same.get(str(dtype).removeprefix("torch.")) for dtype in DTYPES)
+        states = (same.get(name_of(dtype)) for dtype in DTYPES)
         yield backend, op, *("-" if s is None else "WRONG" if s.fault else "ok" for s in states)
 
 

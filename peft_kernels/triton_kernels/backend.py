@@ -143,6 +143,7 @@ def _compiler_problem() -> str | None:
     return f"Triton needs a C compiler at run time, and {lacks}: install one, or set CC to one"
 
 
+@functools.cache
 def _build() -> str:
     """Tells one set of kernels from another: what they are compiled from, and by which Triton."""
     sources = sorted(Path(__file__).parent.rglob("*.py"))

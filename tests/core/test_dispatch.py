@@ -232,7 +232,6 @@ class FakeCards:
         monkeypatch.setattr(cuda.BACKEND, "_cards", cuda.BACKEND._unprobed_cards())
         monkeypatch.setattr(cuda.BACKEND, "_extension", SimpleNamespace(architectures=lambda: "8.0:9.0"))
         monkeypatch.setattr(cuda.BACKEND, "crossovers_of", lambda index, may_test: None)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         monkeypatch.setenv("PEFT_KERNELS_SELF_TEST", "0")
 
 

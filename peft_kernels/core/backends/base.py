@@ -11,6 +11,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Floating dtypes of the compiled and Triton kernels; the reference takes any."""
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """ "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 class Backend(Protocol):
     """A set of kernels for all ops, in its own op namespace."""
 

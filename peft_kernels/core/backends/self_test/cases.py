@@ -113,29 +113,11 @@ def lora_linear(draw: Values) -> Iterator[Args]:
     """With one stage of ranks and with several, with fp32 factors, and with dropout."""
     options = ((16, None, 0.0), (40, FP32, 0.0), (3, None, DROPS), (72, None, DROPS))
     for rows, (n, k, size, nested), (rank, dtype, p) in zip((ROWS, 3, 7, 130), WEIGHTS, options, strict=True):
-        seed = draw.whole(3) if p else None
-        base = draw.packed(n, k, size, nested)
-        yield (
-            draw.normal(rows, k),
-            *base,
-            draw.normal(n),
-            *draw.factors(n, k, rank, dtype),
-            0.5,
-            p,
-            seed,
-            None,
-        )
-    weight = draw.normal(136, 192, scale=192**-0.5)
-    yield (
-        draw.normal(ROWS, 192),
-        *dense(weight),
-        None,
-        *draw.factors(136, 192, 24, FP32),
-        2.0,
-        0.0,
-        None,
-        None,
-    )
+        base, drops = draw.packed(n, k, size, nested), (p, draw.whole(3) if p else None)
+        factors = draw.factors(n, k, rank, dtype)
+        yield draw.normal(rows, k), *base, draw.normal(n), *factors, 0.5, *drops, None
+    base, factors = dense(draw.normal(136, 192, scale=192**-0.5)), draw.factors(136, 192, 24, FP32)
+    yield draw.normal(ROWS, 192), *base, None, *factors, 2.0, 0.0, None, None
 
 
 def _layers(draw: Values, weights: tuple[tuple[int, int, int, bool], ...], ranks: tuple[int, ...]) -> Args:
@@ -285,7 +267,7 @@ def linear_cross_entropy_trained(draw: Values) -> Iterator[Args]:
 
 def _updates(draw: Values, kind: str, bits: int) -> Args:
     """One step of parameters of all sizes, with moments of so many bits."""
-    sizes = (5000, 513, 1)
+    sizes = [5000, 513, 1]
     params, grads = ([draw.normal(n) for n in sizes] for _ in range(2))
 
     def moment(n: int, is_square: bool) -> Tensor:
@@ -296,10 +278,9 @@ def _updates(draw: Values, kind: str, bits: int) -> Args:
     def scales(n: int) -> Tensor:
         return draw.normal(-(-n // 256) if bits == 8 else 0, dtype=FP32).abs()
 
-    both = (False, True) if kind == "adamw" else (False,)
-    moments = [[moment(n, is_square) for n in sizes] for is_square in both]
-    absmax = [[scales(n) for n in sizes] for _ in both]
-    moments, absmax = ([*lists, []][:2] for lists in (moments, absmax))
+    squared = [] if kind == "lion" else sizes  # Lion has no second moment
+    moments = [moment(n, False) for n in sizes], [moment(n, True) for n in squared]
+    absmax = [scales(n) for n in sizes], [scales(n) for n in squared]
     group, rates = [0, 1, 0], draw.whole([1e-2, 3e-3], FP32)
     settings = [0.9, 0.8], [0.999, 0.95], [1e-8, 1e-6], [0.01, 0.0]
     return (

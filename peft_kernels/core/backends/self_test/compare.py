@@ -59,6 +59,8 @@ def fault(op: type[Op], call: Callable[..., Any], args: Any, dtype: torch.dtype)
         raise  # this says nothing of the kernel
     except RuntimeError as error:  # it could not be launched
         return " ".join(str(error).split())
+    if missing := truth.keys() - several[0].keys():
+        return f"no {', '.join(sorted(missing))}"
     for found in several:
         for name, got in found.items():
             if (wrong := _difference(got, truth[name], dtype)) is not None:

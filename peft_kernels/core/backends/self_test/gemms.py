@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...op import OPS
+from ..base import name_of
 from ..crossovers import ALL_ROWS, ANY, Card, Rows, forced
 from .cases import FP32, Values
 from .compare import UNFINISHED, Faults
@@ -78,10 +79,10 @@ def test(library: Any, ops: Any, card: Card, device: torch.device, found: Faults
     for way, problem, dtype, is_dx in _cases(card):
         shape = problem.features, problem.terms
         n, k = reversed(shape) if is_dx else shape
-        if way is WGMMA and "wgmma" not in plan(library, card, WGMMA, problem, n, k, dtype)[is_dx]:
-            continue
         kernel = plan(library, card, way, problem, n, k, dtype)[is_dx]
-        if kernel in found or kernel == "pieces" or kernel.endswith(("grouped", "composed")):
+        is_ours = not kernel.endswith(("pieces", "grouped", "composed"))
+        is_another = way is MMA_SYNC or "wgmma" in kernel
+        if kernel in found or not (is_ours and is_another):
             continue
         run, expected = gemm(ops, problem, n, k, is_dx, dtype, device)
         found[kernel] = UNFINISHED
@@ -96,7 +97,7 @@ def test(library: Any, ops: Any, card: Card, device: torch.device, found: Faults
         del found[kernel]
         if wrong is not None:
             experts = f" of {len(problem.ends)} experts" if problem.ends else ""
-            found[kernel] = f"{_name(dtype)}, {problem.rows} rows{experts}, weight {n}x{k}: {wrong}"
+            found[kernel] = f"{name_of(dtype)}, {problem.rows} rows{experts}, weight {n}x{k}: {wrong}"
 
 
 def _cases(card: Card) -> Iterator[tuple[Rows, Problem, torch.dtype, bool]]:
@@ -112,7 +113,7 @@ def plan(
 ) -> tuple[str, str]:
     """The kernels that a problem takes by these crossovers, forward and backward: as `library.plan` names
     them, those of experts after "experts_"."""
-    rest = n, k, problem.blocksize, _name(dtype)
+    rest = n, k, problem.blocksize, name_of(dtype)
     with forced(library, card, way):
         if not problem.ends:
             forward, backward = library.plan(problem.rows, *rest)
@@ -147,10 +148,7 @@ def gemm(
         result: Tensor = getattr(ops, name)(*args)[0]
         return result
 
-    scales = {id(t) for t in base[1:4]}
-    wide = (
-        t.float() if isinstance(t, Tensor) and t.dtype == dtype and id(t) not in scales else t for t in args
-    )
+    wide = (t.float() if isinstance(t, Tensor) and t.dtype == dtype else t for t in args)
     return run, OPS[name].plain(*wide)[0]
 
 
@@ -160,7 +158,3 @@ def _difference(got: Tensor, expected: Tensor) -> str | None:
     if worst <= allowed:  # not if either is NaN
         return None
     return f"differs from plain torch by {worst:.3g}, allowed {allowed:.3g}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

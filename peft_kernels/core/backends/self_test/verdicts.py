@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..base import DTYPES, tensors
+from ..base import DTYPES, name_of, tensors
 from . import compare
 from .cases import CASES
 from .compare import UNFINISHED, Faults
@@ -90,20 +90,19 @@ class SelfTest:
             return None
         kinds = (dtype,) if dtype in DTYPES else DTYPES
         for kind in kinds:
-            name = f"{tested} in {_short(kind)}"
+            name = f"{tested} in {name_of(kind)}"
             found = self.faults(index, name, partial(self._test, tested, kind, device))
             if found is None:
                 return None  # not now
             if found:
-                self._verdicts[index, op, dtype] = reason = (
-                    f"{name} failed its self-test on cuda:{index}, please report this: {found[name]}"
-                )
+                reason = _sentence(name, self._device(index), found[name])
+                self._verdicts[index, op, dtype] = reason
                 return reason
         self._verdicts[index, op, dtype] = None
         return None
 
     def _test(self, op: str, dtype: torch.dtype, device: torch.device, found: Faults) -> None:
-        name = f"{op} in {_short(dtype)}"
+        name = f"{op} in {name_of(dtype)}"
         found[name] = UNFINISHED
         fault = compare.fault_of(op, self._namespace, device, dtype)
         del found[name]
@@ -124,7 +123,8 @@ class SelfTest:
         if (lost := self._lost.get(index)) is not None:
             raise RuntimeError(lost)
         device = self._device(index)
-        known = self._memory().get(f"{device.key}, {self._library()}", {})
+        key = f"{device.key}, {self._library()}"
+        known = self._memory().get(key, {})
         if name not in known:
             if not can_run():
                 return None
@@ -136,7 +136,7 @@ class SelfTest:
                 return None  # this says nothing of the kernels
             except _DeviceLost as error:
                 if found:  # otherwise plain torch has lost it
-                    self._remember(device, name, found)
+                    self._remember(key, name, found)
                 reason = "; ".join(f"{kernel}: {fault}" for kernel, fault in found.items())
                 self._lost[index] = (
                     f"{device.name} was lost in the self-test of {name}: {error} ({reason}). Start again: "
@@ -146,10 +146,10 @@ class SelfTest:
             except Exception as error:  # of the test itself: the call would have been right without it
                 logger.warning("%s: the self-test of %s does not run: %r", self._namespace, name, error)
                 return {}
-            self._remember(device, name, found)
+            self._remember(key, name, found)
             known = {name: found}
         for kernel, fault in known[name].items():
-            self._found[f"{self._namespace}: {kernel} failed its self-test on {device.name}: {fault}"] = None
+            self._found[_sentence(kernel, device, fault)] = None
         return known[name]
 
     def found(self) -> list[str]:
@@ -182,13 +182,16 @@ class SelfTest:
             self._remembered = _read(file())
         return self._remembered
 
-    def _remember(self, device: Device, name: str, found: Faults) -> None:
-        key = f"{device.key}, {self._library()}"
+    def _remember(self, key: str, name: str, found: Faults) -> None:
         self._memory().setdefault(key, {})[name] = found
         others = _read(file())  # of processes that have tested something else meanwhile
         others.setdefault(key, {}).update(self._memory()[key])
         with suppress(OSError):  # a home that cannot be written to: the next process tests again
             _write(file(), others)
+
+
+def _sentence(kernel: str, device: Device, fault: str) -> str:
+    return f"{kernel} failed its self-test on {device.name} and is not used, please report this: {fault}"
 
 
 class _DeviceLost(RuntimeError):
@@ -211,7 +214,7 @@ def is_off() -> bool:
 def can_run() -> bool:
     """Whether kernels of our own can run now: not where a graph is captured, or something sees every op."""
     return not (
-        torch.cuda.is_current_stream_capturing()
+        (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
@@ -258,7 +261,3 @@ def _write(path: Path, found: Any) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as new:
         json.dump(found, new, indent=1)
     Path(new.name).replace(path)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
