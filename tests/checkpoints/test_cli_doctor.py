@@ -56,7 +56,7 @@ def test_no_faults(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @needs_cpu
-@pytest.mark.parametrize("op", ["lora_linear", "adamw", "unpack_absmax"])
+@pytest.mark.parametrize("op", ["lora_linear", "adamw", "unpack_absmax", "quantize_absmax"])
 def test_wrong_kernel_is_reported(
     op: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,7 +67,7 @@ def test_wrong_kernel_is_reported(
             results = call(*args)
             for t in tree_leaves(args[0] if results is None else results)[:1]:
                 with torch.no_grad():
-                    t.mul_(1.1)
+                    t.mul_(1.1) if t.is_floating_point() else t.add_(1)
             return results
 
         return real(kind, spoiled if kind.name == op else call, args, dtype)
