@@ -66,7 +66,7 @@ class TritonBackend:
         self._library: torch.library.Library | None = None
         self._refusal: str | None = "not asked yet"
         self._asked = False
-        self._cards = Cards(_unserved)
+        self.cards = Cards(_unserved)
         self.self_test = SelfTest(self.namespace, verdicts.cuda_device, _build, COMPILES_SECONDS)
 
     def load(self) -> None:
@@ -88,12 +88,12 @@ class TritonBackend:
         version = importlib.import_module("triton").__version__
         if self.interpreted:
             return f"Triton {version}, interpreted on the CPU (TRITON_INTERPRET is set): for tests"
-        return f"Triton {version}, compiled on first use; {self._cards.describe()}"
+        return f"Triton {version}, compiled on first use; {self.cards.describe()}"
 
     def supports(self, op: str, args: Sequence[Any]) -> str | None:
         if self.interpreted:
             return unserved_tensors(op, args, ("cuda", "cpu"))
-        reason = unserved_tensors(op, args, ("cuda",)) or self._cards.refusal_of_tensors(op, args)
+        reason = unserved_tensors(op, args, ("cuda",)) or self.cards.refusal_of_tensors(op, args)
         return reason or self.self_test.refusal(op, args)
 
     def has_kernel(self, op: str) -> bool:
@@ -113,7 +113,7 @@ class TritonBackend:
     def _find_refusal(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed (pip install triton)"
-        if not self.interpreted and (reason := self._cards.refusal_of_all() or _compiler_problem()):
+        if not self.interpreted and (reason := self.cards.refusal_of_all() or _compiler_problem()):
             return reason
         try:
             _kernels().check_usable()

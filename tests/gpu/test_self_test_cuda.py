@@ -19,8 +19,10 @@ from test_cuda_paths import FEW
 
 import ptx_backend as ptx
 import testing
+from peft_kernels.cli import doctor
+from peft_kernels.cli.main import main
 from peft_kernels.core import dispatch, registry
-from peft_kernels.core.backends import BACKENDS
+from peft_kernels.core.backends import BACKENDS, cuda, reference
 from peft_kernels.core.backends.crossovers import Card
 from peft_kernels.core.backends.self_test import cases, compare, gemms, verdicts
 
@@ -270,6 +272,54 @@ def test_a_right_kernel_is_tested_once(
         for _ in range(3):
             call()
     assert tested == ["gated_activation"] * 4 and own.found() == [] and caplog.messages == []
+
+
+@pytest.fixture
+def own(card: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The self-test of the simulated card, which is the only one that `doctor` finds."""
+    monkeypatch.setattr(cuda.BACKEND, "probe", lambda: "not here")
+    found = {"ptx": ptx.BACKEND, "cuda": cuda.BACKEND, "cpu": reference.BACKEND}
+    monkeypatch.setattr(doctor, "BACKENDS", found)
+    monkeypatch.setattr(doctor, "_devices", lambda backend: [CPU])
+    monkeypatch.setattr(ptx.BACKEND, "cards", None, raising=False)
+    monkeypatch.setattr(ptx.BACKEND, "self_test", card(), raising=False)
+    return ptx.BACKEND.self_test
+
+
+def test_doctor_on_a_card_with_a_wrong_kernel(
+    own: Any, extension: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first page of bench/gpu_check.sh: the wrong kernel in its dtypes, all others right."""
+    monkeypatch.setattr(doctor, "CASES", ("dropout", "gated_activation", "rms_norm"))
+    with edited(extension, too_large("Gated")):
+        assert main(["doctor", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    wrong = {(check["op"], check["dtype"]) for check in report["checks"] if check["fault"]}
+    assert wrong == {("gated_activation", name) for name in ("float32", "bfloat16", "float16")}
+    assert len(report["checks"]) == 9 and report["problems"] == own.found()
+    assert all("failed its self-test on a card and is not used" in problem for problem in own.found())
+    # Remembered: the kernel is right now, and stays off.
+    assert main(["doctor"]) == 1
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["ptx", "cpu", "gated_activation", "WRONG", "WRONG", "WRONG"] in lines
+    assert ["ptx", "cpu", "rms_norm", "ok", "ok", "ok"] in lines
+
+
+def test_doctor_on_a_card_that_is_lost(
+    own: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ends, and says once which kernel it was."""
+
+    def lose(index: int, test: Any, found: Any) -> None:
+        found["dropout in float32"] = "it does not end"
+        raise verdicts._DeviceLost("an illegal address")
+
+    monkeypatch.setattr(verdicts, "_on_device", lose)
+    assert main(["doctor", "--json"]) == 1
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert (
+        "a card was lost in the self-test of quantize_nf4 in float32: an illegal address (dropout" in problem
+    )
 
 
 def test_a_choice_that_was_not_tested_is_made_again(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:

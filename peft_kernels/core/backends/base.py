@@ -79,6 +79,10 @@ class Cards:
             self._refusals[index] = reason and f"cuda:{index} {reason}"
         return self._refusals[index]
 
+    def usable(self) -> list[int]:
+        """The devices that can serve."""
+        return [i for i in range(torch.cuda.device_count()) if self.refusal(i) is None]
+
     def refusal_of_all(self) -> str | None:
         """None when any device can serve, else why none can."""
         if None in self._refusals.values():  # fast path of every call

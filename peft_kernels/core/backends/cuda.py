@@ -59,7 +59,7 @@ class CudaBackend(CompiledBackend):
 
     def __init__(self) -> None:
         super().__init__()
-        self._cards = self._unprobed_cards()
+        self.cards = self._unprobed_cards()
         self._crossovers: dict[int, crossovers.Table] = {}
         self._in_force: set[int] = set()
         self._choosing = threading.Lock()
@@ -73,15 +73,15 @@ class CudaBackend(CompiledBackend):
     def probe(self) -> str | None:
         if self._refusal is not None:
             return self._refusal
-        reason = self._cards.refusal_of_all()
+        reason = self.cards.refusal_of_all()
         built = f"built for compute capability {', '.join(self.architectures())}" if reason else ""
         return reason and f"{built}, but {reason}"
 
     def describe(self) -> str:
-        return f"CUDA C++, built for {', '.join(self.architectures())}; {self._cards.describe()}"
+        return f"CUDA C++, built for {', '.join(self.architectures())}; {self.cards.describe()}"
 
     def supports(self, op: str, args: Sequence[Any]) -> str | None:
-        reason = super().supports(op, args) or self._cards.refusal_of_tensors(op, args)
+        reason = super().supports(op, args) or self.cards.refusal_of_tensors(op, args)
         if reason is None:
             for index in {tensor.device.index for tensor in tensors(args)} - self._in_force:
                 self.crossovers_of(index, may_test=True)
@@ -170,7 +170,7 @@ class CudaBackend(CompiledBackend):
             index, GEMMS, lambda found: gemms.test(self.extension, ops, card, device, found)
         )
         for sentence in self.self_test.found():
-            if sentence not in before:
+            if faults and sentence not in before:
                 logger.warning("kernel %s", sentence)
         return faults
 
@@ -194,8 +194,8 @@ class CudaBackend(CompiledBackend):
 
     def all_crossovers(self, may_test: bool = False) -> dict[str, crossovers.Table]:
         """What applies to each device that can serve, by "cuda:0" and the name."""
-        usable = (i for i in range(torch.cuda.device_count()) if self._cards.refusal(i) is None)
-        return {f"cuda:{i} {torch.cuda.get_device_name(i)}": self.crossovers_of(i, may_test) for i in usable}
+        names = {i: f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in self.cards.usable()}
+        return {name: self.crossovers_of(i, may_test) for i, name in names.items()}
 
     def card(self, index: int) -> crossovers.Card:
         found = torch.cuda.get_device_properties(index)

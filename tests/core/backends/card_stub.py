@@ -49,7 +49,7 @@ def new_process() -> Any:
     """Back end `cuda` as it starts on a machine with the card."""
     made: Any = cuda.CudaBackend()
     made._extension = Extension()
-    made._cards._judge = lambda index: None
+    made.cards._judge = lambda index: None
     return made
 
 

@@ -64,7 +64,7 @@ def test_the_tables_that_apply_are_listed(
     """Listing runs nothing on a card."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: H100.name)
-    backend._cards._judge = lambda index: "is too old" if index == 1 else None
+    backend.cards._judge = lambda index: "is too old" if index == 1 else None
     backend.crossovers_of(0)
     pinned()
     found = backend.all_crossovers()

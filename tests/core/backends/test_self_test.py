@@ -103,7 +103,9 @@ def test_a_test_that_does_not_run_is_no_fault(
     tests.error = KeyError("of the test itself")
     with caplog.at_level(logging.WARNING, "peft_kernels"):
         assert call(backend) == estimate()
-    assert "the self-test of NF4 GEMMs does not run: KeyError" in caplog.text
+    (sentence,) = backend.self_test.found()
+    assert "the self-test of NF4 GEMMs does not run on NVIDIA H100: KeyError" in sentence
+    assert caplog.messages == [sentence]
 
 
 def test_a_card_that_is_lost_is_an_error(backend: Any, tests: Any, monkeypatch: pytest.MonkeyPatch) -> None:

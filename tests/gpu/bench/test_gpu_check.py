@@ -144,7 +144,15 @@ def test_a_rehearsal_goes_through_all_parts(tmp_path: Path) -> None:
     status, said = gpu_check(out, REHEARSE="1", OMP_NUM_THREADS="1")
     assert status == 0, said
     stub = ["crossovers", "wgmma"] if run.refusal("ptx") is None else []
-    assert parts(out) == ["environment", "check", "tests-cpu", "tests-on-card", *stub, "speed", "speed-eager"]
+    assert parts(out) == [
+        "environment",
+        "self-test",
+        "tests-cpu",
+        "tests-on-card",
+        *stub,
+        "speed",
+        "speed-eager",
+    ]
     files = ["crossovers.json"] if stub else []
     assert sorted(path.name for path in out.iterdir()) == [*files, "results.tar.gz", "summary.txt"]
     found = results(out)
@@ -162,13 +170,13 @@ def test_a_rehearsal_goes_through_all_parts(tmp_path: Path) -> None:
     steps = {group for group in groups if group.startswith("step-")}
     assert groups - steps == {"forward", "dequantize", "dx", "qlora", "adamw-one-tensor"}
     assert steps >= {"step-layer", "step-loss", "step-norm", "step-rotary"}
-    assert "cases right, 0 wrong" in found["check/table.txt"]
+    assert "all is well" in found["self-test.log"] and found["self-test.log"] in said
     assert re.search(r"\d+ passed", found["tests-on-card.log"])
 
 
 # On a machine with a GPU.
 
-TESTS = ["primitives", "check", "tests-cuda", "tests-triton", "tests-on-card"]
+TESTS = ["primitives", "tests-cuda", "tests-triton", "tests-on-card"]
 SPEED = ["crossovers", "wgmma", "speed", "speed-eager"]
 SANITIZERS = ["memcheck", "racecheck"]
 
@@ -187,7 +195,7 @@ def test_parts_in_their_order(
 ) -> None:
     status, said = gpu_check(tmp_path, *arguments, python=machine())
     assert status == 0, said
-    assert parts(tmp_path) == ["environment", "build", *expected]
+    assert parts(tmp_path) == ["environment", "build", "self-test", *expected]
     recorded = calls(tmp_path)
     assert "python-stub setup.py build_ext --inplace" in recorded
     if "primitives" in expected:
@@ -210,6 +218,20 @@ def test_only_what_failed_fails(tmp_path: Path, machine: Stub, stubs: Stub) -> N
     failed = [name for name, outcome in outcomes(tmp_path).items() if outcome.startswith("FAILED")]
     assert failed == ["racecheck"]
     assert "racecheck: FAILED (status 1" in said and "compute-sanitizer failed as asked" in said
+
+
+def test_the_self_test_comes_first(tmp_path: Path, machine: Stub) -> None:
+    """All of what it prints; then the other parts, which do without the wrong kernel, as users would."""
+    page = "".join(f"cuda  cuda:0  op_{i}  ok\\n" for i in range(60))
+    doctor = f'case "$*" in *doctor*) printf "{page}"; echo "$XDG_CACHE_HOME"; exit 1;;'
+    doctor += ' *pytest*) echo "$XDG_CACHE_HOME";; esac'
+    status, _ = gpu_check(tmp_path, "--part", "tests", python=machine(run=doctor))
+    summary = (tmp_path / "summary.txt").read_text()
+    assert status == 1 and re.search(r"self-test: FAILED \(status 1, .*:\ncuda  cuda:0  op_0  ok\n", summary)
+    assert all(summary.count(f" op_{i} ") == 1 for i in range(60))
+    assert outcomes(tmp_path)["tests-cuda"].startswith("passed")
+    found = results(tmp_path)
+    assert found["self-test.log"].splitlines()[-1] == found["tests-cuda.log"].strip() != ""
 
 
 def test_a_failed_test_goes_under_memcheck_at_once(tmp_path: Path, machine: Stub) -> None:
@@ -346,7 +368,7 @@ def test_on_an_amd_card_triton_is_tested(tmp_path: Path, machine: Stub) -> None:
     status, said = gpu_check(tmp_path, python=python)
     assert status == 0, said
     assert "build: skipped, an AMD card, which back end triton serves" in said
-    assert parts(tmp_path) == ["environment", "check", "tests-triton", "tests-on-card", *SPEED[2:]]
+    assert parts(tmp_path) == ["environment", "self-test", "tests-triton", "tests-on-card", *SPEED[2:]]
     assert "crossovers: skipped, only back end cuda has them" in said
 
 

@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from ..base import DTYPES, name_of, tensors
+from ..base import DTYPES, Cards, name_of, tensors
 from . import compare
 from .cases import CASES
 from .compare import UNFINISHED, Faults
@@ -88,18 +88,31 @@ class SelfTest:
         if tested not in CASES:
             self._verdicts[index, op, dtype] = None
             return None
-        kinds = (dtype,) if dtype in DTYPES else DTYPES
-        for kind in kinds:
-            name = f"{tested} in {name_of(kind)}"
-            found = self.faults(index, name, partial(self._test, tested, kind, device))
-            if found is None:
-                return None  # not now
-            if found:
-                reason = _sentence(name, self._device(index), found[name])
-                self._verdicts[index, op, dtype] = reason
-                return reason
-        self._verdicts[index, op, dtype] = None
-        return None
+        for kind in (dtype,) if dtype in DTYPES else DTYPES:
+            try:
+                reason = self.verdict(tested, kind, device)
+            except Untested:
+                return None  # the next call asks again
+            if reason is not None:
+                break
+        self._verdicts[index, op, dtype] = reason
+        return reason
+
+    def verdict(self, op: str, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why the kernels of an op, one of CASES, must not be used for activations of a dtype, or None.
+
+        Raises
+        ------
+        Untested
+            The test cannot run now.
+        RuntimeError
+            The device is lost, in this test or before.
+        """
+        index, name = device.index or 0, f"{op} in {name_of(dtype)}"
+        found = self.faults(index, name, partial(self._test, op, dtype, device))
+        if found is None:
+            raise Untested(f"{name}: the self-test cannot run now, for lack of memory or in a capture")
+        return _sentence(name, self._device(index), found[name]) if found else None
 
     def _test(self, op: str, dtype: torch.dtype, device: torch.device, found: Faults) -> None:
         name = f"{op} in {name_of(dtype)}"
@@ -144,7 +157,11 @@ class SelfTest:
                 )
                 raise RuntimeError(self._lost[index]) from error
             except Exception as error:  # of the test itself: the call would have been right without it
-                logger.warning("%s: the self-test of %s does not run: %r", self._namespace, name, error)
+                sentence = (
+                    f"{self._namespace}: the self-test of {name} does not run on {device.name}: {error!r}"
+                )
+                logger.warning("%s", sentence)
+                self._found[sentence] = None
                 return {}
             self._remember(key, name, found)
             known = {name: found}
@@ -153,7 +170,7 @@ class SelfTest:
         return known[name]
 
     def found(self) -> list[str]:
-        """A sentence about each kernel that is not used."""
+        """A sentence about each kernel that is not used, and about each test that does not run."""
         return list(self._found)
 
     def _isolated(self, index: int, test: Callable[[Faults], None], found: Faults) -> None:
@@ -192,6 +209,18 @@ class SelfTest:
 
 def _sentence(kernel: str, device: Device, fault: str) -> str:
     return f"{kernel} failed its self-test on {device.name} and is not used, please report this: {fault}"
+
+
+@runtime_checkable
+class OnCards(Protocol):
+    """What a back end for cards has."""
+
+    cards: Cards
+    self_test: SelfTest
+
+
+class Untested(RuntimeError):
+    """A test cannot run now."""
 
 
 class _DeviceLost(RuntimeError):
