@@ -92,5 +92,7 @@ inline constexpr bool is_layout(int64_t layout) {
 
 // Codes of scales: values of all 256 of them.
 inline constexpr int64_t kScaleCodes = 256;
+// The code of a scale of 1: NVFP4's scales, of blocks of 16, are E4M3, MXFP4's, of 32, are E8M0.
+inline constexpr int kE4M3One = 0x38, kE8M0One = 0x7F;
 
 }  // namespace peft_kernels

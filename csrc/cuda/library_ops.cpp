@@ -46,27 +46,28 @@ Card card_with(int64_t compute_capability, int64_t sms, int64_t shared_bytes, in
   return {static_cast<int>(compute_capability), static_cast<int>(sms), shared_bytes, reserved_bytes};
 }
 
-std::pair<LinearPlan, LinearPlan> plans(int64_t m, int64_t n, int64_t k, int64_t blocksize,
+std::pair<LinearPlan, LinearPlan> plans(int64_t m, int64_t n, int64_t k, int64_t layout,
                                         const std::string& dtype, const Card& card,
                                         const std::string& kernels) {
+  const int shift = block_shift_of(layout);
   const auto planned = [&](bool is_dx) {
-    return plan_linear(is_dx, dtype_named(dtype), m, n, k, block_shift_of(blocksize), card,
-                       kernels_named(kernels));
+    return codes_of(layout) == kE2M1Codes
+               ? plan_scale_codes(is_dx, dtype_named(dtype), m, n, k, shift, card)
+               : plan_linear(is_dx, dtype_named(dtype), m, n, k, shift, card, kernels_named(kernels));
   };
   return {planned(false), planned(true)};
 }
 
 Names names(const std::pair<LinearPlan, LinearPlan>& plans) { return {plans.first.name, plans.second.name}; }
 
-Names plan(int64_t m, int64_t n, int64_t k, int64_t blocksize, std::string dtype) {
-  return names(plans(m, n, k, blocksize, dtype, current_card(), "by table"));
+Names plan(int64_t m, int64_t n, int64_t k, int64_t layout, std::string dtype) {
+  return names(plans(m, n, k, layout, dtype, current_card(), "by table"));
 }
 
-Names plan_for(int64_t m, int64_t n, int64_t k, int64_t blocksize, std::string dtype,
-               int64_t compute_capability, int64_t sms, int64_t shared_bytes, int64_t reserved_bytes,
-               std::string kernels) {
+Names plan_for(int64_t m, int64_t n, int64_t k, int64_t layout, std::string dtype, int64_t compute_capability,
+               int64_t sms, int64_t shared_bytes, int64_t reserved_bytes, std::string kernels) {
   const Card card = card_with(compute_capability, sms, shared_bytes, reserved_bytes);
-  return names(plans(m, n, k, blocksize, dtype, card, kernels));
+  return names(plans(m, n, k, layout, dtype, card, kernels));
 }
 
 Description describe(const LinearPlan& plan) {
@@ -87,12 +88,12 @@ Description describe(const LinearPlan& plan) {
   return description;
 }
 
-std::tuple<Description, Description> cuts_for(int64_t m, int64_t n, int64_t k, int64_t blocksize,
+std::tuple<Description, Description> cuts_for(int64_t m, int64_t n, int64_t k, int64_t layout,
                                               std::string dtype, int64_t compute_capability, int64_t sms,
                                               int64_t shared_bytes, int64_t reserved_bytes,
                                               std::string kernels) {
   const Card card = card_with(compute_capability, sms, shared_bytes, reserved_bytes);
-  const auto [forward, backward] = plans(m, n, k, blocksize, dtype, card, kernels);
+  const auto [forward, backward] = plans(m, n, k, layout, dtype, card, kernels);
   return {describe(forward), describe(backward)};
 }
 
@@ -180,13 +181,13 @@ TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_JOIN(PEFT_KERNELS_NAMESPACE, _library), m) {
   m.def("spec_hash() -> str", built_for);
   // The kernels that [m, k] x [n, k]^T and its gradient use: on the current device, or on any card.
   // `kernels`: "by table", or "mma.sync" or "wgmma" for any number of rows.
-  m.def("plan(int m, int n, int k, int blocksize, str dtype) -> (str, str)", plan);
-  m.def("plan_for(int m, int n, int k, int blocksize, str dtype, " PEFT_KERNELS_CARD
+  m.def("plan(int m, int n, int k, int layout, str dtype) -> (str, str)", plan);
+  m.def("plan_for(int m, int n, int k, int layout, str dtype, " PEFT_KERNELS_CARD
         ", str kernels='by table') -> (str, str)",
         plan_for);
   // How each of these is partitioned, and the load of the busiest worker: Cut and Load in linear.h. Empty
   // where there is no kernel.
-  m.def("cuts_for(int m, int n, int k, int blocksize, str dtype, " PEFT_KERNELS_CARD
+  m.def("cuts_for(int m, int n, int k, int layout, str dtype, " PEFT_KERNELS_CARD
         ", str kernels='mma.sync') -> (Dict(str, int), Dict(str, int))",
         cuts_for);
   // How a grouped GEMM with `rows` rows of all experts and its gradient are computed: ExpertsWay in

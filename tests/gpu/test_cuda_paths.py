@@ -14,6 +14,7 @@ from numbers_policy import dense64, pairs, short
 
 import ptx_backend as ptx
 import testing
+from peft_kernels.core.formats import FORMATS
 
 CARDS = {"A100": (80, 108, 163 << 10), "RTX-3090": (86, 82, 99 << 10), "H100": (90, 132, 227 << 10)}
 NEWER = {"B200": (100, 148, 227 << 10), "RTX-5090": (120, 170, 99 << 10)}
@@ -48,6 +49,19 @@ def test_unsupported_shapes_are_dequantised_in_pieces(extension: ModuleType) -> 
             (100_000, 4096, 4096, 64, "bfloat16"),
         ):
             assert extension.plan_for(m, n, k, blocksize, dtype, *card) == ("pieces", "pieces")
+
+
+@pytest.mark.parametrize("card", CARDS | NEWER)
+@pytest.mark.parametrize("format,blocksize", [("mxfp4", 32), ("nvfp4", 16)])
+def test_scale_codes_are_fused_for_few_rows(
+    extension: ModuleType, card: str, format: str, blocksize: int
+) -> None:
+    layout, on = FORMATS[format].layout(blocksize), (CARDS | NEWER)[card]
+    size = "" if on[2] > 128 << 10 else "_narrow"
+    for m, name in ((1, "small8_codes"), (8, "small8_codes"), (16, "small16_codes"), (32, "small32_codes")):
+        assert extension.plan_for(m, 4096, 4096, layout, "bfloat16", *on) == (name + size, "pieces")
+    for m, k, dtype in ((33, 4096, "bfloat16"), (8, 4096 + 32, "bfloat16"), (8, 4096, "float16")):
+        assert extension.plan_for(m, 4096, k, layout, dtype, *on) == ("pieces", "pieces")
 
 
 def lines_of(file: str) -> list[str]:

@@ -173,7 +173,13 @@ def test_right_gemms_pass(extension: ModuleType, architecture: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "kernel,names", [("LinearSmall", "small"), ("LinearTiles", "tiles"), ("LinearDx", "dx")]
+    "kernel,names",
+    [
+        (r"LinearSmall\w*GroupScales", "small"),
+        (r"LinearSmall\w*ScaleCodes", "small_codes"),
+        ("LinearTiles", "tiles"),
+        ("LinearDx", "dx"),
+    ],
 )
 def test_a_wrong_gemm_is_switched_off_alone(
     extension: ModuleType, monkeypatch: pytest.MonkeyPatch, kernel: str, names: str
@@ -181,17 +187,21 @@ def test_a_wrong_gemm_is_switched_off_alone(
     """Plans take the next kernel that fits, or none."""
     card, found = Card("a card", "8.0", FEW), dict[str, str]()
     monkeypatch.setattr(gemms, "EXPERTS_PROBLEMS", ())
-    problems = [gemms.Problem(rows, 192, 3 * 64) for rows in (5, 12, 30, 64)]
+    layouts = 64, cases.NVFP4
+    problems = [gemms.Problem(rows, 192, 3 * 64, layout=of) for rows in (5, 12, 30, 64) for of in layouts]
     monkeypatch.setattr(gemms, "problems", lambda card: problems)
     with edited(extension, too_large(kernel)):
         gemms.test(extension, torch.ops.peft_kernels_ptx, card, CPU, found)
-    assert found and all(name.startswith(names) for name in found), found
-    everything = {name for rows in (5, 12, 30, 64) for name in extension.plan(rows, 192, 192, 64, "bfloat16")}
+    assert found and all(re.sub(r"\d+|_narrow", "", name) == names for name in found), found
+
+    def plans() -> set[str]:
+        each = ((rows, layout) for rows in (5, 12, 30, 64) for layout in layouts)
+        return {name for rows, layout in each for name in extension.plan(rows, 192, 192, layout, "bfloat16")}
+
+    everything = plans()
     try:
         extension.set_kernels_off(card, found)
-        planned = {
-            name for rows in (5, 12, 30, 64) for name in extension.plan(rows, 192, 192, 64, "bfloat16")
-        }
+        planned = plans()
         assert not planned & found.keys() and everything - found.keys() <= planned
         extension.set_kernels_off(card, ["experts_fused"])
         assert extension.experts_plan(64, 4, 192, 192, 64, "bfloat16") == ("composed", "fused")

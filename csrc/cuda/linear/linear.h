@@ -41,7 +41,8 @@ struct LinearParams {
   void* y;  // [m, n]; dx: [m, k]
 };
 
-inline constexpr int kGroup = 64;  // minimum number of row elements that share a scale
+// Of a row's elements: as many share a scale, or more, but where scales are codes.
+inline constexpr int kGroup = 64;
 
 // The wide table of pairs (see linear_decode.cuh) is at a fixed address of shared memory, wherever a block's
 // memory starts. Data after it starts at kBehindWideTable. Data before it has the space up to the table less
@@ -82,6 +83,7 @@ struct SmallShape {
 
   int token_tiles, row_tiles;
   bool wide_table;
+  bool has_scale_codes = false;  // 2 or 4 in a group: scales are codes of values in a table
 
   constexpr int tokens() const { return 8 * token_tiles; }  // at most
   constexpr int rows() const { return 16 * row_tiles; }     // of the weight, in a tile
@@ -217,6 +219,10 @@ struct LinearPlan {
 enum class Kernels { kByTable, kMmaSync, kWgmma };
 LinearPlan plan_linear(bool is_dx, DType dtype, int64_t m, int64_t n, int64_t k, int block_shift,
                        const Card& card, Kernels kernels = Kernels::kByTable);
+// A plan for a weight with scale codes, in blocks of 16 or 32: few rows, forward, in bf16. In fp16 a value of
+// a scale may be out of range.
+LinearPlan plan_scale_codes(bool is_dx, DType dtype, int64_t m, int64_t n, int64_t k, int block_shift,
+                            const Card& card);
 // LinearWgmma's plan, or none where the build or the card lacks it. For arguments that LinearTiles or
 // LinearDx accepts.
 LinearPlan plan_wgmma(bool is_dx, int64_t m, int64_t n, int64_t k, const Card& card);

@@ -50,7 +50,8 @@ struct NarrowTable {
 // Fills the table. `start` is the shared memory of the block, the first `bytes_before` bytes of which are in
 // use before a wide table. Called by all threads; a barrier must follow.
 template <class T, class Table, int kThreads>
-DEVICE Table fill_table(const Nf4View& weight, uint8_t* start, uint32_t bytes_before) {
+DEVICE Table fill_table(const Nf4View& weight, uint8_t* start, uint32_t bytes_before,
+                        float factor = kCodeFactor<T>) {
   constexpr int kRows = 256, kRowsOfWarp = kRows / (kThreads / kWarp);
   static_assert(kRowsOfWarp <= kWarp && kRowsOfWarp % 4 == 0);
   const int lane = lane_index(), first = warp_index() * kRowsOfWarp;
@@ -61,7 +62,7 @@ DEVICE Table fill_table(const Nf4View& weight, uint8_t* start, uint32_t bytes_be
   }
   // A lane computes one row and writes 16 bytes of every fourth.
   const int mine = first + lane % kRowsOfWarp;
-  const auto code = [&](int i) { return __fmul_rn(code_value(weight, i), kCodeFactor<T>); };
+  const auto code = [&](int i) { return __fmul_rn(code_value(weight, i), factor); };
   const uint32_t pair = pack2<T>(code(mine >> 4), code(mine & 15));
   uint8_t* row = start + (address - start_address) + (first + lane / 8) * Table::kRowBytes + lane % 8 * 16;
 #pragma unroll
@@ -99,17 +100,19 @@ DEVICE GroupOfX load_group_of_x(const T* x) {
   return {load(reinterpret_cast<const Words4*>(x)), load(reinterpret_cast<const Words4*>(x) + 1)};
 }
 
+template <class T>
+DEVICE void multiply_step(float (&sums)[4], const uint32_t (&weight)[4], const GroupOfX& x, int s) {
+  const Words4& half = s < 2 ? x.low : x.high;
+  const uint32_t b[2] = {half.v[s % 2 * 2], half.v[s % 2 * 2 + 1]};
+  mma<T>(sums, weight, b);
+}
 // sums[16, 8] += weight x^T, where rows g and g + 8 are multiplied by their scales.
 template <class T>
 DEVICE void multiply_group(const uint32_t (&weight)[4][4], const GroupOfX& x, float scale, float scale8,
                            float (&sums)[4]) {
   float c[4] = {};
 #pragma unroll
-  for (int s = 0; s < 4; ++s) {
-    const Words4& half = s < 2 ? x.low : x.high;
-    const uint32_t b[2] = {half.v[s % 2 * 2], half.v[s % 2 * 2 + 1]};
-    mma<T>(c, weight[s], b);
-  }
+  for (int s = 0; s < 4; ++s) multiply_step<T>(c, weight[s], x, s);
   sums[0] = __fmaf_rn(c[0], scale, sums[0]);
   sums[1] = __fmaf_rn(c[1], scale, sums[1]);
   sums[2] = __fmaf_rn(c[2], scale8, sums[2]);

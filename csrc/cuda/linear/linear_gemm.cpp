@@ -23,9 +23,15 @@ void by_row_pieces(const BaseWeight& base, const at::TensorOptions& options, Row
 
 BaseGemm::BaseGemm(const Tensor& rows, const BaseWeight& base, bool is_dx)
     : rows_(rows), base_(base), is_dx_(is_dx) {
-  if (base.is_dense() || !has_gemms(base.nf4()) || !are_aligned({base.nf4().packed()})) return;
-  plan_ = plan_linear(is_dx, dtype_of(rows, "rows"), rows.size(0), base.out_features(), base.in_features(),
-                      base.nf4().block_shift(), current_card());
+  if (base.is_dense() || !has_view(base.nf4()) || !are_aligned({base.nf4().packed()})) return;
+  const int64_t m = rows.size(0), n = base.out_features(), k = base.in_features();
+  const int shift = base.nf4().block_shift();
+  const DType dtype = dtype_of(rows, "rows");
+  if (has_gemms(base.nf4())) {
+    plan_ = plan_linear(is_dx, dtype, m, n, k, shift, current_card());
+  } else if (are_aligned({base.nf4().q8()})) {
+    plan_ = plan_scale_codes(is_dx, dtype, m, n, k, shift, current_card());
+  }
 }
 
 Tensor BaseGemm::run(const OptionalTensor& bias, const Slab& slab) const {

@@ -45,6 +45,15 @@ constexpr Rule kLinearRules[] = {
     {"tiles256_narrow", Cards::kNarrow, kAnyRows, TileShape{8, false}},
     {"tiles128_narrow", Cards::kNarrow, kAnyRows, TileShape{4, false}},
 };
+// Of weights with scale codes.
+constexpr Rule kScaleCodeRules[] = {
+    {"small8_codes", Cards::kWide, 8, SmallShape{1, 1, true, true}},
+    {"small16_codes", Cards::kWide, 16, SmallShape{2, 2, true, true}},
+    {"small32_codes", Cards::kWide, 32, SmallShape{4, 2, true, true}},
+    {"small8_codes_narrow", Cards::kNarrow, 8, SmallShape{1, 1, false, true}},
+    {"small16_codes_narrow", Cards::kNarrow, 16, SmallShape{2, 2, false, true}},
+    {"small32_codes_narrow", Cards::kNarrow, 32, SmallShape{4, 2, false, true}},
+};
 // Beyond one token tile the weight is decoded once per tile.
 constexpr Rule kDxRules[] = {
     {"dx8", Cards::kWide, 8, DxShape{1, true}},
@@ -59,11 +68,15 @@ constexpr Rule kDxRules[] = {
 
 constexpr int64_t kMost = int64_t{1} << 30;  // of 32-bit indices
 
-// Whether groups have whole scales, with 32-bit indices, and rows of dY can be copied in vectors of 16 bytes.
+// Whether rows consist of whole groups, with 32-bit indices.
+bool has_groups(int64_t m, int64_t n, int64_t k, const Card& card) {
+  return card.compute_capability >= 80 && m > 0 && n > 0 && k > 0 && k % kGroup == 0 && m < kMost &&
+         n < kMost && k < kMost && n * k / kGroup < int64_t{1} << 32;
+}
+// Whether groups have whole scales, too, and rows of dY can be copied in vectors of 16 bytes.
 bool takes(bool is_dx, DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
-  return (!is_dx || n % 8 == 0) && dtype != DType::kF32 && card.compute_capability >= 80 && m > 0 && n > 0 &&
-         k > 0 && k % kGroup == 0 && (1 << block_shift) % kGroup == 0 && k % (1 << block_shift) == 0 &&
-         m < kMost && n < kMost && k < kMost && n * k / kGroup < int64_t{1} << 32;
+  return (!is_dx || n % 8 == 0) && dtype != DType::kF32 && has_groups(m, n, k, card) &&
+         (1 << block_shift) % kGroup == 0 && k % (1 << block_shift) == 0;
 }
 
 // Places x, the larger array, and the fixed-size data; returns the bytes available for x.
@@ -194,6 +207,13 @@ LinearPlan plan_linear(bool is_dx, DType dtype, int64_t m, int64_t n, int64_t k,
   }
   if (is_by_table && m > (is_dx ? crossover.backward : crossover.forward)) return {};
   return is_dx ? choose(kDxRules, m, n, k, card) : choose(kLinearRules, m, n, k, card);
+}
+
+LinearPlan plan_scale_codes(bool is_dx, DType dtype, int64_t m, int64_t n, int64_t k, int block_shift,
+                            const Card& card) {
+  if (is_dx || dtype != DType::kBF16 || block_shift < 4 || block_shift > 5 || !has_groups(m, n, k, card))
+    return {};
+  return choose(kScaleCodeRules, m, n, k, card);
 }
 
 // As few equal pieces as allowed: each needs two launches, and a large one fills the card.

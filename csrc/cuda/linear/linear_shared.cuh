@@ -15,17 +15,21 @@ void with_operands(DType dtype, bool wide_table, const Body& body) {
   with_half(dtype, [&](auto type) { wide_table ? body(type, WideTable{}) : body(type, NarrowTable{}); });
 }
 
-// Divides out kCodeFactor, by which decoded weights were multiplied.
-template <class T, int kRowTiles, int kTokenTiles>
-DEVICE void remove_code_factor(float (&sums)[kRowTiles][kTokenTiles][4]) {
+template <int kRowTiles, int kTokenTiles>
+DEVICE void multiply_sums(float (&sums)[kRowTiles][kTokenTiles][4], float factor) {
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
     for (int i = 0; i < kTokenTiles; ++i) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sums[r][i][e] *= 1.0f / kCodeFactor<T>;
+      for (int e = 0; e < 4; ++e) sums[r][i][e] *= factor;
     }
   }
+}
+// Divides out kCodeFactor, by which decoded weights were multiplied.
+template <class T, int kRowTiles, int kTokenTiles>
+DEVICE void remove_code_factor(float (&sums)[kRowTiles][kTokenTiles][4]) {
+  multiply_sums(sums, 1.0f / kCodeFactor<T>);
 }
 
 DEVICE float load_as_float(const void* p, DType dtype, int64_t i) {

@@ -9,12 +9,13 @@
 // in the order of the shares.
 #pragma once
 
+#include "linear_scales.cuh"
 #include "linear_shared.cuh"
 #include "linear_slab.cuh"
 
 namespace peft_kernels::cuda {
 
-template <class T, class Table, int kTokenTiles, int kRowTiles>
+template <class T, class Table, class Scales, int kTokenTiles, int kRowTiles>
 struct LinearSmall {
   static constexpr SmallShape kShape{kTokenTiles, kRowTiles, Table::kIsWide};
   static constexpr int kThreads = SmallShape::kWarps * kWarp;
@@ -34,7 +35,7 @@ struct LinearSmall {
     int shared_offset, x_offset;  // where in shared memory Shared and the slice of x are
   };
   struct Shared {
-    float map[nf4::kDynamicCodes];
+    typename Scales::Map map[nf4::kDynamicCodes];
     uint32_t is_last[kThreads];  // of tiles
     alignas(16)
         Four begun[kWarps][kRowTiles * kTokenTiles][kWarp];  // partial sums of tiles begun by earlier warps
@@ -46,8 +47,9 @@ struct LinearSmall {
     self.copy_x();
     self.start_loading();
     self.table_ = fill_table<T, Table, kThreads>(p.weight, self.start_,
-                                                 p.x_offset == 0 ? self.x_bytes() : sizeof(Shared));
-    fill_map<kThreads>(p.weight, self.shared_->map);
+                                                 p.x_offset == 0 ? self.x_bytes() : sizeof(Shared),
+                                                 Scales::template code_factor<T>());
+    self.scales_of_.template fill<kThreads>(self.shared_->map);
     copy_async_wait<0>();
     __syncthreads();
     self.multiply();
@@ -63,10 +65,10 @@ struct LinearSmall {
   uint8_t* const start_;
   Shared* const shared_;
   const T* const x_at_;
-  const float scale_offset_;
+  const Scales scales_of_;
   Table table_{};
 
-  const uint32_t row_bytes_, row_scales_, last_scale_;
+  const uint32_t row_bytes_;
   const uint8_t* const first_bytes_;  // of row 0
   const int first_scale_k_, last_row_;
 
@@ -83,7 +85,7 @@ struct LinearSmall {
   uint32_t rows_[kLaneRows];
   int scale_k_;  // k of the first group whose scales the lane has
   Words2 bytes_[kGroups][kLaneRows]{};
-  PackedScale scales_[kQuads][kLaneRows];
+  typename Scales::Packed scales_[kQuads][kLaneRows];
 
   DEVICE explicit LinearSmall(const Params& p)
       : p_(p),
@@ -94,10 +96,8 @@ struct LinearSmall {
         start_(shared_memory<uint8_t>()),
         shared_(reinterpret_cast<Shared*>(start_ + p.shared_offset)),
         x_at_(x_row(kTokenTiles == 1 ? token_of(0) : g_) + 16 * t_),
-        scale_offset_(load_scale_offset(p.weight)),
+        scales_of_(p.weight, p.k, t_),
         row_bytes_(static_cast<uint32_t>(p.k / 2)),
-        row_scales_(static_cast<uint32_t>(p.k >> p.weight.block_shift)),
-        last_scale_(row_scales_ - 1),
         first_bytes_(p.weight.packed + slice_.begin * (kGroup / 2) + 8 * t_),
         first_scale_k_((slice_.begin + t_) * kGroup),
         last_row_(p.n - 1),
@@ -169,11 +169,9 @@ struct LinearSmall {
   DEVICE void load_scales() {
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
-      const uint32_t block = static_cast<uint32_t>(scale_k_ + q * 4 * kGroup) >> p_.weight.block_shift;
-      const uint32_t existing = block < last_scale_ ? block : last_scale_;
+      const uint32_t place = scales_of_.place_of(scale_k_ + q * 4 * kGroup);
 #pragma unroll
-      for (int i = 0; i < kLaneRows; ++i)
-        scales_[q][i] = load_scale(p_.weight, rows_[i] * row_scales_ + existing);
+      for (int i = 0; i < kLaneRows; ++i) scales_[q][i] = scales_of_.load_at(rows_[i], place);
     }
   }
   DEVICE void load_group(int j) {
@@ -201,7 +199,7 @@ struct LinearSmall {
         }
       }
       left -= groups;
-      remove_code_factor<T>(sums_);
+      multiply_sums(sums_, scales_of_.template sum_factor<T>());
       if (slice_.index == 0 && group == 0) {
         multiply_slab(
             p_, 0, 1, [&](int i) { return row_of(tile_, i); }, [&](int i) { return token_of(i); }, sums_);
@@ -227,12 +225,12 @@ struct LinearSmall {
 
   template <bool kWhole>
   DEVICE void multiply_chunk(const T* x, int groups) {
-    float scale[kQuads][kLaneRows];
+    typename Scales::Value scale[kQuads][kLaneRows];
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
 #pragma unroll
       for (int i = 0; i < kLaneRows; ++i) {
-        scale[q][i] = unpack_scale(scales_[q][i], shared_->map, scale_offset_);
+        scale[q][i] = scales_of_.unpack(scales_[q][i], shared_->map);
       }
     }
     advance();
@@ -244,9 +242,10 @@ struct LinearSmall {
     }
   }
 
-  DEVICE void multiply_group_of(const T* x_of_chunk, int j, const float (&scale)[kLaneRows]) {
+  DEVICE void multiply_group_of(const T* x_of_chunk, int j,
+                                const typename Scales::Value (&scale)[kLaneRows]) {
     uint32_t weight[kRowTiles][4][4];
-    float row_scale[kLaneRows];
+    typename Scales::Value row_scale[kLaneRows];
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
       decode_group(table_, bytes_[j][2 * r], bytes_[j][2 * r + 1], weight[r]);
@@ -254,11 +253,15 @@ struct LinearSmall {
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) row_scale[i] = __shfl_sync(kAllLanes, scale[i], j % 4, 4);
 #pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      scales_of_.apply(shared_->map, row_scale[2 * r], row_scale[2 * r + 1], weight[r]);
+    }
+#pragma unroll
     for (int i = 0; i < kTokenTiles; ++i) {
       const GroupOfX x = load_group_of_x(x_of_chunk + i * 8 * x_pitch() + j * kGroup);
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
-        multiply_group<T>(weight[r], x, row_scale[2 * r], row_scale[2 * r + 1], sums_[r][i]);
+        scales_of_.template multiply<T>(weight[r], x, row_scale[2 * r], row_scale[2 * r + 1], sums_[r][i]);
       }
     }
   }

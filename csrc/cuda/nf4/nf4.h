@@ -16,6 +16,7 @@ struct Nf4View {
   int scale_shift;
   int block_shift;            // log2 of the blocksize
   const float* scale_values;  // null: a map of ones
+  int code_of_one;            // of scale_values, in proportion to which the others are exact in bf16
   int first_code;             // of its values in CodeTables
 
   bool is_nf4() const { return first_code == 0 && !scale_values; }

@@ -10,7 +10,7 @@ namespace peft_kernels::cuda {
 
 // Whether kernels that multiply and sum take it as an Nf4View; others are dequantised.
 inline bool has_view(const Nf4Tensors& weight) { return !weight.has_bytes() && !weight.has_half_scales(); }
-// Whether kernels of GEMMs take it: they read scales, not the values of their codes.
+// Whether all kernels of GEMMs take it; LinearSmall takes scale codes too.
 inline bool has_gemms(const Nf4Tensors& weight) { return has_view(weight) && !weight.has_scale_values(); }
 
 // Of a weight that has_view().
@@ -27,6 +27,7 @@ inline Nf4View view_of(const Nf4Tensors& weight) {
   } else if (weight.has_scale_values()) {
     view.scale_code = weight.q8();
     view.scale_values = weight.scale_values(0);
+    view.code_of_one = weight.block_shift() == 4 ? kE4M3One : kE8M0One;
   } else {
     view.scale = weight.absmax();
   }

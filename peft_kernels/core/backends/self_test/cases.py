@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...formats import LAYOUT_SHIFT
+from ...formats import FORMATS, LAYOUT_SHIFT
 
 Args = tuple[Any, ...]
 FP32 = torch.float32
@@ -46,9 +46,10 @@ class Values:
     def whole(self, values: Any, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
 
-    def packed(self, n: int, k: int, blocksize: int, is_nested: bool, experts: int = 0) -> Args:
-        """An NF4 weight, or those of experts, in which no two neighbouring scales are alike."""
-        blocks, size = -(-n * k // blocksize), 2.0 * k**-0.5
+    def packed(self, n: int, k: int, layout: int, is_nested: bool, experts: int = 0) -> Args:
+        """A packed weight, or those of experts, in which no two neighbouring scales are alike. The layout of
+        NF4 is the blocksize."""
+        blocks, size = -(-n * k // (layout % (1 << LAYOUT_SHIFT))), 2.0 * k**-0.5
 
         def values(count: int) -> Tensor:
             of_all = self.normal(max(experts, 1) * count, dtype=FP32).abs() * size + size / 2
@@ -59,9 +60,12 @@ class Values:
             return of_all.view(experts, count) if experts else of_all
 
         weight = codes(-(-n * k // 2))
+        if layout == NVFP4:
+            scales = self.whole(range(256), torch.uint8).view(torch.float8_e4m3fn).to(FP32)
+            return weight, codes(blocks) % 24 + 44, scales * size / 6, None, layout
         if not is_nested:
-            return weight, values(blocks), None, None, blocksize
-        return weight, codes(blocks), values(-(-blocks // 256)), values(1).squeeze(-1), blocksize
+            return weight, values(blocks), None, None, layout
+        return weight, codes(blocks), values(-(-blocks // 256)), values(1).squeeze(-1), layout
 
     def factors(self, n: int, k: int, rank: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """A and B of an adapter."""
@@ -74,8 +78,8 @@ def dense(weight: Tensor) -> Args:
 
 WEIGHTS = ((136, 192, 64, True), (72, 256, 32, False), (33, 35, 64, True), (64, 128, 4096, False))
 """out_features, in_features, blocksize, double quantisation."""
-FP4 = 1 << LAYOUT_SHIFT | 64
-"""The layout of another format of codes, in blocks of 64."""
+FP4, NVFP4 = FORMATS["fp4"].layout(64), FORMATS["nvfp4"].layout(16)
+"""The layouts of other formats of codes: with scales as NF4 has them, and with scales that are codes."""
 DROPS = 0.3
 
 
@@ -95,13 +99,15 @@ def unpack_absmax(draw: Values) -> Iterator[Args]:
 def dequantize_nf4(draw: Values) -> Iterator[Args]:
     for n, k, size, nested in WEIGHTS:
         yield *draw.packed(n, k, size, nested), [n, k], draw.dtype
-    yield *draw.packed(72, 96, 64, False)[:-1], FP4, [72, 96], draw.dtype
+    for layout in (FP4, NVFP4):
+        yield *draw.packed(72, 96, layout, False), [72, 96], draw.dtype
 
 
 def nf4_linear(draw: Values) -> Iterator[Args]:
     for rows, (n, k, size, nested) in zip((ROWS, 1, 7, 130), WEIGHTS, strict=True):
         bias = draw.normal(n, dtype=FP32 if n % 2 else None)
         yield draw.normal(rows, k), *draw.packed(n, k, size, nested), n, bias
+    yield draw.normal(7, 256), *draw.packed(72, 256, NVFP4, False), 72, None
 
 
 def nf4_linear_dx(draw: Values) -> Iterator[Args]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...op import OPS
 from ..base import name_of
 from ..crossovers import ALL_ROWS, ANY, Card, Rows, forced
-from .cases import FP32, Values
+from .cases import FP32, NVFP4, Values
 from .compare import UNFINISHED, Faults
 
 BLOCKSIZE = 64
@@ -36,7 +36,7 @@ class Problem(NamedTuple):
     features: int
     terms: int
     is_nested: bool = True
-    blocksize: int = BLOCKSIZE
+    layout: int = BLOCKSIZE
     rank: int = 16
     is_fp32: bool = False
     """Whether the adapter is fp32: it takes three times the stages."""
@@ -52,10 +52,11 @@ def problems(card: Card) -> list[Problem]:
         Problem(5, per_tile - 64, 9 * BLOCKSIZE),
         Problem(12, 3 * per_tile - 64, 3 * BLOCKSIZE),
         Problem(30, per_tile - 64, 4 * BLOCKSIZE, rank=24, is_fp32=True),
+        *(Problem(rows, per_tile - 64, 9 * BLOCKSIZE, layout=NVFP4) for rows in (5, 12, 30)),
         Problem(64, 7 * per_tile - 64, 3 * BLOCKSIZE),
         Problem(100, 5 * per_tile - 64, 3 * BLOCKSIZE, rank=24, is_fp32=True),
         Problem(200, 5 * per_tile - 64, 3 * BLOCKSIZE, is_nested=False),
-        Problem(64, 192, 40 * BLOCKSIZE, is_nested=False, blocksize=512),
+        Problem(64, 192, 40 * BLOCKSIZE, is_nested=False, layout=512),
     ]
 
 
@@ -113,7 +114,7 @@ def plan(
 ) -> tuple[str, str]:
     """The kernels that a problem takes by these crossovers, forward and backward: as `library.plan` names
     them, those of experts after "experts_"."""
-    rest = n, k, problem.blocksize, name_of(dtype)
+    rest = n, k, problem.layout, name_of(dtype)
     with forced(library, card, way):
         if not problem.ends:
             forward, backward = library.plan(problem.rows, *rest)
@@ -128,7 +129,7 @@ def gemm(
     """A layer's forward with bias, or its gradient of x, on new arguments; and its result in plain torch."""
     rows, ends, draw = problem.rows, problem.ends, Values(device, dtype)
     each, of_adapter = (len(ends),) if ends else (), FP32 if problem.is_fp32 else None
-    base = draw.packed(n, k, problem.blocksize, problem.is_nested, len(ends))
+    base = draw.packed(n, k, problem.layout, problem.is_nested, len(ends))
     a = draw.normal(*each, problem.rank, k, scale=k**-0.5, dtype=of_adapter)
     b, bias = draw.normal(*each, n, problem.rank, dtype=of_adapter), draw.normal(*each, n)
     x, h = draw.normal(rows, n if is_dx else k), draw.normal(rows, problem.rank, dtype=FP32)
