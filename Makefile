@@ -132,7 +132,7 @@ test-isa: $(VENV)/.built-isa $(VENV)/.packages-test ## Run the kernels' tests on
 	$(PYTEST) --backends isa $(WITH_KERNELS) $(ARGS)
 
 # Tests that compile CUDA code and read the result; no kernel of a back end runs.
-COMPILED := $(addprefix tests/gpu/,test_sass.py test_block_sass.py ptx/test_texts.py bench/test_built_ptx.py \
+COMPILED := $(addprefix tests/gpu/,test_sass.py test_block_sass.py test_warpgroup_sass.py ptx/test_texts.py bench/test_built_ptx.py \
   card/test_primitives.py cuda_host/test_cuda_host.py)
 test-compiled: $(VENV)/.built-gpu $(VENV)/.packages-test ## Check the machine code of the CUDA kernels
 	$(PYTEST) $(COMPILED) $(ARGS)

@@ -71,7 +71,12 @@ def cuda(target: str) -> list[Row] | str:
     if isinstance(tools, str):
         return tools
     architecture = int(target.removeprefix("sm"))
-    kernels = sass.read(tools, sass.compile_all(tools, files, [architecture]))
+    try:
+        kernels = sass.read(tools, sass.compile_all(tools, files, [architecture]))
+    except RuntimeError as error:
+        if "is not defined for option 'gpu-name'" not in str(error):
+            raise
+        return f"{tools.ptxas or tools.nvcc} is too old for {target}"
     return [cuda_row(limits.check(kernel)) for kernel in sorted(kernels, key=lambda kernel: kernel.name)]
 
 
@@ -81,6 +86,7 @@ def cuda_row(finding: limits.Finding) -> Row:
     return {
         "kernel": kernel.name,
         "registers": str(kernel.registers),
+        "by role": ", ".join(f"{role.used} of {role.registers}" for role in limits.roles(kernel)),
         "shared": f"{kernel.shared:,}",
         "warps": str(finding.warps),
         "instr/weight": "-".join(unique(counts)),

@@ -140,6 +140,7 @@ RULES: Sequence[Rule] = (
 )
 
 
+WARPGROUP_THREADS = 128
 REGISTER_UNIT, SCHEDULERS = 256, 4  # per warp; each has its share of the registers
 SHARED_UNIT = 128
 
@@ -157,6 +158,54 @@ class Finding:
     faults: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Role:
+    """What warps do after setmaxnreg."""
+
+    registers: int
+    """Of a thread from then on."""
+    is_producer: bool
+    """Whether they gave registers away."""
+    used: int
+    """Registers up to the highest that an instruction names."""
+
+
+def roles(kernel: Kernel) -> list[Role]:
+    found = []
+    for i, instruction in enumerate(kernel.instructions):
+        if instruction.name == "USETMAXREG":
+            registers = int(instruction.operands.split()[-2], 16)
+            used = max(map(_used, kernel.reachable(i)), default=0)
+            found.append(Role(registers, "DEALLOC" in instruction.opcode, used))
+    return found
+
+
+def _used(instruction: Instruction) -> int:
+    """Registers up to the highest that is named. A vector of up to four, named by its first, ends before the
+    next multiple of four, as limits do; the sums of a warpgroup are longer."""
+    used = 1 + max((int(n) for n in re.findall(r"\bR(\d+)", instruction.operands)), default=-1)
+    if found := re.match(r"HGMMA\.64x(\d+)x16\.F32", instruction.opcode):
+        used = max(used, int(instruction.operands.split(",")[0].strip(" R")) + int(found[1]) // 2)
+    return used
+
+
+def pool_faults(kernel: Kernel) -> list[str]:
+    """Roles that take more registers than their block has, which never ends, or use more than they have."""
+    found = roles(kernel)
+    if not found:
+        return []
+    faults = [f"uses R{r.used - 1} of {r.registers} registers" for r in found if r.used > r.registers]
+    producers = [role.registers for role in found if role.is_producer]
+    consumers = [role.registers for role in found if not role.is_producer]
+    if len(producers) != 1 or len(consumers) != 1:
+        return [*faults, f"has roles of {producers} and {consumers} registers"]
+    # One warpgroup produces, the others multiply.
+    wanted = WARPGROUP_THREADS * producers[0] + (kernel.threads - WARPGROUP_THREADS) * consumers[0]
+    if wanted > kernel.registers * kernel.threads:
+        faults.append(f"takes {wanted} registers of {kernel.registers} x {kernel.threads}")
+    return faults
+
+
 def rule_for(kernel: Kernel) -> Rule | None:
     used = (rule for rule in RULES if kernel.architecture in rule.architectures)
     return next((rule for rule in used if re.fullmatch(rule.pattern, kernel.name)), None)
@@ -170,8 +219,8 @@ def check(kernel: Kernel) -> Finding:
         faults.append(f"spills {kernel.spill_bytes} bytes")
     if local := count(kernel.instructions, LOCAL):
         faults.append(f"{local} accesses to local memory")
-    if kernel.is_serialised:
-        faults.append("serialises its instructions of a warpgroup")
+    faults += [f"ptxas: {warning}" for warning in kernel.warnings]
+    faults += pool_faults(kernel)
     if not (warps := resident_warps(kernel)):
         faults.append(f"does not fit: {kernel.registers} registers, {kernel.shared} bytes shared")
     rule = rule_for(kernel)

@@ -1,7 +1,8 @@
 """Registers, spills and main-loop instructions of the compiled CUDA kernels.
 
 Needs no GPU: every .cu file of csrc/cuda is compiled for every architecture, disassembled and counted.
-`limits.py` has the limits that tests/gpu/test_sass.py checks the counts against.
+`limits.py` has the limits that tests/gpu/test_sass.py checks the counts against. PTXAS=FILE names the ptxas
+of another toolkit, which then assembles what nvcc writes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from . import built_ptx, sass_cfg, shared
+from . import built_ptx, other_ptxas, sass_cfg, shared
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
@@ -37,6 +38,8 @@ class Tools:
     nvcc: str
     nvdisasm: str
     demangler: str
+    ptxas: str | None = None
+    """Of another toolkit than nvcc."""
 
 
 def tools() -> Tools | str:
@@ -51,7 +54,8 @@ def tools() -> Tools | str:
     }
     if missing := [name for name, path in found.items() if path is None]:
         return f"{', '.join(missing)} not found"
-    return Tools(*(path for path in found.values() if path is not None))
+    names = [path for path in found.values() if path is not None]
+    return Tools(*names, ptxas=os.environ.get("PTXAS") or None)
 
 
 def _locations(spec: object) -> Sequence[str]:
@@ -94,20 +98,27 @@ def compile_all(
     """
     cache.mkdir(parents=True, exist_ok=True)
     version = run([tools.nvcc, "--version"]).stdout
+    by_nvcc = ([version, *FLAGS], [tools.nvcc, *FLAGS, f"-I{include}"])
     first = {architecture: one for one, same in SAME_PTX.items() for architecture in same}
 
-    def build(source: Path, of: Path, name: str, *flags: str, text: str | None = None) -> tuple[Path, str]:
-        """Compiles a source, or stores `text` as its output. Returns the output's path and nvcc's
-        messages."""
+    def build(
+        source: Path,
+        of: Path,
+        name: str,
+        *flags: str,
+        text: str | None = None,
+        by: tuple[list[str], list[str]] = by_nvcc,
+    ) -> tuple[Path, str]:
+        """Compiles a source, or stores `text` as its output. Returns the output's path and the compiler's
+        messages. `by`: what identifies the compiler, and its command."""
         stem, suffix = name.split(".")
-        path = cache / f"{of.stem}-{stem}-{_key(version, *FLAGS, *flags, *_texts(of, include))}.{suffix}"
+        path = cache / f"{of.stem}-{stem}-{_key(*by[0], *flags, *_texts(of, include))}.{suffix}"
         log = path.with_suffix(".log")
         if not (path.exists() and log.exists()):
             # Renamed when complete, so that an interrupted run leaves no partial result.
             unfinished, messages = path.with_suffix(f".{os.getpid()}"), ""
             if text is None:
-                command = [tools.nvcc, *FLAGS, *flags, f"-I{include}", str(source), "-o", str(unfinished)]
-                messages = run(command).stderr
+                messages = run([*by[1], *flags, str(source), "-o", str(unfinished)]).stderr
             else:
                 unfinished.write_text(text, encoding="utf-8")
             log.write_text(messages, encoding="utf-8")
@@ -124,11 +135,17 @@ def compile_all(
         text, suffix = texts[file, ptx_of(*job)], "a" if file.stem in HOPPER else ""
         name = f"sm{architecture}{suffix}"
         flag = f"-arch=sm_{architecture}{suffix}"
-        return Cubin(file, architecture, *build(text, file, f"{name}.cubin", flag, "-cubin"))
+        if tools.ptxas is None:
+            return Cubin(file, architecture, *build(text, file, f"{name}.cubin", flag, "-cubin"))
+        lowered = other_ptxas.lowered(text.read_text(encoding="utf-8"), newest)
+        text = build(text, text, "lowered.ptx", newest, text=lowered)[0]
+        by = [run([tools.ptxas, "--version"]).stdout], [tools.ptxas, "-v"]
+        return Cubin(file, architecture, *build(text, text, f"{name}.cubin", flag, by=by))
 
     def ptx_of(file: Path, architecture: int) -> str:
         return f"{architecture}a" if file.stem in HOPPER else str(first[architecture])
 
+    newest = other_ptxas.newest_version(tools.ptxas, cache) if tools.ptxas else ""
     wanted = [(file, a) for file in files for a in architectures if a in architectures_of(file)]
     with ThreadPoolExecutor(JOBS) as pool:
         to_write = list(dict.fromkeys((file, ptx_of(file, a)) for file, a in wanted))
@@ -173,6 +190,7 @@ class Instruction:
     """Predicated: it may not be executed."""
     targets: tuple[str, ...]
     """Labels."""
+    operands: str = ""
 
     @property
     def name(self) -> str:
@@ -204,8 +222,8 @@ class Kernel:
     shared: int = 0
     """Bytes per block that the kernel declares."""
     spill_bytes: int = 0
-    is_serialised: bool = False
-    """Whether ptxas waits for each instruction of a warpgroup."""
+    warnings: list[str] = field(default_factory=list)
+    """Of ptxas, such as that it waits for each instruction of a warpgroup."""
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     """Index of the instruction that follows each label."""
@@ -226,6 +244,16 @@ class Kernel:
     def main_loop(self, pattern: str) -> list[Instruction]:
         """All instructions of the main loop; of the kernel, where no match is in a loop."""
         return self._of(sorted(self._main_loop(pattern) or self.successors))
+
+    def reachable(self, index: int) -> list[Instruction]:
+        """Those that may be executed after an instruction."""
+        start = max(block for block in self.successors if block <= index)
+        seen, todo = set(), [*self.successors[start]]
+        while todo:
+            if (block := todo.pop()) not in seen and block != sass_cfg.END:
+                seen.add(block)
+                todo += self.successors[block]
+        return [*self.instructions[index + 1 : self._ends[start]], *self._of(sorted(seen))]
 
     def _main_loop(self, pattern: str) -> frozenset[int] | None:
         own: dict[frozenset[int] | None, int] = {}  # matches of a loop, without its inner loops
@@ -308,6 +336,9 @@ _SECTION = re.compile(r"\s*\.section\s+(?:\.(text|nv\.info)\.([^,\s]+))?")
 _LABEL = re.compile(r"(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)(.*)")
 _TARGET = re.compile(r"\.L_x_\d+")
+_WARNING = re.compile(
+    r"ptxas.*(?:warning\s*:|info\s*: (?=\(C\d+\)))\s*(.*?)(?: in (?:the )?function '\w+')?$"
+)
 _WORD = re.compile(r"\.word\s+(0x[0-9a-f]+)")
 
 
@@ -333,7 +364,7 @@ def parse(cubin: Cubin, text: str) -> list[Kernel]:
                 targets = tuple(_TARGET.findall(operands))
                 # `BRA P1, ...` and `BRA.U !UP0, ...` are guarded by an operand.
                 guarded = guard is not None or re.match(r"\s*!?U?P[\dT]", operands) is not None
-                current.instructions.append(Instruction(opcode, guarded, targets))
+                current.instructions.append(Instruction(opcode, guarded, targets, operands))
     _read_log(cubin.log, kernels)
     return [kernel for kernel in kernels.values() if kernel.instructions]
 
@@ -341,8 +372,10 @@ def parse(cubin: Cubin, text: str) -> list[Kernel]:
 def _read_log(log: str, kernels: dict[str, Kernel]) -> None:
     kernel = None
     for line in log.splitlines():
-        if found := re.search(r"wgmma\.mma_async instructions are serialized.*'(\w+)'", line):
-            kernels[found.group(1)].is_serialised = True
+        if found := _WARNING.match(line):
+            named = [kernel for name, kernel in kernels.items() if name in re.findall(r"\w+", line)]
+            for one in named or kernels.values():
+                one.warnings.append(found.group(1))
         if found := re.search(r"Compiling entry function '(\S+)'", line):
             kernel = kernels.get(found.group(1))
         if kernel is None:

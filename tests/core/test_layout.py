@@ -42,7 +42,7 @@ LAYERS = {
 }
 """Folders and modules of a package, each of which imports only those before it."""
 BUDGETS = {
-    "bench": 8_100,
+    "bench": 8_190,
     "csrc/common": 1_600,
     "csrc/cpu": 12_000,
     "csrc/cuda": 14_350,  # scale codes: MXFP4 and NVFP4 read packed for few rows, an eighth of the bytes
@@ -61,7 +61,7 @@ BUDGETS = {
     "peft_kernels/quantize": 2_000,
     "peft_kernels/serving": 1_700,
     "peft_kernels/triton_kernels": 5_830,
-    "tests": 78_650,
+    "tests": 78_720,
     "tools": 3_200,
 }
 """Most lines of code in a folder and those below it. A commit that adds a feature removes as many lines, or
