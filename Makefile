@@ -16,7 +16,7 @@ CARD := $(shell command -v nvidia-smi)
 CPP  := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-all demo test test-all test-seeds test-isa test-gpu test-compiled test-flows test-dist test-tools triton triton-ptx ptx \
+.PHONY: help setup setup-all demo test test-all test-seeds test-isa test-gpu test-compiled test-flows test-dist test-tools kernel-loop triton triton-ptx ptx \
   fuzz sanitize asan tsan peft-tests upgrades release-check package wheels hub bench docs lint format clean
 
 help: ## List the targets
@@ -136,6 +136,7 @@ COMPILED := $(addprefix tests/gpu/,test_sass.py test_block_sass.py test_warpgrou
   card/test_primitives.py cuda_host/test_cuda_host.py)
 test-compiled: $(VENV)/.built-gpu $(VENV)/.packages-test ## Check the machine code of the CUDA kernels
 	$(PYTEST) $(COMPILED) $(ARGS)
+	$(if $(ARGS),,$(if $(NVCC),$(MAKE) kernel-loop))
 
 # A full run also records which instructions of the CUDA kernels were executed, and checks the list of those that were not.
 EXECUTED := build/ptx_executed
@@ -145,6 +146,26 @@ test-gpu: $(VENV)/.built-gpu $(VENV)/.packages-test ## Run the CUDA kernels' tes
 	  $(addprefix --ignore=,$(COMPILED)) $(ARGS)
 	$(if $(ARGS),,$(if $(NVCC),$(BIN)/python tests/gpu/ptx/executed.py --folder $(EXECUTED) --check))
 	$(if $(ARGS),,$(MAKE) triton ptx)
+
+# To edit a kernel and run it within a minute: no torch, no Python.
+LOOP := build/kernel-loop
+LOOP_SOURCES := tests/gpu/loop/main.cu $(wildcard $(addprefix tests/gpu/ptx/,machine/*.cpp instructions/*.cpp runtime/*.cpp text/*.cpp)) \
+  $(addprefix csrc/cuda/,core/launch.cpp linear/crossovers.cpp linear/linear_plan.cpp linear/linear_wgmma_plan.cpp \
+  linear/linear_small.cu linear/linear_tiles.cu linear/linear_dx.cu nf4/nf4_dequantize.cu)
+LOOP_FLAGS = -std=c++17 -MMD -DPEFT_KERNELS_PTX $(addprefix -I,csrc csrc/cuda tests/gpu/ptx)
+$(LOOP)/%.cu.o: %.cu
+	@mkdir -p $(@D)
+	$(NVCC) $(LOOP_FLAGS) -O3 --no-compress -lineinfo -gencode=arch=compute_80,code=compute_80 -c -o $@ $<
+$(LOOP)/%.cpp.o: %.cpp
+	@mkdir -p $(@D)
+	$(NVCC) $(LOOP_FLAGS) -O2 -Xcompiler -march=native -c -o $@ $<
+$(LOOP)/loop: $(LOOP_SOURCES:%=$(LOOP)/%.o)
+	$(NVCC) -cudart none -o $@ $^ -lpthread
+-include $(LOOP_SOURCES:%=$(LOOP)/%.d)
+kernel-loop: ## Compile and run the CUDA kernels of NF4 GEMMs without torch, seconds after an edit (KERNEL=small8 and others; needs nvcc)
+	@$(if $(NVCC),,echo "kernel-loop: no nvcc"; exit 1)
+	@$(MAKE) -s --no-print-directory -j2 $(LOOP)/loop
+	$(LOOP)/loop $(KERNEL)
 
 test-flows: $(VENV)/.built $(VENV)/.packages-test ## Run real training loops of transformers, PEFT, TRL and accelerate
 	$(PYTEST) tests/flows $(addprefix --ignore=,$(FIRST_FLOWS)) $(ARGS)
