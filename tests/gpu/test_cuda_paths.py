@@ -123,6 +123,27 @@ def test_long_shares_of_few_rows(
         check_lora_linear(case)
 
 
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("format,blocksize", [("mxfp4", 32), ("nvfp4", 16)])
+def test_scale_codes_on_every_path(extension: ModuleType, card: str, format: str, blocksize: int) -> None:
+    """Few rows of the same shapes, and shares that are long."""
+    extension.set_card(CARDS[card][0], FEW, CARDS[card][2])
+    of_format = {"format": format, "bs": blocksize, "nested": False, "base": "nf4"}
+    few, i = [row for row in ROWS if row <= 32], 0
+    for (n, k), rows in [
+        *((shape, few) for shape in SHAPES),
+        ((264, 2560), (1, 9, 17)),
+        ((1030, 128), (8, 32)),
+    ]:
+        for m in rows:
+            i += 1
+            layout = FORMATS[format].layout(blocksize)
+            assert extension.plan(m, n, k, layout, "bfloat16")[0].startswith("small")
+            case = sizes(m, n, k, torch.bfloat16, i) | of_format
+            check_nf4_linear(case)
+            check_lora_linear(case)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 @pytest.mark.parametrize("adapter", ["fp32", "same"])
 def test_many_ranks(extension: ModuleType, adapter: str, dtype: torch.dtype) -> None:
@@ -155,11 +176,13 @@ def test_adapters_on_several_blocks_of_rows(extension: ModuleType) -> None:
 def test_order_of_threads_changes_no_bit(extension: ModuleType, card: str, seed: int) -> None:
     """Nor does uninitialised memory: counters are zero again after every call."""
     weight, of_dx = testing.nf4_weight(48, 2560), testing.nf4_weight(520, 320)
+    coded = testing.nf4_weight(48, 2560, 16, False, format="nvfp4")
     x, dy = testing.tensor(70, 2560, dtype=torch.bfloat16), testing.tensor(33, 520, dtype=torch.bfloat16)
 
     def run() -> list[torch.Tensor]:
         ops = torch.ops.peft_kernels
         y = [ops.nf4_linear(x[:m], *weight._state.op_args, 48, None) for m in (1, 9, 17, 70)]
+        y += [ops.nf4_linear(x[:m], *coded._state.op_args, 48, None) for m in (1, 9, 17)]
         return y + [ops.nf4_linear_dx(dy[:m], *of_dx._state.op_args, 320) for m in (1, 9, 17, 33)]
 
     extension.set_card(CARDS[card][0], FEW, CARDS[card][2])
