@@ -229,7 +229,7 @@ class FakeCards:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"card {i}")
         monkeypatch.setattr(cuda.BACKEND, "_refusal", None)
-        monkeypatch.setattr(cuda.BACKEND, "_cards", cuda.BACKEND._unprobed_cards())
+        monkeypatch.setattr(cuda.BACKEND, "cards", cuda.BACKEND._unprobed_cards())
         monkeypatch.setattr(cuda.BACKEND, "_extension", SimpleNamespace(architectures=lambda: "8.0:9.0"))
         monkeypatch.setattr(cuda.BACKEND, "crossovers_of", lambda index, may_test: None)
         monkeypatch.setenv("PEFT_KERNELS_SELF_TEST", "0")
