@@ -152,17 +152,19 @@ def _losses(dtype: torch.dtype, nested: bool) -> Iterator[Call]:
     x, labels = empty(MANY, SIZE, dtype=dtype), empty(MANY, dtype=torch.int64)
     head = *nf4(16 * SIZE, SIZE, nested), 16 * SIZE, empty(16 * SIZE)
     capped, smoothed = (labels, -100, 0.5, 30.0, 0.0, 1e-4), (labels, -100, 1.0, 0.0, 0.1, 0.0)
-    yield Call("linear_cross_entropy", (x, *head, *capped, True, True, True))
+    yield Call("linear_cross_entropy", (x, *head, *capped, True, True, True, True))
     dense = empty(SIZE, SIZE, dtype=dtype), None, None, None, 0, SIZE, None
-    yield Call("linear_cross_entropy", (x, *dense, *smoothed, True, False, False))
-    yield Call("linear_cross_entropy", (x, *dense, *smoothed, False, False, False))
+    yield Call("linear_cross_entropy", (x, *dense, *smoothed, True, False, False, False))
+    yield Call("linear_cross_entropy", (x, *dense, *smoothed, False, False, False, False))
     adapter = empty(MANY, RANK), empty(16 * SIZE, RANK)
-    yield Call("linear_cross_entropy_trained", (x, *head, *adapter, *capped, True, True))
+    yield Call("linear_cross_entropy_trained", (x, *head, *adapter, *capped, True, True, True))
     row = empty(MANY)
     needs = True, False, True, True, True
-    yield Call("linear_cross_entropy_backward", (row, row, x, *head, *adapter, *capped, *needs))
+    trained = x, *head, *adapter, *capped[:-1]
+    yield Call("linear_cross_entropy_backward", (row, row, row, row, *trained, *needs))
     needs = True, True, False, False, False
-    yield Call("linear_cross_entropy_backward", (row, row, x, *dense, None, None, *smoothed, *needs))
+    trained = x, *dense, None, None, *smoothed[:-1]
+    yield Call("linear_cross_entropy_backward", (row, row, None, row, *trained, *needs))
 
 
 def _products(dtype: torch.dtype, nested: bool) -> Iterator[Call]:

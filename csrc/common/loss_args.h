@@ -3,8 +3,6 @@
 
 #include <ATen/ATen.h>
 
-#include <utility>
-
 #include "checks.h"
 
 namespace peft_kernels {
@@ -39,13 +37,17 @@ inline void check_loss_adapter(const OptionalTensor& h, const OptionalTensor& lo
   check_shape(*lora_b, {vocabulary, h->size(1)}, "lora_b");
 }
 
-inline void check_loss_backward(const Tensor& dloss, const Tensor& lse, int64_t rows, bool is_packed,
-                                bool has_bias, bool has_adapter, bool need_dw, bool need_dbias, bool need_dh,
-                                bool need_db) {
-  for (const auto& [t, name] : {std::pair{&dloss, "dloss"}, std::pair{&lse, "lse"}}) {
-    check_dtype(*t, at::kFloat, name);
-    check_shape(*t, {rows}, name);
-  }
+inline void check_loss_backward(const Tensor& of_label, const Tensor& of_p, const OptionalTensor& of_pz,
+                                const Tensor& lse, int64_t rows, bool is_packed, bool has_bias,
+                                bool has_adapter, bool need_dw, bool need_dbias, bool need_dh, bool need_db) {
+  const auto check = [&](const Tensor& t, const char* name) {
+    check_dtype(t, at::kFloat, name);
+    check_shape(t, {rows}, name);
+  };
+  check(of_label, "of_label");
+  check(of_p, "of_p");
+  if (of_pz) check(*of_pz, "of_pz");
+  check(lse, "lse");
   TORCH_CHECK(!need_dw || !is_packed, "need_dw: expected False with a packed weight, got True");
   TORCH_CHECK(!need_dbias || has_bias, "need_dbias: expected False without a bias, got True");
   TORCH_CHECK((!need_dh && !need_db) || has_adapter, "need_dh, need_db: expected False without h, got True");

@@ -256,7 +256,9 @@ class _Saving:
     def __init__(self, op: type[Op], overload: OpOverload) -> None:
         arguments = overload._schema.arguments
         tensors = [(i, _is_list(a.type)) for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
-        self._saved = [(i, many) for i, many in tensors if op.arguments[i] not in op.saved_meta]
+        self._all = tensors
+        self._some = [(i, many) for i, many in tensors if op.arguments[i] not in op.saved_meta]
+        self._flag = op.arguments.index(op.saves_all_with) if op.saves_all_with else None
         self._meta_args = [i for i, name in enumerate(op.arguments) if name in op.saved_meta]
         results = op.returns or ["y"]
         self._num_outputs = op.num_outputs
@@ -265,17 +267,20 @@ class _Saving:
         self._none: list[Any] = [None] * len(results)
         self._named: Any = namedtuple("Results", results)  # type: ignore[misc]
 
+    def _saved(self, args: Sequence[Any]) -> list[tuple[int, bool]]:
+        return self._some if self._flag is None or not args[self._flag] else self._all
+
     def save(self, ctx: Any, args: Sequence[Any], results: Sequence[Any]) -> None:
         rest, tensors = list(args), []
-        for i, many in self._saved:
+        for i in self._meta_args:
+            rest[i] = Like.of(args[i])
+        for i, many in self._saved(args):
             if many:
                 tensors.extend(args[i])
                 rest[i] = len(args[i])
             else:
                 tensors.append(args[i])
                 rest[i] = None
-        for i in self._meta_args:
-            rest[i] = Like.of(args[i])
         meta = self._none.copy()
         for i in self._meta_outputs:
             meta[i] = Like.of(results[i])
@@ -291,7 +296,7 @@ class _Saving:
         """The flat arguments, and results by name."""
         tensors: Iterator[Any] = iter(ctx.saved_tensors)
         args, results = list(ctx.rest), list(ctx.meta)
-        for i, many in self._saved:
+        for i, many in self._saved(args):
             args[i] = [next(tensors) for _ in range(args[i])] if many else next(tensors)
         for i in self._saved_outputs:
             results[i] = next(tensors)

@@ -69,6 +69,8 @@ class Op:
     saved_meta: ClassVar[tuple[str, ...]] = ()
     """Arguments and results saved for backward as shape and dtype only (`gradient.Like`). All other arguments
     are saved."""
+    saves_all_with: ClassVar[str] = ""
+    """A bool argument: where it is true, the arguments in `saved_meta` are saved too."""
     saved_outputs: ClassVar[tuple[str, ...]] = ()
     """Results saved for backward."""
     num_outputs: ClassVar[int] = 1

@@ -10,8 +10,7 @@ of rounded values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -20,19 +19,15 @@ from torch import Tensor
 
 from ..ops.loss.cross_entropy import check_dx
 from .core.common import check, check_dtype, check_float, check_shape
-from .core.launch import VARYING, bypasses_cache, config, launch
+from .core.launch import VARYING, config, launch
 from .gated import exact_exp, sigmoid
 from .linear.linear import checked_bias
-from .linear.linear_pieces import backward_by_pieces, dequantize_part, forward_by_pieces, pieces
-from .nf4.nf4_weight import Nf4, nf4
+from .loss_head import Adapter, Head, chosen, logit_pieces, rows_with_label, spread
+from .nf4.nf4_weight import nf4
 
-LOGIT_BYTES = 256 << 20
-"""Of the logits that exist at a time, as in csrc/cuda/loss/cross_entropy_head.h."""
-FEW_ROWS = 256
-"""Up to here reading the head takes as long as multiplying by it: fewer rows save nothing."""
 ROW = config(8, 1, BLOCK=2048)
 
-LOWEST = tl.constexpr(-3e38)  # finite: differences are computed
+LOWEST = tl.constexpr(-1e30)  # finite: differences and products are computed
 
 
 @triton.jit
@@ -76,10 +71,11 @@ def cross_entropy_kernel(
     logits_ptr,
     labels_ptr,
     loss_ptr,
-    lse_ptr,
     entropy_ptr,
+    lse_ptr,
     top_ptr,
     mean_ptr,
+    squares_ptr,
     first_row,
     cols,
     ignored,
@@ -102,12 +98,13 @@ def cross_entropy_kernel(
     of_label = tl.load(logits_ptr + label, mask=is_valid, other=float("nan")).to(tl.float32)
     of_label, steep = shaped(of_label, scale, cap, CAPPED, EXACT)
 
-    # Of each lane: the maximum, and the sum of all; of e = e^(z - maximum) without the label's: the sums of e
-    # and of e (z - maximum).
+    # Of each lane: the maximum, and the sum of all; without the label's, the sums of e = e^(z - maximum), of
+    # e (z - maximum) and of e^2.
     most = tl.full((BLOCK,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     others = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
+    squares = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, cols, BLOCK):
         col = begin + tl.arange(0, BLOCK)
         inside = col < cols
@@ -122,6 +119,8 @@ def cross_entropy_kernel(
         factor = exponential(step, EXACT)
         if entropy_ptr is not None:
             weighted = (weighted + others * step) * factor + e * z
+        if squares_ptr is not None:
+            squares = squares * (factor * factor) + e * e
         others = others * factor + e
         most = higher
     peak = tl.max(most, axis=0)
@@ -149,6 +148,10 @@ def cross_entropy_kernel(
         tl.store(top_ptr + out, is_scored & (peak <= of_label))
     if mean_ptr is not None:
         tl.store(mean_ptr + out, tl.where(is_scored, mean, 0.0))
+    if squares_ptr is not None:
+        p_peak = tl.exp(-above)
+        square = tl.sum(squares * (factor * factor), axis=0) * (p_peak * p_peak) + p_label * p_label
+        tl.store(squares_ptr + out, tl.where(is_scored, tl.log(square), 0.0))
 
     if GRADIENT:
         of_square, even = 2.0 * z_loss * lse, smoothing / cols
@@ -167,8 +170,10 @@ def cross_entropy_kernel(
 def cross_entropy_backward_kernel(
     logits_ptr,
     labels_ptr,
-    dloss_ptr,
     lse_ptr,
+    of_label_ptr,
+    of_p_ptr,
+    of_pz_ptr,
     first_col,
     cols,
     vocabulary,
@@ -176,80 +181,27 @@ def cross_entropy_backward_kernel(
     scale,
     cap,
     smoothing,
-    z_loss,
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Overwrites columns from `first_col` on of one row of logits by dloss times the loss's gradient."""
+    """Overwrites columns from `first_col` on of one row of logits z by their gradients, p (of_p + of_pz z),
+    with -of_label added to the label's."""
     row = tl.program_id(0).to(tl.int64)
     EXACT: tl.constexpr = logits_ptr.dtype.element_ty == tl.float32
     logits_ptr += row * cols
     label = tl.load(labels_ptr + row)
-    dloss, lse = tl.load(dloss_ptr + row), tl.load(lse_ptr + row)
+    lse, of_label, of_p = tl.load(lse_ptr + row), tl.load(of_label_ptr + row), tl.load(of_p_ptr + row)
+    of_pz = 0.0 if of_pz_ptr is None else tl.load(of_pz_ptr + row)
     for begin in range(0, cols, BLOCK):
         col = begin + tl.arange(0, BLOCK)
         inside = col < cols
         logit = tl.load(logits_ptr + col, mask=inside, other=0.0).to(tl.float32)
         z, derivative = shaped(logit, scale, cap, CAPPED, EXACT)
         term = tl.where(first_col + col == label, smoothing - 1.0, 0.0) - smoothing / vocabulary
-        d = (exponential(z - lse, EXACT) * (1.0 + 2.0 * z_loss * lse) + term) * derivative * dloss
+        factor = of_p + of_pz * tl.maximum(z, LOWEST)  # a masked logit has probability 0
+        d = (exponential(z - lse, EXACT) * factor + of_label * term) * derivative
         d = tl.where(label != ignored, d, 0.0)
         tl.store(logits_ptr + col, d.to(logits_ptr.dtype.element_ty), mask=inside)
-
-
-class Head(NamedTuple):
-    """A head of x's dtype, or a packed one: that is dequantised, whatever the number of rows. Kernels that
-    multiply packed weights round the codes of NF4, an error that all logits share and that their sums would
-    keep."""
-
-    weight: Tensor | Nf4
-    bias: Tensor | None
-    vocabulary: int
-    features: int
-
-    def logits(self, x: Tensor) -> Tensor:
-        if isinstance(self.weight, Nf4):
-            return forward_by_pieces(x, self.weight, self.vocabulary, self.bias)
-        return _linear(x, self.weight, self.bias)
-
-    def write_dx(self, d: Tensor, dx: Tensor) -> None:
-        if isinstance(self.weight, Nf4):
-            dx.copy_(backward_by_pieces(d, self.weight, self.features))
-        else:
-            torch.mm(d, self.weight, out=dx)
-
-    def by_pieces(self, x: Tensor, itemsize: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Slices of the vocabulary, their rows of the weight, and their logits without an adapter."""
-        packed = isinstance(self.weight, Nf4)
-        length = max(len(x), self.features) if packed else len(x)
-        for rows in pieces(self.vocabulary, length, itemsize, LOGIT_BYTES):
-            part = slice(rows.start, rows.stop)
-            if isinstance(self.weight, Nf4):
-                weight = x.new_empty(len(rows), self.features)
-                dequantize_part(self.weight, self.features, rows, range(self.features), weight)
-            else:
-                weight = self.weight[part]
-            yield part, weight, _linear(x, weight, None if self.bias is None else self.bias[part])
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
-
-
-class Adapter(NamedTuple):
-    """Its term is added in fp32: h [rows, r] = scaling x A^T, and B [vocabulary, r]."""
-
-    h: Tensor
-    b: Tensor
-
-    def added(self, logits: Tensor, rows: slice, cols: slice) -> Tensor:
-        return torch.addmm(logits.float(), self.h[rows], self.b[cols].t())
-
-    def add_gradients(self, d: Tensor, cols: slice, dh: Tensor | None, db: Tensor | None) -> None:
-        if dh is not None:
-            dh.addmm_(d, self.b[cols])
-        if db is not None:
-            db[cols] = torch.mm(d.t(), self.h)
 
 
 ALL = slice(None)
@@ -266,36 +218,38 @@ def linear_cross_entropy_trained(args: Any) -> tuple[Tensor, ...]:
 
 def _losses(args: Any, h: Tensor | None, lora_b: Tensor | None, need_dx: bool) -> tuple[Tensor, ...]:
     head = _checked(args)
-    rows = _rows_with_label(args)
-    x, labels = _chosen(args.x, rows), _chosen(args.labels, rows)
+    rows = rows_with_label(args)
+    x, labels = chosen(args.x, rows), chosen(args.labels, rows)
     adapter = _adapter(args, h, lora_b, rows)
     m, itemsize = len(x), x.element_size() if adapter is None else 4
 
-    needs = True, True, args.need_entropy, args.need_entropy, args.need_mean, need_dx
+    needs = True, args.need_entropy, True, args.need_entropy, args.need_mean, args.need_squares, need_dx
     counts = [m if needed else 0 for needed in needs]
-    loss, lse, entropy, mean = (x.new_empty(counts[i], dtype=torch.float32) for i in (0, 1, 2, 4))
-    top, dx = x.new_empty(counts[3], dtype=torch.bool), x.new_empty(counts[5], head.features)
-    results = loss, lse, entropy, top, mean
+    loss, entropy, lse, mean, squares = (x.new_empty(counts[i], dtype=torch.float32) for i in (0, 1, 2, 4, 5))
+    top, dx = x.new_empty(counts[3], dtype=torch.bool), x.new_empty(counts[6], head.features)
+    results = loss, entropy, lse, top, mean, squares
     pointers = [t if needed else None for t, needed in zip(results, needs[:-1], strict=True)]
-    for part in pieces(m, head.vocabulary, itemsize, LOGIT_BYTES):
+    for part in logit_pieces(m, head.vocabulary, itemsize):
         some = slice(part.start, part.stop)
         logits = head.logits(x[some])
         if adapter is not None:
             logits = adapter.added(logits, some, ALL)
-        sizes = part.start, head.vocabulary, *_numbers(args)
+        sizes = part.start, head.vocabulary, *_numbers(args), args.z_loss
         constants = {"CAPPED": args.softcap > 0, "GRADIENT": need_dx, "enable_fp_fusion": False}
         launch(cross_entropy_kernel, (len(part),), logits, labels, *pointers, *sizes, config=ROW, **constants)
         if need_dx:
             head.write_dx(logits, dx[some])
     found = zip((*results, dx), needs, strict=True)
-    return tuple(_spread(t, rows, args.x) if needed else t for t, needed in found)
+    return tuple(spread(t, rows, args.x) if needed else t for t, needed in found)
 
 
 def linear_cross_entropy_backward(args: Any) -> tuple[Tensor, ...]:
     head = _checked(args)
     _check_backward(args)
-    rows = _rows_with_label(args)
-    x, labels, dloss, lse = (_chosen(t, rows) for t in (args.x, args.labels, args.dloss, args.lse))
+    rows = rows_with_label(args)
+    x, labels = chosen(args.x, rows), chosen(args.labels, rows)
+    given = args.lse, args.of_label, args.of_p, args.of_pz
+    factors = [None if t is None else chosen(t, rows) for t in given]
     adapter = _adapter(args, args.h, args.lora_b, rows)
     weight, bias, lora_b = args.base.weight, args.bias, args.lora_b
     dx = x.new_zeros(x.shape, dtype=torch.float32) if args.need_dx else None
@@ -308,7 +262,7 @@ def linear_cross_entropy_backward(args: Any) -> tuple[Tensor, ...]:
             d = adapter.added(d, ALL, part)
         sizes = part.start, d.shape[1], head.vocabulary, *_numbers(args)
         constants = {"CAPPED": args.softcap > 0, "enable_fp_fusion": False}
-        tensors = d, labels, dloss, lse
+        tensors = d, labels, *factors
         launch(cross_entropy_backward_kernel, (len(x),), *tensors, *sizes, config=ROW, **constants)
         rounded = d.to(x.dtype)
         if dx is not None:
@@ -319,7 +273,7 @@ def linear_cross_entropy_backward(args: Any) -> tuple[Tensor, ...]:
             dbias[part] = d.sum(0, dtype=torch.float32)
         if adapter is not None:
             adapter.add_gradients(d, part, dh, db)
-    dx, dh = (t if t is None else _spread(t.to(u.dtype), rows, u) for t, u in ((dx, args.x), (dh, args.h)))
+    dx, dh = (t if t is None else spread(t.to(u.dtype), rows, u) for t, u in ((dx, args.x), (dh, args.h)))
     return tuple(x.new_empty(0) if t is None else t for t in (dx, dw, dbias, dh, db))
 
 
@@ -332,31 +286,7 @@ def _add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _numbers(args: Any) -> tuple[Any, ...]:
-    return args.ignore_index, args.logit_scale, args.softcap, args.label_smoothing, args.z_loss
-
-
-def _rows_with_label(args: Any) -> Tensor | None:
-    """The indices of the rows that have a label. None: all are computed, and those without one have zeros.
-
-    The host waits for the device here, so that the GEMMs of the others can be left out; not during a capture,
-    where nothing may wait and a replay may have other labels.
-    """
-    if len(args.labels) <= FEW_ROWS or bypasses_cache():
-        return None
-    rows = (args.labels != args.ignore_index).nonzero().squeeze(1)
-    return None if len(rows) == len(args.labels) else rows
-
-
-def _chosen(t: Tensor, rows: Tensor | None) -> Tensor:
-    """The rows to compute, contiguous."""
-    return t.contiguous() if rows is None else t[rows]
-
-
-def _spread(t: Tensor, rows: Tensor | None, x: Tensor) -> Tensor:
-    """The reverse: all rows of a result, with zeros where none was computed."""
-    if rows is None:
-        return t
-    return t.new_zeros(len(x), *t.shape[1:]).index_copy_(0, rows, t)
+    return args.ignore_index, args.logit_scale, args.softcap, args.label_smoothing
 
 
 def _adapter(args: Any, h: Tensor | None, lora_b: Tensor | None, rows: Tensor | None) -> Adapter | None:
@@ -366,7 +296,7 @@ def _adapter(args: Any, h: Tensor | None, lora_b: Tensor | None, rows: Tensor | 
     for t, name, count in ((h, "h", len(args.x)), (lora_b, "lora_b", args.vocabulary)):
         check_float(t, name)
         check_shape(t, (count, h.shape[-1]), name)
-    return Adapter(_chosen(h.float(), rows), lora_b.float())
+    return Adapter(chosen(h.float(), rows), lora_b.float())
 
 
 def _checked(args: Any) -> Head:
@@ -389,9 +319,11 @@ def _checked(args: Any) -> Head:
 
 
 def _check_backward(args: Any) -> None:
-    for t, name in ((args.dloss, "dloss"), (args.lse, "lse")):
-        check_dtype(t, torch.float32, name)
-        check_shape(t, args.x.shape[:1], name)
+    for name in ("of_label", "of_p", "of_pz", "lse"):
+        t = getattr(args, name)
+        if t is not None:
+            check_dtype(t, torch.float32, name)
+            check_shape(t, args.x.shape[:1], name)
     packed = args.base.absmax is not None
     check(not (args.need_dw and packed), "need_dw", "False with a packed weight", True)
     check(not args.need_dbias or args.bias is not None, "need_dbias", "False without a bias", True)

@@ -227,15 +227,16 @@ struct ScaleParams {
   float* d_scale;
 };
 
-// Running state of one row's softmax: the maximum without the label's logit, the sum of e^(z - max) and of z
-// * e^(z - max) without the label's, the label's logit, the sum of all logits.
+// Running state of one row's softmax: the maximum without the label's logit; without the label's, the sums of
+// e = e^(z - max), of z e and of e^2; the label's logit; the sum of all logits.
 struct SoftmaxState {
-  float max, sum, weighted, label, total;
+  float max, sum, weighted, squares, label, total;
 };
 
 // A tile of logits, `cols` columns from `first_col` on; updates the states of its rows.
 inline constexpr int64_t kSoftmaxCols = 1024;  // at most
 inline constexpr float kNegligible = 1e4f;     // an exponential this far below the maximum is negligible
+inline constexpr float kMasked = 1e30f;        // below minus this a logit is masked: its probability is 0
 struct SoftmaxParams {
   void* logits;  // [rows, logits_ld]; overwritten
   DType logits_dtype;
@@ -245,7 +246,7 @@ struct SoftmaxParams {
   float cap;          // then become cap * tanh(z / cap), unless 0
   const int64_t* labels;
   SoftmaxState* states;
-  bool need_weighted, need_total;
+  bool need_weighted, need_squares, need_total;
   // For the backward: e^(z - max) times the derivative of the softcap, 0 for the label; or null. May alias
   // the logits, which are read first.
   void* out;
@@ -271,7 +272,7 @@ struct SoftmaxDxParams {
   DType dtype;
 };
 
-// The gradient of dloss . loss by the logits, given each row's log-sum-exp: replaces a tile of the head's
+// The gradient of the logits, given each row's log-sum-exp and factors: replaces a tile of the head's
 // outputs by its gradient.
 struct LogitGradientParams {
   float* logits;  // [rows, cols]: in: logits, out: their gradients
@@ -281,9 +282,10 @@ struct LogitGradientParams {
   const float* bias;  // [cols] or null
   float scale, cap;   // as in SoftmaxParams
   const int64_t* labels;
-  const float* dloss;
-  const float* lse;
-  float smoothing, z_loss;
+  // Per row: the gradient of a logit z is p (of_p + of_pz z), and -of_label is added to the label's.
+  const float *lse, *of_label, *of_p;
+  const float* of_pz;  // or null
+  float smoothing;
 };
 
 // Attention of the query heads that share one head of keys and values, in one sequence.

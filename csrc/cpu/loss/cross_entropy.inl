@@ -38,18 +38,20 @@ void shape_logits(const Params& p, float* row) {
 template <bool kCapped, class T>
 void exponentials(const SoftmaxParams& p, const float* row, float maximum, SoftmaxState& s, T* out) {
   const Vec shift = splat(maximum), inverse = splat(kCapped ? 1.0f / p.cap : 0.0f);
-  Vec sums[2] = {zero(), zero()}, weighted = zero();
+  Vec sums[2] = {zero(), zero()}, weighted = zero(), squares = zero();
   for_lanes(0, p.cols, [&](int64_t i, int64_t n) {
     const Vec z = load_padded(row + i, n, maximum - kNegligible), e = exponential(sub(z, shift));
     Vec& sum = sums[i / kLanes % 2];
     sum = add(sum, e);
     if (p.need_weighted) weighted = fma(e, z, weighted);
+    if (p.need_squares) squares = fma(e, e, squares);
     if (!out) return;
     const Vec t = mul(z, inverse);
     store_lanes(out + i, kCapped ? mul(e, fma(negate(t), t, splat(1.0f))) : e, n);
   });
   s.sum += sum_lanes(add(sums[0], sums[1]));
   if (p.need_weighted) s.weighted += sum_lanes(weighted);
+  if (p.need_squares) s.squares += sum_lanes(squares);
 }
 
 template <class In, class Out>
@@ -75,6 +77,7 @@ void softmax_tile_run(const SoftmaxParams& p, int64_t begin, int64_t end) {
     s.max = maximum;
     s.sum *= factor;
     s.weighted *= factor;
+    s.squares *= factor * factor;
     if (rescales && p.sums) {
       float* sums = p.sums + m * p.features;
       for_lanes(0, p.features, [&](int64_t i, int64_t n) {
@@ -121,17 +124,19 @@ void logit_gradients_run(const LogitGradientParams& p, int64_t begin, int64_t en
   for (int64_t m = begin; m < end; ++m) {
     float* row = p.logits + m * p.cols;
     if (shaped) shape_logits(p, row);
-    const Vec p_factor = splat(1.0f + 2.0f * p.z_loss * p.lse[m]), all = splat(p.dloss[m] * p.scale);
-    const auto gradient = [&](Vec z, Vec smoothing_term) {
-      const Vec d = fma(p_factor, exponential(sub(z, splat(p.lse[m]))), smoothing_term), t = mul(z, inverse);
-      return mul(mul(d, fma(negate(t), t, one)), all);
+    const Vec of_p = splat(p.of_p[m]), of_pz = splat(p.of_pz ? p.of_pz[m] : 0.0f), scale = splat(p.scale);
+    const float of_label = p.of_label[m];
+    const auto gradient = [&](Vec logit, Vec term) {
+      const Vec z = max(logit, splat(-kMasked)), weight = fma(of_pz, z, of_p);
+      const Vec d = fma(weight, exponential(sub(z, splat(p.lse[m]))), term), t = mul(z, inverse);
+      return mul(mul(d, fma(negate(t), t, one)), scale);
     };
     const int64_t label = p.labels[m] - p.first_col;
     const bool here = 0 <= label && label < p.cols;
-    const Vec label_gradient = here ? gradient(splat(row[label]), splat(p.smoothing - 1.0f - even)) : zero();
-    const Vec smoothing_term = splat(-even);
+    const Vec of_others = splat(-even * of_label), of_own = splat((p.smoothing - 1.0f - even) * of_label);
+    const Vec label_gradient = here ? gradient(splat(row[label]), of_own) : zero();
     for_lanes(0, p.cols, [&](int64_t i, int64_t n) {
-      store_lanes(row + i, gradient(load_lanes(row + i, n), smoothing_term), n);
+      store_lanes(row + i, gradient(load_lanes(row + i, n), of_others), n);
     });
     if (here) store_part(row + label, label_gradient, 1);
     if (p.rounded) narrow_run(row, p.cols, static_cast<T*>(p.rounded) + m * p.cols);

@@ -22,12 +22,12 @@ inline constexpr int64_t kMostBlocks = 4;  // blocks that a task processes side 
 struct Options {
   float scale, cap;
   double smoothing, z_loss;
-  bool need_dx, need_entropy, need_mean;
+  bool need_dx, need_entropy, need_mean, need_squares;
 };
 
 // Where the results go.
 struct Results {
-  float *loss, *lse, *entropy, *mean;
+  float *loss, *lse, *entropy, *mean, *squares;
   bool* top;
   char* dx;
 };
@@ -51,7 +51,7 @@ class Loss {
     const int64_t wanted = head.uses_torch(rows_) || rows_ > kMostLossRows ? 1 : rows_ > kPackRows ? 2 : 8;
     part_cols_ = ceil_div(ceil_div(vocabulary_, wanted), tile_cols_) * tile_cols_;
     parts_ = ceil_div(vocabulary_, part_cols_);
-    states_.assign(parts_ * rows_, {-FLT_MAX, 0.0f, 0.0f, 0.0f, 0.0f});
+    states_.assign(parts_ * rows_, {-FLT_MAX, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f});
     if (options.need_dx && options.smoothing > 0) mean_ = mean_row();
   }
 
@@ -94,6 +94,7 @@ class Loss {
     p.labels = labelled_.labels.data() + first_row;
     p.states = states_.data() + part * rows_ + first_row;
     p.need_weighted = options_.need_entropy;
+    p.need_squares = options_.need_squares;
     p.need_total = options_.smoothing > 0 || options_.need_mean;
     p.out_dtype = dtype_;
     p.features = features_;
@@ -250,7 +251,7 @@ class Loss {
   void finish_row(int64_t row, const float* sums, int64_t part_ld, const Tensor& buffer,
                   const Results& results) const {
     double maximum = -DBL_MAX, rest = 0, weighted = 0;  // without the label's
-    double total = 0;
+    double squares = 0, total = 0;
     const int64_t label = labelled_.labels[row];
     const double label_logit = state(label / part_cols_, row).label;
     for (int64_t i = 0; i < parts_; ++i) maximum = std::max<double>(maximum, state(i, row).max);
@@ -262,6 +263,7 @@ class Loss {
       factors[i] = std::exp(s.max - maximum);
       rest += s.sum * factors[i];
       weighted += s.weighted * factors[i];
+      squares += s.squares * factors[i] * factors[i];
     }
     // log(1 + rest / label's), computed from the larger one.
     const double log_odds = maximum - label_logit + std::log(rest);
@@ -279,6 +281,10 @@ class Loss {
       results.top[to] = maximum <= label_logit;
       results.entropy[to] =
           static_cast<float>(lse - std::exp(maximum - lse) * weighted - p_label * label_logit);
+    }
+    if (options_.need_squares) {
+      const double peak = std::exp(maximum - lse);
+      results.squares[to] = static_cast<float>(std::log(squares * peak * peak + p_label * p_label));
     }
     if (!sums) return;
     const double z_gradient = 2 * z_loss * lse;

@@ -14,11 +14,11 @@
 namespace peft_kernels::cpu {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     const Tensor& x, const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
     const OptionalTensor& offset, int64_t layout, int64_t vocabulary, const OptionalTensor& bias,
     const Tensor& labels, int64_t ignore_index, double logit_scale, double softcap, double label_smoothing,
-    double z_loss, bool need_dx, bool need_entropy, bool need_mean) {
+    double z_loss, bool need_dx, bool need_entropy, bool need_mean, bool need_squares) {
   const WithoutAutocast without_autocast;
   check_loss(x, labels, vocabulary, bias, softcap, label_smoothing);
   check_loss_need_dx(need_dx, softcap, label_smoothing);
@@ -26,14 +26,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
   const Labelled labelled(labels, ignore_index, vocabulary);
   const auto floats = x.options().dtype(at::kFloat);
   const int64_t rows = x.size(0), features = x.size(1);
-  Tensor loss = at::zeros({rows}, floats), lse = at::zeros({rows}, floats);
-  Tensor entropy = at::zeros({need_entropy ? rows : 0}, floats),
-         mean = at::zeros({need_mean ? rows : 0}, floats);
+  const auto per_row = [&](bool need) { return at::zeros({need ? rows : 0}, floats); };
+  Tensor loss = per_row(true), lse = per_row(true), entropy = per_row(need_entropy),
+         mean = per_row(need_mean), squares = per_row(need_squares);
   Tensor top = at::zeros(entropy.sizes(), x.options().dtype(at::kBool));
   const bool all = labelled.count() == rows;
   const at::DimVector sizes{need_dx ? rows : 0, features};
   Tensor dx = all ? at::empty(sizes, x.options()) : at::zeros(sizes, x.options());
-  if (labelled.count() == 0) return {loss, lse, entropy, top, mean, dx};
+  if (labelled.count() == 0) return {loss, entropy, lse, top, mean, squares, dx};
   const Tensor index =
       at::from_blob(const_cast<int64_t*>(labelled.rows.data()), {labelled.count()}, labels.options());
   const Tensor chosen = all ? x.contiguous() : x.index_select(0, index);
@@ -43,28 +43,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
                         z_loss,
                         need_dx,
                         need_entropy,
-                        need_mean};
+                        need_mean,
+                        need_squares};
   const Tensor floats_bias = bias ? bias->to(at::kFloat).contiguous() : Tensor();
   Loss(chosen, head, vocabulary, floats_bias, labelled, options)
       .run({loss.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(), entropy.mutable_data_ptr<float>(),
-            mean.mutable_data_ptr<float>(), top.mutable_data_ptr<bool>(),
+            mean.mutable_data_ptr<float>(), squares.mutable_data_ptr<float>(), top.mutable_data_ptr<bool>(),
             static_cast<char*>(dx.mutable_data_ptr())});
-  return {loss, lse, entropy, top, mean, dx};
+  return {loss, entropy, lse, top, mean, squares, dx};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward(
-    const Tensor& dloss, const Tensor& lse, const Tensor& x, const Tensor& weight,
-    const OptionalTensor& absmax, const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t layout,
-    int64_t vocabulary, const OptionalTensor& bias, const OptionalTensor& h_in,
-    const OptionalTensor& lora_b_in, const Tensor& labels, int64_t ignore_index, double logit_scale,
-    double softcap, double label_smoothing, double z_loss, bool need_dx, bool need_dw, bool need_dbias,
+    const Tensor& of_label, const Tensor& of_p, const OptionalTensor& of_pz, const Tensor& lse,
+    const Tensor& x, const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
+    const OptionalTensor& offset, int64_t layout, int64_t vocabulary, const OptionalTensor& bias,
+    const OptionalTensor& h_in, const OptionalTensor& lora_b_in, const Tensor& labels, int64_t ignore_index,
+    double logit_scale, double softcap, double label_smoothing, bool need_dx, bool need_dw, bool need_dbias,
     bool need_dh, bool need_db) {
   const WithoutAutocast without_autocast;
   check_loss(x, labels, vocabulary, bias, softcap, label_smoothing);
   const int64_t rows = x.size(0);
   check_loss_adapter(h_in, lora_b_in, rows, vocabulary);
-  check_loss_backward(dloss, lse, rows, absmax.has_value(), bias.has_value(), h_in.has_value(), need_dw,
-                      need_dbias, need_dh, need_db);
+  check_loss_backward(of_label, of_p, of_pz, lse, rows, absmax.has_value(), bias.has_value(),
+                      h_in.has_value(), need_dw, need_dbias, need_dh, need_db);
   const Head head(weight, absmax, absmax2, offset, layout, vocabulary, x);
   const Labelled labelled(labels, ignore_index, vocabulary);
   const bool all = labelled.count() == rows;
@@ -75,7 +76,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward
   const Tensor lora_b = lora_b_in ? lora_b_in->to(at::kFloat) : Tensor();
   const Tensor h = h_in ? chosen(h_in->to(at::kFloat)) : Tensor();
   const Tensor float_bias = bias ? bias->to(at::kFloat).contiguous() : Tensor();
-  const Tensor x_rows = chosen(x), dloss_rows = chosen(dloss), lse_rows = chosen(lse);
+  const Tensor x_rows = chosen(x), lse_rows = chosen(lse), of_label_rows = chosen(of_label),
+               of_p_rows = chosen(of_p), of_pz_rows = of_pz ? chosen(*of_pz) : Tensor();
 
   const auto gradient = [&](bool needed, const Tensor& like, const at::TensorOptions& options) {
     return needed ? at::zeros(like.sizes(), options) : at::empty({0}, options);
@@ -88,13 +90,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward
   if (labelled.count() > 0) {
     LogitGradientParams params{};
     params.labels = labelled.labels.data();
-    params.dloss = dloss_rows.const_data_ptr<float>();
     params.lse = lse_rows.const_data_ptr<float>();
+    params.of_label = of_label_rows.const_data_ptr<float>();
+    params.of_p = of_p_rows.const_data_ptr<float>();
+    params.of_pz = of_pz_rows.defined() ? of_pz_rows.const_data_ptr<float>() : nullptr;
     params.vocabulary = vocabulary;
     params.scale = static_cast<float>(logit_scale);
     params.cap = static_cast<float>(softcap);
     params.smoothing = static_cast<float>(label_smoothing);
-    params.z_loss = static_cast<float>(z_loss);
     LogitGradients logit_gradients(x_rows, h, lora_b, head, float_bias, params);
     logit_gradients.each([&](int64_t first, int64_t last, const Tensor& d, const Tensor& rounded) {
       if (need_dx) logit_gradients.add_back(rounded, first, dx);

@@ -49,14 +49,13 @@ void cross_entropy(const LogitRows& logits, const LossOptions& options, const in
 }
 
 void cross_entropy_backward(const LogitRows& logits, int64_t first_col, int64_t cols,
-                            const LossOptions& options, const int64_t* labels, const float* dloss,
-                            const float* lse, Stream stream) {
+                            const LossOptions& options, const int64_t* labels, const LogitFactors& factors,
+                            Stream stream) {
   with_kind(logits, options, [&](auto type, auto is_capped) {
     using T = decltype(type);
     LossRowParams params = params_of<T>(logits, cols, options, labels);
     params.first_col = first_col;
-    params.dloss = dloss;
-    params.lse = lse;
+    params.factors = factors;
     launch<CrossEntropyBackward<T, decltype(is_capped)::value>>(params, logits.count, stream);
   });
 }

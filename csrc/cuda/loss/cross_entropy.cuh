@@ -65,7 +65,7 @@ struct LossRowParams {
   LossResults results;
   // backward
   int64_t first_col;
-  const float *dloss, *lse;
+  LogitFactors factors;
 };
 
 // The loops over a row that both kernels share.
@@ -143,7 +143,7 @@ struct CrossEntropy : LossRow<T> {
 
   struct Shared {
     float max[kWarps];
-    float sums[3][kWarps];
+    float sums[4][kWarps];
   };
 
   static DEVICE void run(const Params& p) {
@@ -153,7 +153,7 @@ struct CrossEntropy : LossRow<T> {
     const int64_t label = load_constant(p.labels + row);
     if (label == options.ignore_index) {
       if constexpr (kGradient) Base::clear(p, logits);
-      return write(p, row, {0.0f, 0.0f, 0.0f, 0.0f, false});
+      return write(p, row, {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, false});
     }
     const LogitShape<T, kCapped> shape(options.scale, options.cap);
     const bool is_valid = 0 <= label && label < options.vocabulary;
@@ -168,9 +168,11 @@ struct CrossEntropy : LossRow<T> {
     const float surprise = (odds > 0.0f ? odds : 0.0f) + log_plus_one(expf(-fabsf(odds)));
     const float above = below < 0.0f ? logf(state.sum + expf(below)) : surprise;  // lse - max
     const float lse = state.max * kNatural<T> + above, mean = state.total * kNatural<T> / p.cols;
-    RowLoss result{(1.0f - options.smoothing) * surprise + options.z_loss * lse * lse, lse,
-                   above - expf(-above) * state.weighted * kNatural<T> - rest.rest * below, mean,
-                   state.max <= of_label.value};
+    const float peak = expf(-above);  // the probability of a logit at the maximum
+    RowLoss result{
+        (1.0f - options.smoothing) * surprise + options.z_loss * lse * lse, lse,
+        above - peak * state.weighted * kNatural<T> - rest.rest * below,    mean,
+        logf(peak * peak * state.squares + rest.rest * rest.rest),          state.max <= of_label.value};
     if (options.smoothing > 0.0f) result.loss += options.smoothing * (lse - mean);
     write(p, row, result);
 
@@ -189,27 +191,28 @@ struct CrossEntropy : LossRow<T> {
 
  private:
   // Of the logits z seen so far: the maximum, and the sum of all. Of e = exp(z - max) without the label's:
-  // the sums of e, and of e (z - max).
+  // the sums of e, of e (z - max) and of e^2.
   struct State {
-    float max, total, sum, weighted;
+    float max, total, sum, weighted, squares;
 
     DEVICE void raise(float new_max) {
       const float step = max - new_max, factor = exponential<T>(step);
       weighted = __fmaf_rn(sum, step, weighted) * factor;
       sum *= factor;
+      squares *= factor * factor;
       max = new_max;
     }
   };
 
   struct RowLoss {
-    float loss, lse, entropy, mean;
+    float loss, lse, entropy, mean, squares;
     bool top;
   };
 
   static DEVICE State statistics(const Params& p, const T* logits, int label,
                                  const LogitShape<T, kCapped>& shape) {
     // Not infinite: differences are computed.
-    State state{-1e30f, 0.0f, 0.0f, 0.0f};
+    State state{-1e30f, 0.0f, 0.0f, 0.0f, 0.0f};
     Base::read(p, logits, [&](int col, const auto& values) {
       constexpr int kCount = sizeof(values.v) / sizeof(T);
       float z[kCount], e[kCount], max = state.max;
@@ -233,6 +236,7 @@ struct CrossEntropy : LossRow<T> {
       for (int i = 0; i < kCount; ++i) {
         state.sum += e[i];
         state.weighted = __fmaf_rn(e[i], z[i], state.weighted);
+        state.squares = __fmaf_rn(e[i], e[i], state.squares);
       }
     });
     return of_block(state);
@@ -248,16 +252,16 @@ struct CrossEntropy : LossRow<T> {
     max = across<kWarps>(load(&shared.max[lane_index() % kWarps]),
                          [](float a, float b) { return fmaxf(a, b); });
     state.raise(max);
-    float* const sums[] = {&state.total, &state.sum, &state.weighted};
+    float* const sums[] = {&state.total, &state.sum, &state.weighted, &state.squares};
     const auto add = [](float a, float b) { return a + b; };
 #pragma unroll
-    for (int i = 0; i < 3; ++i) {
+    for (int i = 0; i < 4; ++i) {
       const float sum = across<kWarp>(*sums[i], add);
       if (lane_index() == 0) store(&shared.sums[i][warp], sum);
     }
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < 3; ++i) *sums[i] = across<kWarps>(load(&shared.sums[i][lane_index() % kWarps]), add);
+    for (int i = 0; i < 4; ++i) *sums[i] = across<kWarps>(load(&shared.sums[i][lane_index() % kWarps]), add);
     return state;
   }
   template <int kLanes, class Combine>
@@ -278,10 +282,11 @@ struct CrossEntropy : LossRow<T> {
       store(p.results.top + row, result.top);
     }
     if (p.results.mean) store(p.results.mean + row, result.mean);
+    if (p.results.squares) store(p.results.squares + row, result.squares);
   }
 };
 
-// The gradients of some columns of a row, given its dloss and lse.
+// The gradients of some columns of a row, given its lse and factors.
 template <class T, bool kCapped>
 struct CrossEntropyBackward : LossRow<T> {
   using Base = LossRow<T>;
@@ -293,20 +298,26 @@ struct CrossEntropyBackward : LossRow<T> {
     const int64_t label = load_constant(p.labels + block_index());
     if (label == options.ignore_index) return Base::clear(p, logits);
     const LogitShape<T, kCapped> shape(options.scale, options.cap);
-    const float lse = load_constant(p.lse + block_index()), shift = lse * kUnit<T>;
-    const float all = load_constant(p.dloss + block_index()) * options.scale;
+    const auto of_row = [](const float* at) { return at ? load_constant(at + block_index()) : 0.0f; };
+    const float shift = of_row(p.factors.lse) * kUnit<T>,
+                of_label = of_row(p.factors.of_label) * options.scale;
+    const float of_p = of_row(p.factors.of_p) * options.scale;
+    const float of_pz = of_row(p.factors.of_pz) * options.scale * kNatural<T>;
     const float even = options.smoothing / options.vocabulary;
-    const float factor = 1.0f + 2.0f * options.z_loss * lse;
+    constexpr float kLowest = -1e30f;  // of a masked logit; its probability is 0
     const auto gradient = [&](float logit, float term) {
       const ValueGradient z = shape(logit);
-      return __fmaf_rn(exponential<T>(z.value - shift), factor, term) * z.gradient * all;
+      const float factor = __fmaf_rn(of_pz, fmaxf(z.value, kLowest), of_p);
+      return __fmaf_rn(exponential<T>(z.value - shift), factor, term) * z.gradient;
     };
     const int64_t col = label - p.first_col;
     const bool is_here = 0 <= col && col < p.cols;
     const float label_logit = is_here ? to_float(load(logits + col)) : 0.0f;
     __syncthreads();  // before it is replaced
-    Base::replace(p, logits, [&](float logit) { return gradient(logit, -even); });
-    if (is_here) Base::replace_one(logits + col, gradient(label_logit, options.smoothing - 1.0f - even));
+    Base::replace(p, logits, [&](float logit) { return gradient(logit, -even * of_label); });
+    if (is_here) {
+      Base::replace_one(logits + col, gradient(label_logit, (options.smoothing - 1.0f - even) * of_label));
+    }
   }
 };
 

@@ -22,8 +22,8 @@ struct LogitRows {
 // One per row of the call.
 struct LossResults {
   float *loss, *lse;
-  float *entropy, *mean;  // or null
-  bool* top;              // with the entropy
+  float *entropy, *mean, *squares;  // or null
+  bool* top;                        // with the entropy
 };
 
 // The losses of rows of logits, and with `need_gradient` their gradients with respect to them, in place. Row
@@ -33,9 +33,15 @@ void cross_entropy(const LogitRows& logits, const LossOptions& options, const in
                    const int64_t* rows, int64_t first_row, const LossResults& results, bool need_gradient,
                    Stream stream);
 
-// Overwrites columns [first_col, first_col + cols) of all rows of logits by dloss times the loss's gradient.
+// One per row: the gradient of a logit z is p (of_p + of_pz z), and -of_label is added to the label's.
+struct LogitFactors {
+  const float *lse, *of_label, *of_p;
+  const float* of_pz;  // or null
+};
+
+// Overwrites columns [first_col, first_col + cols) of all rows of logits by their gradients.
 void cross_entropy_backward(const LogitRows& logits, int64_t first_col, int64_t cols,
-                            const LossOptions& options, const int64_t* labels, const float* dloss,
-                            const float* lse, Stream stream);
+                            const LossOptions& options, const int64_t* labels, const LogitFactors& factors,
+                            Stream stream);
 
 }  // namespace peft_kernels::cuda

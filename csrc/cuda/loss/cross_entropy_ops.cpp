@@ -52,11 +52,11 @@ struct Adapter {
   }
 };
 
-using Losses = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Losses = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Losses losses_of(const Tensor& x_in, const LossHead& head, const OptionalTensor& h,
                  const OptionalTensor& lora_b, const Tensor& labels_in, const LossOptions& options,
-                 bool need_dx, bool need_entropy, bool need_mean) {
+                 bool need_dx, bool need_entropy, bool need_mean, bool need_squares) {
   const Tensor rows = rows_with_label(labels_in, options.ignore_index), x = chosen(x_in, rows);
   const Tensor labels = labels_in.contiguous();
   const Adapter adapter(h, lora_b, rows);
@@ -67,11 +67,13 @@ Losses losses_of(const Tensor& x_in, const LossHead& head, const OptionalTensor&
   };
   const Tensor loss = result(true, at::kFloat), lse = result(true, at::kFloat);
   const Tensor entropy = result(need_entropy, at::kFloat), top = result(need_entropy, at::kBool);
-  const Tensor mean = result(need_mean, at::kFloat);
+  const Tensor mean = result(need_mean, at::kFloat), squares = result(need_squares, at::kFloat);
   const Tensor dx = at::empty({need_dx ? count : 0, x.size(1)}, x.options());
-  const LossResults results{loss.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(),
+  const LossResults results{loss.mutable_data_ptr<float>(),
+                            lse.mutable_data_ptr<float>(),
                             need_entropy ? entropy.mutable_data_ptr<float>() : nullptr,
                             need_mean ? mean.mutable_data_ptr<float>() : nullptr,
+                            need_squares ? squares.mutable_data_ptr<float>() : nullptr,
                             need_entropy ? top.mutable_data_ptr<bool>() : nullptr};
   const int64_t step = logit_chunk(count, options.vocabulary, adapter.element_size(x));
   for (int64_t begin = 0; begin < count; begin += step) {
@@ -83,7 +85,7 @@ Losses losses_of(const Tensor& x_in, const LossHead& head, const OptionalTensor&
                   current_stream());
     if (need_dx) head.gradient(logits, dx.slice(0, begin, end));
   }
-  return {loss, lse, entropy, top, mean, need_dx ? spread(dx, rows, all) : dx};
+  return {loss, entropy, lse, top, mean, squares, need_dx ? spread(dx, rows, all) : dx};
 }
 
 Losses linear_cross_entropy_op(const Tensor& x, const Tensor& weight, const OptionalTensor& absmax,
@@ -91,31 +93,31 @@ Losses linear_cross_entropy_op(const Tensor& x, const Tensor& weight, const Opti
                                int64_t vocabulary, const OptionalTensor& bias, const Tensor& labels,
                                int64_t ignore_index, double logit_scale, double softcap,
                                double label_smoothing, double z_loss, bool need_dx, bool need_entropy,
-                               bool need_mean) {
+                               bool need_mean, bool need_squares) {
   const OnDeviceOf device(x, "x");
   check_loss(x, labels, vocabulary, bias, softcap, label_smoothing);
   check_loss_need_dx(need_dx, softcap, label_smoothing);
   const LossHead head(weight, absmax, absmax2, offset, layout, vocabulary, bias, x);
   return losses_of(x, head, std::nullopt, std::nullopt, labels,
                    options_of(vocabulary, ignore_index, logit_scale, softcap, label_smoothing, z_loss),
-                   need_dx, need_entropy, need_mean);
+                   need_dx, need_entropy, need_mean, need_squares);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_trained_op(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_trained_op(
     const Tensor& x, const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
     const OptionalTensor& offset, int64_t layout, int64_t vocabulary, const OptionalTensor& bias,
     const OptionalTensor& h, const OptionalTensor& lora_b, const Tensor& labels, int64_t ignore_index,
     double logit_scale, double softcap, double label_smoothing, double z_loss, bool need_entropy,
-    bool need_mean) {
+    bool need_mean, bool need_squares) {
   const OnDeviceOf device(x, "x");
   check_loss(x, labels, vocabulary, bias, softcap, label_smoothing);
   check_loss_adapter(h, lora_b, x.size(0), vocabulary);
   const LossHead head(weight, absmax, absmax2, offset, layout, vocabulary, bias, x);
-  const auto [loss, lse, entropy, top, mean, dx] =
+  const auto [loss, entropy, lse, top, mean, squares, dx] =
       losses_of(x, head, h, lora_b, labels,
                 options_of(vocabulary, ignore_index, logit_scale, softcap, label_smoothing, z_loss), false,
-                need_entropy, need_mean);
-  return {loss, lse, entropy, top, mean};
+                need_entropy, need_mean, need_squares);
+  return {loss, entropy, lse, top, mean, squares};
 }
 
 // Gradients summed over pieces of the vocabulary, in fp32.
@@ -126,22 +128,28 @@ void add_matmul(Tensor& sums, const Tensor& a, const Tensor& b) {
 // Piece by piece of the vocabulary: so each gradient of the head is complete in one GEMM, and the head is
 // read twice.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward_op(
-    const Tensor& dloss_in, const Tensor& lse_in, const Tensor& x_in, const Tensor& weight,
-    const OptionalTensor& absmax, const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t layout,
-    int64_t vocabulary, const OptionalTensor& bias, const OptionalTensor& h, const OptionalTensor& lora_b,
-    const Tensor& labels_in, int64_t ignore_index, double logit_scale, double softcap, double label_smoothing,
-    double z_loss, bool need_dx, bool need_dw, bool need_dbias, bool need_dh, bool need_db) {
+    const Tensor& of_label_in, const Tensor& of_p_in, const OptionalTensor& of_pz_in, const Tensor& lse_in,
+    const Tensor& x_in, const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
+    const OptionalTensor& offset, int64_t layout, int64_t vocabulary, const OptionalTensor& bias,
+    const OptionalTensor& h, const OptionalTensor& lora_b, const Tensor& labels_in, int64_t ignore_index,
+    double logit_scale, double softcap, double label_smoothing, bool need_dx, bool need_dw, bool need_dbias,
+    bool need_dh, bool need_db) {
   const OnDeviceOf device(x_in, "x");
   check_loss(x_in, labels_in, vocabulary, bias, softcap, label_smoothing);
   check_loss_adapter(h, lora_b, x_in.size(0), vocabulary);
-  check_loss_backward(dloss_in, lse_in, x_in.size(0), absmax.has_value(), bias.has_value(), h.has_value(),
-                      need_dw, need_dbias, need_dh, need_db);
+  check_loss_backward(of_label_in, of_p_in, of_pz_in, lse_in, x_in.size(0), absmax.has_value(),
+                      bias.has_value(), h.has_value(), need_dw, need_dbias, need_dh, need_db);
   const LossHead head(weight, absmax, absmax2, offset, layout, vocabulary, bias, x_in);
   const Tensor rows = rows_with_label(labels_in, ignore_index), x = chosen(x_in, rows);
-  const Tensor labels = chosen(labels_in, rows), dloss = chosen(dloss_in, rows), lse = chosen(lse_in, rows);
+  const Tensor labels = chosen(labels_in, rows), lse = chosen(lse_in, rows);
+  const Tensor of_label = chosen(of_label_in, rows), of_p = chosen(of_p_in, rows);
+  const Tensor of_pz = of_pz_in ? chosen(*of_pz_in, rows) : Tensor();
   const Adapter adapter(h, lora_b, rows);
   const LossOptions options =
-      options_of(vocabulary, ignore_index, logit_scale, softcap, label_smoothing, z_loss);
+      options_of(vocabulary, ignore_index, logit_scale, softcap, label_smoothing, 0.0);
+  const LogitFactors factors{lse.const_data_ptr<float>(), of_label.const_data_ptr<float>(),
+                             of_p.const_data_ptr<float>(),
+                             of_pz.defined() ? of_pz.const_data_ptr<float>() : nullptr};
 
   const auto sums = [&](bool need, const Tensor& like) {
     return need ? at::zeros(like.sizes(), x.options().dtype(at::kFloat)) : at::empty({0}, x.options());
@@ -156,8 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward
                    Tensor d = aligned_logits(x, weight_rows, bias_part);
                    if (h) d = adapter.added(d, adapter.h, adapter.b.slice(0, begin, end));
                    cross_entropy_backward(rows_of(d), begin, end - begin, options,
-                                          labels.const_data_ptr<int64_t>(), dloss.const_data_ptr<float>(),
-                                          lse.const_data_ptr<float>(), current_stream());
+                                          labels.const_data_ptr<int64_t>(), factors, current_stream());
                    const Tensor rounded = d.to(x.scalar_type());
                    if (need_dx) add_matmul(dx, rounded, weight_rows);
                    if (need_dw) dw.slice(0, begin, end).copy_(at::mm(rounded.t(), x));

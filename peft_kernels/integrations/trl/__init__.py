@@ -27,8 +27,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer as TheirGRPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer as TheirSFTTrainer
 
 from ...patch.fused import plain_class
-from ...patch.loss.scored_head import Scores
-from ...patch.loss.trl_head import IGNORED, TrlHead, theirs_of
+from ...patch.loss.trl_head import IGNORED, OUTPUTS, TrlHead, theirs_of
 from .. import attention
 from . import shared_prompts
 from .shared_prompts import Rows
@@ -97,7 +96,8 @@ class LogProbs(TrlHead):
             if isinstance(rows, str):
                 return self.theirs(labels=labels, fused_lm_head=True, **kwargs)
             theirs = self.theirs(**_inputs(model, rows), shift_labels=rows.targets, fused_lm_head=True)
-            parts = {name: theirs[name].flatten()[rows.index] for name in Scores._fields if name in theirs}
+            names = "log_probs", *OUTPUTS
+            parts = {name: theirs[name].flatten()[rows.index] for name in names if name in theirs}
         else:
             if isinstance(rows, str):
                 hidden = self.hidden(model, mask, **given)
@@ -340,10 +340,7 @@ class GRPOTrainer(TheirGRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        head = "the entropy has a gradient" if self._entropy_bonus_enabled else ""
-        head = head or (
-            "the head computes in fp32" if getattr(self.args, "cast_lm_head_to_fp32", False) else ""
-        )
+        head = "the head computes in fp32" if getattr(self.args, "cast_lm_head_to_fp32", False) else ""
         self.log_probs = share_prompts(self, self.model, ("entropy",), self.temperature, head)
         self.ref_log_probs = _share_for_reference(self, self.temperature, head)
 

@@ -34,16 +34,18 @@ SHARE = 1 / 64
 
 class LinearCrossEntropy(Op):
     """Loss of a frozen head. In rows whose label is ignore_index all results are 0; softcap 0 means none.
-    top, bool, computed with the entropy: no logit exceeds the label's. mean: mean of all logits. dx:
-    gradient of a row's loss with respect to x, unavailable with both softcap and smoothing. Results not
-    needed have no elements."""
+    top, bool, computed with the entropy: no logit exceeds the label's. mean: mean of all logits. squares:
+    log of the sum of squared probabilities. dx: gradient of a row's loss with respect to x, unavailable with
+    both softcap and smoothing. Results not needed have no elements.
+
+    Loss and entropy have gradients. That of the entropy recomputes the logits, for which x is saved."""
 
     name = "linear_cross_entropy"
     schema = (
         "(Tensor x, $base, SymInt vocabulary, Tensor? bias, Tensor labels, int ignore_index, "
         "float logit_scale, float softcap, float label_smoothing, float z_loss, bool need_dx, "
-        "bool need_entropy, bool need_mean) -> (Tensor loss, Tensor lse, Tensor entropy, Tensor top, "
-        "Tensor mean, Tensor dx)"
+        "bool need_entropy, bool need_mean, bool need_squares) -> (Tensor loss, Tensor entropy, Tensor lse, "
+        "Tensor top, Tensor mean, Tensor squares, Tensor dx)"
     )
     composite = True
 
@@ -62,14 +64,25 @@ class LinearCrossEntropy(Op):
         return *_scores(args), x.new_empty(x.shape if args.need_dx else (0, x.shape[1]))
 
     differentiable = ("x",)
+    num_outputs = 2
     saved_meta = ("x", "weight", "absmax", "absmax2", "offset", "bias", "loss")
-    saved_outputs = ("lse", "entropy", "top", "mean", "dx")
+    saves_all_with = "need_entropy"
+    saved_outputs = ("entropy", "lse", "top", "mean", "squares", "dx")
 
     @staticmethod
-    def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
+    def backward(
+        ops: Any, args: Any, results: Any, need: Any, dy: tuple[Tensor | None, ...]
+    ) -> dict[str, Any]:
+        dloss, dentropy = dy
+        if dentropy is not None and args.need_entropy:
+            head = *args.base, args.vocabulary, args.bias, None, None
+            needs = True, False, False, False, False
+            return {"x": _backward(ops, args, results, (*dy, None), head, needs)[0]}
+        if dloss is None:
+            return {"x": None}
         if results.dx.shape != args.x.shape:
             raise RuntimeError("need_dx: expected True where x is differentiated, got False")
-        return {"x": (results.dx * _scored(args, dy)[:, None]).to(args.x.dtype)}
+        return {"x": (results.dx * _scored(args, dloss)[:, None]).to(args.x.dtype)}
 
     @staticmethod
     def flops(args: Any) -> int:
@@ -83,18 +96,17 @@ class LinearCrossEntropyTrained(Op):
     schema = (
         "(Tensor x, $base, SymInt vocabulary, Tensor? bias, Tensor? h, Tensor? lora_b, Tensor labels, "
         "int ignore_index, float logit_scale, float softcap, float label_smoothing, float z_loss, "
-        "bool need_entropy, bool need_mean) -> (Tensor loss, Tensor lse, Tensor entropy, Tensor top, "
-        "Tensor mean)"
+        "bool need_entropy, bool need_mean, bool need_squares) -> (Tensor loss, Tensor entropy, Tensor lse, "
+        "Tensor top, Tensor mean, Tensor squares)"
     )
     composite = True
 
     @staticmethod
     def reference(ops: Any, args: Any) -> tuple[Tensor, ...]:
         if args.h is None:
-            options = args[args._fields.index("labels") : -2]
+            options, needs = args[args._fields.index("labels") : -3], args[-3:]
             head = args.x, *args.base, args.vocabulary, args.bias
-            found = ops.linear_cross_entropy(*head, *options, False, args.need_entropy, args.need_mean)
-            return tuple(found[:-1])
+            return tuple(ops.linear_cross_entropy(*head, *options, False, *needs)[:-1])
         args = _rounded(args)
         rows = max(PIECE, int(SHARE * args.x.shape[0] * args.vocabulary)) // max(args.vocabulary, 1)
         parts = (t.split(max(rows, 1)) for t in (args.x, args.labels, args.h))
@@ -108,17 +120,17 @@ class LinearCrossEntropyTrained(Op):
         return _scores(args)
 
     differentiable = ("x", "weight", "bias", "h", "lora_b")
+    num_outputs = 3
     saved_meta = ("loss",)
-    saved_outputs = ("lse", "entropy", "top", "mean")
+    saved_outputs = ("entropy", "lse", "top", "mean", "squares")
 
     @staticmethod
-    def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
-        dx, dw, dbias, dh, db = ops.linear_cross_entropy_backward(
-            dy, results.lse, args.x, *args.base, args.vocabulary, args.bias, args.h, args.lora_b, args.labels,
-            args.ignore_index, args.logit_scale, args.softcap, args.label_smoothing, args.z_loss,
-            need.x, need.weight, need.bias, need.h, need.lora_b,
-        )  # fmt: skip
-        return {"x": dx, "weight": dw, "bias": dbias, "h": dh, "lora_b": db}
+    def backward(
+        ops: Any, args: Any, results: Any, need: Any, dy: tuple[Tensor | None, ...]
+    ) -> dict[str, Any]:
+        head = *args.base, args.vocabulary, args.bias, args.h, args.lora_b
+        found = _backward(ops, args, results, dy, head, need)
+        return dict(zip(LinearCrossEntropyTrained.differentiable, found, strict=True))
 
     @staticmethod
     def flops(args: Any) -> int:
@@ -127,13 +139,15 @@ class LinearCrossEntropyTrained(Op):
 
 
 class LinearCrossEntropyBackward(Op):
-    """Gradients, given each row's dloss and lse. Gradients not needed have no elements."""
+    """Gradients, given each row's lse and those with respect to its logits z: p (of_p + of_pz z), where p are
+    their probabilities, and -of_label for the label, with smoothing spread over all. Without of_pz it is 0.
+    Gradients not needed have no elements."""
 
     name = "linear_cross_entropy_backward"
     schema = (
-        "(Tensor dloss, Tensor lse, Tensor x, $base, SymInt vocabulary, Tensor? bias, Tensor? h, "
-        "Tensor? lora_b, Tensor labels, int ignore_index, float logit_scale, float softcap, "
-        "float label_smoothing, float z_loss, bool need_dx, bool need_dw, bool need_dbias, bool need_dh, "
+        "(Tensor of_label, Tensor of_p, Tensor? of_pz, Tensor lse, Tensor x, $base, SymInt vocabulary, "
+        "Tensor? bias, Tensor? h, Tensor? lora_b, Tensor labels, int ignore_index, float logit_scale, "
+        "float softcap, float label_smoothing, bool need_dx, bool need_dw, bool need_dbias, bool need_dh, "
         "bool need_db) -> (Tensor dx, Tensor dw, Tensor dbias, Tensor dh, Tensor db)"
     )
     composite = True
@@ -143,7 +157,6 @@ class LinearCrossEntropyBackward(Op):
         x, h, k = args.x, args.h, args.x.shape[1]
         acc = accumulator_dtype(x.dtype)
         fakes, args = LinearCrossEntropyBackward.fake(args), _rounded(args)
-        dloss = _scored(args, args.dloss.to(acc))
         found: list[list[Any]] = [[] for _ in range(5)]  # one entry per piece; dx and dh are summed
         dx, dh, dw, dbias, db = found
         for begin, end in _columns(args):
@@ -151,7 +164,8 @@ class LinearCrossEntropyBackward(Op):
             parts: list[Any] = [None if t is None else t[begin:end] for t in (args.bias, args.lora_b)]
             bias, b = parts
             logits = _logits(ops, args, x, base, end - begin, bias, h, b)
-            d = _logit_gradients(args, *logits, args.lse, args.labels, begin) * dloss[:, None]
+            factors = args.of_label, args.of_p, args.of_pz
+            d = _logit_gradients(args, *logits, args.lse, args.labels, begin, *factors)
             rounded = d.to(x.dtype)
             if args.need_dx:
                 dx = [sum(dx, _input_gradient(ops, rounded, base, k).to(acc))]
@@ -190,6 +204,30 @@ def check_dx(args: Any) -> None:
         raise RuntimeError("need_dx: expected False with both softcap and label_smoothing, got True")
 
 
+def _backward(
+    ops: Any, args: Any, results: Any, dy: tuple[Tensor | None, ...], head: Any, needs: Any
+) -> tuple[Tensor, ...]:
+    """Gradients of a head, given those of each row's loss, entropy and lse.
+
+    Of a logit z, dloss = p (1 + 2 z_loss lse) - onehot, dlse = p, and dentropy = p (lse - entropy - z), whose
+    error is that of the logits: small only compared with the largest of them."""
+    dloss, dentropy, dlse = dy
+    lse, entropy = results.lse, results.entropy
+    of_label = torch.zeros_like(lse) if dloss is None else dloss
+    of_p, of_pz = of_label, None
+    if args.z_loss:
+        of_p = of_p * (1 + 2 * args.z_loss * lse)
+    if dlse is not None:
+        of_p = of_p + dlse
+    if dentropy is not None and args.need_entropy:
+        of_p, of_pz = torch.addcmul(of_p, dentropy, lse - entropy), -dentropy
+    options = args.labels, args.ignore_index, args.logit_scale, args.softcap, args.label_smoothing
+    found: tuple[Tensor, ...] = ops.linear_cross_entropy_backward(
+        of_label, of_p, of_pz, lse, args.x, *head, *options, *needs
+    )
+    return found
+
+
 def _rounded(args: Any) -> Any:
     """The arguments with a dense head cast to x's dtype."""
     if args.base.absmax is not None:
@@ -205,7 +243,7 @@ def _scored(args: Any, dloss: Tensor) -> Tensor:
 def _piece(
     ops: Any, args: Any, x: Tensor, labels: Tensor, h: Tensor | None, lora_b: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """loss, lse, entropy, top, mean and dx of some rows."""
+    """loss, lse, entropy, top, mean, squares and dx of some rows."""
     z, steep = _logits(ops, args, x, args.base, args.vocabulary, args.bias, h, lora_b)
     valid = labels != args.ignore_index
     lse = z.logsumexp(-1)
@@ -215,16 +253,19 @@ def _piece(
     if smoothing:
         loss = loss + smoothing * (lse - z.mean(-1))
     entropy, dx = z.new_empty(0), x.new_empty(0, x.shape[1])
-    top, mean = z.new_empty(0, dtype=torch.bool), z.new_empty(0)
+    top, mean, squares = z.new_empty(0, dtype=torch.bool), z.new_empty(0), z.new_empty(0)
     if args.need_entropy:
         entropy = (lse - ((z - lse[:, None]).exp() * z).sum(-1)).where(valid, 0.0)
         top = (z.amax(-1) == of_label) & valid
     if args.need_mean:
         mean = z.mean(-1).where(valid, 0.0)
+    if args.need_squares:
+        squares = ((2 * z).logsumexp(-1) - 2 * lse).where(valid, 0.0)
     if getattr(args, "need_dx", False):
-        d = _logit_gradients(args, z, steep, lse, labels, 0).to(x.dtype)
+        of_p = 1 + 2 * args.z_loss * lse
+        d = _logit_gradients(args, z, steep, lse, labels, 0, torch.ones_like(lse), of_p, None).to(x.dtype)
         dx = _input_gradient(ops, d, args.base, x.shape[1])
-    return loss.where(valid, 0.0), lse.where(valid, 0.0), entropy, top, mean, dx
+    return loss.where(valid, 0.0), entropy, lse.where(valid, 0.0), top, mean, squares, dx
 
 
 def _scores(args: Any) -> tuple[Tensor, ...]:
@@ -233,7 +274,9 @@ def _scores(args: Any) -> tuple[Tensor, ...]:
     loss, lse = (x.new_empty(rows, dtype=acc) for _ in range(2))
     scored = rows if args.need_entropy else 0
     entropy, top = x.new_empty(scored, dtype=acc), x.new_empty(scored, dtype=torch.bool)
-    return loss, lse, entropy, top, x.new_empty(rows if args.need_mean else 0, dtype=acc)
+    needs = args.need_mean, args.need_squares
+    mean, squares = (x.new_empty(rows if need else 0, dtype=acc) for need in needs)
+    return loss, entropy, lse, top, mean, squares
 
 
 def _logits(
@@ -262,14 +305,23 @@ def _logits(
 
 
 def _logit_gradients(
-    args: Any, z: Tensor, steep: Tensor | float, lse: Tensor, labels: Tensor, begin: int
+    args: Any,
+    z: Tensor,
+    steep: Tensor | float,
+    lse: Tensor,
+    labels: Tensor,
+    begin: int,
+    of_label: Tensor,
+    of_p: Tensor,
+    of_pz: Tensor | None,
 ) -> Tensor:
-    """Derivatives of each row's loss with respect to the head's output, in columns from `begin` on."""
-    n, lse = z.shape[1], lse[:, None]
-    column = labels[:, None] - begin
+    """Gradients with respect to the head's output, in columns from `begin` on."""
+    smoothing, n = args.label_smoothing, z.shape[1]
+    of_label, of_p, column = of_label[:, None], of_p[:, None], labels[:, None] - begin
     here = (labels[:, None] != args.ignore_index) & (column >= 0) & (column < n)
-    d = (z - lse).exp() * (1 + 2 * args.z_loss * lse) - args.label_smoothing / args.vocabulary
-    d = d.scatter_add(1, column.where(here, 0), here.to(d.dtype) * (args.label_smoothing - 1))
+    weights = of_p if of_pz is None else of_p + of_pz[:, None] * z
+    d = (z - lse[:, None]).exp() * weights - of_label * (smoothing / args.vocabulary)
+    d = d.scatter_add(1, column.where(here, 0), of_label.where(here, 0.0) * (smoothing - 1))
     return (d * steep).where(labels[:, None] != args.ignore_index, 0.0)
 
 

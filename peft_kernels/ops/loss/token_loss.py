@@ -130,13 +130,15 @@ def token_log_probs(
     entropy: bool = False,
     is_top1: bool = False,
     mean_logits: bool = False,
+    log_sum_sq_probs: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Log-probabilities of `tokens`, for losses such as DPO's and GRPO's, computing the logits piece by
     piece.
 
-    Parameters are those of `linear_cross_entropy`. Optional results, without gradient: entropy of the
-    predicted distribution in nats; is_top1, whether no other token is more likely; mean_logits, the mean of
-    the logits.
+    Parameters are those of `linear_cross_entropy`. Optional results: entropy H of the predicted distribution
+    p in nats, with a gradient, dH/dz = p (lse - H - z) of the logits z, whose error is that of the logits;
+    and without gradient is_top1, whether no other token is more likely; mean_logits, the mean of the logits;
+    log_sum_sq_probs, log(sum p^2).
 
     Returns
     -------
@@ -145,11 +147,11 @@ def token_log_probs(
     """
     scored, _ = _token_losses(
         hidden, weight, tokens, bias, (lora_a, lora_b, scaling), ignore_index, shift, logit_scale, softcap,
-        0.0, 0.0, entropy or is_top1, mean_logits,
+        0.0, 0.0, (entropy or is_top1, mean_logits, log_sum_sq_probs),
     )  # fmt: skip
     log_probs = -scored.losses.view(tokens.shape)
-    requested = (scored.entropy, entropy), (scored.top, is_top1), (scored.mean, mean_logits)
-    more = [t.view(tokens.shape) for t, wanted in requested if wanted]
+    asked = entropy, is_top1, mean_logits, log_sum_sq_probs
+    more = [t.view(tokens.shape) for t, wanted in zip(scored[1:], asked, strict=True) if wanted]
     return (log_probs, *more) if more else log_probs
 
 
@@ -160,6 +162,7 @@ class _Scored(NamedTuple):
     entropy: Tensor
     top: Tensor
     mean: Tensor
+    squares: Tensor
 
 
 def _token_losses(
@@ -174,10 +177,9 @@ def _token_losses(
     softcap: float | None,
     label_smoothing: float,
     z_loss: float,
-    need_entropy: bool = False,
-    need_mean: bool = False,
+    needs: tuple[bool, bool, bool] = (False, False, False),
 ) -> tuple[_Scored, Tensor]:
-    """Results of all rows of hidden, and their labels."""
+    """Results of all rows of hidden, and their labels. `needs`: of the entropy, mean and squares."""
     lora_a, lora_b, scaling = adapter
     hidden, weight, lora_a, lora_b, of_weight = _autocast(hidden, weight, lora_a, lora_b)
     compute = arguments.compute_type(hidden, None, NAME)
@@ -201,8 +203,8 @@ def _token_losses(
         need_dx = torch.is_grad_enabled() and x.requires_grad
         if not trained and not (need_dx and softcap and label_smoothing):
             frozen = *base, vocabulary, bias, *options
-            found = dispatch.call("linear_cross_entropy", x, *frozen, need_dx, need_entropy, need_mean)
-            return _Scored(found[0], *found[2:5]), targets
+            found = dispatch.call("linear_cross_entropy", x, *frozen, need_dx, *needs)
+            return _Scored(*found[:2], *found[3:6]), targets
     elif lora_a is None or lora_b is None:
         name, other = ("lora_a", "lora_b") if lora_a is None else ("lora_b", "lora_a")
         raise ValueError(f"{name}: expected a Tensor with {other}, got None")
@@ -210,8 +212,8 @@ def _token_losses(
         check_adapter(hidden, (vocabulary, features), lora_a, lora_b, 0.0)
         h = float(scaling) * F.linear(x.to(lora_a.dtype), lora_a)
     head = *base, vocabulary, bias, h, lora_b
-    found = dispatch.call("linear_cross_entropy_trained", x, *head, *options, need_entropy, need_mean)
-    return _Scored(found[0], *found[2:5]), targets
+    found = dispatch.call("linear_cross_entropy_trained", x, *head, *options, *needs)
+    return _Scored(*found[:2], *found[3:6]), targets
 
 
 def _targets(labels: Tensor, hidden: Tensor, ignore_index: int, shift: bool) -> Tensor:

@@ -7,6 +7,7 @@ the labels. A patched model puts ours around it, which runs TRL's for all other 
 from __future__ import annotations
 
 import inspect
+import sys
 import types
 from collections import Counter
 from typing import Any
@@ -14,14 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.gradient import RaiseInBackward
 from ...nf4.weight import PackedWeight
 from ...nn import NF4Linear
+from ...ops.arguments import autocast_dtype
+from ...ops.loss.token_loss import token_log_probs
 from ..fused import REPLACES, plain_class, record_of
 from ..rules.loss import device_reason
 
 IGNORED = -100
 """The label of tokens without a loss, in TRL and transformers."""
+OUTPUTS = ("entropy", "is_top1", "mean_logits", "log_sum_sq_probs")
+"""Fields of TRL's output besides `log_probs`, in the order of `token_log_probs`."""
 
 
 class TrlHead:
@@ -45,8 +49,6 @@ class TrlHead:
 
     def reason(self, model: Any) -> str:
         """Why a call uses TRL's head, or ""."""
-        from .scored_head import active_head
-
         if self.head:
             return self.head
         head = active_head(model)
@@ -61,21 +63,20 @@ class TrlHead:
             return "DeepSpeed shards the weight of the head; nothing to do"
         if getattr(model.config, "output_router_logits", False):
             return "the loss that balances experts is TRL's; leave out output_router_logits"
-        trained = torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())
-        if "log_sum_sq_probs" in self.outputs:
-            if weight.device.type != "cpu":
-                return "sums of squares on a GPU; leave out use_weighting"
-            if trained or packed:
-                return "sums of squares of a head that is trained or in NF4; leave out use_weighting"
         return ""
 
     def parts(self, model: Any, hidden: Tensor, targets: Tensor) -> dict[str, Tensor | None]:
-        """Log-probabilities of `targets` (tokens,), and TRL's other outputs."""
-        from .scored_head import active_head, score
-
+        """Log-probabilities of `targets` (tokens,), and TRL's other outputs, given hidden (tokens,
+        hidden_size). TRL divides logits by the temperature after the softcap."""
         head = active_head(model)
-        options = self.temperature, self.outputs, self.scale, self.cap
-        return score(hidden, head.weight, head.bias, targets, *options)._asdict()
+        weight, bias = head.weight, head.bias
+        if type(weight) is not PackedWeight and autocast_dtype(hidden.device.type) is None:
+            weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        scale, cap = self.scale / self.temperature, None if self.cap is None else self.cap / self.temperature
+        asked: dict[str, Any] = {name: True for name in OUTPUTS if name in self.outputs}
+        found = token_log_probs(hidden, weight, targets, bias, logit_scale=scale, softcap=cap, **asked)
+        values = found if asked else (found,)
+        return dict.fromkeys(OUTPUTS) | dict(zip(("log_probs", *asked), values, strict=True))
 
     @staticmethod
     def output(parts: dict[str, Tensor | None], mask: Tensor, count: Any = None) -> Any:
@@ -95,6 +96,20 @@ class TrlHead:
         given = {name: value for name, value in kwargs.items() if name != "use_cache"}
         states: Tensor = model.base_model(*args, **given, use_cache=False).last_hidden_state
         return states[:, :-1][mask]
+
+
+def active_head(model: Any) -> Any:
+    """The layer that currently computes a model's logits: with PEFT's `modules_to_save` the active adapter's
+    copy, or the original if adapters are disabled."""
+    head = model.get_output_embeddings()
+    peft = sys.modules.get("peft.utils")
+    if peft is None or not isinstance(head, peft.ModulesToSaveWrapper):
+        return head
+    active = [] if head.disable_adapters else head.active_adapters
+    if not active:
+        return head.original_module
+    copies, name = head.modules_to_save, active[0]
+    return copies[name] if name in copies else head  # noqa: SIM401  (a ModuleDict has no `get`)
 
 
 def closure_of(theirs: Any) -> dict[str, Any]:
@@ -138,8 +153,6 @@ def around(model: Any, theirs: Any) -> Any:
         if closure.get("cast_lm_head_to_fp32", False)
         else ""
     )
-    if "entropy" in outputs and "is_top1" not in outputs:  # GRPO's
-        reason = reason or "the entropy may have a gradient; for GRPO use integrations.trl"
     head = TrlHead(model, theirs, closure.get("temperature", 1.0), outputs, reason)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -154,12 +167,7 @@ def around(model: Any, theirs: Any) -> Any:
         count = given.pop("num_items_in_batch", None)
         mask = labels[:, 1:] != IGNORED
         hidden = head.hidden(self, mask, *args, **given)
-        parts = head.parts(self, hidden, labels[:, 1:][mask])
-        entropy, log_probs = parts.get("entropy"), parts["log_probs"]
-        if entropy is not None:
-            sentence = "entropy: expected no gradient of it, patch with without='loss'"
-            (parts["entropy"],) = RaiseInBackward.apply(sentence, 1, entropy, log_probs)
-        return head.output(parts, mask, count)
+        return head.output(head.parts(self, hidden, labels[:, 1:][mask]), mask, count)
 
     forward.__signature__ = inspect.signature(theirs)  # type: ignore[attr-defined]
     setattr(forward, REPLACES, theirs)

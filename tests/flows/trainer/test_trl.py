@@ -23,6 +23,7 @@ from flow_models import (
     tokenizer,
     words,
 )
+from installed import before
 from peft_models import trained_values
 from rounding import BF16, CURVE
 
@@ -65,6 +66,8 @@ class Kind(NamedTuple):
     keys: tuple[str, ...] = ()
     given: dict[str, Any] | None = None
     in_fp32: bool = False
+    has_head: bool = False
+    """Whether TRL adds its head, which is then fused."""
 
     def make(self, model: Any, folder: Path, peft_config: Any = None) -> Any:
         module: Any = trl
@@ -85,23 +88,36 @@ class Kind(NamedTuple):
 
 
 SHORT = {"max_length": 16}
+PROMPTS = [{"prompt": words(row[:4])} for row in ROWS]
+SAMPLED = {"num_generations": 2, "max_completion_length": 4, "beta": 0.01, "learning_rate": 1e-4}
+POLICY: dict[str, Any] = {
+    "keys": ("reward", "completions/mean_length", "entropy"), "given": {"reward_funcs": rewards},
+    "in_fp32": True, "has_head": True,
+}  # fmt: skip
 KINDS = {
     "sft": Kind("SFT", COMPLETIONS, SHORT, 1e-3, in_fp32=True),
     "dpo": Kind(
         "DPO", PREFERENCES, SHORT | {"beta": 0.05},
         keys=("rewards/margins", "logps/chosen", "logps/rejected"), in_fp32=True,
     ),
-    "kto": Kind("KTO", LABELLED, SHORT, in_fp32=True),
-    "grpo": Kind(
-        "GRPO", [{"prompt": words(row[:4])} for row in ROWS],
-        {"num_generations": 2, "max_completion_length": 4, "beta": 0.01, "learning_rate": 1e-4},
-        keys=("reward", "completions/mean_length"), given={"reward_funcs": rewards}, in_fp32=True,
+    "kto": Kind("KTO", LABELLED, SHORT, in_fp32=True, has_head=True),
+    "grpo": Kind("GRPO", PROMPTS, SAMPLED, **POLICY),
+    "grpo-entropy": Kind(
+        "GRPO", PROMPTS,
+        SAMPLED | {
+            "entropy_coef": 0.1, "top_entropy_quantile": 0.5, "loss_type": "bnpo", "temperature": 0.8,
+            "importance_sampling_level": "sequence",
+        },
+        **POLICY,
     ),
+    "rloo": Kind("RLOO", PROMPTS, SAMPLED, **POLICY),
 }  # fmt: skip
 CASES = [
     *(("sft", base, by) for base in ("dense", "nf4", "bnb") for by in ("user", "trainer")),
     *(("dpo", base, by) for base in ("dense", "nf4") for by in ("user", "trainer")),
-    *((name, base, by) for name, by in (("kto", "trainer"), ("grpo", "user")) for base in ("dense", "nf4")),
+    *((name, base, "trainer") for name in ("kto", "rloo") for base in ("dense", "nf4")),
+    ("grpo-entropy", "dense", "trainer"),
+    *(("grpo", base, "user") for base in ("dense", "nf4")),
 ]
 """Trainers, bases, and who creates the adapter: the user, or the trainer from a peft_config."""
 
@@ -134,6 +150,8 @@ def test_trainer(name: str, base: str, made_by: str, tmp_path: Path) -> None:
         report = pk.patch(ours.model)
     assert_same_training(ours, theirs, kind.rel, kind.keys)
     assert_fused(ours.model, report, blocks=2)
+    if kind.has_head and not before("trl", "1.15"):
+        assert report.losses[0].fused and not report.losses[0].fallbacks
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from flow_checks import Calls
+from flow_checks import Calls, assert_near
 from flow_models import adapted, arguments, assert_same_logs, ids, in_fp32, llama, logged, tokenizer, words
 from installed import before
 from rounding import ONE_STEP
@@ -144,31 +144,24 @@ def test_trls_own_trainer_on_a_patched_model(name: str, first: str, tmp_path: Pa
     assert_same_logs(*made)
 
 
-def test_a_gradient_of_the_entropy_raises() -> None:
+@pytest.mark.parametrize("trains_head", [False, True], ids=["frozen", "trained"])
+def test_a_gradient_of_the_entropy(trains_head: bool) -> None:
+    """As in GRPO with an entropy bonus, against TRL's head; and the model's own loss beside it."""
     from trl.trainer.utils import add_fused_lm_head
 
-    model = llama(vocab_size=100).train()
-    pk.patch(model)
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-    batch = ids(0, vocabulary=100)
-    out = model(input_ids=batch, labels=batch, fused_lm_head=True)
-    with pytest.raises(RuntimeError, match="entropy: expected no gradient of it, patch with without='loss'"):
-        (out.loss - out.entropy.mean()).backward()
-
-
-def test_heads_of_policies_and_other_calls_stay_trls() -> None:
-    from trl.trainer.utils import add_fused_lm_head
-
-    model = llama(vocab_size=100).train()
-    report = pk.patch(model)
-    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-    batch = ids(0, vocabulary=100)
-    with Calls() as calls:
-        model(input_ids=batch, labels=batch, fused_lm_head=True)
-    assert not calls.counts["linear_cross_entropy_trained"]
-    assert report.losses[0].fallbacks == {
-        "TRL's head, the entropy may have a gradient; for GRPO use integrations.trl": 1
-    }
-    with Calls() as calls:  # its own loss
-        assert torch.isfinite(model(input_ids=batch, labels=batch).loss)
-    assert calls.counts["linear_cross_entropy_trained"] == 1
+    batch, found = ids(0, vocabulary=100), []
+    for patched in (True, False):
+        model = adapted(llama(vocab_size=100), modules_to_save=["lm_head"] if trains_head else None).train()
+        report = pk.patch(model) if patched else None
+        inner = model.get_base_model()
+        add_fused_lm_head(inner, temperature=0.8, outputs=("log_probs", "entropy"))
+        with Calls() as calls:
+            out = model(input_ids=batch, labels=batch, fused_lm_head=True)
+            (out.loss - 0.5 * (out.entropy * (out.entropy > 2)).mean()).backward()
+            assert torch.isfinite(inner(input_ids=batch, labels=batch).loss)
+        if report is not None:
+            forward = "linear_cross_entropy_trained" if trains_head else "linear_cross_entropy"
+            assert calls.counts[forward] == 2 and calls.counts["linear_cross_entropy_backward"] == 1
+            assert report.losses[0].fused and not report.losses[0].fallbacks
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert_near(*found, ONE_STEP)

@@ -73,20 +73,21 @@ def results_of(case: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor, Tensor]]
     labels = labels_of(rows, vocabulary)
     head = weight._state.op_args if case["base"] != "dense" else (weight, None, None, None, 0)
     o = [options.get(k, v) for k, v in (("logit_scale", 1.0), ("softcap", 0.0), ("label_smoothing", 0.0))]
-    args = (*head, vocabulary, b, labels, IGNORED, *o, options.get("z_loss", 0.0), with_dx, True, True)
+    args = (*head, vocabulary, b, labels, IGNORED, *o, options.get("z_loss", 0.0), with_dx, True, True, True)
     got = torch.ops.peft_kernels.linear_cross_entropy(x, *args)
     plain = testing.reference_op("linear_cross_entropy")(x, *args)
     assert all(g.is_contiguous() and g.dtype == p.dtype for g, p in zip(got, plain, strict=True))
     assert not any(t[4::5].any() for t in got)
-    value, *rest = torch.ops.peft_kernels.linear_cross_entropy(x, *args[:-3], False, False, False)
+    value, *rest = torch.ops.peft_kernels.linear_cross_entropy(x, *args[:-4], *[False] * 4)
     near = 8 * torch.finfo(dtype).eps  # dx may be computed in another order
     torch.testing.assert_close(value, got[0], rtol=near, atol=near)
-    assert [t.numel() for t in rest] == [rows, 0, 0, 0, 0]
+    assert [t.numel() for t in rest] == [0, rows, 0, 0, 0, 0]
     x64 = x.double().requires_grad_()
     truth, entropy = defined(x64, wide(weight), labels, None if b is None else b.double(), **options)
-    _, lse, _, _, mean, _ = testing.reference_op("linear_cross_entropy")(*map(testing.widen, (x, *args)))
+    wide_args = map(testing.widen, (x, *args))
+    _, _, lse, _, mean, squares, _ = testing.reference_op("linear_cross_entropy")(*wide_args)
     (dx,) = torch.autograd.grad(truth.sum(), x64)
-    truths = (truth.detach(), lse, entropy, mean, dx if with_dx else dx[:0])
-    names = ("loss", "lse", "entropy", "mean", "dx")
+    truths = (truth.detach(), entropy, lse, mean, squares, dx if with_dx else dx[:0])
+    names = ("loss", "entropy", "lse", "mean", "squares", "dx")
     got, plain = ((*each[:3], *each[4:]) for each in (got, plain))
     return {n: parts for n, *parts in zip(names, got, plain, truths, strict=True)}  # type: ignore[misc]

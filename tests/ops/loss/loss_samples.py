@@ -20,7 +20,7 @@ def loss_args(
     head = dense if base == "dense" else group(base == "nested")
     vector = testing.tensor(N, dtype=dtype, seed=2) if bias else None
     x, labels = leaf(6, K, dtype=dtype).detach(), torch.tensor([0, 19, -100, 7, 7, -100])
-    return (x.requires_grad_(), *head, N, vector, labels, -100, *options, True, True, True)
+    return (x.requires_grad_(), *head, N, vector, labels, -100, *options, True, True, True, True)
 
 
 def trained_loss_args(
@@ -32,14 +32,17 @@ def trained_loss_args(
     trained = weight.requires_grad_() if base == "dense" else weight
     h, b = (leaf(6, R, seed=3), leaf(N, R, dtype=dtype, seed=4)) if adapter else (None, None)
     bias = rest[5].requires_grad_()
-    return (x, trained, *rest[:5], bias, h, b, *rest[6:-3], False, True)
+    return (x, trained, *rest[:5], bias, h, b, *rest[6:-4], adapter, True, adapter)
 
 
 def loss_backward_args(*needs: bool, base: str = "dense", **options: Any) -> tuple[Any, ...]:
     given = trained_loss_args(base, adapter=True, **options)
     args = [t.detach() if isinstance(t, Tensor) else t for t in given]
-    rows = [testing.tensor(6, dtype=torch.float32, seed=seed) + lift for seed, lift in ((8, 0.0), (9, 40.0))]
-    return (*rows, *args[:-2], *needs)
+    factors = [testing.tensor(6, dtype=torch.float32, seed=seed) for seed in (8, 9, 10)]
+    if base == "plain":
+        factors[2] = None
+    lse = testing.tensor(6, dtype=torch.float32, seed=11) + 40
+    return (*factors, lse, *args[:-4], *needs)
 
 
 def loss_samples() -> dict[str, dict[str, tuple[Any, ...]]]:

@@ -115,14 +115,14 @@ def test_near_certainty(backend: str, dtype: torch.dtype, rows: int) -> None:
     labels = torch.arange(rows) * 7
     own = w[labels].float()
     x = (20 * own / own.square().sum(1, keepdim=True)).to(dtype)  # logits of 20, and of N(0, 2.5)
-    args = (w, None, None, None, 0, 700, None, labels, IGNORED, 1.0, 0.0, 0.0, 0.0, True, True, False)
+    args = (w, None, None, None, 0, 700, None, labels, IGNORED, 1.0, 0.0, 0.0, 0.0, True, True, False, True)
     got, plain = (
         op(x, *args)
         for op in (torch.ops.peft_kernels.linear_cross_entropy, testing.reference_op("linear_cross_entropy"))
     )
     truth = testing.reference_op("linear_cross_entropy")(*map(testing.widen, (x, *args)))
     assert truth[0].median() < 1e-3
-    names = ("loss", "lse", "entropy", "top", "mean", "dx")
+    names = ("loss", "entropy", "lse", "top", "mean", "squares", "dx")
     for name, g, p, t in zip(names, got, plain, truth, strict=True):
         if name != "top":
             testing.assert_close(g, p, t, name)
@@ -133,8 +133,8 @@ def test_near_certainty(backend: str, dtype: torch.dtype, rows: int) -> None:
         return  # gradients of logits are rounded to fp16, where those below 6e-5 have fewer bits
     # Logits may be rounded to dtype, by half an eps of themselves: exp(z) is off by as much, relatively.
     of_logits = (x.double() @ w.double().t()).abs().topk(2).values.sum(1) / 2
-    allowed = (of_logits + 2) * torch.finfo(dtype).eps * truth[5].norm(dim=1)
-    assert ((got[5].double() - truth[5]).norm(dim=1) <= allowed + 1e-6).all()
+    allowed = (of_logits + 2) * torch.finfo(dtype).eps * truth[6].norm(dim=1)
+    assert ((got[6].double() - truth[6]).norm(dim=1) <= allowed + 1e-6).all()
 
 
 def test_great_logits_come_last(backend: str) -> None:
@@ -152,20 +152,22 @@ def test_great_logits_come_last(backend: str) -> None:
 def test_rows_do_not_mix(backend: str, rows: int) -> None:
     """NaN in one row stays there; in an ignored row it has no effect. Rows are left out if there are many."""
     x, w, labels = testing.tensor(rows, 64), testing.tensor(600, 64, seed=1), labels_of(rows, 600)
-    args = (w, None, None, None, 0, 600, None, labels, IGNORED, 1.0, 0.0, 0.0, 0.0, True, False, False)
+    args = (w, None, None, None, 0, 600, None, labels, IGNORED, 1.0, 0.0, 0.0, 0.0, True, False, False, False)
     clean = torch.ops.peft_kernels.linear_cross_entropy(x, *args)
     x[3], x[9] = float("nan"), float("inf")  # the latter is ignored
     loss, *_, dx = torch.ops.peft_kernels.linear_cross_entropy(x, *args)
     assert loss[3].isnan() and dx[3].isnan().all()
     others = [i for i in range(rows) if i != 3]
     torch.testing.assert_close(loss[others], clean[0][others])
-    torch.testing.assert_close(dx[others], clean[5][others])
+    torch.testing.assert_close(dx[others], clean[6][others])
     if backend == "reference" or rows < 300:
         return  # a row that is not left out meets its gradient of zero
-    backward, dloss = torch.ops.peft_kernels.linear_cross_entropy_backward, testing.tensor(rows, seed=6)
+    backward = torch.ops.peft_kernels.linear_cross_entropy_backward
+    factors = [testing.tensor(rows, seed=seed) for seed in (6, 7, 8)]
     x[3], needs = 0.0, (True, True, False, False, False)
-    want = backward(dloss, clean[1], x.nan_to_num(posinf=0.0), *args[:7], None, None, *args[7:-3], *needs)
-    got = backward(dloss, clean[1], x, *args[:7], None, None, *args[7:-3], *needs)
+    rest = *args[:7], None, None, *args[7:-5], *needs
+    want = backward(*factors, clean[2], x.nan_to_num(posinf=0.0), *rest)
+    got = backward(*factors, clean[2], x, *rest)
     assert all(map(torch.equal, got, want))
 
 
@@ -178,9 +180,9 @@ def test_extreme_logits(backend: str, dtype: torch.dtype, cap: float) -> None:
     bias = torch.zeros(vocabulary, dtype=dtype)
     bias[5:100] = float("-inf") if cap == 0.0 else -6e4
     bias[0], bias[266] = 6e4, -6e4
-    options = labels, IGNORED, 1.0, cap, 0.0, 0.0, True, True, True
+    options = labels, IGNORED, 1.0, cap, 0.0, 0.0, True, True, True, True
     head = w, None, None, None, 0, vocabulary, bias
-    loss, lse, _, top, _, dx = torch.ops.peft_kernels.linear_cross_entropy(x, *head, *options)
+    loss, _, lse, top, *_, dx = torch.ops.peft_kernels.linear_cross_entropy(x, *head, *options)
     z = bias.double()
     z = cap * torch.tanh(z / cap) if cap else z
     want = F.cross_entropy(z.expand(3, -1), labels, reduction="none")
@@ -261,10 +263,10 @@ def test_an_fp32_head_is_rounded(backend: str, dtype: torch.dtype, rows: int, fe
 
     def results(weight: Tensor) -> list[Tensor]:
         head = weight, None, None, None, 0, vocabulary, b
-        found = ops.linear_cross_entropy(x, *head, *numbers, True, True, True)
-        dloss, needs = testing.tensor(rows, seed=3), (True, True, True, False, False)
-        lse = found[1]
-        back = ops.linear_cross_entropy_backward(dloss, lse, x, *head, None, None, *numbers, *needs)
+        found = ops.linear_cross_entropy(x, *head, *numbers, True, True, True, True)
+        factors = [testing.tensor(rows, seed=seed) for seed in (3, 4, 5)]
+        trained, needs = (x, *head, None, None, *numbers[:-1]), (True, True, True, False, False)
+        back = ops.linear_cross_entropy_backward(*factors, found[2], *trained, *needs)
         assert back[1].dtype == weight.dtype
         return [*found, back[0], back[1].to(dtype), back[2]]
 
@@ -296,7 +298,7 @@ def test_gradcheck(trained: bool, options: str) -> None:
 def test_kernels_check_labels_themselves(compiled_ops: Any) -> None:
     """Nothing outside of the logits is read or written: memory is guarded."""
     x, w, labels = torch.ones(5, 32), torch.ones(12, 32), torch.tensor([1, 12, 3, -1, 1 << 40])
-    args = (w, None, None, None, 0, 12, None, labels, IGNORED, 1.0, 0.0, 0.0, 0.0, True, False, False)
+    args = (w, None, None, None, 0, 12, None, labels, IGNORED, 1.0, 0.0, 0.0, 0.0, True, False, False, False)
     if compiled_ops is not torch.ops.peft_kernels_cpu:  # as on a GPU, where to look at them would be to wait
         loss, *_, dx = compiled_ops.linear_cross_entropy(x, *args)
         outside = [False, True, False, True, True]

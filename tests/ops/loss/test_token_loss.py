@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_cases import IGNORED, labels_of, weight_of
+from loss_cases import IGNORED, labels_of, weight_of, wide
 from numbers_policy import each_dtype
 from torch import Tensor
 
@@ -55,24 +55,106 @@ def test_shift_equals_causal_models(backend: str) -> None:
     assert each.shape == labels.shape and not each[:, -1].any()
 
 
-@each_dtype
-def test_log_probs_and_entropy(backend: str, dtype: torch.dtype) -> None:
-    x = testing.tensor(3, 8, 64, dtype=dtype).requires_grad_()
-    w, tokens = weight_of("dense", 700, 64, dtype), labels_of(24, 700).view(3, 8)
-    got, entropy = pk.token_log_probs(x, w, tokens, entropy=True, logit_scale=1 / 0.7)
-    assert got.shape == entropy.shape == tokens.shape and not entropy.requires_grad
-    x64 = x.detach().double().requires_grad_()
-    truth = torch.log_softmax(F.linear(x64, w.double()) / 0.7, -1)
+HEADS = {
+    "frozen": ("dense", ("hidden",)),
+    "nf4": ("nested", ("hidden",)),
+    "trained": ("dense", ("hidden", "weight", "bias")),
+    "adapter": ("nested", ("hidden", "lora_a", "lora_b")),
+}
+"""Weight of a head, and what has a gradient."""
+
+
+def head_of(kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Operands of token_log_probs."""
+    base, trained = HEADS[kind]
+    found: dict[str, Any] = {
+        "hidden": testing.tensor(3, 8, 64, dtype=dtype),
+        "weight": weight_of(base, 700, 64, dtype),
+        "bias": testing.tensor(700, dtype=dtype, seed=3),
+    }
+    if kind == "adapter":
+        found["lora_a"] = testing.tensor(4, 64, seed=4, scale=64**-0.5)
+        found["lora_b"] = testing.tensor(700, 4, seed=5, scale=0.3)
+    return {n: t.requires_grad_() if n in trained else t for n, t in found.items()}
+
+
+def scores(
+    operands: dict[str, Tensor], tokens: Tensor, scale: float, cap: float | None
+) -> tuple[Tensor, ...]:
+    """Log-probabilities, entropies and logarithms of squares, in torch functions."""
+    weight = operands["weight"]
+    if "lora_a" in operands:
+        weight = weight + operands["lora_b"] @ operands["lora_a"]
+    z = F.linear(operands["hidden"], weight, operands["bias"]) * scale
+    logs = torch.log_softmax(z if cap is None else cap * torch.tanh(z / cap), -1)
     valid = tokens != IGNORED
-    chosen = truth.gather(-1, tokens.clamp(min=0)[..., None])[..., 0] * valid
+    chosen = logs.gather(-1, tokens.clamp(min=0)[..., None])[..., 0]
+    entropy, squares = -(logs.exp() * logs).sum(-1), (2 * logs).exp().sum(-1).log()
+    return chosen * valid, entropy * valid, squares * valid
+
+
+@each_dtype
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("cap", [None, 4.0])
+@pytest.mark.parametrize("of", ["log_probs", "entropy", "both"])
+def test_log_probs_and_entropy(
+    backend: str, dtype: torch.dtype, kind: str, cap: float | None, of: str
+) -> None:
+    """Values, and gradients of a loss of the log-probabilities, of the entropy, and of both."""
+    tokens, scale = labels_of(24, 700).view(3, 8), 1 / 0.7
+    operands, trained = head_of(kind, dtype), HEADS[kind][1]
+    factors = [float(of != "entropy"), float(of != "log_probs")]
+    options: dict[str, Any] = {
+        "entropy": True,
+        "log_sum_sq_probs": True,
+        "softcap": cap,
+        "logit_scale": scale,
+    }
+
+    def results() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        found = pk.token_log_probs(tokens=tokens, **operands, **options)
+        assert all(t.shape == tokens.shape and t.dtype == torch.float32 for t in found)
+        assert found[1].requires_grad and not found[2].requires_grad
+        loss = [f * t.square().sum() for f, t in zip(factors, found, strict=False) if f]
+        return found, torch.autograd.grad(sum(loss), [operands[n] for n in trained])
+
+    got, gradients = results()
     with pk.use_backend("reference"):
-        plain, plain_entropy = pk.token_log_probs(x, w, tokens, entropy=True, logit_scale=1 / 0.7)
-        (near,) = torch.autograd.grad(plain.square().sum(), x)
-    testing.assert_close(got, plain, chosen, "log_probs")
-    testing.assert_close(entropy, plain_entropy, -(truth.exp() * truth).sum(-1) * valid, "entropy")
-    (g,), (t,) = torch.autograd.grad(got.square().sum(), x), torch.autograd.grad(chosen.square().sum(), x64)
-    testing.assert_close(g, near, t, "gradient")
-    assert torch.equal(pk.token_log_probs(x, w, tokens, logit_scale=1 / 0.7), got)
+        plain, near = results()
+    wide64 = {n: wide(t).requires_grad_(n in trained) for n, t in operands.items()}
+    truth = scores(wide64, tokens, scale, cap)
+    loss = factors[0] * truth[0].square().sum() + factors[1] * truth[1].square().sum()
+    true = torch.autograd.grad(loss, [wide64[n] for n in trained])
+    for name, *values in zip(("log_probs", "entropy", "squares"), got, plain, truth, strict=True):
+        testing.assert_close(*values, name)
+    for name, *values in zip(trained, gradients, near, true, strict=True):
+        testing.assert_close(*values, name, product=dtype)
+    without = {n: t.detach() for n, t in operands.items()}
+    alone = pk.token_log_probs(tokens=tokens, **without, softcap=cap, logit_scale=scale)
+    torch.testing.assert_close(alone, got[0])
+
+
+def test_what_depends_on_no_result_has_no_gradient(backend: str) -> None:
+    operands, tokens = head_of("frozen", torch.float32), labels_of(24, 700).view(3, 8)
+    *_, top = pk.token_log_probs(tokens=tokens, **operands, entropy=True, is_top1=True)
+    assert not top.requires_grad
+    _, entropy = pk.token_log_probs(tokens=tokens, **operands, entropy=True)
+    empty = pk.token_log_probs(operands["hidden"][:0], operands["weight"], tokens[:0], entropy=True)
+    assert not torch.autograd.grad(empty[1].sum(), operands["hidden"])[0].any()
+    assert torch.autograd.grad(entropy.sum() * 0, operands["hidden"])[0].eq(0).all()
+
+
+def test_masked_logits_have_no_gradient(backend: str) -> None:
+    """Columns whose bias is -inf, with a loss of the log-probabilities alone."""
+    x, w = testing.tensor(6, 32).requires_grad_(), testing.tensor(50, 32, seed=1).requires_grad_()
+    bias = torch.zeros(50)
+    bias[30:] = float("-inf")
+    tokens = torch.arange(6)
+    got = pk.token_log_probs(x, w, tokens, bias)
+    want = F.linear(x, w, bias)[:, :30].log_softmax(-1)[tokens, tokens]
+    torch.testing.assert_close(got, want)
+    for g, t in zip(*(torch.autograd.grad(y.square().sum(), (x, w)) for y in (got, want)), strict=True):
+        torch.testing.assert_close(g, t)
 
 
 @each_dtype
@@ -109,6 +191,9 @@ def test_saved_tensors(backend: str) -> None:
         lambda: pk.linear_cross_entropy(x, w, labels, reduction="sum"), [*exclude, x]
     )
     assert 0 < trained <= 2 * per_row
+    w.requires_grad_(False)
+    both = testing.saved_bytes(lambda: pk.token_log_probs(x, w, labels, entropy=True)[0].sum(), [*exclude, x])
+    assert x.numel() * 4 <= both <= x.numel() * 4 + 2 * per_row
 
 
 def allocated(call: Callable[[], Any], folder: Path) -> int:

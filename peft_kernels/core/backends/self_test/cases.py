@@ -253,7 +253,7 @@ def _labels(draw: Values, vocabulary: int) -> Tensor:
 def linear_cross_entropy(draw: Values) -> Iterator[Args]:
     """A packed head; then a dense one with a soft cap, and one with smoothing."""
     n, k = 1000, 192
-    rest, wants = (_labels(draw, n), -100), (True, True, True)
+    rest, wants = (_labels(draw, n), -100), (True,) * 4
     yield draw.normal(ROWS, k), *draw.packed(n, k, 64, True), n, None, *rest, 1.0, 0.0, 0.0, 0.0, *wants
     head = dense(draw.normal(n + 1, k, scale=k**-0.5))
     bias = draw.normal(n + 1)
@@ -264,11 +264,11 @@ def linear_cross_entropy(draw: Values) -> Iterator[Args]:
 def linear_cross_entropy_trained(draw: Values) -> Iterator[Args]:
     """A trained head; then one with an adapter."""
     n, k, rank = 1000, 192, 24
-    rest = _labels(draw, n), -100, 1.0, 0.0, 0.0, 0.0, False, True
+    rest = _labels(draw, n), -100, 1.0, 0.0, 0.0, 0.0
     head = dense(draw.normal(n, k, scale=k**-0.5))
-    yield draw.normal(ROWS, k), *head, n, draw.normal(n), None, None, *rest
+    yield draw.normal(ROWS, k), *head, n, draw.normal(n), None, None, *rest, False, True, False
     h, b = draw.normal(ROWS, rank, dtype=FP32), draw.normal(n, rank, scale=rank**-0.5)
-    yield draw.normal(ROWS, k), *draw.packed(n, k, 64, True), n, None, h, b, *rest
+    yield draw.normal(ROWS, k), *draw.packed(n, k, 64, True), n, None, h, b, *rest, True, True, True
 
 
 def _updates(draw: Values, kind: str, bits: int) -> Args:

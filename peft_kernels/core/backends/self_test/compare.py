@@ -90,7 +90,7 @@ def results(
     found: dict[str, Tensor] = {}
     for name, result in zip(op.returns or ["result"], named, strict=True):
         found |= {f"{name}{_number(result, j)}": t.detach() for j, t in enumerate(tree_leaves(result))}
-    outputs = [t for result in named[: op.num_outputs] for t in tree_leaves(result)]
+    outputs = [t for result in named[: op.num_outputs] for t in tree_leaves(result) if t.numel()]
     return found | _gradients(op, given, outputs)
 
 
