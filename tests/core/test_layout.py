@@ -54,14 +54,14 @@ BUDGETS = {
     "peft_kernels/core": 3_700,
     "peft_kernels/integrations": 2_300,
     "peft_kernels/nf4": 5_600,
-    "peft_kernels/ops": 3_860,  # a gradient of the entropy, and squared probabilities in all kernels
+    "peft_kernels/ops": 3_880,  # a gradient of the entropy, and squared probabilities in all kernels
     "peft_kernels/optim": 1_900,
-    "peft_kernels/patch": 5_900,  # forwards of any version are recognised by what they compute
+    "peft_kernels/patch": 6_010,  # forwards of any version are recognised; losses by hand keep logits lazy
     "peft_kernels/prefix": 200,
     "peft_kernels/quantize": 2_000,
     "peft_kernels/serving": 1_700,
     "peft_kernels/triton_kernels": 5_850,
-    "tests": 78_930,
+    "tests": 79_060,
     "tools": 3_200,
 }
 """Most lines of code in a folder and those below it. A commit that adds a feature removes as many lines, or

@@ -38,7 +38,9 @@ class LinearCrossEntropy(Op):
     log of the sum of squared probabilities. dx: gradient of a row's loss with respect to x, unavailable with
     both softcap and smoothing. Results not needed have no elements.
 
-    Loss and entropy have gradients. That of the entropy recomputes the logits, for which x is saved."""
+    Loss, entropy and lse have gradients. Those of the last two recompute the logits, for which x is saved
+    where the entropy is needed. On a CPU a gradient of lse that is zero, as of a logit minus lse, costs
+    nothing; elsewhere looking at it would be to wait."""
 
     name = "linear_cross_entropy"
     schema = (
@@ -64,7 +66,7 @@ class LinearCrossEntropy(Op):
         return *_scores(args), x.new_empty(x.shape if args.need_dx else (0, x.shape[1]))
 
     differentiable = ("x",)
-    num_outputs = 2
+    num_outputs = 3
     saved_meta = ("x", "weight", "absmax", "absmax2", "offset", "bias", "loss")
     saves_all_with = "need_entropy"
     saved_outputs = ("entropy", "lse", "top", "mean", "squares", "dx")
@@ -73,11 +75,14 @@ class LinearCrossEntropy(Op):
     def backward(
         ops: Any, args: Any, results: Any, need: Any, dy: tuple[Tensor | None, ...]
     ) -> dict[str, Any]:
-        dloss, dentropy = dy
-        if dentropy is not None and args.need_entropy:
+        dloss, dentropy, dlse = dy
+        has_lse = dlse is not None and not _is_zero(dlse)
+        if args.need_entropy and (dentropy is not None or has_lse):
             head = *args.base, args.vocabulary, args.bias, None, None
             needs = True, False, False, False, False
-            return {"x": _backward(ops, args, results, (*dy, None), head, needs)[0]}
+            return {"x": _backward(ops, args, results, dy, head, needs)[0]}
+        if has_lse:
+            raise RuntimeError("need_entropy: expected True where lse is differentiated, got False")
         if dloss is None:
             return {"x": None}
         if results.dx.shape != args.x.shape:
@@ -226,6 +231,11 @@ def _backward(
         of_label, of_p, of_pz, lse, args.x, *head, *options, *needs
     )
     return found
+
+
+def _is_zero(dlse: Tensor) -> bool:
+    """Whether a gradient is known to be zero. Compilers pass subclasses without values."""
+    return type(dlse) is Tensor and dlse.device.type == "cpu" and not dlse.any()
 
 
 def _rounded(args: Any) -> Any:

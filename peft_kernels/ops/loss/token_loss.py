@@ -151,8 +151,30 @@ def token_log_probs(
     )  # fmt: skip
     log_probs = -scored.losses.view(tokens.shape)
     asked = entropy, is_top1, mean_logits, log_sum_sq_probs
-    more = [t.view(tokens.shape) for t, wanted in zip(scored[1:], asked, strict=True) if wanted]
+    more = [t.view(tokens.shape) for t, wanted in zip(scored[1:], asked, strict=False) if wanted]
     return (log_probs, *more) if more else log_probs
+
+
+def losses_and_lse(
+    hidden: Tensor,
+    weight: Weight,
+    labels: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    logit_scale: float,
+    softcap: float | None,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Losses lse - z of the logits z of labels, and lse = log sum exp of all logits, in labels' shape, fp32.
+    Lse has a gradient where it is needed."""
+    none = torch.iinfo(torch.int64).min  # no label is ignored
+    scored, _ = _token_losses(
+        hidden, weight, labels, bias, (lora_a, lora_b, scaling), none, False, logit_scale, softcap, 0.0, 0.0,
+        (need_lse, False, False),
+    )  # fmt: skip
+    return scored.losses.view(labels.shape), scored.lse.view(labels.shape)
 
 
 class _Scored(NamedTuple):
@@ -163,6 +185,7 @@ class _Scored(NamedTuple):
     top: Tensor
     mean: Tensor
     squares: Tensor
+    lse: Tensor
 
 
 def _token_losses(
@@ -204,7 +227,7 @@ def _token_losses(
         if not trained and not (need_dx and softcap and label_smoothing):
             frozen = *base, vocabulary, bias, *options
             found = dispatch.call("linear_cross_entropy", x, *frozen, need_dx, *needs)
-            return _Scored(*found[:2], *found[3:6]), targets
+            return _Scored._make((*found[:2], *found[3:6], found[2])), targets
     elif lora_a is None or lora_b is None:
         name, other = ("lora_a", "lora_b") if lora_a is None else ("lora_b", "lora_a")
         raise ValueError(f"{name}: expected a Tensor with {other}, got None")
@@ -213,7 +236,7 @@ def _token_losses(
         h = float(scaling) * F.linear(x.to(lora_a.dtype), lora_a)
     head = *base, vocabulary, bias, h, lora_b
     found = dispatch.call("linear_cross_entropy_trained", x, *head, *options, *needs)
-    return _Scored(*found[:2], *found[3:6]), targets
+    return _Scored._make((*found[:2], *found[3:6], found[2])), targets
 
 
 def _targets(labels: Tensor, hidden: Tensor, ignore_index: int, shift: bool) -> Tensor:

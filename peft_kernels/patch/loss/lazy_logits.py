@@ -10,6 +10,7 @@ usual. Only `__torch_dispatch__`, below autograd, distinguishes logits with valu
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,9 +25,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ...core.gradient import AutogradFunction
 from ...ops.arguments import autocast_dtype
-from ...ops.loss.token_loss import linear_cross_entropy
-from . import lazy_ops
-from .recipe import HeadCall, Recipe, Step, of_head
+from . import lazy_ops, lazy_scores
+from .recipe import HeadCall, Recipe, Step
 
 
 @dataclass
@@ -48,6 +48,9 @@ class LazyLogits(Tensor):
 
     _state: State
 
+    def read(self) -> None:
+        materialize(self, "detach")
+
     @classmethod
     @_disable_dynamo  # in a compiled function it runs as it is, between graphs
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -68,10 +71,11 @@ class LazyLogits(Tensor):
         if isinstance(logits, LazyLogits) and is_lazy(logits):
             if func in _LAZY_FUNCTIONS:
                 return _call_lazily(func, logits, args, kwargs)
-            if func is F.cross_entropy and follows_recipe(logits):
-                loss = _cross_entropy(*args, **kwargs)
-                if loss is not NotImplemented:
-                    return loss
+            score = lazy_scores.FUNCTIONS.get(func)
+            if score is not None and follows_recipe(logits):
+                found = score(logits._state.recipe, *args, **kwargs)
+                if found is not NotImplemented:
+                    return found
         return _call_materialized(func, args, kwargs)
 
     @classmethod
@@ -134,20 +138,48 @@ class _Deferred(AutogradFunction):
         return None, None, None, *call.gradients(dy.to(call.head.hidden.dtype))
 
 
-class _Tanh(AutogradFunction):
-    """tanh that does not save its result, which saved-tensor hooks would materialise."""
+class _Saving(AutogradFunction):
+    """A function of logits that does not save its result, which saved-tensor hooks would materialise, but how
+    to compute it. `backward_of` takes the gradient, the result and the function's other arguments."""
 
     @staticmethod
-    def forward(ctx: Any, logits: LazyLogits) -> Tensor:
+    def forward(ctx: Any, logits: LazyLogits, function: Any, backward_of: Any, *others: Any) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass():
-            y: Any = torch.ops.aten.tanh.default(logits)
-        ctx.recipe = y._state.recipe
+            y: Any = function(logits, *others)
+        ctx.recipe, ctx.backward_of, ctx.others = y._state.recipe, backward_of, others
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        recipe: Recipe = ctx.recipe
-        return torch.ops.aten.tanh_backward.default(dy, recipe.compute())
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        dx = ctx.backward_of(dy, ctx.recipe.compute(), *ctx.others)
+        return dx, *(None,) * (2 + len(ctx.others))
+
+
+def _tanh(logits: LazyLogits) -> Any:
+    if logits._state.recipe.outer is not None or logits._state.recipe.is_normalized:
+        return NotImplemented
+    return _Saving.apply(logits, torch.ops.aten.tanh.default, torch.ops.aten.tanh_backward.default)
+
+
+def _detach(logits: LazyLogits) -> Any:
+    """They stay lazy, as for a metric that needs no values, and are computed before the next step."""
+    call = logits._state.recipe.call
+    call.check()
+    with torch._C.DisableTorchFunctionSubclass():
+        out: Any = Tensor.detach(logits)
+    call.detached.append(weakref.ref(out))
+    return out
+
+
+def _log_softmax(logits: LazyLogits, dim: Any = None, *others: Any, **more: Any) -> Any:
+    casts = autocast_dtype(logits.device.type) is not None and logits.itemsize < 4
+    if casts or others or more or dim not in (-1, logits.dim() - 1):
+        return NotImplemented
+
+    def backward(dy: Tensor, y: Tensor, *_: Any) -> Tensor:
+        return torch.ops.aten._log_softmax_backward_data.default(dy, y, -1, y.dtype)
+
+    return _Saving.apply(logits, torch.ops.aten._log_softmax.default, backward, -1, False)
 
 
 # Materialising.
@@ -229,7 +261,7 @@ def _name(func: Any) -> str:
 # Steps without values.
 
 
-def _lazy_result(op: Any, args: Any, kwargs: Any) -> LazyLogits | None:
+def _lazy_result(op: Any, args: Any, kwargs: Any) -> LazyLogits | list[LazyLogits] | None:
     """The result of an op on logits without values, or None if it needs them."""
     follow = lazy_ops.LAZY_OPS.get(op)
     if follow is None or not isinstance(args[0], LazyLogits) or not is_lazy(args[0]):
@@ -241,71 +273,38 @@ def _lazy_result(op: Any, args: Any, kwargs: Any) -> LazyLogits | None:
     found = follow(op, before, logits._state.recipe, *others, **kwargs)
     if found is None:
         return None
-    shares = found.like.untyped_storage()._cdata == before.untyped_storage()._cdata
-    return without_values(found.like, State(found.recipe, logits._state.reads, logits if shares else None))
+
+    def result(one: lazy_ops.LazyResult) -> LazyLogits:
+        shares = one.like.untyped_storage()._cdata == before.untyped_storage()._cdata
+        return without_values(one.like, State(one.recipe, logits._state.reads, logits if shares else None))
+
+    return [result(one) for one in found] if isinstance(found, list) else result(found)
 
 
 def _call_lazily(func: Any, logits: LazyLogits, args: Any, kwargs: Any) -> Any:
-    known = follows_recipe(logits)
-    if (
-        func in (Tensor.tanh, torch.tanh)
-        and len(args) == 1
-        and not kwargs
-        and logits._state.recipe.outer is None
-    ):
-        out: Any = _Tanh.apply(logits)
-    else:
+    known, own = follows_recipe(logits), _OWN_FUNCTIONS.get(func)
+    out: Any = NotImplemented if own is None else own(*args, **kwargs)
+    if out is NotImplemented:
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
-    if known and isinstance(out, LazyLogits) and out is not logits:
-        _set_node(out)
+    for one in out if isinstance(out, tuple) else (out,):
+        if known and isinstance(one, LazyLogits) and one is not logits:
+            _set_node(one)
     return out
 
 
-def _cross_entropy(
-    logits: LazyLogits,
-    target: Any,
-    weight: Any = None,
-    size_average: Any = None,
-    ignore_index: int = -100,
-    reduce: Any = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Any:
-    if weight is not None or size_average is not None or reduce is not None:
-        return NotImplemented
-    shape, dtype = logits.shape, logits.dtype
-    if type(target) is not Tensor or target.dtype != torch.int64 or target.device != logits.device:
-        return NotImplemented
-    if len(shape) != 2 or target.shape != shape[:-1]:
-        return NotImplemented
-    recipe: Recipe = logits._state.recipe
-    recipe.call.check()
-    head, cap = recipe.call.head, recipe.outer
-    if not logits.requires_grad:
-        head = head.detached(leaves=False)
-    with of_head(head):
-        loss = linear_cross_entropy(
-            recipe.rows(head.hidden), head.weight, target, head.bias,
-            lora_a=head.lora_a, lora_b=head.lora_b, scaling=head.scaling, ignore_index=ignore_index,
-            reduction=reduction, logit_scale=recipe.inner * (cap or 1.0), softcap=cap,
-            label_smoothing=label_smoothing,
-        )  # fmt: skip
-    recipe.call.is_scored = True
-    return loss.to(_loss_dtype(dtype, logits.device.type))
-
-
-def _loss_dtype(logits: torch.dtype, device: str) -> torch.dtype:
-    """Of F.cross_entropy here: autocast runs it in fp32."""
-    return torch.float32 if autocast_dtype(device) is not None and logits.itemsize < 4 else logits
-
-
+_OWN_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    Tensor.detach: _detach,
+    **dict.fromkeys((Tensor.tanh, torch.tanh), _tanh),
+    **dict.fromkeys((F.log_softmax, Tensor.log_softmax, torch.log_softmax), _log_softmax),
+}
+"""Functions with a gradient of our own, which may return NotImplemented."""
 _LAZY_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
     (
         Tensor.float, Tensor.contiguous, Tensor.clone, torch.clone, Tensor.to, Tensor.view, Tensor.reshape,
         torch.reshape, Tensor.flatten, torch.flatten, Tensor.unsqueeze, Tensor.__getitem__, Tensor.mul,
-        torch.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.div, torch.div, Tensor.__truediv__, Tensor.tanh,
-        torch.tanh,
+        torch.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.div, torch.div, Tensor.__truediv__,
+        Tensor.unbind, torch.unbind, *_OWN_FUNCTIONS,
     )
 )  # fmt: skip
 """Functions whose result may be lazy. `lazy_ops` has the ops that torch turns them into."""

@@ -89,6 +89,13 @@ def _select(op: Any, before: Tensor, recipe: Recipe, dim: int, index: int) -> La
     return _append(before, recipe, lambda t: op(t, at, index), lambda rows: op(rows, at, index))
 
 
+def _unbind(op: Any, before: Tensor, recipe: Recipe, dim: int = 0) -> list[LazyResult] | None:
+    if dim % before.dim() == before.dim() - 1:
+        return None
+    parts = [_select(aten.select.int, before, recipe, dim, i) for i in range(before.shape[dim])]
+    return [part for part in parts if part is not None]
+
+
 def _index(op: Any, before: Tensor, recipe: Recipe, indices: Sequence[Tensor | None]) -> LazyResult | None:
     taken = sum(t.dim() if t is not None and t.dtype in (torch.bool, torch.uint8) else 1 for t in indices)
     if taken >= before.dim():
@@ -108,7 +115,7 @@ def _div(op: Any, before: Tensor, recipe: Recipe, other: Any) -> LazyResult | No
 
 
 def _scaled(op: Any, before: Tensor, recipe: Recipe, other: Any, factor: Any) -> LazyResult | None:
-    if not isinstance(factor, (int, float)) or not factor > 0:
+    if recipe.is_normalized or not isinstance(factor, (int, float)) or not factor > 0:
         return None
     if recipe.outer is None:
         return _append(before, recipe, lambda t: op(t, other), inner=recipe.inner * factor)
@@ -116,18 +123,27 @@ def _scaled(op: Any, before: Tensor, recipe: Recipe, other: Any, factor: Any) ->
 
 
 def _tanh(op: Any, before: Tensor, recipe: Recipe) -> LazyResult | None:
-    return None if recipe.outer is not None else _append(before, recipe, op, outer=1.0)
+    is_scaled_only = recipe.outer is None and not recipe.is_normalized
+    return _append(before, recipe, op, outer=1.0) if is_scaled_only else None
 
 
-LAZY_OPS: dict[Any, Callable[..., LazyResult | None]] = {
+def _log_softmax(op: Any, before: Tensor, recipe: Recipe, dim: int, to_float: bool) -> LazyResult | None:
+    if dim % before.dim() != before.dim() - 1:
+        return None
+    return _append(before, recipe, lambda t: op(t, -1, to_float), is_normalized=True)
+
+
+LAZY_OPS: dict[Any, Callable[..., LazyResult | list[LazyResult] | None]] = {
     **dict.fromkeys((aten.clone.default, aten.alias.default, aten.detach.default), _same),
     aten._to_copy.default: _to,
     **dict.fromkeys((aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default), _view),
     aten.unsqueeze.default: _unsqueeze,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
+    aten.unbind.int: _unbind,
     aten.index.Tensor: _index,
     aten.mul.Tensor: _mul,
     aten.div.Tensor: _div,
     aten.tanh.default: _tanh,
+    aten._log_softmax.default: _log_softmax,
 }

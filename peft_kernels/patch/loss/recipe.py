@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ...core.packed_state import PackedState
 from ...ops.arguments import no_autocast
@@ -64,8 +64,12 @@ class HeadCall:
         self.head = head
         self.is_scored = False
         """Whether a loss was computed without these logits."""
+        self.lse: list[tuple[Recipe, Tensor]] = []
+        """Log sum exp of logits of which some were read, in the shape of their rows."""
         self.is_plain = False
         """Whether an op outside the family has read their values, so that later ops compute with these."""
+        self.detached: list[weakref.ref[Any]] = []
+        """Logits that a user may keep beyond a step."""
         self._layer: Any = layer
         self._is_stepped = False
         self._has_gradients = torch.is_grad_enabled()
@@ -112,7 +116,17 @@ class HeadCall:
     def note_step(self, trained: set[int]) -> None:
         """An optimizer has changed parameters with these ids. Fused ones and bitsandbytes' change no version
         counter, nor does FSDP2, which gathers weights into the same tensor again."""
-        self._is_stepped |= any(id(p) in trained for p in self._layer.parameters() if p.requires_grad)
+        self._is_stepped |= self._is_trained(trained)
+
+    def note_coming_step(self, trained: set[int]) -> None:
+        """Computes detached logits before an optimizer changes parameters with these ids."""
+        if self.detached and self._is_trained(trained):
+            for reference in self.detached:
+                if (logits := reference()) is not None:
+                    logits.read()
+
+    def _is_trained(self, trained: set[int]) -> bool:
+        return any(id(p) in trained for p in self._layer.parameters() if p.requires_grad)
 
     def _state(self) -> Any:
         parts = [t for t in self.head if isinstance(t, Tensor)]
@@ -140,16 +154,17 @@ _calls: weakref.WeakValueDictionary[int, HeadCall] = weakref.WeakValueDictionary
 @functools.cache
 def _watch_optimizers() -> None:
     """Once, when the first head is called."""
-    register_optimizer_step_post_hook(_after_step)
+    register_optimizer_step_pre_hook(functools.partial(_tell, HeadCall.note_coming_step))
+    register_optimizer_step_post_hook(functools.partial(_tell, HeadCall.note_step))
 
 
-def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def _tell(note: Callable[[HeadCall, set[int]], None], optimizer: torch.optim.Optimizer, *_: Any) -> None:
     references = _calls.valuerefs()
     if references:
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for reference in references:
             if (call := reference()) is not None:
-                call.note_step(trained)
+                note(call, trained)
 
 
 def _unchanged(t: Tensor) -> Tensor:
@@ -159,7 +174,7 @@ def _unchanged(t: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Recipe:
     """How to compute logits from a head: by `steps`, in order. Each row is inner * z, or with a softcap outer
-    * tanh(inner * z), where z is the head's output for that row."""
+    * tanh(inner * z), where z is the head's output for that row; if `is_normalized`, its log-softmax."""
 
     call: HeadCall
     steps: tuple[Step, ...] = ()
@@ -167,11 +182,19 @@ class Recipe:
     """The same steps on hidden, (..., hidden_size); they select and reshape rows only."""
     inner: float = 1.0
     outer: float | None = None
+    is_normalized: bool = False
 
     def rows(self, hidden: Tensor) -> Tensor:
         for step in self.row_steps:
             hidden = step(hidden)
         return hidden
+
+    def after(self, other: Recipe) -> tuple[Step, ...] | None:
+        """The steps on rows after those of a recipe that begins like this one; None if it does not."""
+        values = self.inner, self.outer, self.is_normalized
+        count = len(other.row_steps)
+        same = values == (other.inner, other.outer, other.is_normalized)
+        return self.row_steps[count:] if same and self.row_steps[:count] == other.row_steps else None
 
     def compute(self) -> Tensor:
         with no_autocast(self.call.head.hidden.device.type):

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import peft_kernels as pk
 import testing
 from peft_kernels.ops.loss.token_loss import linear_cross_entropy
-from peft_kernels.patch.loss import lazy_logits, recipe
+from peft_kernels.patch.loss import lazy_scores, recipe
 from peft_kernels.patch.loss.lazy_logits import LazyLogits
 
 
@@ -219,11 +219,11 @@ def test_a_frozen_fp32_head_is_not_copied_under_autocast(monkeypatch: pytest.Mon
     """The loss op rounds the weight in chunks, with the bits of a weight rounded as a whole."""
     heads: list[Tensor] = []
 
-    def seen(hidden: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        heads.append(weight)
-        return linear_cross_entropy(hidden, weight, *args, **kwargs)
+    def seen(**given: Any) -> Tensor:
+        heads.append(given["weight"])
+        return linear_cross_entropy(**given)
 
-    monkeypatch.setattr(lazy_logits, "linear_cross_entropy", seen)
+    monkeypatch.setattr(lazy_scores, "linear_cross_entropy", seen)
     model, _ = patched(MODELS["head-frozen"]())
     steps = []
     with torch.autocast("cpu", torch.bfloat16):

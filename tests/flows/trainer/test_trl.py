@@ -75,10 +75,13 @@ class Kind(NamedTuple):
             module = pytest.importorskip(
                 f"trl.experimental.{self.name.lower()}", reason=f"this TRL has no {self.name}Trainer"
             )
+        settings = getattr(module, f"{self.name}Config")
+        if missing := self.options.keys() - settings.__dataclass_fields__.keys():
+            pytest.skip(f"this TRL's {settings.__name__} has no {', '.join(sorted(missing))}")
         torch.manual_seed(3)
         made = getattr(module, f"{self.name}Trainer")(
             model=model,
-            args=arguments(getattr(module, f"{self.name}Config"), folder, STEPS, **self.options),
+            args=arguments(settings, folder, STEPS, **self.options),
             train_dataset=datasets.Dataset.from_list(self.data),
             processing_class=tokenizer(),
             peft_config=peft_config,
@@ -88,6 +91,7 @@ class Kind(NamedTuple):
 
 
 SHORT = {"max_length": 16}
+LONG = SHORT | {"remove_unused_columns": False}
 PROMPTS = [{"prompt": words(row[:4])} for row in ROWS]
 SAMPLED = {"num_generations": 2, "max_completion_length": 4, "beta": 0.01, "learning_rate": 1e-4}
 POLICY: dict[str, Any] = {
@@ -99,6 +103,12 @@ KINDS = {
     "dpo": Kind(
         "DPO", PREFERENCES, SHORT | {"beta": 0.05},
         keys=("rewards/margins", "logps/chosen", "logps/rejected"), in_fp32=True,
+    ),
+    "orpo": Kind("ORPO", PREFERENCES, LONG, keys=("rewards/margins", "nll_loss"), in_fp32=True),
+    "cpo": Kind("CPO", PREFERENCES, LONG | {"cpo_alpha": 0.5}, keys=("rewards/margins",), in_fp32=True),
+    "simpo": Kind(
+        "CPO", PREFERENCES, LONG | {"loss_type": "simpo", "cpo_alpha": 0.0}, keys=("rewards/margins",),
+        in_fp32=True,
     ),
     "kto": Kind("KTO", LABELLED, SHORT, in_fp32=True, has_head=True),
     "grpo": Kind("GRPO", PROMPTS, SAMPLED, **POLICY),
@@ -116,7 +126,7 @@ CASES = [
     *(("sft", base, by) for base in ("dense", "nf4", "bnb") for by in ("user", "trainer")),
     *(("dpo", base, by) for base in ("dense", "nf4") for by in ("user", "trainer")),
     *((name, base, "trainer") for name in ("kto", "rloo") for base in ("dense", "nf4")),
-    ("grpo-entropy", "dense", "trainer"),
+    *((name, "dense", "trainer") for name in ("orpo", "cpo", "simpo", "grpo-entropy")),
     *(("grpo", base, "user") for base in ("dense", "nf4")),
 ]
 """Trainers, bases, and who creates the adapter: the user, or the trainer from a peft_config."""
@@ -152,6 +162,8 @@ def test_trainer(name: str, base: str, made_by: str, tmp_path: Path) -> None:
     assert_fused(ours.model, report, blocks=2)
     if kind.has_head and not before("trl", "1.15"):
         assert report.losses[0].fused and not report.losses[0].fallbacks
+    if kind.name in ("ORPO", "CPO"):
+        assert "x by" not in str(report.losses[0]), report.losses[0]
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])

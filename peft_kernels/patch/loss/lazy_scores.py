@@ -1,0 +1,139 @@
+"""Losses of lazy logits, and what hand-written losses are made of, without values.
+
+`torch.gather` reads one logit z per row. It is computed as lse - loss with that label, and `logsumexp` of the
+same rows then returns lse: their difference, a log-probability, is -loss to autograd, and the head runs once.
+Each function takes the recipe, then the arguments of torch's; it returns NotImplemented if values are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...ops.arguments import autocast_dtype, no_autocast
+from ...ops.loss.token_loss import linear_cross_entropy, losses_and_lse
+from .recipe import Head, Recipe, of_head
+
+
+def cross_entropy(
+    recipe: Recipe,
+    logits: Tensor,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    if weight is not None or size_average is not None or reduce is not None:
+        return NotImplemented
+    shape, dtype = logits.shape, logits.dtype
+    if type(target) is not Tensor or target.dtype != torch.int64 or target.device != logits.device:
+        return NotImplemented
+    if len(shape) != 2 or target.shape != shape[:-1]:
+        return NotImplemented
+    recipe.call.check()
+    head = _head(recipe, logits)
+    with of_head(head):
+        loss = linear_cross_entropy(
+            labels=target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
+            **_operands(recipe, head),
+        )  # fmt: skip
+    recipe.call.is_scored = True
+    return loss.to(_loss_dtype(dtype, logits.device.type))
+
+
+def _loss_dtype(logits: torch.dtype, device: str) -> torch.dtype:
+    """Of F.cross_entropy here: autocast runs it in fp32."""
+    return torch.float32 if autocast_dtype(device) is not None and logits.itemsize < 4 else logits
+
+
+def nll_loss(recipe: Recipe, logits: Tensor, target: Any, *args: Any, **kwargs: Any) -> Any:
+    return cross_entropy(recipe, logits, target, *args, **kwargs) if recipe.is_normalized else NotImplemented
+
+
+def gather(
+    recipe: Recipe, logits: Tensor, dim: Any = None, index: Any = None, *, sparse_grad: bool = False
+) -> Any:
+    if type(index) is not Tensor or index.dtype != torch.int64 or index.device != logits.device:
+        return NotImplemented
+    shape = logits.shape
+    if dim not in (-1, len(shape) - 1) or index.shape != (*shape[:-1], 1) or sparse_grad:
+        return NotImplemented
+    if not recipe.is_normalized and logits.dtype != torch.float32:
+        return NotImplemented  # the dtype of logsumexp may be another
+    if index.device.type == "cpu" and index.numel() and not 0 <= index.min() <= index.max() < shape[-1]:
+        return NotImplemented  # which raises
+    recipe.call.check()
+    head = _head(recipe, logits)
+    with of_head(head):
+        found = losses_and_lse(
+            labels=index.squeeze(-1), need_lse=not recipe.is_normalized, **_operands(recipe, head)
+        )
+    recipe.call.is_scored = True
+    losses, lse = (t.unsqueeze(-1) for t in found)
+    if recipe.is_normalized:
+        return -losses.to(logits.dtype)
+    recipe.call.lse.append((recipe, lse))
+    return lse - losses
+
+
+def take_along_dim(recipe: Recipe, logits: Tensor, indices: Any = None, dim: Any = None) -> Any:
+    return gather(recipe, logits, dim, indices)
+
+
+def logsumexp(recipe: Recipe, logits: Tensor, dim: Any = None, keepdim: bool = False) -> Any:
+    """Of rows of which `gather` has read a logit."""
+    if recipe.is_normalized or dim not in (-1, logits.dim() - 1, (-1,), [-1]):
+        return NotImplemented
+    needs_gradient = torch.is_grad_enabled() and logits.requires_grad
+    for read, lse in recipe.call.lse:
+        more = recipe.after(read)
+        if more is not None and lse.requires_grad >= needs_gradient and logits.dtype == torch.float32:
+            for step in more:
+                lse = step(lse)
+            return lse if keepdim else lse.squeeze(-1)
+    return NotImplemented
+
+
+def mean(recipe: Recipe, logits: Tensor, **options: Any) -> Any:
+    """Of all of them: the mean of the logits of the mean row. Without a gradient, as for a metric."""
+    if options or (torch.is_grad_enabled() and logits.requires_grad):
+        return NotImplemented
+    if recipe.is_normalized or recipe.outer is not None:
+        return NotImplemented
+    recipe.call.check()
+    head = recipe.call.head.detached(leaves=False)
+    row = recipe.rows(head.hidden).flatten(0, -2).mean(0, keepdim=True, dtype=torch.float32)
+    with no_autocast(row.device.type):
+        found = head._replace(hidden=row.to(head.hidden.dtype)).logits()
+    return (found.float().mean() * recipe.inner).to(logits.dtype)
+
+
+def _head(recipe: Recipe, logits: Tensor) -> Head:
+    head = recipe.call.head
+    return head if logits.requires_grad else head.detached(leaves=False)
+
+
+def _operands(recipe: Recipe, head: Head) -> dict[str, Any]:
+    """Arguments of typed calls."""
+    cap = recipe.outer
+    return {
+        **head._asdict(), "hidden": recipe.rows(head.hidden), "softcap": cap,
+        "logit_scale": recipe.inner * (cap or 1.0),
+    }  # fmt: skip
+
+
+FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    F.cross_entropy: cross_entropy,
+    F.nll_loss: nll_loss,
+    **dict.fromkeys((torch.gather, Tensor.gather), gather),
+    **dict.fromkeys((torch.take_along_dim, Tensor.take_along_dim), take_along_dim),
+    **dict.fromkeys((torch.logsumexp, Tensor.logsumexp), logsumexp),
+    **dict.fromkeys((torch.mean, Tensor.mean), mean),
+}
