@@ -56,12 +56,12 @@ BUDGETS = {
     "peft_kernels/nf4": 5_600,
     "peft_kernels/ops": 3_880,  # a gradient of the entropy, and squared probabilities in all kernels
     "peft_kernels/optim": 1_900,
-    "peft_kernels/patch": 6_010,  # forwards of any version are recognised; losses by hand keep logits lazy
+    "peft_kernels/patch": 6_020,  # forwards of any version are recognised; losses by hand keep logits lazy
     "peft_kernels/prefix": 200,
     "peft_kernels/quantize": 2_000,
     "peft_kernels/serving": 1_700,
     "peft_kernels/triton_kernels": 5_850,
-    "tests": 79_060,
+    "tests": 79_070,
     "tools": 3_200,
 }
 """Most lines of code in a folder and those below it. A commit that adds a feature removes as many lines, or

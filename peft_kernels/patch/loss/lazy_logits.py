@@ -39,6 +39,8 @@ class State:
     base: LazyLogits | None = None
     """The logits these are a view of, by `recipe.steps[-1]`."""
     value: Tensor | None = None
+    saved: list[tuple[Tensor, int]] | None = None
+    """For a gradient that needs them: the values, once they are computed, and their version."""
     node: Any = None
     """The autograd node, if the recipe describes all of the gradient's path."""
 
@@ -139,24 +141,27 @@ class _Deferred(AutogradFunction):
 
 
 class _Saving(AutogradFunction):
-    """A function of logits that does not save its result, which saved-tensor hooks would materialise, but how
-    to compute it. `backward_of` takes the gradient, the result and the function's other arguments."""
+    """A function of logits that does not save its result, which saved-tensor hooks would materialise, but
+    how to compute it, or its values once something reads them. `backward_of` takes the gradient, the values
+    and the function's other arguments."""
 
     @staticmethod
     def forward(ctx: Any, logits: LazyLogits, function: Any, backward_of: Any, *others: Any) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass():
             y: Any = function(logits, *others)
         ctx.recipe, ctx.backward_of, ctx.others = y._state.recipe, backward_of, others
+        ctx.saved = y._state.saved = []  # not the state, which has the node: a reference cycle
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        dx = ctx.backward_of(dy, ctx.recipe.compute(), *ctx.others)
+        unchanged = [value for value, version in ctx.saved if value._version == version]
+        dx = ctx.backward_of(dy, unchanged[0] if unchanged else ctx.recipe.compute(), *ctx.others)
         return dx, *(None,) * (2 + len(ctx.others))
 
 
-def _tanh(logits: LazyLogits) -> Any:
-    if logits._state.recipe.outer is not None or logits._state.recipe.is_normalized:
+def _tanh(logits: LazyLogits, **others: Any) -> Any:
+    if others or logits._state.recipe.outer is not None or logits._state.recipe.is_normalized:
         return NotImplemented
     return _Saving.apply(logits, torch.ops.aten.tanh.default, torch.ops.aten.tanh_backward.default)
 
@@ -197,6 +202,8 @@ def materialize(logits: LazyLogits, by: str) -> Tensor:
                 state.recipe.call.check()
                 state.reads[by] += 1
                 state.value = state.recipe.compute()
+        if state.saved is not None and not state.value.is_inference():
+            state.saved.append((state.value, state.value._version))
     return state.value
 
 

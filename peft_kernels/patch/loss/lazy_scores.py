@@ -57,13 +57,11 @@ def nll_loss(recipe: Recipe, logits: Tensor, target: Any, *args: Any, **kwargs: 
     return cross_entropy(recipe, logits, target, *args, **kwargs) if recipe.is_normalized else NotImplemented
 
 
-def gather(
-    recipe: Recipe, logits: Tensor, dim: Any = None, index: Any = None, *, sparse_grad: bool = False
-) -> Any:
-    if type(index) is not Tensor or index.dtype != torch.int64 or index.device != logits.device:
+def gather(recipe: Recipe, logits: Tensor, dim: Any = None, index: Any = None, **others: Any) -> Any:
+    if others or type(index) is not Tensor or index.dtype != torch.int64 or index.device != logits.device:
         return NotImplemented
     shape = logits.shape
-    if dim not in (-1, len(shape) - 1) or index.shape != (*shape[:-1], 1) or sparse_grad:
+    if dim not in (-1, len(shape) - 1) or index.shape != (*shape[:-1], 1):
         return NotImplemented
     if not recipe.is_normalized and logits.dtype != torch.float32:
         return NotImplemented  # the dtype of logsumexp may be another
@@ -79,21 +77,23 @@ def gather(
     losses, lse = (t.unsqueeze(-1) for t in found)
     if recipe.is_normalized:
         return -losses.to(logits.dtype)
-    recipe.call.lse.append((recipe, lse))
+    recipe.call.lse.append((recipe.kind, lse))
     return lse - losses
 
 
-def take_along_dim(recipe: Recipe, logits: Tensor, indices: Any = None, dim: Any = None) -> Any:
-    return gather(recipe, logits, dim, indices)
+def take_along_dim(
+    recipe: Recipe, logits: Tensor, indices: Any = None, dim: Any = None, **others: Any
+) -> Any:
+    return gather(recipe, logits, dim, indices, **others)
 
 
-def logsumexp(recipe: Recipe, logits: Tensor, dim: Any = None, keepdim: bool = False) -> Any:
+def logsumexp(recipe: Recipe, logits: Tensor, dim: Any = None, keepdim: bool = False, **others: Any) -> Any:
     """Of rows of which `gather` has read a logit."""
-    if recipe.is_normalized or dim not in (-1, logits.dim() - 1, (-1,), [-1]):
+    if others or recipe.is_normalized or dim not in (-1, logits.dim() - 1, (-1,), [-1]):
         return NotImplemented
     needs_gradient = torch.is_grad_enabled() and logits.requires_grad
     for read, lse in recipe.call.lse:
-        more = recipe.after(read)
+        more = recipe.steps_after(read)
         if more is not None and lse.requires_grad >= needs_gradient and logits.dtype == torch.float32:
             for step in more:
                 lse = step(lse)
@@ -101,15 +101,16 @@ def logsumexp(recipe: Recipe, logits: Tensor, dim: Any = None, keepdim: bool = F
     return NotImplemented
 
 
-def mean(recipe: Recipe, logits: Tensor, **options: Any) -> Any:
+def mean(recipe: Recipe, logits: Tensor, *others: Any, **more: Any) -> Any:
     """Of all of them: the mean of the logits of the mean row. Without a gradient, as for a metric."""
-    if options or (torch.is_grad_enabled() and logits.requires_grad):
+    if others or more or (torch.is_grad_enabled() and logits.requires_grad):
         return NotImplemented
     if recipe.is_normalized or recipe.outer is not None:
         return NotImplemented
     recipe.call.check()
     head = recipe.call.head.detached(leaves=False)
-    row = recipe.rows(head.hidden).flatten(0, -2).mean(0, keepdim=True, dtype=torch.float32)
+    rows = recipe.rows(head.hidden).reshape(-1, head.hidden.shape[-1])
+    row = rows.mean(0, keepdim=True, dtype=torch.float32)
     with no_autocast(row.device.type):
         found = head._replace(hidden=row.to(head.hidden.dtype)).logits()
     return (found.float().mean() * recipe.inner).to(logits.dtype)

@@ -64,7 +64,7 @@ class HeadCall:
         self.head = head
         self.is_scored = False
         """Whether a loss was computed without these logits."""
-        self.lse: list[tuple[Recipe, Tensor]] = []
+        self.lse: list[tuple[Kind, Tensor]] = []
         """Log sum exp of logits of which some were read, in the shape of their rows."""
         self.is_plain = False
         """Whether an op outside the family has read their values, so that later ops compute with these."""
@@ -171,6 +171,13 @@ def _unchanged(t: Tensor) -> Tensor:
     return t
 
 
+class Kind(NamedTuple):
+    """A recipe without its call."""
+
+    row_steps: tuple[Step, ...]
+    values: tuple[Any, ...]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to compute logits from a head: by `steps`, in order. Each row is inner * z, or with a softcap outer
@@ -189,12 +196,15 @@ class Recipe:
             hidden = step(hidden)
         return hidden
 
-    def after(self, other: Recipe) -> tuple[Step, ...] | None:
+    @property
+    def kind(self) -> Kind:
+        return Kind(self.row_steps, (self.inner, self.outer, self.is_normalized))
+
+    def steps_after(self, other: Kind) -> tuple[Step, ...] | None:
         """The steps on rows after those of a recipe that begins like this one; None if it does not."""
-        values = self.inner, self.outer, self.is_normalized
         count = len(other.row_steps)
-        same = values == (other.inner, other.outer, other.is_normalized)
-        return self.row_steps[count:] if same and self.row_steps[:count] == other.row_steps else None
+        begins = self.kind.values == other.values and self.row_steps[:count] == other.row_steps
+        return self.row_steps[count:] if begins else None
 
     def compute(self) -> Tensor:
         with no_autocast(self.call.head.hidden.device.type):

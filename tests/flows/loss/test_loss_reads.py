@@ -289,7 +289,15 @@ def test_the_gradient_of_logits_before_the_loss() -> None:
     assert report.losses[0].record.facts.reads == {"cross_entropy": 1}, report
 
 
-def test_a_read_computes_the_head_once_for_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda logits: logits.softmax(-1).square().mean() + logits.logsumexp(-1).mean(),
+        lambda logits: F.kl_div(logits.log_softmax(-1), torch.full((3, 12, VOCABULARY), 1 / VOCABULARY)),
+    ],
+    ids=["softmax", "kl_div"],
+)
+def test_a_read_computes_the_head_once_for_both_passes(loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = patched(MODELS["head-frozen"]())
     stock, calls = recipe.Head.logits, 0
 
@@ -300,7 +308,7 @@ def test_a_read_computes_the_head_once_for_both_passes(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(recipe.Head, "logits", counted)
     logits = model(input_ids=batch()["input_ids"]).logits
-    (logits.softmax(-1).square().mean() + logits.logsumexp(-1).mean()).backward()
+    loss(logits).backward()
     assert calls == 1
 
 
@@ -334,14 +342,17 @@ def test_saved_bytes(name: str) -> None:
     handle = norm.register_forward_hook(lambda *args: hidden.append(weakref.ref(args[2])))
     gc.disable()
     try:
-        for read in (False, True):
-            out = model(**given)
-            if read:
-                out.logits.sum().backward()
-            else:
-                out.loss.backward()
-            del out
-        assert [each() for each in hidden] == [None, None]
+        readers: tuple[Any, ...] = (
+            lambda out: out.loss,
+            lambda out: out.logits.sum(),
+            lambda out: out.logits.log_softmax(-1).exp().sum(),
+            lambda out: (
+                out.logits.gather(-1, given["input_ids"][..., None]).sum() + out.logits.detach().mean()
+            ),
+        )
+        for read in readers:
+            read(model(**given)).backward()
+        assert [each() for each in hidden] == [None] * len(readers)
     finally:
         gc.enable()
         handle.remove()
