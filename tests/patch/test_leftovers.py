@@ -62,9 +62,10 @@ LEFT = {
     "transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING['peft_kernels_nf4']",
     # Calls transformers' function for modules that are not patched. Other models may still be patched.
     "transformers.modeling_utils.AttentionInterface._global_mapping['sdpa']",
-    # Does nothing while no lazy logits live. The last ones may be collected inside an optimizer's step, where
-    # torch iterates over the hooks, so their end must not remove it.
-    "torch.optim.optimizer._global_optimizer_post_hooks[0]",
+    # Do nothing while no lazy logits live. The last ones may be collected inside an optimizer's step, where
+    # torch iterates over the hooks, so their end must not remove them.
+    "torch.optim.optimizer._global_optimizer_pre_hooks[0]",
+    "torch.optim.optimizer._global_optimizer_post_hooks[1]",
 }
 
 
