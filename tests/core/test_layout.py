@@ -61,7 +61,7 @@ BUDGETS = {
     "peft_kernels/quantize": 2_000,
     "peft_kernels/serving": 1_700,
     "peft_kernels/triton_kernels": 5_850,
-    "tests": 79_070,
+    "tests": 79_090,
     "tools": 3_200,
 }
 """Most lines of code in a folder and those below it. A commit that adds a feature removes as many lines, or

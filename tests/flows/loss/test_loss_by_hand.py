@@ -95,6 +95,23 @@ def test_others_read_the_logits_once() -> None:
     assert "1x by gather" in str(report) and str(report).count("1x by") == 1, report
 
 
+def other_scale(logits: Tensor) -> Tensor:
+    return logits.gather(-1, IDS[..., None]).squeeze(-1) - (logits / 2).logsumexp(-1)
+
+
+def other_rows(logits: Tensor) -> Tensor:
+    return logits[:, :-1].gather(-1, IDS[:, 1:, None]).squeeze(-1) - logits[:, 1:].logsumexp(-1)
+
+
+@pytest.mark.parametrize("loss", [other_scale, other_rows])
+@pytest.mark.parametrize("name", ["llama", "head-nf4"])
+def test_lse_belongs_to_its_rows(name: str, loss: Callable[[Tensor], Tensor]) -> None:
+    stock = MODELS[name]()
+    model, report = patched(stock)
+    assert_near(results(model, loss), results(stock, loss))
+    assert "1x by logsumexp" in str(report), report
+
+
 def test_indices_out_of_range_raise() -> None:
     model, _ = patched(MODELS["llama"]())
     logits = model(input_ids=IDS).logits
