@@ -54,14 +54,14 @@ BUDGETS = {
     "peft_kernels/core": 3_700,
     "peft_kernels/integrations": 2_300,
     "peft_kernels/nf4": 5_600,
-    "peft_kernels/ops": 3_880,  # a gradient of the entropy, and squared probabilities in all kernels
+    "peft_kernels/ops": 3_910,  # a gradient of the entropy, dropout of attention weights
     "peft_kernels/optim": 1_900,
     "peft_kernels/patch": 6_020,  # forwards of any version are recognised; losses by hand keep logits lazy
     "peft_kernels/prefix": 200,
     "peft_kernels/quantize": 2_000,
     "peft_kernels/serving": 1_700,
     "peft_kernels/triton_kernels": 5_850,
-    "tests": 79_090,
+    "tests": 79_185,
     "tools": 3_200,
 }
 """Most lines of code in a folder and those below it. A commit that adds a feature removes as many lines, or

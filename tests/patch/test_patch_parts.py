@@ -87,9 +87,10 @@ def test_calls_of_sdpa_are_counted() -> None:
     model = transformers.GPT2LMHeadModel(config).train()
     report = pk.patch(model)
     ids = torch.arange(12).view(2, 6)
-    model(input_ids=ids)
-    assert "1 call of 1 layer: attention by sdpa, dropout of attention weights" in str(report)
-    model.eval()
+    gaps = torch.tensor([True, False, True, False, True, True]).expand(2, 1, 6, 6)
+    model(input_ids=ids, attention_mask=gaps)
+    told = "1 call of 1 layer: attention by sdpa, a mask that is not one or two spans of keys a row"
+    assert told in str(report)
     model(input_ids=ids)
     model.generate(
         ids, max_new_tokens=2, do_sample=False, attention_mask=torch.ones_like(ids), pad_token_id=0

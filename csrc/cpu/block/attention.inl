@@ -1,6 +1,7 @@
 // Flash attention over one head of keys and values, in blocks (attention_operands.inl): only each query's
 // maximum score and sum of exponentials are kept. When a block raises the maximum, earlier sums are rescaled.
 
+#include "attention_dropout.inl"
 #include "attention_few.inl"
 
 template <class Outer, class T>
@@ -12,6 +13,8 @@ struct AttentionForward {
   Value *k_rows, *v_columns, *q_lanes, *steps;
   float *scores, *sums;
   typename Sides::Rows k;
+  WorkspaceAllocator workspace;
+  AttentionDropout dropout;
   int64_t end;
 
   // Running softmax state of each query.
@@ -19,8 +22,8 @@ struct AttentionForward {
     float maximum[kStrip], total[kStrip];
   };
 
-  AttentionForward(const AttentionParams& params, void* memory) : p(params), k{} {
-    WorkspaceAllocator workspace{static_cast<char*>(memory)};
+  AttentionForward(const AttentionParams& params, void* memory)
+      : p(params), k{}, workspace{static_cast<char*>(memory)}, dropout(params, workspace) {
     depth = Sides::padded(p.features);
     columns = round_up(p.features, kStrip);
     k_rows = workspace.take<Value>(Sides::packed_values(p.keys, p.features));
@@ -49,6 +52,7 @@ struct AttentionForward {
       const BlockSpans<Outer> block(spans, k0, keys);
       if (block.is_unseen) continue;
       Sides::multiply_keys(block, keys, {k.at + k0 * k.ld, k.ld}, q_lanes, depth, scores);
+      dropout.draw(head, r0, k0, keys);
       for (int64_t c = 0; c < kStrip; c += kLanes) {
         if (!block.is_empty(c / kGroup)) apply_softmax(block, spans, k0, c, queries);
       }
@@ -99,6 +103,7 @@ struct AttentionForward {
         const Vec weight = score_exp(load(column + (key + i) * kStrip));
         weights[i] = seen(key + i, is_inner, weight, zero());
         total[i] = add(total[i], weights[i]);
+        weights[i] = dropout.kept(key + i, c, weights[i]);
       }
       Sides::store_steps(steps, key, c, weights[0], weights[1]);
     });
@@ -112,7 +117,7 @@ void with_forward(const AttentionParams& p, void* workspace, const Use& use) {
   with_attention(p, [&](auto outer, auto type) {
     using Outer = decltype(outer);
     using T = decltype(type);
-    if (p.rows <= kFewQueries) {
+    if (p.rows <= kFewQueries && !AttentionDropout::drops(p)) {
       use(FewQueryAttention<Outer, T>(p, workspace));
     } else {
       use(AttentionForward<Outer, T>(p, workspace));

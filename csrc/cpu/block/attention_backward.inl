@@ -11,16 +11,18 @@ struct AttentionBackward {
   Value *k_rows, *v_rows, *k_columns, *q_lanes, *q_steps, *d_lanes, *d_steps, *weights, *d_scores,
       *d_score_steps;
   float *scores, *d_weights, *dq;
-  int64_t end;
   typename Sides::Rows k, v;
+  WorkspaceAllocator workspace;
+  AttentionDropout dropout;
+  int64_t end;
 
   // State of the queries of a strip; 0 past the last one. `delta` is -scale * (dy . out).
   struct Queries {
     float maximum[kStrip], inverse[kStrip], delta[kStrip];
   };
 
-  AttentionBackward(const AttentionParams& params, void* memory) : p(params), k{}, v{} {
-    WorkspaceAllocator workspace{static_cast<char*>(memory)};
+  AttentionBackward(const AttentionParams& params, void* memory)
+      : p(params), k{}, v{}, workspace{static_cast<char*>(memory)}, dropout(params, workspace) {
     depth = Sides::padded(p.features);
     columns = round_up(p.features, kStrip);
     k_rows = workspace.take<Value>(Sides::packed_values(p.keys, p.features));
@@ -70,6 +72,7 @@ struct AttentionBackward {
       if (block.is_unseen) continue;
       Sides::multiply_keys(block, keys, {k.at + k0 * k.ld, k.ld}, q_lanes, depth, scores);
       Sides::multiply_keys(block, keys, {v.at + k0 * v.ld, v.ld}, d_lanes, depth, d_weights);
+      dropout.draw(head, r0, k0, keys);
       for (int64_t c = 0; c < kStrip; c += kLanes) score_gradients(block, spans, k0, keys, c, queries);
       add_queries(block, spans, k0, rows, weights, d_steps, p.dv_sums);
       add_queries(block, spans, k0, rows, d_scores, q_steps, p.dk_sums);
@@ -110,7 +113,8 @@ struct AttentionBackward {
       for (int i = 0; i < 2; ++i) {
         const int64_t key = first + i, at = key * kStrip + c;
         Vec weight = mul(score_exp(load(scores + at)), inverse);
-        d_score[i] = mul(weight, fma(load(d_weights + at), scale, delta));
+        d_score[i] = mul(weight, fma(dropout.kept(key, c, load(d_weights + at)), scale, delta));
+        weight = dropout.kept(key, c, weight);
         if (!is_inner) {  // may include scores that were not computed
           weight = spans.where_seen(k0 + key, c, weight, zero());
           d_score[i] = spans.where_seen(k0 + key, c, d_score[i], zero());

@@ -14,6 +14,7 @@
 #include "../../common/integers.h"
 #include "../core/namespace.h"
 #include "../core/parallel.h"
+#include "../lora/dropout.h"
 
 namespace peft_kernels::cpu {
 namespace {
@@ -45,7 +46,8 @@ struct AttentionArgs {
   int64_t batch, heads, key_heads, group;
 
   AttentionArgs(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-                const std::optional<Tensor>& spans_in, bool is_causal, double scale)
+                const std::optional<Tensor>& spans_in, bool is_causal, double scale, double dropout_p,
+                const OptionalTensor& seed)
       : q(heads_of(q_in, "q")), k(heads_of(k_in, "k")), v(heads_of(v_in, "v")) {
     batch = q.size(0);
     heads = q.size(2);
@@ -65,6 +67,8 @@ struct AttentionArgs {
     params.features = q.size(3);
     params.is_causal = is_causal;
     params.scale = static_cast<float>(scale);
+    params.mask =
+        mask_of(dropout_of(dropout_p, seed, 0), seed, padded_to(params.rows, kAttentionPad) * params.keys);
     params.q_head = q.stride(2);
     params.q_ld = q.stride(1);
     params.k_ld = k.stride(1);
@@ -85,6 +89,7 @@ struct AttentionArgs {
     p.k = at(k, sequence, head / group);
     p.v = at(v, sequence, head / group);
     p.heads = count;
+    p.mask_first = (sequence * heads + head) * p.mask.ld;
     if (spans.defined()) p.spans = spans.const_data_ptr<int32_t>() + sequence * p.rows * p.span_count * 2;
     return p;
   }
@@ -120,9 +125,10 @@ void run_with_workspaces(const AttentionArgs& args, int64_t tasks, bool is_backw
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                     const std::optional<Tensor>& spans, bool is_causal, double scale) {
+                                     const std::optional<Tensor>& spans, bool is_causal, double scale,
+                                     double dropout_p, const OptionalTensor& seed) {
   const WithoutAutocast without_autocast;
-  const AttentionArgs args(q, k, v, spans, is_causal, scale);
+  const AttentionArgs args(q, k, v, spans, is_causal, scale, dropout_p, seed);
   Tensor y = at::empty(q.sizes(), q.options());
   const int64_t rows = args.params.rows;
   Tensor softmax = at::empty({args.batch, args.heads, 2, rows}, q.options().dtype(at::kFloat));
@@ -145,10 +151,11 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dy_in, const Tensor& q, const Tensor& k,
                                                       const Tensor& v, const std::optional<Tensor>& spans,
-                                                      bool is_causal, double scale, const Tensor& y_in,
+                                                      bool is_causal, double scale, double dropout_p,
+                                                      const OptionalTensor& seed, const Tensor& y_in,
                                                       const Tensor& softmax_in) {
   const WithoutAutocast without_autocast;
-  const AttentionArgs args(q, k, v, spans, is_causal, scale);
+  const AttentionArgs args(q, k, v, spans, is_causal, scale, dropout_p, seed);
   check_shape(dy_in, q.sizes(), "dy");
   check_dtype(dy_in, q.scalar_type(), "dy");
   check_shape(y_in, q.sizes(), "y");

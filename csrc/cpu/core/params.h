@@ -298,9 +298,13 @@ struct AttentionParams {
   // [rows, span_count, 2] or null: the spans [first, last) of keys that each row attends to.
   const int32_t* spans;
   int64_t span_count;  // 1 or 2
-  bool is_causal;      // no keys after the row's own, aligned so that the last row sees the last key
-  float scale;         // of scores; positive
-  void* out;           // backward: the forward's output
+  // Of the weights, in the order [head][row / kAttentionPad][key][row % kAttentionPad]: ld is from one head
+  // to the next, and the first head begins at element mask_first.
+  DropoutMask mask;
+  int64_t mask_first;
+  bool is_causal;  // no keys after the row's own, aligned so that the last row sees the last key
+  float scale;     // of scores; positive
+  void* out;       // backward: the forward's output
   int64_t out_head, out_ld;
   float* softmax;  // [heads, 2, rows]: maximum score, and 1 / sum of exponentials; both 0 without a key
   const void* dy;  // backward

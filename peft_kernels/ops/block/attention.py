@@ -12,26 +12,31 @@ from ...core import dispatch
 from ...core.op import Op
 from ...core.wrong_types import names_wrong_types
 from ..common import accumulator_dtype
+from ..lora.dropout import dropout_mask, dropout_scale, new_seed
+
+_STRIP = 64
+"""Rows of a strip of the dropout mask."""
 
 
 class Attention(Op):
     """Attention of (batch, rows, heads, features). A query attends to the keys in its span [first, end) or in
     its two spans; if causal, only up to its own key, where the last query's own key is the last one. A query
-    without keys gives 0.
+    without keys gives 0. Dropout of the weights is applied after the softmax, by words of ops/lora/dropout.py
+    in the order (batch, head, row // 64, key, row % 64), with rows padded to 64.
 
     `softmax`, (batch, heads, 2, rows): the maximum unscaled score, and 1 / sum of exponentials."""
 
     name = "attention"
     schema = (
-        "(Tensor q, Tensor k, Tensor v, Tensor? spans, bool is_causal, float scale) "
-        "-> (Tensor y, Tensor softmax)"
+        "(Tensor q, Tensor k, Tensor v, Tensor? spans, bool is_causal, float scale, float dropout_p, "
+        "Tensor? seed) -> (Tensor y, Tensor softmax)"
     )
     composite = True
 
     @staticmethod
     def reference(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
         weights, softmax = _weights(args)
-        y = torch.einsum("bhrs,bshf->brhf", weights, _per_query_head(args, args.v))
+        y = torch.einsum("bhrs,bshf->brhf", _dropped(args, weights), _per_query_head(args, args.v))
         return y.to(args.q.dtype).contiguous(), softmax
 
     @staticmethod
@@ -59,8 +64,8 @@ class AttentionBackward(Op):
 
     name = "attention_backward"
     schema = (
-        "(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor? spans, bool is_causal, float scale, Tensor y, "
-        "Tensor softmax) -> (Tensor dq, Tensor dk, Tensor dv)"
+        "(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor? spans, bool is_causal, float scale, "
+        "float dropout_p, Tensor? seed, Tensor y, Tensor softmax) -> (Tensor dq, Tensor dk, Tensor dv)"
     )
     composite = True
 
@@ -70,8 +75,8 @@ class AttentionBackward(Op):
         q, dy = args.q.to(acc), args.dy.to(acc)
         k, v = _per_query_head(args, args.k), _per_query_head(args, args.v)
         weights, _ = _weights(args)
-        dv = torch.einsum("bhrs,brhf->bshf", weights, dy)
-        d_weights = torch.einsum("brhf,bshf->bhrs", dy, v)
+        dv = torch.einsum("bhrs,brhf->bshf", _dropped(args, weights), dy)
+        d_weights = _dropped(args, torch.einsum("brhf,bshf->bhrs", dy, v))
         # The row sums of weights * d_weights, computed over features, which are fewer than keys.
         row_sums = (dy * args.y.to(acc)).sum(-1).transpose(1, 2)[..., None]
         d_scores = weights * (d_weights - row_sums) * args.scale
@@ -113,6 +118,16 @@ def _weights(args: Any) -> tuple[Tensor, Tensor]:
     return exponentials * inverse[..., None], torch.stack([most, inverse], 2)
 
 
+def _dropped(args: Any, weights: Tensor) -> Tensor:
+    """Weights, or their gradients, (batch, heads, rows, keys), with dropout."""
+    if not args.dropout_p or not weights.numel():
+        return weights
+    batch, heads, rows, keys = weights.shape
+    shape = torch.Size((batch, heads, -(-rows // _STRIP), keys, _STRIP))
+    kept = dropout_mask(shape, args.dropout_p, args.seed, 0)
+    return weights * kept.mT.flatten(2, 3)[:, :, :rows] * dropout_scale(args.dropout_p)
+
+
 def _attends(args: Any) -> Tensor:
     """Which keys each query attends to: bool (batch, rows, keys)."""
     (batch, rows), keys = args.q.shape[:2], args.k.shape[1]
@@ -135,6 +150,7 @@ def attention(
     spans: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """`softmax(scale * q k^T) v` per head, without scores in memory.
 
@@ -155,6 +171,9 @@ def attention(
         No query attends to keys after its own; the last query's own key is the last one.
     scale : float, optional
         Positive. By default features ** -0.5.
+    dropout_p : float
+        Probability with which a weight is dropped after the softmax, 0 to 1; the others are scaled by
+        1 / (1 - dropout_p). The mask is not stored: it is a function of a seed drawn from torch's generator.
 
     Returns
     -------
@@ -164,13 +183,17 @@ def attention(
     Raises
     ------
     ValueError
-        Shapes, dtypes or devices that do not fit; a scale that is not positive.
+        Shapes, dtypes or devices that do not fit; a scale that is not positive; dropout_p not in 0 to 1.
     """
     _check(q, k, v, spans)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale: expected a finite number above 0, got {scale}")
-    y: Tensor = dispatch.call("attention", q, k, v, spans, bool(is_causal), scale)[0]
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p: expected 0 to 1, got {dropout_p}")
+    seed = new_seed(q) if dropout_p else None
+    args = (q, k, v, spans, bool(is_causal), scale, float(dropout_p), seed)
+    y: Tensor = dispatch.call("attention", *args)[0]
     return y
 
 

@@ -1,6 +1,6 @@
 """Our attention as an attention function of transformers.
 
-Calls that ours does not cover run "sdpa": dropout, position biases, masks that are not spans of keys, a
+Calls that ours does not cover run "sdpa": position biases, masks that are not spans of keys, a
 single query, few products (`small_calls`), devices other than the CPU, and all calls while another function
 replaces torch's. Masks are those of "sdpa"."""
 
@@ -78,7 +78,7 @@ def attention_forward(
                 f"{name}: expected None, since neither peft_kernels nor sdpa supports {what}; select another "
                 'attention, e.g. model.set_attn_implementation("eager")'
             )
-    reason, spans = _unsupported_reason(query, key, value, dropout, scaling, kwargs), None
+    reason, spans = _unsupported_reason(query, key, value, scaling, kwargs), None
     if reason is None and attention_mask is not None:
         spans = spans_of(attention_mask, query, key)
         reason = "a mask that is not one or two spans of keys a row; nothing to do" if spans is None else None
@@ -96,7 +96,8 @@ def attention_forward(
     rows = query.shape[2]
     if is_causal and k.shape[2] > rows:  # a static cache, empty after the rows, as in sdpa
         k, v = k[:, :, :rows], v[:, :, :rows]
-    return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), spans, is_causal, scaling), None
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return attention(q, k, v, spans, is_causal, scaling, dropout), None
 
 
 def _autocast(*sides: Tensor) -> tuple[Tensor, ...]:
@@ -106,7 +107,7 @@ def _autocast(*sides: Tensor) -> tuple[Tensor, ...]:
 
 
 def _unsupported_reason(
-    query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, kwargs: dict[str, Any]
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, kwargs: dict[str, Any]
 ) -> str | None:
     """Why ours does not cover a call, "" where sdpa is as fast; None if it does."""
     if query.device.type != "cpu" or query.shape[2] == 1 or not _has_kernel(query):
@@ -116,8 +117,6 @@ def _unsupported_reason(
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             return what
-    if dropout:
-        return "dropout of attention weights; set attention_dropout to 0"
     if kwargs.get("position_bias") is not None:
         return "position biases; nothing to do"
     if key.shape != value.shape or query.shape[3] != key.shape[3] or query.shape[0] != key.shape[0]:

@@ -145,15 +145,6 @@ def test_autocast(calls: Calls) -> None:
     assert_same_numbers(calls, llama(), inputs("left"), autocast=True)
 
 
-def test_dropout_uses_sdpa(calls: Calls) -> None:
-    model = llama(attention_dropout=0.5)
-    model.set_attn_implementation(ours.NAME)
-    model.train()(**inputs("whole"))
-    assert calls.theirs == 2 and not calls.ours
-    model.eval()(**inputs("whole"))
-    assert calls.theirs == 2 and calls.ours == 2
-
-
 def test_other_masks_use_sdpa(calls: Calls) -> None:
     """A mask with three spans of keys, and an additive mask with other values."""
     model, given = llama().eval(), inputs("whole")

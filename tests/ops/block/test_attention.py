@@ -13,6 +13,7 @@ from torch import Tensor
 
 import peft_kernels as pk
 import testing
+from peft_kernels.ops.lora.dropout import dropout_mask, dropout_scale, new_seed
 
 FP32 = torch.finfo(torch.float32)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -68,12 +69,25 @@ def weights_of(q: Tensor, k: Tensor, spans: Tensor | None, causal: bool, scale: 
     return torch.where(attends[:, None] | ~some, scores, -math.inf).softmax(-1) * some
 
 
-def definition(q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None, causal: bool, scale: float) -> Tensor:
-    weights = weights_of(q, k, spans, causal, scale)
+def definition(
+    q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None, causal: bool, scale: float, kept: Any = 1.0
+) -> Tensor:
+    weights = weights_of(q, k, spans, causal, scale) * kept
     return torch.einsum("bhrs,bshf->brhf", weights, v.repeat_interleave(q.shape[2] // k.shape[2], 2))
 
 
-def magnitudes(weights: Tensor, *sides: Tensor, scale: float) -> dict[str, Tensor]:
+def kept_weights(size: tuple[int, ...], p: float, seed: int) -> Tensor:
+    """What weights (batch, heads, rows, keys) are multiplied by after `torch.manual_seed(seed)`."""
+    batch, rows, keys, heads = size[:4]
+    torch.manual_seed(seed)
+    b, h, r, k = torch.meshgrid(*(torch.arange(n) for n in (batch, heads, rows, keys)), indexing="ij")
+    strips = (rows + 63) // 64
+    element = (((b * heads + h) * strips + r // 64) * keys + k) * 64 + r % 64
+    numel = batch * heads * strips * keys * 64
+    return dropout_mask(torch.Size([numel]), p, new_seed(b), 0)[element] * dropout_scale(p)
+
+
+def magnitudes(weights: Tensor, *sides: Tensor, scale: float, kept: Any = 1.0) -> dict[str, Tensor]:
     """What errors of single elements are relative to: sums over absolute values, in which a weight's error is
     that of its score and of all scores of its row, through their sum, or the smallest normal number."""
     (q, k, v, dy), heads = (t.double().abs() for t in sides), sides[1].shape[2]
@@ -81,13 +95,13 @@ def magnitudes(weights: Tensor, *sides: Tensor, scale: float) -> dict[str, Tenso
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     scores = scale * torch.einsum("brhf,bshf->bhrs", q, k)
     spread = weights * (1 + scores + (weights * scores).sum(-1, keepdim=True)) + FP32.tiny / FP32.eps
-    d_weights = torch.einsum("brhf,bshf->bhrs", dy, v)
+    d_weights = torch.einsum("brhf,bshf->bhrs", dy, v) * kept
     d_scores = spread * (d_weights + (weights * d_weights).sum(-1, keepdim=True))
     d_scores = scale * (d_scores + weights * (spread * d_weights).sum(-1, keepdim=True))
-    y, dq = (torch.einsum("bhrs,bshf->brhf", *pair) for pair in ((spread, v), (d_scores, k)))
+    y, dq = (torch.einsum("bhrs,bshf->brhf", *pair) for pair in ((spread * kept, v), (d_scores, k)))
     dk, dv = (
         torch.einsum("bhrs,brhf->bshf", *pair).unflatten(2, (heads, group)).sum(3)
-        for pair in ((d_scores, q), (spread, dy))
+        for pair in ((d_scores, q), (spread * kept, dy))
     )
     return {"y": y, "dq": dq, "dk": dk, "dv": dv}
 
@@ -104,13 +118,21 @@ def in_plain_torch(forward: Any, *sides: Tensor) -> dict[str, Tensor]:
         return results(forward, *sides)
 
 
-def check(*sides: Tensor, spans: Tensor | None, causal: bool, scale: float) -> dict[str, Tensor]:
+def check(
+    *sides: Tensor, spans: Tensor | None, causal: bool, scale: float, dropout_p: float = 0.0
+) -> dict[str, Tensor]:
     """Results of the op, checked by the numbers policy."""
-    got = results(lambda *t: pk.attention(*t, spans, causal, scale), *sides)
-    plain = in_plain_torch(lambda *t: pk.attention(*t, spans, causal, scale), *sides)
-    truth = results(lambda *t: definition(*t, spans, causal, scale), *(t.double() for t in sides))
+    seed, (batch, rows, heads, _), keys = testing.SEED + 7, sides[0].shape, sides[1].shape[1]
+    kept = kept_weights((batch, rows, keys, heads), dropout_p, seed) if dropout_p else 1.0
+
+    def ours(*given: Tensor) -> Tensor:
+        torch.manual_seed(seed)
+        return pk.attention(*given, spans, causal, scale, dropout_p)
+
+    got, plain = results(ours, *sides), in_plain_torch(ours, *sides)
+    truth = results(lambda *t: definition(*t, spans, causal, scale, kept), *(t.double() for t in sides))
     weights = weights_of(*(t.double() for t in sides[:2]), spans, causal, scale)
-    magnitude, depth = magnitudes(weights, *sides, scale=scale), sum(sides[1].shape)
+    magnitude, depth = magnitudes(weights, *sides, scale=scale, kept=kept), sum(sides[1].shape)
     for name, value in got.items():
         assert value.dtype == sides[0].dtype and value.shape == truth[name].shape
         testing.assert_close(value, plain[name], truth[name], name, by_element=False)
@@ -125,6 +147,29 @@ def test_attention(backend: str, size: tuple[int, ...], dtype: torch.dtype, mask
     spans = spans_of_mask(mask, size)
     causal = mask in ("causal", "both", "two causal")
     assert check(*sides(size, dtype), spans=spans, causal=causal, scale=0.3)["y"].is_contiguous()
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "two"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+def test_dropout(backend: str, size: tuple[int, ...], dtype: torch.dtype, mask: str) -> None:
+    """The same mask in forward and backward, also with few rows and in blocks of which a part is masked."""
+    spans, causal = spans_of_mask(mask, size), mask == "causal"
+    check(*sides(size, dtype), spans=spans, causal=causal, scale=0.3, dropout_p=0.3)
+
+
+def test_dropout_drops_and_scales(backend: str) -> None:
+    """With equal scores and values of 1, a row's result is the share of its weights that are kept, scaled:
+    mean and variance over independent weights are within six standard deviations of what is expected."""
+    p, (batch, rows, keys, heads) = 0.1, (2, 100, 90, 3)
+    q, k, v = (torch.ones(batch, n, heads, 8) for n in (rows, keys, keys))
+    torch.manual_seed(testing.SEED)
+    first, second = (pk.attention(q, k, v, dropout_p=p)[..., 0] for _ in range(2))
+    variance, count = p / (1 - p) / keys, batch * heads * rows
+    assert abs(first.mean() - 1) < 6 * math.sqrt(variance / count)
+    assert abs(first.var() / variance - 1) < 6 * math.sqrt(2 / count)
+    assert not torch.equal(first, second) and len(first.unique()) > 5
+    assert not pk.attention(q, k, v, dropout_p=1.0).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -279,11 +324,13 @@ def test_equals_scaled_dot_product_attention(backend: str) -> None:
             "spans: expected torch.int32 of shape (2, 6, 2) or (2, 6, 2, 2) on cpu, got torch.int32",
         ),
         ("scale", lambda _: -1.0, "scale: expected a finite number above 0, got -1.0"),
+        ("dropout_p", lambda _: 1.5, "dropout_p: expected 0 to 1, got 1.5"),
     ],
 )
 def test_refused(name: str, change: Any, sentence: str) -> None:
     q, k, v, _ = sides((2, 6, 5, 4, 2, 8), torch.float32)
     given: dict[str, Any] = {"q": q, "k": k, "v": v, "spans": spans_for((2, 6, 5)), "scale": 1.0}
+    given["dropout_p"] = 0.0
     given[name] = change(given[name])
     with pytest.raises(ValueError) as error:
         pk.attention(**given)

@@ -228,8 +228,8 @@ PEFT_KERNELS_CASE(attention) {
       const int64_t padded = (features + 63) / 64 * 64, sums = 128 * padded;
       const Array q = normal(dtype, kHeads * kRows * features, 1), k = normal(dtype, kKeys * features, 2),
                   v = normal(dtype, kKeys * features, 3), dy = normal(dtype, q.size(), 4);
-      for (bool has_spans : {false, true}) {
-        std::vector<int32_t> spans;  // two disjoint spans per row; some are empty
+      for (bool has_spans : {false, true}) {  // and dropout
+        std::vector<int32_t> spans;           // two disjoint spans per row; some are empty
         for (int32_t r = 0; r < kRows; ++r) spans.insert(spans.end(), {0, r % 16, 24, 24 + r});
         const auto use = [&](const KernelTable& table) {
           Array out(dtype, q.size()), dq(dtype, q.size()), softmax(DType::kF32, kHeads * 2 * kRows),
@@ -242,7 +242,10 @@ PEFT_KERNELS_CASE(attention) {
           params.q_ld = params.k_ld = params.v_ld = params.out_ld = params.dy_ld = params.dq_ld = features;
           params.heads = kHeads, params.rows = kRows, params.keys = kKeys, params.features = features;
           params.is_causal = true, params.scale = 0.3f;
-          if (has_spans) params.spans = spans.data(), params.span_count = 2;
+          if (has_spans) {
+            params.spans = spans.data(), params.span_count = 2;
+            params.mask = {7, 0, 1u << 30, 4.0f / 3, 128 * kKeys}, params.mask_first = 64;
+          }
           params.out = out.data(), params.softmax = softmax.as<float>(), params.dy = dy.data();
           params.dq = dq.data(), params.dk_sums = dk_sums.as<float>(), params.dv_sums = dv_sums.as<float>();
           const auto workspace = [&](bool is_backward) {
