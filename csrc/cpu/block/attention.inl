@@ -1,7 +1,6 @@
 // Flash attention over one head of keys and values, in blocks (attention_operands.inl): only each query's
 // maximum score and sum of exponentials are kept. When a block raises the maximum, earlier sums are rescaled.
 
-#include "attention_dropout.inl"
 #include "attention_few.inl"
 
 template <class Outer, class T>

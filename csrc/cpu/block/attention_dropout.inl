@@ -1,5 +1,7 @@
 // Dropout of the weights of attention: the mask is drawn again for each block, forward and backward.
 
+#include "attention_operands.inl"
+
 struct AttentionDropout {
   const AttentionParams& p;
   uint32_t* words;  // [kStrip keys][kStrip lanes], or null without dropout

@@ -2,7 +2,7 @@
 // keys are lanes. Scores with up to kScoreKeys keys are computed at once, then their exponentials and the
 // GEMM with v. When a later chunk raises the maximum, earlier sums are rescaled.
 
-#include "attention_operands.inl"
+#include "attention_dropout.inl"
 
 constexpr int64_t kFewQueries = 24;
 constexpr int64_t kScoreKeys = 512;

@@ -19,6 +19,8 @@ FAMILIES = ("llama", "gpt2", "t5", "bart")
 def bare(family: str, base: str = "dense", **options: Any) -> Any:
     if family == "t5":  # PEFT assumes head_dim = d_model / num_heads
         options = {"d_kv": 16} | options
+    if family == "gpt2":  # stock and ours draw other masks for attention's weights
+        options = {"attn_pdrop": 0.0} | options
     return bottleneck_models.FAMILIES[family].make(base, **options)
 
 
