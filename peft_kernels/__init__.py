@@ -26,6 +26,8 @@ from .ops.linear import nf4_linear
 from .ops.lora.dora import dora_linear
 from .ops.lora.lora import lora_linear
 from .ops.lora.multi_lora import AdaptedLinear, Adapter, multi_lora_linear
+from .ops.loss.head import Head
+from .ops.loss.linear_kl import linear_kl
 from .ops.loss.token_loss import linear_cross_entropy, token_log_probs
 from .patch import explain, patch, patched, unpatch
 from .quantize.model import quantize_model
@@ -39,6 +41,7 @@ __all__ = [
     "AdaptedLinear",
     "Adapter",
     "BottleneckParameters",
+    "Head",
     "NF4Weight",
     "PackedWeight",
     "adapters",
@@ -53,6 +56,7 @@ __all__ = [
     "gated_mlp",
     "keep_freed_memory",
     "linear_cross_entropy",
+    "linear_kl",
     "load_checkpoint",
     "lora_linear",
     "multi_bottleneck",

@@ -192,7 +192,7 @@ def _differentiable(op: type[Op], overload: OpOverload, ops: Any, rounded: Round
             if op.twice_differentiable or not torch.is_grad_enabled():
                 found = op.backward(ops, op.named(args), results, need, dy)
             else:
-                found = _first_order_only(op, ops, op.named(args), results, need, dy)
+                found = first_order_only(op.name, op.backward, ops, op.named(args), results, need, dy)
         gradients, narrow = _as_passed(op, of_lists, found, need)
         # One cast for all; torch would cast one by one. With grad enabled it does, so that the graph keeps
         # the node that raises.
@@ -344,11 +344,12 @@ class RaiseInBackward(torch.autograd.Function):
         raise RuntimeError(ctx.sentence)
 
 
-def _first_order_only(op: type[Op], ops: Any, *inputs: Any) -> dict[str, Any]:
-    """Gradients whose own gradient raises, where torch would only warn or treat them as constants."""
+def first_order_only(name: str, differentiate: Callable[..., Any], *inputs: Any) -> Any:
+    """The gradients of the function `name`, whose own gradient raises, where torch would only warn or treat
+    them as constants."""
     with torch.no_grad():
-        found = op.backward(ops, *inputs)
-    sentence = f"{op.name}: a gradient of its gradients was asked for, expected first order only"
+        found = differentiate(*inputs)
+    sentence = f"{name}: a gradient of its gradients was asked for, expected first order only"
     tensors = [t for t in tree_leaves(found) if isinstance(t, Tensor)]
     sources = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.requires_grad]
     # Without a differentiable source the result would be a constant.

@@ -52,16 +52,16 @@ BUDGETS = {
     "peft_kernels/checkpoints": 3_900,
     "peft_kernels/cli": 1_900,
     "peft_kernels/core": 3_700,
-    "peft_kernels/integrations": 2_300,
+    "peft_kernels/integrations": 2_400,
     "peft_kernels/nf4": 5_600,
-    "peft_kernels/ops": 3_910,  # a gradient of the entropy, dropout of attention weights
+    "peft_kernels/ops": 4_220,  # a gradient of the entropy, dropout of attention weights, distillation
     "peft_kernels/optim": 1_900,
-    "peft_kernels/patch": 6_020,  # forwards of any version are recognised; losses by hand keep logits lazy
+    "peft_kernels/patch": 6_045,  # forwards of any version are recognised; losses by hand keep logits lazy
     "peft_kernels/prefix": 200,
     "peft_kernels/quantize": 2_000,
     "peft_kernels/serving": 1_700,
     "peft_kernels/triton_kernels": 5_850,
-    "tests": 79_185,
+    "tests": 79_625,
     "tools": 3_200,
 }
 """Most lines of code in a folder and those below it. A commit that adds a feature removes as many lines, or

@@ -80,6 +80,10 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
         pk.linear_cross_entropy,
         lambda: {"hidden": X, "weight": nf4(OUT, IN), "labels": torch.arange(ROWS), "lora_a": A, "lora_b": B},
     ),
+    "linear_kl": (
+        pk.linear_kl,
+        lambda: {"student": pk.Head(X, nf4(OUT, IN)), "teacher": torch.ones(ROWS, OUT)},
+    ),
     "load_checkpoint": (pk.load_checkpoint, lambda: {"model": model(), "path": Path("nowhere")}),
     "lora_linear": (
         pk.lora_linear,
@@ -176,6 +180,14 @@ def test_other_errors_are_unchanged() -> None:
 
 
 def test_every_public_call_is_covered() -> None:
-    others = {"explain", "keep_freed_memory", "patched", "AdaptedLinear", "Adapter", "BottleneckParameters"}
+    others = {
+        "explain",
+        "keep_freed_memory",
+        "patched",
+        "AdaptedLinear",
+        "Adapter",
+        "BottleneckParameters",
+        "Head",
+    }
     classes = {"NF4Weight", "PackedWeight"}
     assert {n for n in pk.__all__ if callable(getattr(pk, n))} - others - classes <= set(CALLS)

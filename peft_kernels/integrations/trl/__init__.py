@@ -7,6 +7,7 @@ TRL's: only the model's forward for log-probabilities is replaced."""
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import logging
 import types
@@ -32,7 +33,7 @@ from .. import attention
 from . import shared_prompts
 from .shared_prompts import Rows
 
-__all__ = ["DPOTrainer", "GRPOTrainer", "SFTTrainer"]
+__all__ = ["DPOTrainer", "DistillationTrainer", "GKDTrainer", "GRPOTrainer", "SFTTrainer"]
 
 if not hasattr(trl_utils, "add_fused_lm_head"):
     raise ImportError(
@@ -41,6 +42,15 @@ if not hasattr(trl_utils, "add_fused_lm_head"):
     )
 
 logger = logging.getLogger("peft_kernels")
+
+
+def __getattr__(name: str) -> Any:
+    """Trainers that some versions of TRL lack, or have elsewhere, are imported where they are used."""
+    if name not in ("DistillationTrainer", "GKDTrainer"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module({"GKDTrainer": ".gkd"}.get(name, ".distillation"), __name__)
+    return getattr(module, name)
+
 
 _LENGTHS = ("position", "length", "n_ctx")
 """Parts of names of config entries that are lengths above which a model may compute differently."""

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...core import dispatch
-from ...core.packed_state import HoldsPacked, PackedState
 from ...core.wrong_types import names_wrong_types
 from .. import arguments
 from ..arguments import Weight
-from ..lora.lora import check_adapter
 from . import cross_entropy  # noqa: F401  (the ops)
+from .head import Head
 
 REDUCTIONS = ("mean", "sum", "none")
-NAME = "hidden"
 
 
 @names_wrong_types
@@ -97,10 +95,8 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing: expected 0 to 1, got {label_smoothing}")
     if not (z_loss >= 0 and math.isfinite(z_loss)):
         raise ValueError(f"z_loss: expected 0 or more, got {z_loss}")
-    scored, targets = _token_losses(
-        hidden, weight, labels, bias, (lora_a, lora_b, scaling), ignore_index, shift, logit_scale, softcap,
-        label_smoothing, z_loss,
-    )  # fmt: skip
+    head = Head(hidden, weight, bias, lora_a, lora_b, scaling, logit_scale, softcap)
+    scored, targets = _token_losses(head, labels, ignore_index, shift, label_smoothing, z_loss)
     losses = scored.losses
     if reduction == "none":
         return losses.view(labels.shape)
@@ -145,35 +141,20 @@ def token_log_probs(
     Tensor, or a tuple of it and the requested results, in that order. In the shape of tokens, fp32 (is_top1:
     bool); 0 where a token is ignored.
     """
-    scored, _ = _token_losses(
-        hidden, weight, tokens, bias, (lora_a, lora_b, scaling), ignore_index, shift, logit_scale, softcap,
-        0.0, 0.0, (entropy or is_top1, mean_logits, log_sum_sq_probs),
-    )  # fmt: skip
+    head = Head(hidden, weight, bias, lora_a, lora_b, scaling, logit_scale, softcap)
+    needs = entropy or is_top1, mean_logits, log_sum_sq_probs
+    scored, _ = _token_losses(head, tokens, ignore_index, shift, needs=needs)
     log_probs = -scored.losses.view(tokens.shape)
     asked = entropy, is_top1, mean_logits, log_sum_sq_probs
     more = [t.view(tokens.shape) for t, wanted in zip(scored[1:], asked, strict=False) if wanted]
     return (log_probs, *more) if more else log_probs
 
 
-def losses_and_lse(
-    hidden: Tensor,
-    weight: Weight,
-    labels: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    scaling: float,
-    logit_scale: float,
-    softcap: float | None,
-    need_lse: bool,
-) -> tuple[Tensor, Tensor]:
+def losses_and_lse(head: Head, labels: Tensor, need_lse: bool) -> tuple[Tensor, Tensor]:
     """Losses lse - z of the logits z of labels, and lse = log sum exp of all logits, in labels' shape, fp32.
     Lse has a gradient where it is needed."""
     none = torch.iinfo(torch.int64).min  # no label is ignored
-    scored, _ = _token_losses(
-        hidden, weight, labels, bias, (lora_a, lora_b, scaling), none, False, logit_scale, softcap, 0.0, 0.0,
-        (need_lse, False, False),
-    )  # fmt: skip
+    scored, _ = _token_losses(head, labels, none, needs=(need_lse, False, False))
     return scored.losses.view(labels.shape), scored.lse.view(labels.shape)
 
 
@@ -189,53 +170,37 @@ class _Scored(NamedTuple):
 
 
 def _token_losses(
-    hidden: Tensor,
-    weight: Weight,
+    head: Head,
     labels: Tensor,
-    bias: Tensor | None,
-    adapter: tuple[Tensor | None, Tensor | None, float],
     ignore_index: int,
-    shift: bool,
-    logit_scale: float,
-    softcap: float | None,
-    label_smoothing: float,
-    z_loss: float,
+    shift: bool = False,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     needs: tuple[bool, bool, bool] = (False, False, False),
 ) -> tuple[_Scored, Tensor]:
     """Results of all rows of hidden, and their labels. `needs`: of the entropy, mean and squares."""
-    lora_a, lora_b, scaling = adapter
-    hidden, weight, lora_a, lora_b, of_weight = _autocast(hidden, weight, lora_a, lora_b)
-    compute = arguments.compute_type(hidden, None, NAME)
-    (vocabulary, features), base = arguments.base_weight(hidden, weight, of_weight or compute, name=NAME)
-    arguments.check_bias(hidden, bias, vocabulary, compute, NAME)
-    if not 0 < (1 if softcap is None else softcap) < math.inf:
-        raise ValueError(f"softcap: expected more than 0, or None, got {softcap}")
-    if not math.isfinite(logit_scale):
-        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
+    head, (vocabulary, features), base = head.checked()
+    hidden, bias = head.hidden, head.bias
     targets = _targets(labels, hidden, ignore_index, shift)
     _check_labels(targets, ignore_index, vocabulary)
     x = hidden.reshape(-1, features)
-    bias = None if bias is None else arguments.bias_for_op(bias, compute)
-    numbers = float(logit_scale), float(softcap or 0.0), float(label_smoothing), float(z_loss)
+    bias = None if bias is None else arguments.bias_for_op(bias, x.dtype)
+    numbers = float(head.logit_scale), float(head.softcap or 0.0), float(label_smoothing), float(z_loss)
     options = targets, ignore_index, *numbers
     h = None
-    if lora_a is None and lora_b is None:
+    if head.lora_a is None:
         trained = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (base.weight, bias)
         )
         need_dx = torch.is_grad_enabled() and x.requires_grad
-        if not trained and not (need_dx and softcap and label_smoothing):
+        if not trained and not (need_dx and head.softcap and label_smoothing):
             frozen = *base, vocabulary, bias, *options
             found = dispatch.call("linear_cross_entropy", x, *frozen, need_dx, *needs)
             return _Scored._make((*found[:2], *found[3:6], found[2])), targets
-    elif lora_a is None or lora_b is None:
-        name, other = ("lora_a", "lora_b") if lora_a is None else ("lora_b", "lora_a")
-        raise ValueError(f"{name}: expected a Tensor with {other}, got None")
     else:
-        check_adapter(hidden, (vocabulary, features), lora_a, lora_b, 0.0)
-        h = float(scaling) * F.linear(x.to(lora_a.dtype), lora_a)
-    head = *base, vocabulary, bias, h, lora_b
-    found = dispatch.call("linear_cross_entropy_trained", x, *head, *options, *needs)
+        h = float(head.scaling) * F.linear(x.to(head.lora_a.dtype), head.lora_a)
+    operands = *base, vocabulary, bias, h, head.lora_b
+    found = dispatch.call("linear_cross_entropy_trained", x, *operands, *options, *needs)
     return _Scored._make((*found[:2], *found[3:6], found[2])), targets
 
 
@@ -253,19 +218,6 @@ def _targets(labels: Tensor, hidden: Tensor, ignore_index: int, shift: bool) -> 
             raise ValueError("labels: expected at least 1 dimension to shift them, got 0")
         labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
     return labels.reshape(-1)
-
-
-def _autocast(hidden: Tensor, weight: Any, *adapter: Any) -> tuple[Any, ...]:
-    """The operands cast to autocast's dtype, where it is on. A dense fp32 weight is not cast, as ops round it
-    themselves; the last result is then its dtype, else None."""
-    dtype = arguments.autocast_dtype(hidden.device.type)
-    if dtype is None or not hidden.is_floating_point() or hidden.dtype == torch.float64:
-        return hidden, weight, *adapter, None
-    of_weight = None
-    if not isinstance(weight, (HoldsPacked, PackedState)):
-        of_weight = torch.float32 if weight.dtype == torch.float32 else None
-        weight = weight if of_weight else weight.to(dtype)
-    return hidden.to(dtype), weight, *(t if t is None else t.to(dtype) for t in adapter), of_weight
 
 
 def _check_labels(labels: Tensor, ignore_index: int, vocabulary: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.arguments import is_traced
+from ...ops.loss.head import Head
 from .. import small_calls
 from ..fused import RECORD, Fallback, Fused, Record, has, record_of, replaced_reason
 from ..input_spec import input_spec
@@ -28,7 +29,7 @@ from ..rules.lora import is_lora
 from ..rules.loss import is_tokens
 from . import few_rows, trl_head
 from .lazy_logits import lazy_logits
-from .recipe import Head, HeadCall
+from .recipe import HeadCall
 
 
 @dataclass

@@ -13,7 +13,6 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,23 +25,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ...core.gradient import AutogradFunction
 from ...ops.arguments import autocast_dtype
 from . import lazy_ops, lazy_scores
+from .lazy_state import State, follows_recipe, is_lazy
 from .recipe import HeadCall, Recipe, Step
-
-
-@dataclass
-class State:
-    """How to compute logits, and their values once they are computed."""
-
-    recipe: Recipe
-    reads: Counter[str]
-    """How often the logits were materialised, by the function that did it."""
-    base: LazyLogits | None = None
-    """The logits these are a view of, by `recipe.steps[-1]`."""
-    value: Tensor | None = None
-    saved: list[tuple[Tensor, int]] | None = None
-    """For a gradient that needs them: the values, once they are computed, and their version."""
-    node: Any = None
-    """The autograd node, if the recipe describes all of the gradient's path."""
 
 
 class LazyLogits(Tensor):
@@ -109,7 +93,7 @@ def lazy_logits(call: HeadCall, dtype: torch.dtype, reads: Counter[str]) -> Tens
     shape = (*head.hidden.shape[:-1], head.weight.shape[0])
     like = torch.empty(shape, dtype=dtype, device="meta")
     steps: tuple[Step, ...] = () if dtype == head.hidden.dtype else (lambda t: t.to(dtype),)
-    logits: LazyLogits = _Deferred.apply(Recipe(call, steps), like, reads, *head.tensors)
+    logits: LazyLogits = _Deferred.apply(Recipe(call, steps), like, reads, *head.tensors.values())
     _set_node(logits)
     return logits
 
@@ -233,24 +217,6 @@ def _call_materialized(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _layout(t: Tensor) -> Any:
     return t.shape, t.stride(), t.dtype, t.data_ptr()
-
-
-def is_lazy(logits: LazyLogits) -> bool:
-    """Whether neither these nor the logits they are a view of have values, which may have been written to."""
-    if logits._state.recipe.call.is_plain:
-        return False
-    at: LazyLogits | None = logits
-    while at is not None:
-        if at._state.value is not None:
-            return False
-        at = at._state.base
-    return True
-
-
-def follows_recipe(logits: LazyLogits) -> bool:
-    """Whether the recipe describes all of the gradient's path."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return logits.grad_fn is logits._state.node
 
 
 def _set_node(logits: LazyLogits) -> None:

@@ -8,6 +8,7 @@ Each function takes the recipe, then the arguments of torch's; it returns NotImp
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ops.arguments import autocast_dtype, no_autocast
+from ...ops.loss.head import Head
+from ...ops.loss.linear_kl import linear_kl
 from ...ops.loss.token_loss import linear_cross_entropy, losses_and_lse
-from .recipe import Head, Recipe, of_head
+from .lazy_state import known_recipe
+from .recipe import Recipe, of_head
 
 
 def cross_entropy(
@@ -42,7 +46,7 @@ def cross_entropy(
     with of_head(head):
         loss = linear_cross_entropy(
             labels=target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
-            **_operands(recipe, head),
+            **vars(head),
         )  # fmt: skip
     recipe.call.is_scored = True
     return loss.to(_loss_dtype(dtype, logits.device.type))
@@ -70,9 +74,7 @@ def gather(recipe: Recipe, logits: Tensor, dim: Any = None, index: Any = None, *
     recipe.call.check()
     head = _head(recipe, logits)
     with of_head(head):
-        found = losses_and_lse(
-            labels=index.squeeze(-1), need_lse=not recipe.is_normalized, **_operands(recipe, head)
-        )
+        found = losses_and_lse(head, index.squeeze(-1), need_lse=not recipe.is_normalized)
     recipe.call.is_scored = True
     losses, lse = (t.unsqueeze(-1) for t in found)
     if recipe.is_normalized:
@@ -112,27 +114,68 @@ def mean(recipe: Recipe, logits: Tensor, *others: Any, **more: Any) -> Any:
     rows = recipe.rows(head.hidden).reshape(-1, head.hidden.shape[-1])
     row = rows.mean(0, keepdim=True, dtype=torch.float32)
     with no_autocast(row.device.type):
-        found = head._replace(hidden=row.to(head.hidden.dtype)).logits()
+        found = replace(head, hidden=row.to(head.hidden.dtype)).output()
     return (found.float().mean() * recipe.inner).to(logits.dtype)
 
 
+def kl_div(
+    recipe: Recipe,
+    logits: Tensor,
+    target: Any = None,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Any:
+    """Of two log-softmaxes, of which one at most has a gradient."""
+    if size_average is not None or reduce is not None or not log_target or not recipe.is_normalized:
+        return NotImplemented
+    if reduction not in ("sum", "batchmean", "mean") or not logits.dim():
+        return NotImplemented
+    other = known_recipe(target)
+    if other is None or not other.is_normalized:
+        return NotImplemented
+    student, teacher, beta = logits, target, 0.0
+    if torch.is_grad_enabled() and target.requires_grad:
+        student, teacher, beta = target, logits, 1.0
+    found = divergence(student, teacher, None, beta, 1.0)
+    if found is NotImplemented:
+        return found
+    dtype = _loss_dtype(torch.promote_types(logits.dtype, target.dtype), logits.device.type)
+    count = {"sum": 1, "batchmean": logits.shape[0], "mean": logits.numel()}[reduction]
+    return (found / count).to(dtype)
+
+
+def divergence(student: Any, teacher: Any, mask: Tensor | None, beta: float, temperature: float) -> Any:
+    """The sum of `linear_kl` of two lazy logits, of which the student's alone may have a gradient."""
+    recipes = [recipe for t in (student, teacher) if (recipe := known_recipe(t)) is not None]
+    if len(recipes) < 2 or student.shape != teacher.shape or student.device != teacher.device:
+        return NotImplemented
+    if torch.is_grad_enabled() and teacher.requires_grad:
+        return NotImplemented
+    heads = []
+    for recipe, logits in zip(recipes, (student, teacher), strict=True):
+        recipe.call.check()
+        heads.append(_head(recipe, logits).rounded())
+    with no_autocast(student.device.type):
+        found = linear_kl(heads[0], heads[1], mask, beta=beta, temperature=temperature, reduction="sum")
+    for recipe in recipes:
+        recipe.call.is_scored = True
+    return found
+
+
 def _head(recipe: Recipe, logits: Tensor) -> Head:
-    head = recipe.call.head
-    return head if logits.requires_grad else head.detached(leaves=False)
-
-
-def _operands(recipe: Recipe, head: Head) -> dict[str, Any]:
-    """Arguments of typed calls."""
-    cap = recipe.outer
-    return {
-        **head._asdict(), "hidden": recipe.rows(head.hidden), "softcap": cap,
-        "logit_scale": recipe.inner * (cap or 1.0),
-    }  # fmt: skip
+    """The operands of the rows of logits."""
+    head, cap = recipe.call.head, recipe.outer
+    head = head if logits.requires_grad else head.detached(leaves=False)
+    hidden = recipe.rows(head.hidden)
+    return replace(head, hidden=hidden, softcap=cap, logit_scale=recipe.inner * (cap or 1.0))
 
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.cross_entropy: cross_entropy,
     F.nll_loss: nll_loss,
+    F.kl_div: kl_div,
     **dict.fromkeys((torch.gather, Tensor.gather), gather),
     **dict.fromkeys((torch.take_along_dim, Tensor.take_along_dim), take_along_dim),
     **dict.fromkeys((torch.logsumexp, Tensor.logsumexp), logsumexp),

@@ -10,51 +10,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ...core.packed_state import PackedState
 from ...ops.arguments import no_autocast
-from ...ops.linear import nf4_linear
-from ...ops.lora.lora import lora_linear
+from ...ops.loss.head import Head
 
 Step = Callable[[Tensor], Tensor]
-
-
-class Head(NamedTuple):
-    """The operands of the head when it was called."""
-
-    hidden: Tensor
-    weight: Any
-    """Packed, or in hidden's dtype; a dense frozen fp32 weight is rounded to that."""
-    bias: Tensor | None
-    lora_a: Tensor | None = None
-    lora_b: Tensor | None = None
-    scaling: float = 1.0
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The operands that may have gradients."""
-        parts = self.hidden, self.weight, self.bias, self.lora_a, self.lora_b
-        return [t for t in parts if isinstance(t, Tensor)]
-
-    def detached(self, leaves: bool) -> Head:
-        """`leaves`: require gradients where the operands did."""
-
-        def part(t: Any) -> Any:
-            return t.detach().requires_grad_(leaves and t.requires_grad) if isinstance(t, Tensor) else t
-
-        return Head(*map(part, self))
-
-    def logits(self) -> Tensor:
-        x, weight, bias, a, b, scaling = self
-        if a is not None and b is not None:
-            return lora_linear(x, weight, a, b, scaling, bias)
-        if isinstance(weight, PackedState):
-            return nf4_linear(x, weight, bias)
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class HeadCall:
@@ -86,14 +50,14 @@ class HeadCall:
         plain = no_autocast(self.head.hidden.device.type)
         # Hooks for saved tensors that are active now are for those of the caller.
         with plain, torch.enable_grad(), saved_tensors_hooks(_unchanged, _unchanged):
-            logits = leaves.logits()
+            logits = leaves.output()
             view = logits.view_as(logits)  # torch takes no edge of a Function in Python
             if self._graph is None and view.requires_grad:  # not below autograd
-                self._graph = get_gradient_edge(view), leaves.tensors  # which keeps no values
+                self._graph = get_gradient_edge(view), list(leaves.tensors.values())  # which keeps no values
         return logits.detach()
 
     def gradients(self, dy: Tensor) -> list[Tensor | None]:
-        """Of the operands, which are `head.tensors`."""
+        """Of the operands, in the order of `head.tensors`."""
         self.check()
         if self._graph is None:
             self.logits()
@@ -129,7 +93,7 @@ class HeadCall:
         return any(id(p) in trained for p in self._layer.parameters() if p.requires_grad)
 
     def _state(self) -> Any:
-        parts = [t for t in self.head if isinstance(t, Tensor)]
+        parts = list(self.head.tensors.values())
         if isinstance(self.head.weight, PackedState):
             parts += [t for t in self.head.weight.tensors().values() if t is not None]
         versions = [None if t.is_inference() else t._version for t in parts]

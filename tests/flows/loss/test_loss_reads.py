@@ -299,14 +299,14 @@ def test_the_gradient_of_logits_before_the_loss() -> None:
 )
 def test_a_read_computes_the_head_once_for_both_passes(loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = patched(MODELS["head-frozen"]())
-    stock, calls = recipe.Head.logits, 0
+    stock, calls = recipe.Head.output, 0
 
     def counted(head: Any) -> Tensor:
         nonlocal calls
         calls += 1
         return stock(head)
 
-    monkeypatch.setattr(recipe.Head, "logits", counted)
+    monkeypatch.setattr(recipe.Head, "output", counted)
     logits = model(input_ids=batch()["input_ids"]).logits
     loss(logits).backward()
     assert calls == 1
