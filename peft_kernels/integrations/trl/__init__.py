@@ -43,13 +43,14 @@ if not hasattr(trl_utils, "add_fused_lm_head"):
 
 logger = logging.getLogger("peft_kernels")
 
+_LATER = {"DistillationTrainer": ".distillation", "GKDTrainer": ".gkd"}
+
 
 def __getattr__(name: str) -> Any:
-    """Trainers that some versions of TRL lack, or have elsewhere, are imported where they are used."""
-    if name not in ("DistillationTrainer", "GKDTrainer"):
+    """Imports trainers that some versions of TRL lack when they are first used."""
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module({"GKDTrainer": ".gkd"}.get(name, ".distillation"), __name__)
-    return getattr(module, name)
+    return getattr(importlib.import_module(_LATER[name], __name__), name)
 
 
 _LENGTHS = ("position", "length", "n_ctx")

@@ -15,6 +15,12 @@ from ...ops.loss.head import Head
 from ...ops.loss.linear_kl import linear_kl
 
 NAME = "_chunked_divergence_loss"
+OPTIONS = {"temperature"} | {
+    f"{side}_{name}"
+    for side in ("student", "teacher")
+    for name in ("lm_head_bias", "logit_scale", "final_logit_softcapping")
+}
+"""Of TRL's function; with others TRL's runs."""
 if not hasattr(theirs, NAME):
     raise ImportError(
         f"trl: expected 1.16 or later, whose DistillationTrainer has {NAME}; use TRL's own trainer"
@@ -30,18 +36,18 @@ def _chunked_divergence_loss(
     beta: float,
     num_items_in_batch: Any = None,
     **others: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Any:
     """TRL's function of this name."""
     hidden = {"student": student_hidden_states, "teacher": teacher_hidden_states}
     weights = {"student": student_lm_head_weight, "teacher": teacher_lm_head_weight}
     known = (Tensor, torch.nn.Parameter, PackedWeight)
-    if student_hidden_states.device.type != "cpu" or any(type(w) not in known for w in weights.values()):
-        found: tuple[Tensor, Tensor, Tensor] = getattr(theirs, NAME)(
+    is_known = all(type(w) in known for w in weights.values()) and others.keys() <= OPTIONS
+    if student_hidden_states.device.type != "cpu" or not is_known:
+        return getattr(theirs, NAME)(
             *hidden.values(), *weights.values(), completion_mask, beta, num_items_in_batch, **others
         )
-        return found
     mask, temperature = completion_mask != 0, others.pop("temperature", 1.0)
-    student, teacher = (_head(hidden[who], weights[who], who, others) for who in hidden)
+    student, teacher = (_head(hidden[side], weights[side], side, others) for side in hidden)
     loss, entropy = linear_kl(
         student, teacher, mask, beta=beta, temperature=temperature, reduction="sum", entropy=True
     )
@@ -49,14 +55,14 @@ def _chunked_divergence_loss(
     return loss / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch), entropy, count
 
 
-def _head(hidden: Tensor, weight: Any, who: str, others: dict[str, Any]) -> Head:
-    scale, cap = others.get(f"{who}_logit_scale", 1.0), others.get(f"{who}_final_logit_softcapping")
-    head = Head(hidden, weight, others.get(f"{who}_lm_head_bias"), logit_scale=scale, softcap=cap)
+def _head(hidden: Tensor, weight: Any, side: str, others: dict[str, Any]) -> Head:
+    scale, cap = others.get(f"{side}_logit_scale", 1.0), others.get(f"{side}_final_logit_softcapping")
+    head = Head(hidden, weight, others.get(f"{side}_lm_head_bias"), logit_scale=scale, softcap=cap)
     return head.rounded() if autocast_dtype(hidden.device.type) is None else head
 
 
 def _with_our_loss(function: Any) -> Any:
-    """TRL's function, which calls ours where it calls its own."""
+    """A copy of TRL's function that calls our loss instead of TRL's."""
     names = function.__globals__ | {NAME: _chunked_divergence_loss}
     copy = types.FunctionType(
         function.__code__, names, function.__name__, function.__defaults__, function.__closure__

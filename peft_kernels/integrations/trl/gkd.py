@@ -30,17 +30,16 @@ class GKDTrainer(TheirGKDTrainer):
         temperature: float = 1.0,
         reduction: str = "batchmean",
         num_items_in_batch: Any = None,
-    ) -> Tensor:
+    ) -> Any:
         mask = None if labels is None else labels != IGNORED
         found: Any = NotImplemented
         if reduction in ("sum", "batchmean") or num_items_in_batch is not None:
             found = divergence(student_logits, teacher_logits, mask, beta, temperature)
         if found is NotImplemented:
             say_fallback()
-            theirs: Tensor = TheirGKDTrainer.generalized_jsd_loss(
+            return TheirGKDTrainer.generalized_jsd_loss(
                 student_logits, teacher_logits, labels, beta, temperature, reduction, num_items_in_batch
             )
-            return theirs
         if num_items_in_batch is not None:
             count = num_items_in_batch
         elif reduction == "batchmean":

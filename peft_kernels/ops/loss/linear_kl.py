@@ -151,14 +151,14 @@ class Divergence(NamedTuple):
     needs_entropy: bool
 
     def of(
-        self, student: Head, teacher: Head, outputs: tuple[Tensor, Tensor], dy: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The divergence of each row and the student's entropy, (2, rows) fp32, and the gradient with respect
-        to the student's output, given `dy` of each row's divergence, by default 1."""
+        self, student: Head, teacher: Head, outputs: tuple[Tensor, Tensor], dy: Tensor | None, need: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The divergence of each row and the student's entropy, (2, rows) fp32, and if needed the gradient
+        with respect to the student's output, given `dy` of each row's divergence, by default 1."""
         rows = max(BLOCK // max(outputs[0].shape[1], 1), 1)
         found = outputs[0].new_zeros(2, len(outputs[0]), dtype=torch.float32)
-        d = torch.empty_like(outputs[0])
-        for begin in range(0, len(d), rows):
+        d = torch.empty_like(outputs[0]) if need else None
+        for begin in range(0, len(outputs[0]), rows):
             at = slice(begin, begin + rows)
             ls, slope = self._log_softmax(outputs[0][at], student)
             ps = ls.exp()
@@ -167,7 +167,8 @@ class Divergence(NamedTuple):
             found[0, at], of_logits = self._of_logs(ls, ps, self._log_softmax(outputs[1][at], teacher)[0])
             if dy is not None:
                 of_logits.mul_(dy[at, None])
-            d[at] = of_logits.mul_(slope)
+            if d is not None:
+                d[at] = of_logits.mul_(slope)
         return found, d
 
     def _log_softmax(self, output: Tensor, head: Head) -> tuple[Tensor, Tensor | float]:
@@ -215,7 +216,8 @@ class _LinearKl(AutogradFunction):
         dx = torch.empty_like(hidden)
         for at in _pieces(student):
             found[:, at], gradients = _piece(how, student, teacher, at, None, not ctx.recomputes)
-            dx[at] = gradients.get("hidden", 0.0)
+            if "hidden" in gradients:
+                dx[at] = gradients["hidden"]
         if ctx.recomputes:
             ctx.how, ctx.student, ctx.teacher = how, _without_tensors(student), _without_tensors(teacher)
             ctx.save_for_backward(*tensors, *teacher.tensors.values())
@@ -247,7 +249,7 @@ class _LinearKl(AutogradFunction):
 
 
 def _without_tensors(head: Head) -> tuple[Head, list[str]]:
-    """What remains of a head whose tensors autograd saves, and their names."""
+    """The head without its tensors, which autograd saves, and their names."""
     none: Any = dict.fromkeys(head.tensors)
     return replace(head, **none), list(none)
 
@@ -269,7 +271,7 @@ def _piece(
         output = part.output()
     hidden = teacher.hidden[at]
     other = hidden if teacher.weight is IDENTITY else replace(teacher, hidden=hidden).output()
-    found, d = how.of(student, teacher, (output.detach(), other), dy)
+    found, d = how.of(student, teacher, (output.detach(), other), dy, bool(wanted))
     leaves = [part.tensors[name] for name in wanted]
     gradients = torch.autograd.grad(output, leaves, d) if wanted else ()
     return found, dict(zip(wanted, gradients, strict=True))

@@ -1,4 +1,4 @@
-"""What lazy logits know of themselves."""
+"""The state of lazy logits: their recipe, values and autograd node."""
 
 from __future__ import annotations
 
@@ -47,6 +47,6 @@ def follows_recipe(logits: Any) -> bool:
 
 
 def known_recipe(logits: Any) -> Recipe | None:
-    """Of lazy logits, if it describes all of their gradient's path; else None."""
+    """The recipe of lazy logits if it describes all of their gradient's path, else None."""
     state: State | None = getattr(logits, "_state", None) if isinstance(logits, Tensor) else None
     return state.recipe if state is not None and is_lazy(logits) and follows_recipe(logits) else None

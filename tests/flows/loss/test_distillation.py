@@ -41,9 +41,8 @@ def probabilities(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def each(student: Tensor, teacher: Tensor) -> Tensor:
-    return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True)[
-        0
-    ].sum()
+    s, t = (z.log_softmax(-1) for z in (student, teacher))
+    return F.kl_div(s, t, reduction="none", log_target=True)[0].sum()
 
 
 def of_logits(student: Tensor, teacher: Tensor) -> Tensor:
@@ -54,11 +53,11 @@ LAZY = (forward_kl, reverse_kl, module, with_labels)
 READING = (probabilities, each, of_logits)
 
 
-def pair(name: str) -> tuple[tuple[Any, Any], tuple[Any, Any], str]:
-    """Student and teacher, patched and stock, and the report of the student when it is asked for."""
+def pair(name: str) -> tuple[tuple[Any, Any], tuple[Any, Any], Any]:
+    """Student and teacher, patched and stock, and the report of the patched student."""
     stock, teacher = MODELS[name](), MODELS["granite"]()
     (student, report), (ours, _) = patched(stock), patched(teacher)
-    return (student, ours), (stock, teacher), report  # type: ignore[return-value]
+    return (student, ours), (stock, teacher), report
 
 
 def results(models: tuple[Any, Any], loss: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
